@@ -1,0 +1,1 @@
+"""Attention and sampling kernels, each beside its plain torch reference."""

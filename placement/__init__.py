@@ -1,0 +1,1 @@
+"""Pure arithmetic: what it costs, in seconds, to serve some work in some place."""

@@ -1,0 +1,1 @@
+"""Serve many language models from few GPUs."""

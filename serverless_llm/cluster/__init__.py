@@ -1,0 +1,1 @@
+"""The control plane: a pure state machine, events in, commands out."""

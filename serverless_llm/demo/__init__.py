@@ -1,0 +1,1 @@
+"""Tiny trained checkpoints whose answers can be checked."""

@@ -1,0 +1,150 @@
+"""Ids, specs and frozen values that every part shares. Sizes are bytes, times are seconds, unless a name says so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+NodeId = str
+ModelName = str
+CheckpointId = str  # digest over path, sizes, mtimes and headers of a checkpoint's files
+SequenceId = int  # unique per head generation, chosen by the gateway
+ReplicaId = int  # unique per state directory, chosen by the machine
+
+BLOCK_TOKENS = 16  # tokens in one KV block; architecture.md, "KV: one layout"
+
+
+class DeviceId(NamedTuple):
+    """One GPU or logical CPU device: its node and its number there."""
+
+    node: NodeId
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.node}/{self.number}"
+
+
+class WorkClass(StrEnum):
+    ONLINE = "online"
+    OFFLINE = "offline"
+
+
+class Tier(StrEnum):
+    REMOTE = "remote"
+    DISK = "disk"
+    DRAM = "dram"
+    DEVICE = "device"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # a stop id was generated
+    LENGTH = "length"  # max_tokens or the context was reached
+    ERROR = "error"  # the engine failed this sequence alone
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What an operator deploys under a name.
+
+    Attributes:
+        source: absolute path of a Hugging Face directory.
+        dtype: `auto` (the checkpoint's), `float32` (deterministic mode) or `bfloat16`.
+        keep_alive: seconds a replica stays on its device after its last use; `math.inf` for ever, 0 not at all.
+        max_concurrency: sequences in one replica at a time.
+        max_queue: waiting sequences beyond which a new one is rejected.
+        context: most tokens (prompt + generated) of a sequence; None: the checkpoint's own limit.
+        pinned: replicas of this model are never evicted.
+    """
+
+    name: ModelName
+    source: str
+    dtype: str = "auto"
+    keep_alive: float = 300.0
+    min_replicas: int = 0
+    max_replicas: int = 1
+    max_concurrency: int = 64
+    max_queue: int = 1024
+    context: int | None = None
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What placement must know of a checkpoint served in one dtype.
+
+    Attributes:
+        file_bytes: bytes of its safetensors files, headers included: what a load reads and DRAM holds.
+        weight_bytes: bytes its weights take on a device in the served dtype.
+        kv_block_bytes: bytes of one KV block (`BLOCK_TOKENS` tokens, all layers).
+        context: most tokens of a sequence.
+    """
+
+    checkpoint: CheckpointId
+    file_bytes: int
+    weight_bytes: int
+    kv_block_bytes: int
+    context: int
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of KV that hold `tokens` tokens."""
+        return -(-tokens // BLOCK_TOKENS) * self.kv_block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn; greedy when `temperature` is 0. Randomness is a function of (seed, position)."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 16
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPhases:
+    """Where the seconds of one load went, and the bytes by the tier they came from."""
+
+    queue_s: float = 0.0  # from StartLoad's arrival at the agent to its first read
+    disk_s: float = 0.0  # disk -> DRAM
+    upload_s: float = 0.0  # DRAM -> device (mapping, in view mode), after the last byte had landed
+    total_s: float = 0.0
+    disk_bytes: int = 0  # read from storage
+    cache_bytes: int = 0  # read from the page cache
+    dram_bytes: int = 0  # found in the DRAM tier
+
+    @property
+    def source(self) -> Tier:
+        return Tier.DISK if self.disk_bytes + self.cache_bytes else Tier.DRAM
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """One device of a node as its agent states it.
+
+    Attributes:
+        kind: `cpu` or `cuda`.
+        budget: bytes for weights and KV together, workspace already taken off.
+        weights: `view` (weights are counted pins on DRAM) or `copy` (a private arena, as on CUDA).
+    """
+
+    number: int
+    kind: str
+    budget: int
+    weights: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """One node as its agent states it. `dram` is the pool's capacity in bytes; bandwidths in bytes per second."""
+
+    node: NodeId
+    dram: int
+    devices: tuple[DeviceSpec, ...]
+    bandwidth: dict[str, float] = field(default_factory=dict)  # link ("disk", "upload") -> learned so far
+
+
+FOREVER = math.inf

@@ -1,0 +1,1 @@
+"""One worker's engine: paged KV, continuous batching, many models on one device."""

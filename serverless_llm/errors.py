@@ -1,0 +1,57 @@
+"""The exception tree.
+
+ServerlessLLMError
+├── ConfigurationError      a bad option, file or environment variable (exit 78)
+├── CheckpointError         a checkpoint that cannot be served; the message names the file and what is wrong
+├── CapacityError           it can never fit; the message names the needed and the available bytes
+├── ProtocolError           a frame that breaks the wire's rules; the link is closed
+├── InvariantError          state that cannot be: a bug; carries the object's history
+└── RequestError            a request that must be refused, as the HTTP surface shows it
+"""
+
+from __future__ import annotations
+
+
+class ServerlessLLMError(Exception):
+    """Anything this project raises on purpose."""
+
+
+class ConfigurationError(ServerlessLLMError):
+    """A bad option, configuration file or environment variable."""
+
+
+class CheckpointError(ServerlessLLMError):
+    """A checkpoint that cannot be served."""
+
+
+class CapacityError(ServerlessLLMError):
+    """Something that can never fit."""
+
+
+class ProtocolError(ServerlessLLMError):
+    """A frame that breaks the wire's rules."""
+
+
+class InvariantError(ServerlessLLMError):
+    """A state that cannot be; the message carries the object's history."""
+
+
+class RequestError(ServerlessLLMError):
+    """A request that must be refused.
+
+    Attributes:
+        status: HTTP status.
+        code: the `code` of the error body, see docs/api.
+        param: the field at fault.
+        retry_after: seconds, None where a retry is useless.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after

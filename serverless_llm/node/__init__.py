@@ -1,0 +1,1 @@
+"""Asyncio shells of a node: controller, agent, worker, checkpoint store."""

@@ -1,0 +1,526 @@
+"""Frames between processes: a fixed 32-byte header that relays read, a msgpack body that they do not.
+
+Header, little endian: magic and version (4 bytes), kind (u16), flags (u16), source (u32), destination (u32),
+epoch (u64), length of the body (u64). Control links carry frames of at most 256 KiB; a longer body is split
+into frames of which all but the last carry `MORE`.
+
+Addresses: 0 the controller, 1 ... 0xFFFF gateways, (n + 1) << 16 the agent of node n,
+((n + 1) << 16) | (d + 1) the worker of its device d. `epoch` of a header is the head's generation.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from serverless_llm.errors import ProtocolError
+
+PROTOCOL = 1  # bumped with every incompatible change of a message
+MAGIC = b"SLM" + bytes([PROTOCOL])
+HEADER = struct.Struct("<4sHHIIQQ")
+MAX_FRAME = 256 * 1024
+MORE = 1  # flag: the body goes on in the next frame of this link with the same kind and source
+
+CONTROLLER = 0
+GATEWAY = 1
+
+
+def agent_address(node: int) -> int:
+    return (node + 1) << 16
+
+
+def worker_address(node: int, device: int) -> int:
+    return agent_address(node) | (device + 1)
+
+
+class Header(NamedTuple):
+    kind: int
+    flags: int
+    source: int
+    destination: int
+    epoch: int
+    length: int
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A body; its kind is its place in `KINDS`."""
+
+
+# --- head <-> agent ---
+
+
+class Device(Message, frozen=True):
+    index: int
+    kind: str
+    budget: int
+    weights: str
+
+
+class WorkerState(Message, frozen=True):
+    """One worker in a heartbeat: what it holds. `incarnation` 0: no worker is up."""
+
+    device: int
+    incarnation: int
+    pid: int
+    step: int
+    numerics_id: str
+    replicas: list[int]
+
+
+class Hello(Message, frozen=True):
+    """An agent's first frame.
+
+    `replicas`: what a former head left here, as (replica, device, model, checkpoint, dtype).
+    """
+
+    protocol: int
+    node: str
+    pid: int
+    dram: int
+    devices: list[Device]
+    workers: list[WorkerState]
+    replicas: list[tuple[int, int, str, str, str]]
+    resident: list[tuple[str, int]]  # DRAM tier: checkpoint, bytes
+    bandwidth: dict[str, float]
+
+
+class Welcome(Message, frozen=True):
+    """The head's answer: the node's number in addresses, the head's generation, the replicas to keep."""
+
+    node: int
+    generation: int
+    keep: list[int]
+
+
+class Heartbeat(Message, frozen=True):
+    workers: list[WorkerState]
+    resident: list[tuple[str, int]]
+    bandwidth: dict[str, float]
+    dram_used: int
+    link_bytes: dict[str, int]  # link -> bytes moved since the agent's start
+
+
+class StartLoad(Message, frozen=True):
+    replica: int
+    device: int
+    model: str
+    source: str
+    checkpoint: str
+    dtype: str
+    kv_floor: int
+    context: int
+
+
+class Unload(Message, frozen=True):
+    replica: int
+
+
+class Reserve(Message, frozen=True):
+    device: int
+    replica: int
+    bytes: int
+
+
+class Reserved(Message, frozen=True):
+    device: int
+    replica: int
+
+
+class Refused(Message, frozen=True):
+    device: int
+    replica: int
+    missing: int
+
+
+class LoadProgress(Message, frozen=True):
+    replica: int
+    done: int
+    total: int
+
+
+class ReplicaReady(Message, frozen=True):
+    """Fields as in `domain.LoadPhases`."""
+
+    replica: int
+    queue_s: float
+    disk_s: float
+    upload_s: float
+    total_s: float
+    disk_bytes: int
+    cache_bytes: int
+    dram_bytes: int
+
+
+class LoadFailed(Message, frozen=True):
+    replica: int
+    message: str
+    permanent: bool
+
+
+class Unloaded(Message, frozen=True):
+    replica: int
+
+
+class WorkerUp(Message, frozen=True):
+    device: int
+    incarnation: int
+    pid: int
+    numerics_id: str
+
+
+class WorkerLost(Message, frozen=True):
+    device: int
+    incarnation: int
+    cause: str
+
+
+class KillWorker(Message, frozen=True):
+    device: int
+    incarnation: int
+
+
+class Forget(Message, frozen=True):
+    """A checkpoint that no model names any more leaves the DRAM tier."""
+
+    checkpoint: str
+
+
+class Shutdown(Message, frozen=True):
+    """The operator stopped the server: free everything and exit."""
+
+
+# --- sequences ---
+
+
+class Run(Message, frozen=True):
+    """Gateway -> worker: start or resume a sequence from its tokens (int32, little endian)."""
+
+    sequence: int
+    epoch: int
+    replica: int
+    prompt: bytes
+    generated: bytes
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    max_tokens: int
+    stop_ids: list[int]
+
+
+class Cancel(Message, frozen=True):
+    """Stop these sequences, whatever their epoch up to the given one: (sequence, epoch)."""
+
+    sequences: list[tuple[int, int]]
+
+
+class Tokens(Message, frozen=True):
+    """Worker -> gateway, one frame a step: (sequence, epoch, new tokens, finish reason or "")."""
+
+    entries: list[tuple[int, int, list[int], str]]
+
+
+class Step(Message, frozen=True):
+    """Worker -> controller, only when there is something: terminal and first-token news of a step.
+
+    `first`: (sequence, epoch, prefill seconds); `done`: (sequence, epoch, finish reason, generated tokens);
+    `refused`: (sequence, epoch, why), sequences that this worker cannot run.
+    """
+
+    device: int
+    incarnation: int
+    first: list[tuple[int, int, float]]
+    done: list[tuple[int, int, str, int]]
+    refused: list[tuple[int, int, str]]
+
+
+class Progress(Message, frozen=True):
+    """Worker -> controller, at most every 100 ms: all its sequences, as (sequence, epoch, tokens, KV blocks)."""
+
+    device: int
+    incarnation: int
+    sequences: list[tuple[int, int, int, int]]
+    kv_used: int
+    kv_free: int
+
+
+# --- agent <-> worker ---
+
+
+class Boot(Message, frozen=True):
+    """Agent -> worker, with the pool's descriptor beside it."""
+
+    device: int
+    incarnation: int
+    kind: str
+    budget: int
+    weights: str
+    pool_bytes: int
+    threads: int
+    upload_rate: float  # bytes per second, 0: no cap
+
+
+class Booted(Message, frozen=True):
+    pid: int
+    numerics_id: str
+
+
+class Place(Message, frozen=True):
+    """Agent -> worker: make room for a replica; its pieces follow. `files`: (name, bytes) in load order."""
+
+    replica: int
+    model: str
+    checkpoint: str
+    config: str  # config.json
+    dtype: str
+    kv_floor: int
+    context: int
+    files: list[tuple[str, int]]
+
+
+class Landed(Message, frozen=True):
+    """Agent -> worker: bytes are in the pool: (file, offset in the file, bytes, offset in the pool)."""
+
+    replica: int
+    pieces: list[tuple[int, int, int, int]]
+    last: bool
+
+
+class Placed(Message, frozen=True):
+    """Worker -> agent: the replica serves. `leased`: its tensors are views into the pool until it is dropped."""
+
+    replica: int
+    upload_s: float
+    leased: bool
+
+
+class Drop(Message, frozen=True):
+    replica: int
+
+
+class Dropped(Message, frozen=True):
+    """Worker -> agent: no tensor of this replica refers to the pool any more."""
+
+    replica: int
+
+
+class Failed(Message, frozen=True):
+    """Worker -> agent: this replica cannot be placed."""
+
+    replica: int
+    message: str
+    permanent: bool
+
+
+class Beat(Message, frozen=True):
+    """Worker -> agent every second and whenever asked: the number of the last step, and whether work is runnable."""
+
+    step: int
+    runnable: bool
+    predicted_s: float  # the next step
+
+
+# --- gateway <-> controller ---
+
+
+class Arrive(Message, frozen=True):
+    """A request is here, its prompt not yet tokenised: so that a load begins at once."""
+
+    sequence: int
+    model: str
+    work_class: str
+    keep_alive: float | None
+    request_id: str
+
+
+class Prompted(Message, frozen=True):
+    sequence: int
+    prompt_tokens: int
+    max_tokens: int
+
+
+class Gone(Message, frozen=True):
+    """Client away, hold ended, or the gateway has its terminal answer: stop these."""
+
+    sequences: list[int]
+    cause: str
+
+
+class Attach(Message, frozen=True):
+    """Controller -> gateway: send `Run` for this sequence to `destination`. `cold`: phases in ms, empty when warm."""
+
+    sequence: int
+    epoch: int
+    replica: int
+    destination: int
+    device: str
+    queue_ms: float
+    cold: dict[str, float]
+
+
+class Rejected(Message, frozen=True):
+    """Controller -> gateway: the terminal answer of a sequence that will not run (on). status: HTTP."""
+
+    sequence: int
+    status: int
+    code: str
+    message: str
+    retry_after: float | None
+    retry: bool
+
+
+class ModelInfo(Message, frozen=True):
+    """One deployed model as the surface shows it. `state`: unloaded, loading, loaded or failed."""
+
+    name: str
+    source: str
+    checkpoint: str
+    dtype: str
+    context: int
+    created: int
+    state: str
+    tier: str
+    progress: float
+    error: str
+    devices: list[str]
+    bytes: int
+    keep_alive: float
+    pinned: bool
+    until: float | None  # unix time of its expiry
+    estimate_s: float  # of its next cold start
+    waiting: int
+    running: int
+
+
+class Catalog(Message, frozen=True):
+    """Controller -> gateways: all deployed models, after every change."""
+
+    models: list[ModelInfo]
+    ready: bool
+
+
+class Ask(Message, frozen=True):
+    """Gateway -> controller: an admin verb; `body` is JSON."""
+
+    id: int
+    verb: str
+    name: str
+    body: bytes
+
+
+class Answer(Message, frozen=True):
+    id: int
+    status: int
+    body: bytes  # JSON
+
+
+KINDS: tuple[type[Message], ...] = (
+    Hello, Welcome, Heartbeat, StartLoad, Unload, Reserve, Reserved, Refused, LoadProgress, ReplicaReady,
+    LoadFailed, Unloaded, WorkerUp, WorkerLost, KillWorker, Forget, Shutdown,
+    Run, Cancel, Tokens, Step, Progress,
+    Boot, Booted, Place, Landed, Placed, Drop, Dropped, Failed, Beat,
+    Arrive, Prompted, Gone, Attach, Rejected, Catalog, Ask, Answer,
+)  # fmt: skip
+KIND: dict[type[Message], int] = {kind: number for number, kind in enumerate(KINDS, start=1)}
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS = {number: msgspec.msgpack.Decoder(kind) for kind, number in KIND.items()}
+
+
+def encode(message: Message, source: int = 0, destination: int = 0, epoch: int = 0) -> bytes:
+    """The frame or frames of one message, ready to be written."""
+    body = _ENCODER.encode(message)
+    kind = KIND[type(message)]
+    if len(body) <= MAX_FRAME:
+        return HEADER.pack(MAGIC, kind, 0, source, destination, epoch, len(body)) + body
+    return b"".join(_split(kind, body, source, destination, epoch))
+
+
+def _split(kind: int, body: bytes, source: int, destination: int, epoch: int) -> Iterator[bytes]:
+    for start in range(0, len(body), MAX_FRAME):
+        part = body[start : start + MAX_FRAME]
+        flags = MORE if start + MAX_FRAME < len(body) else 0
+        yield HEADER.pack(MAGIC, kind, flags, source, destination, epoch, len(part)) + part
+
+
+def decode(kind: int, body: bytes | memoryview) -> Message:
+    """The message of one whole body.
+
+    Raises:
+        ProtocolError: unknown kind, or a body that is not that kind's.
+    """
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        raise ProtocolError(f"unknown kind of frame {kind}")
+    try:
+        return decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"bad {KINDS[kind - 1].__name__} frame: {error}") from error
+
+
+def unpack(raw: bytes | bytearray | memoryview) -> Header:
+    """The header in the first 32 bytes of `raw`.
+
+    Raises:
+        ProtocolError: not this protocol, another version of it, or a frame over the limit.
+    """
+    magic, kind, flags, source, destination, epoch, length = HEADER.unpack_from(raw)
+    if magic[:3] != MAGIC[:3]:
+        raise ProtocolError("not a serverless-llm frame")
+    if magic != MAGIC:
+        raise ProtocolError(f"peer speaks protocol version {magic[3]}, this is version {PROTOCOL}")
+    if length > MAX_FRAME:
+        raise ProtocolError(f"frame of {length} bytes is over the limit of {MAX_FRAME}")
+    return Header(kind, flags, source, destination, epoch, length)
+
+
+class Frame(NamedTuple):
+    """One whole message as it arrived; `raw` is what a relay passes on."""
+
+    header: Header
+    body: bytes
+    raw: bytes
+
+
+class Splitter:
+    """Cuts a byte stream into whole messages, joining split bodies (at most `limit` bytes each)."""
+
+    def __init__(self, limit: int = 16 << 20) -> None:
+        self._buffer = bytearray()
+        self._partial: dict[tuple[int, int], tuple[bytearray, bytearray]] = {}
+        self._limit = limit
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Yields every message that `data` completes.
+
+        Raises:
+            ProtocolError: see `unpack`; the stream is unusable afterwards.
+        """
+        self._buffer += data
+        while len(self._buffer) >= HEADER.size:
+            header = unpack(self._buffer)
+            end = HEADER.size + header.length
+            if len(self._buffer) < end:
+                return
+            raw = bytes(self._buffer[:end])
+            del self._buffer[:end]
+            frame = self._join(header, raw)
+            if frame is not None:
+                yield frame
+
+    def _join(self, header: Header, raw: bytes) -> Frame | None:
+        key = (header.kind, header.source)
+        if not header.flags & MORE and key not in self._partial:
+            return Frame(header, raw[HEADER.size :], raw)
+        body, raws = self._partial.setdefault(key, (bytearray(), bytearray()))
+        body += raw[HEADER.size :]
+        raws += raw
+        if len(body) > self._limit:
+            raise ProtocolError(f"message over the limit of {self._limit} bytes")
+        if header.flags & MORE:
+            return None
+        del self._partial[key]
+        return Frame(header, bytes(body), bytes(raws))
