@@ -1,0 +1,89 @@
+# Everything from a bare clone, with only Python 3.11+, make and git:
+#   make demo    environment, install, the story of scripts/demo.py, stop
+#   make test    environment, install, lint, types, import contracts, all CPU tests, coverage gate
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu make test      takes torch's CPU wheels (much smaller)
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+SEED ?= 1
+ARGS ?=
+
+export PYTHONSAFEPATH := 1
+export OMP_NUM_THREADS ?= 1
+unexport PYTHONPATH
+
+.DEFAULT_GOAL := test
+.PHONY: demo test lint unit soak fuzz bench bench-smoke accuracy train-demo gpu report clean
+
+# --- environment ---
+
+$(BIN)/python:
+	@test "$$(uname -s)" = Linux || { echo "serverless-llm runs on Linux only (this is $$(uname -s))" >&2; exit 78; }
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; name one with PYTHON=..." >&2; exit 78; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: it is the one big wheel, and the only one that TORCH_INDEX is about
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# --- what a visitor runs ---
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+test: lint unit
+
+# --- parts ---
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy scripts/*.py
+	$(BIN)/lint-imports --no-logo
+
+unit: $(VENV)/.installed-dev
+	@rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/python scripts/coverage_gate.py
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python bench/soak.py --seed $(SEED) $(ARGS)
+
+fuzz: $(VENV)/.installed-dev
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/properties --hypothesis-seed=$(SEED) $(ARGS)
+
+accuracy: $(VENV)/.installed-dev
+	$(BIN)/python bench/accuracy.py $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python bench/run_all.py $(ARGS)
+	$(BIN)/python bench/report.py
+
+bench-smoke: $(VENV)/.installed-dev
+	$(BIN)/python bench/run_all.py --smoke $(ARGS)
+
+report: $(VENV)/.installed-dev
+	$(BIN)/python bench/report.py
+
+train-demo: $(VENV)/.installed-dev
+	$(BIN)/python -m serverless_llm.demo.train $(ARGS)
+
+# On a machine with CUDA, with the Python that already has torch and triton there
+gpu:
+	bash scripts/gpu.sh $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .demo *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache \
+		.hypothesis .import_linter_cache
