@@ -50,6 +50,11 @@ def chat_tokens(prompt: str) -> list[int]:
     return [USER, *prompt.encode(), END, ASSISTANT]
 
 
+def chat_text(prompt: str) -> str:
+    """The same as text, for `/v1/completions`: the markers in it become single tokens."""
+    return f"<|user|>{prompt}<|end|><|assistant|>"
+
+
 def tokenizer_json() -> dict[str, Any]:
     """The contents of `tokenizer.json`."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
