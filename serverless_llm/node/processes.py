@@ -1,0 +1,44 @@
+"""Child processes: how they find this package, and how they die with their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+import serverless_llm
+
+_PR_SET_PDEATHSIG = 1
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command line that runs `module` of this package with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, in which a child finds this very package, installed or a checkout."""
+    root = str(Path(serverless_llm.__file__).parents[1])
+    known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if not root.endswith("-packages") and root not in known:
+        known.insert(0, root)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(known), "PYTHONSAFEPATH": "1"}
+
+
+def die_with(parent: int) -> None:
+    """Has this process killed when the thread that started it ends; exits at once where `parent` is gone already.
+
+    A fork clears the setting, so each generation calls it anew.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def died(status: int) -> str:
+    """A wait status in words."""
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exited with {os.waitstatus_to_exitcode(status)}"

@@ -1,0 +1,103 @@
+"""The agent's side of the forkserver: starts it, starts another when it dies, asks it for workers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+
+import msgspec
+
+from serverless_llm.node import forkserver
+from serverless_llm.node.processes import command, environment
+
+log = logging.getLogger(__name__)
+
+
+class Spawner:
+    """Keeps one forkserver alive. All callbacks come from the loop.
+
+    Args:
+        ready: a forkserver can spawn; called again after each restart.
+        spawned: (device, incarnation, pid).
+        exited: (device, incarnation, wait status); a worker was reaped.
+        lost: the forkserver died, and all its workers with it; another one is starting.
+    """
+
+    def __init__(
+        self,
+        ready: Callable[[], None],
+        spawned: Callable[[int, int, int], None],
+        exited: Callable[[int, int, int], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self._ready = ready
+        self._spawned = spawned
+        self._exited = exited
+        self._lost = lost
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self.up = False
+
+    def start(self) -> None:
+        """Starts a forkserver; `ready` is called when torch is imported there."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        arguments = command("serverless_llm.node.forkserver", str(theirs.fileno()), str(os.getpid()))
+        self._process = subprocess.Popen(
+            arguments, pass_fds=[theirs.fileno()], env=environment(), stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        self._control = ours
+        asyncio.get_running_loop().add_reader(ours, self._read)
+
+    def spawn(self, device: int, incarnation: int, pool: int) -> socket.socket:
+        """Asks for a worker; returns the agent's end of its socket (non-blocking)."""
+        assert self._control is not None
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        request = msgspec.json.encode(forkserver.Spawn(device, incarnation))
+        try:
+            socket.send_fds(self._control, [request], [theirs.fileno(), pool])
+        except OSError:
+            log.warning("the forkserver is gone; its end of file follows")
+        theirs.close()
+        return ours
+
+    def stop(self) -> None:
+        """Ends the forkserver and with it all workers."""
+        if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        self.up = False
+
+    def _read(self) -> None:
+        assert self._control is not None
+        try:
+            raw = self._control.recv(forkserver.DATAGRAM)
+        except ConnectionResetError:
+            raw = b""
+        if not raw:
+            self._restart()
+            return
+        match forkserver.REPORTS.decode(raw):
+            case forkserver.Spawned(device, incarnation, pid):
+                self._spawned(device, incarnation, pid)
+            case forkserver.Exited(device, incarnation, status):
+                self._exited(device, incarnation, status)
+            case _:
+                self.up = True
+                self._ready()
+
+    def _restart(self) -> None:
+        self.stop()
+        self._lost()
+        self.start()
