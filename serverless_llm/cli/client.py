@@ -1,0 +1,137 @@
+"""How the verbs reach a running server: plain HTTP from the standard library, so that a command starts fast."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from serverless_llm.config import PREFIX, state_dir
+
+UNREACHABLE = 69
+ANSWER_SECONDS = 300.0  # a cold start of a large model from a slow disk, with its heartbeats in between
+
+
+class Unreachable(click.ClickException):
+    """No server answers."""
+
+    exit_code = UNREACHABLE
+
+
+class Refusal(click.ClickException):
+    """The server's error, as its body states it. `status` is HTTP's, 0 for an error inside a stream."""
+
+    def __init__(self, status: int, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server's address and key; one connection per call."""
+
+    url: str
+    api_key: str | None = None
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON answer of one request.
+
+        Raises:
+            Unreachable: nobody listens there, or the connection broke.
+            Refusal: the answer is an error.
+        """
+        response = self._send(method, path, body)
+        try:
+            text = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"the server at {self.url} broke off: {error}") from error
+        return json.loads(text) if text else None
+
+    def stream(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
+        """The data events of a streaming request, as they come. Raises as `call`."""
+        response = self._send("POST", path, body)
+        try:
+            for line in response:
+                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                    yield _event(json.loads(line[6:]))
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"the server at {self.url} broke off: {error}") from error
+
+    def _send(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
+        parts = urllib.parse.urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        try:
+            connection = kind(parts.hostname or "", parts.port, timeout=ANSWER_SECONDS)
+            content = None if body is None else json.dumps(body)
+            connection.request(method, parts.path.rstrip("/") + path, content, headers)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"no server answers at {self.url} ({error}); start one: serverless-llm serve") from error
+        if response.status >= 400:
+            raise _refusal(response.status, response.read())
+        return response
+
+
+def _event(event: dict[str, Any]) -> dict[str, Any]:
+    if "error" in event:
+        raise Refusal(0, event["error"]["message"], event["error"].get("code") or "")
+    return event
+
+
+def _refusal(status: int, text: bytes) -> Refusal:
+    try:
+        error = json.loads(text)["error"]
+        return Refusal(status, error["message"], error.get("code") or "")
+    except (ValueError, KeyError, TypeError):
+        return Refusal(status, f"HTTP {status}: {text[:200].decode(errors='replace')}")
+
+
+def model_path(name: str) -> str:
+    """The admin route of a model."""
+    return f"/admin/models/{urllib.parse.quote(name, safe='')}"
+
+
+def find() -> Server:
+    """The server of `SERVERLESS_LLM_URL`, or the one whose state directory this user has.
+
+    Raises:
+        Unreachable: neither is there.
+    """
+    key = os.environ.get(f"{PREFIX}API_KEY")
+    url = os.environ.get(f"{PREFIX}URL")
+    folder = state_dir(os.environ)
+    if url:
+        return Server(url.rstrip("/"), key)
+    head = read_head(folder)
+    if head is None:
+        raise Unreachable(f"no server is running (looked in {folder}); start one: serverless-llm serve")
+    return Server(head["url"], key or _kept_key(folder))
+
+
+def read_head(folder: Path) -> dict[str, Any] | None:
+    """What the head of a state directory wrote about itself: url, generation, pid. None unless it lives."""
+    try:
+        head: dict[str, Any] = json.loads((folder / "head.json").read_text())
+        os.kill(head["pid"], 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return head
+
+
+def _kept_key(folder: Path) -> str | None:
+    """The key that the server generated for itself, if it did."""
+    try:
+        return (folder / "api-key").read_text().strip() or None
+    except OSError:
+        return None

@@ -1,0 +1,81 @@
+"""`serverless-llm`: finds the verb, runs it, and turns what went wrong into a line and an exit status.
+
+Nothing heavy is imported here: each verb lives in a module of its own that is imported when it is called.
+Statuses: 0 done, 1 failure, 2 usage, 69 server unreachable, 78 bad configuration or platform, 130 and 143 signals.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import click
+
+from serverless_llm.errors import ConfigurationError, ServerlessLLMError
+
+FAILURE, CONFIGURATION, INTERRUPTED = 1, 78, 130
+
+
+class Verb(NamedTuple):
+    module: str
+    function: str
+    summary: str
+
+
+VERBS = {
+    "serve": Verb("serve", "serve", "Start the server; Ctrl-C stops it."),
+    "run": Verb("run", "run", "Send one prompt and stream the answer, with or without a running server."),
+    "deploy": Verb("models", "deploy", "Give a checkpoint a name and an endpoint."),
+    "rm": Verb("models", "rm", "Take a model's endpoint away."),
+    "ls": Verb("models", "ls", "List the deployed models."),
+    "ps": Verb("models", "ps", "List the models that hold memory now."),
+    "stop": Verb("stop", "stop", "Stop the running server."),
+    "make-checkpoint": Verb("make_checkpoint", "make_checkpoint_command", "Write a checkpoint of random weights."),
+}
+
+
+class Verbs(click.Group):
+    """A group that imports a verb's module only to run it, and lists all without importing any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        verb = VERBS.get(cmd_name)
+        if verb is None:
+            return None
+        module = importlib.import_module(f"serverless_llm.cli.{verb.module}")
+        command: click.Command = getattr(module, verb.function)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.summary) for name, verb in VERBS.items()])
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="serverless-llm", prog_name="serverless-llm")
+def cli() -> None:
+    """Serve many language models from few GPUs: an endpoint for each at once, nothing while idle."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line; the exit status."""
+    if sys.platform != "linux":
+        click.echo(f"serverless-llm: runs on Linux only, this is {sys.platform}", err=True)
+        return CONFIGURATION
+    try:
+        return cli.main(arguments, prog_name="serverless-llm", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except ServerlessLLMError as error:
+        click.echo(f"serverless-llm: {error}", err=True)
+        return CONFIGURATION if isinstance(error, ConfigurationError) else FAILURE
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe went away: nobody is left to be told
+        return FAILURE

@@ -1,0 +1,126 @@
+"""The verbs about deployed models: `deploy`, `rm`, `ls`, `ps`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from serverless_llm.cli.client import Server, find, model_path
+from serverless_llm.cli.sources import name_of, resolve
+from serverless_llm.config import parse_duration
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def spec_of(source: str, **options: Any) -> dict[str, Any]:
+    """The body of a deploy: the source and every option that was given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if "keep_alive" in given:
+        parse_duration(given["keep_alive"])  # refused here, before the server is asked
+    return {"source": resolve(source), **given}
+
+
+@click.command()
+@click.argument("name")
+@click.argument("source", required=False)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Served precision.")
+@click.option("--keep-alive", metavar="TIME", help="How long it stays on its device unused: 5m, 0, or -1 for ever.")
+@click.option("--min-replicas", type=int, help="Replicas that stay loaded.")
+@click.option("--max-replicas", type=int, help="Most replicas at a time.")
+@click.option("--max-concurrency", type=int, help="Sequences in one replica at a time.")
+@click.option("--max-queue", type=int, help="Waiting requests beyond which a new one is refused.")
+@click.option("--context", type=int, help="Most tokens of a request, prompt and answer together.")
+@click.option("--pinned", is_flag=True, default=None, help="Never evict it.")
+@as_json
+def deploy(name: str, source: str | None, as_json: bool, **options: Any) -> None:
+    """Give the checkpoint SOURCE (a directory, or demo-count, demo-add, demo-reverse) the endpoint NAME.
+
+    Nothing is loaded until a first request comes. Without SOURCE, NAME itself names the checkpoint.
+    """
+    server = find()
+    spec = spec_of(source or name, **options)
+    name = name if source else name_of(name)
+    answer = server.call("PUT", model_path(name), spec)
+    click.echo(json.dumps(answer) if as_json else f"{name}: {server.url}/models/{name}/v1")
+
+
+@click.command()
+@click.argument("name")
+def rm(name: str) -> None:
+    """Take the model NAME away; its files stay."""
+    find().call("DELETE", model_path(name))
+
+
+@click.command()
+@as_json
+def ls(as_json: bool) -> None:
+    """List every deployed model, loaded or not."""
+    models = deployed(find())
+    if as_json:
+        click.echo(json.dumps(models))
+        return
+    show(
+        ("NAME", "SIZE", "STATE", "TIER", "SOURCE"),
+        [(row["name"], size(row["bytes"]), state(row), row["tier"], row["source"]) for row in models],
+    )
+
+
+@click.command()
+@as_json
+def ps(as_json: bool) -> None:
+    """List the models that are on a device, or on their way there."""
+    models = [row for row in deployed(find()) if row["state"] in {"loading", "loaded"}]
+    if as_json:
+        click.echo(json.dumps(models))
+        return
+    show(
+        ("NAME", "SIZE", "STATE", "TIER", "DEVICE", "UNTIL"),
+        [
+            (row["name"], size(row["bytes"]), state(row), row["tier"], ", ".join(row["devices"]), until(row))
+            for row in models
+        ],
+    )
+
+
+def deployed(server: Server) -> list[dict[str, Any]]:
+    """Every deployed model as the admin API shows it."""
+    models: list[dict[str, Any]] = server.call("GET", "/admin/status")["models"]
+    return models
+
+
+def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table with aligned columns, plain in a pipe and on a terminal."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def size(count: int) -> str:
+    """Bytes as Ollama prints them: 3.8 MB."""
+    units = ["B", "KB", "MB", "GB", "TB"]
+    value = float(count)
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def state(row: dict[str, Any]) -> str:
+    if row["state"] == "loading":
+        return f"loading {row['progress']:.0%}"
+    return f"failed: {row['error']}" if row["state"] == "failed" else str(row["state"])
+
+
+def until(row: dict[str, Any], now: float | None = None) -> str:
+    """When a replica leaves its device if nobody uses it."""
+    if row["until"] is None:
+        return "forever" if row["pinned"] or row["keep_alive"] is None else "in use"
+    seconds = row["until"] - (time.time() if now is None else now)
+    if seconds < 1:
+        return "now"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,32 @@
+"""`serverless-llm stop`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import click
+
+from serverless_llm.cli.client import Unreachable, read_head
+from serverless_llm.config import state_dir
+
+POLL = 0.05  # seconds; a process that is not a child can only be asked
+
+
+@click.command()
+@click.option("--now", is_flag=True, help="Do not wait for running streams.")
+@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for its end.")
+def stop(now: bool, timeout: float) -> None:
+    """Stop this user's server: running streams get their drain time, then every process ends."""
+    folder = state_dir(os.environ)
+    head = read_head(folder)
+    if head is None:
+        raise Unreachable(f"no server is running (looked in {folder})")
+    for _ in range(2 if now else 1):
+        os.kill(head["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while read_head(folder) is not None:
+        if time.monotonic() > deadline:
+            raise click.ClickException(f"the server (pid {head['pid']}) still runs after {timeout:.0f} s")
+        time.sleep(POLL)
