@@ -1,0 +1,101 @@
+"""A running generation: its tokens, its blocks, and how many of its tokens have their KV in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from serverless_llm.domain import FinishReason, ReplicaId, Sampling, SequenceId
+
+TokenArray = npt.NDArray[np.int32]
+
+
+class SequenceStart(NamedTuple):
+    """What starts or resumes a sequence. `generated`: tokens that an earlier epoch has already delivered."""
+
+    sequence: SequenceId
+    epoch: int
+    replica: ReplicaId
+    prompt: TokenArray
+    generated: TokenArray
+    sampling: Sampling
+
+
+class Emission(NamedTuple):
+    """What one step says of one sequence; a stop id is delivered as its last token."""
+
+    sequence: SequenceId
+    epoch: int
+    tokens: list[int]
+    finish: FinishReason | None
+
+
+class FirstToken(NamedTuple):
+    """A sequence's first token of this epoch; `prefill_s` counts from its admission."""
+
+    sequence: SequenceId
+    epoch: int
+    prefill_s: float
+
+
+class SequenceState(NamedTuple):
+    sequence: SequenceId
+    epoch: int
+    generated: int  # tokens, those of earlier epochs included
+    kv_blocks: int
+
+
+class StepResult(NamedTuple):
+    tokens: list[Emission]
+    first: list[FirstToken]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One generation in this engine.
+
+    Attributes:
+        order: place in the engine's arrival order; the youngest is preempted first.
+        tokens: prompt, then generated tokens.
+        context: most tokens it may ever hold.
+        blocks: byte offsets of its KV blocks in the arena.
+        cached: tokens whose KV is in `blocks`, a prefix of `tokens`.
+        started: clock when its prefill was first admitted, seconds; None before.
+    """
+
+    sequence: SequenceId
+    epoch: int
+    replica: ReplicaId
+    order: int
+    tokens: list[int]
+    prompt_length: int
+    context: int
+    sampling: Sampling
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+    started: float | None = None
+    emitted: bool = False
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def missing(self) -> int:
+        """Tokens to run before the next one can be drawn."""
+        return len(self.tokens) - self.cached
+
+    @property
+    def decoding(self) -> bool:
+        return self.missing == 1 and self.emitted
+
+    def finish(self) -> FinishReason | None:
+        """Why it ends with the tokens it has, None where it goes on."""
+        if self.generated and self.tokens[-1] in self.sampling.stop_ids:
+            return FinishReason.STOP
+        if self.generated >= self.sampling.max_tokens or len(self.tokens) >= self.context:
+            return FinishReason.LENGTH
+        return None
