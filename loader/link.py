@@ -1,0 +1,22 @@
+"""How fast a link is, learned from the transfers that crossed it. Pure."""
+
+from __future__ import annotations
+
+WEIGHT = 0.3  # of the newest transfer; arbitrary: three transfers halve an old belief
+MINIMUM = 1 << 20  # bytes; a shorter transfer tells of latency, not of bandwidth
+
+
+class Link:
+    """One link. `bandwidth`: bytes per second, 0 before the first transfer; `bytes`: moved since the start."""
+
+    def __init__(self) -> None:
+        self.bandwidth = 0.0
+        self.bytes = 0
+
+    def observe(self, nbytes: int, seconds: float) -> None:
+        """One finished transfer."""
+        self.bytes += nbytes
+        if nbytes < MINIMUM or seconds <= 0:
+            return
+        rate = nbytes / seconds
+        self.bandwidth = rate if not self.bandwidth else self.bandwidth + WEIGHT * (rate - self.bandwidth)

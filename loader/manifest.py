@@ -1,0 +1,206 @@
+"""What a checkpoint holds, from its headers alone: validated once, at deploy.
+
+`build` is the only function here that touches the disk; it reads no tensor's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from serverless_llm.domain import CheckpointId
+from serverless_llm.errors import CheckpointError
+from serverless_llm.loader import header
+from serverless_llm.loader.header import Header, TensorEntry
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+MAX_JSON = 100_000_000  # bytes of an index or config; an arbitrary bound on memory
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")  # weights that are not safetensors
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One safetensors file. `mtime_ns` tells later whether it is still the file that was validated."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    header: Header
+
+    @property
+    def data_offset(self) -> int:
+        return self.header.data_offset
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A checkpoint. `config` is config.json; `raw_config` its text; `files` are in load order."""
+
+    directory: Path
+    files: tuple[FileEntry, ...]
+    checkpoint: CheckpointId
+    config: dict[str, Any]
+    raw_config: str
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files, headers included."""
+        return sum(file.size for file in self.files)
+
+    def tensors(self) -> dict[str, tuple[int, TensorEntry]]:
+        """name -> (number of its file, entry), in file order."""
+        return {entry.name: (number, entry) for number, file in enumerate(self.files) for entry in file.header.tensors}
+
+
+def build(directory: Path) -> Manifest:
+    """Reads and validates a Hugging Face directory.
+
+    Raises:
+        CheckpointError: names the file and what is wrong.
+    """
+    directory = Path(directory)
+    try:
+        names = sorted(path.name for path in directory.iterdir())
+        choice = choose(names, str(directory))
+        weight_map = None if choice == SINGLE else weight_map_of(_text(directory, INDEX))
+        raw_config = _text(directory, CONFIG)
+        files, heads = [], []
+        for name in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
+            entry, head = _file(directory, name)
+            files.append(entry)
+            heads.append(head)
+        where = os.path.realpath(directory)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or directory}: {error.strerror}") from error
+    check_tensors(files, weight_map)
+    return Manifest(directory, tuple(files), identify(where, files, heads), object_of(raw_config, CONFIG), raw_config)
+
+
+def _text(directory: Path, name: str) -> str:
+    path = confined(directory, name)
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{name} is larger than {MAX_JSON} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{name} is not UTF-8") from None
+
+
+def _file(directory: Path, name: str) -> tuple[FileEntry, bytes]:
+    with confined(directory, name).open("rb", buffering=0) as file:
+        stat = os.fstat(file.fileno())
+        try:
+            prefix = file.read(header.PREFIX)
+            head = prefix + file.read(header.data_offset(prefix, stat.st_size) - header.PREFIX)
+            return FileEntry(name, stat.st_size, stat.st_mtime_ns, header.parse(head, stat.st_size)), head
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
+
+def confined(directory: Path, name: str) -> Path:
+    """The real path of a checkpoint's file.
+
+    A link may lead elsewhere in the directory, or into the `blobs` of the Hugging Face cache that the directory is a
+    snapshot in.
+
+    Raises:
+        CheckpointError: the file is missing, is not a plain file, or lies outside.
+    """
+    home = Path(os.path.realpath(directory))  # unlike Path.resolve, it survives a loop of links
+    path = Path(os.path.realpath(home / name))
+    blobs = home.parent.parent / "blobs"
+    if not path.is_relative_to(home) and not (home.parent.name == "snapshots" and path.is_relative_to(blobs)):
+        raise CheckpointError(f"{name} is a link out of {directory}")
+    if not path.is_file():
+        raise CheckpointError(f"{name} is missing in {directory}" if not path.exists() else f"{name} is not a file")
+    return path
+
+
+def choose(names: list[str], directory: str) -> str:
+    """`SINGLE` or `INDEX`, from a directory's file names.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    for name in (SINGLE, INDEX):
+        if name in names:
+            return name
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        raise CheckpointError(
+            f"{directory} has weights only as {', '.join(pickles[:3])}: not opened, since unpickling runs code; "
+            "convert them to safetensors"
+        )
+    raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
+
+
+def object_of(text: str, name: str) -> dict[str, Any]:
+    """The JSON object in `text`.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise CheckpointError(f"{name} is nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} is not a JSON object")
+    return value
+
+
+def weight_map_of(text: str) -> dict[str, str]:
+    """tensor -> file name, from an index's text.
+
+    Raises:
+        CheckpointError: no or a bad `weight_map`, or a file name that leads out of the directory.
+    """
+    weight_map = object_of(text, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX} has no weight_map")
+    for name in set(map(str, weight_map.values())):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or not name.isprintable():
+            raise CheckpointError(f"{INDEX} names {name!r}, which is no safetensors file in the directory")
+    return weight_map
+
+
+def check_tensors(files: list[FileEntry], weight_map: dict[str, str] | None) -> None:
+    """Each tensor is in one file, and in the one that the index names.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    home: dict[str, str] = {}
+    for file in files:
+        for entry in file.header.tensors:
+            if entry.name in home:
+                raise CheckpointError(f"tensor {entry.name!r} is in {home[entry.name]} and in {file.name}")
+            home[entry.name] = file.name
+    if weight_map is None or home == weight_map:
+        return
+    for name in sorted(home.keys() | weight_map.keys()):
+        if home.get(name) != weight_map.get(name):
+            raise CheckpointError(
+                f"tensor {name!r}: {INDEX} says {weight_map.get(name)}, found in {home.get(name, 'no file')}"
+            )
+
+
+def identify(directory: str, files: list[FileEntry], heads: list[bytes]) -> CheckpointId:
+    """Digest over the directory, names, sizes, mtimes and headers.
+
+    The directory counts because headers and sizes of fine-tunes are equal, and unpacked archives share their mtimes.
+    """
+    digest = blake2b(repr(directory).encode(), digest_size=16)
+    for file, head in zip(files, heads, strict=True):
+        digest.update(repr((file.name, file.size, file.mtime_ns, len(head))).encode())
+        digest.update(head)
+    return digest.hexdigest()

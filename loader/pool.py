@@ -1,0 +1,92 @@
+"""One shared memory area per node, cut into slots; the agent writes, workers map it read-only.
+
+A memfd, passed by descriptor: nothing under /dev/shm, which is 64 MiB in containers. Its memory is taken when a slot is
+first written and stays until the slot is punched: touching kept memory is what makes reads fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from serverless_llm.errors import CapacityError
+
+MIN_SLOT = 1 << 20
+MAX_SLOT = 16 << 20
+HUGE_PAGE = 2 << 20
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # fallocate(2)
+_SHMEM_HUGE = ("[always]", "[within_size]", "[advise]", "[force]")
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def slot_size(capacity: int) -> int:
+    """Bytes of a slot: about a thousandth of the pool, a power of two of 1 ... 16 MiB."""
+    return max(MIN_SLOT, min(MAX_SLOT, 1 << max(0, (capacity // 1024).bit_length() - 1)))
+
+
+class Pool:
+    """`capacity` bytes, rounded down to whole slots.
+
+    Attributes:
+        fd: the memfd, to be passed to workers.
+        pages: `hugetlb`, `huge` or `small`: what backs it. Small pages cost a fifth of the bandwidth.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.slot_bytes = slot_size(capacity)
+        self.slots = capacity // self.slot_bytes
+        self.capacity = self.slots * self.slot_bytes
+        if not self.slots:
+            raise CapacityError(f"a pool of {capacity} bytes holds no slot of {self.slot_bytes}")
+        self.pages = _page_kind(self.capacity, self.slot_bytes)
+        self.fd = os.memfd_create("weights", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.pages == "hugetlb" else 0))
+        os.ftruncate(self.fd, self.capacity)
+        self._map = mmap.mmap(self.fd, self.capacity, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        if self.pages == "huge":
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._map)
+
+    def offset(self, slot: int) -> int:
+        """Where the slot begins in the pool."""
+        return slot * self.slot_bytes
+
+    def view(self, slot: int, start: int = 0, stop: int | None = None) -> memoryview:
+        """Bytes [start, stop) of a slot, writable."""
+        base = self.offset(slot)
+        return self._view[base + start : base + (self.slot_bytes if stop is None else stop)]
+
+    def punch(self, slots: Iterable[int]) -> None:
+        """Gives these slots' memory back to the system; their next write takes new memory."""
+        for slot in slots:
+            if _LIBC.fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, self.offset(slot), self.slot_bytes):
+                raise OSError(ctypes.get_errno(), "fallocate")
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the pool holds now."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        """No view of it may be in use."""
+        self._view.release()
+        self._map.close()
+        os.close(self.fd)
+
+
+def _page_kind(capacity: int, slot_bytes: int) -> str:
+    """Never changes a system setting; `doctor` says what to change."""
+    if slot_bytes >= HUGE_PAGE and _free_huge_pages() * HUGE_PAGE >= capacity:
+        return "hugetlb"
+    setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    if setting.exists() and any(word in setting.read_text() for word in _SHMEM_HUGE):
+        return "huge"
+    return "small"
+
+
+def _free_huge_pages() -> int:
+    pages = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_PAGE // 1024}kB/free_hugepages")
+    return int(pages.read_text()) if pages.exists() else 0

@@ -1,0 +1,187 @@
+"""The DRAM tier: which piece of which checkpoint is in which slot of the pool. Pure.
+
+A piece is *reserved* (it owns a slot, its bytes are on their way) or *landed*. A checkpoint is leased by the replicas
+whose tensors are views into it, or that are being loaded from it: neither its slots nor those of an unfinished read
+are ever given to another.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from serverless_llm.domain import CheckpointId, ReplicaId
+from serverless_llm.errors import CapacityError, InvariantError
+from serverless_llm.loader.plan import Piece
+
+
+class Reservation(NamedTuple):
+    """`slots`: of every piece asked for; `missing`: pieces yet to be read; `evicted`: slots taken from others."""
+
+    slots: dict[Piece, int]
+    missing: list[Piece]
+    evicted: int
+
+
+@dataclass(slots=True)
+class _Resident:
+    slots: dict[Piece, int] = field(default_factory=dict)
+    landed: set[Piece] = field(default_factory=set)
+    holders: set[ReplicaId] = field(default_factory=set)
+    reading: bool = False  # a read may still write into slots that have not landed
+    doomed: bool = False  # leaves the tier with its last lease
+    used: float = 0.0
+    cost: float = 1.0  # of bringing one byte back, relative to the other checkpoints
+
+    @property
+    def idle(self) -> bool:
+        return not self.holders and not self.reading
+
+
+class Tier:
+    """`slots` slots of `slot_bytes` bytes. `now` is any clock's seconds that never run backwards."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self._free = list(range(slots))  # a heap: low numbers first, so that runs stay contiguous
+        self._residents: dict[CheckpointId, _Resident] = {}
+
+    def reserve(self, checkpoint: CheckpointId, pieces: Sequence[Piece], now: float, cost: float = 1.0) -> Reservation:
+        """Gives every piece a slot, evicting idle checkpoints for those that have none. All or nothing.
+
+        When `missing` is not empty the caller reads them, and says `land` for each, or `abort`.
+
+        Args:
+            pieces: all pieces of the checkpoint that the load needs, whether resident or not.
+
+        Raises:
+            CapacityError: too little would be left even if every idle checkpoint went.
+        """
+        resident = self._residents.get(checkpoint) or _Resident()
+        homeless = [piece for piece in pieces if piece not in resident.slots]
+        evicted = self._make_room(checkpoint, len(homeless))
+        self._residents[checkpoint] = resident
+        resident.used, resident.cost, resident.doomed = now, cost, False
+        for piece in homeless:
+            resident.slots[piece] = heapq.heappop(self._free)
+        missing = [piece for piece in pieces if piece not in resident.landed]
+        resident.reading = bool(missing)
+        return Reservation({piece: resident.slots[piece] for piece in pieces}, missing, evicted)
+
+    def land(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> None:
+        """The bytes of these reserved pieces are in their slots."""
+        resident = self._residents[checkpoint]
+        resident.landed.update(pieces)
+        if len(resident.landed) == len(resident.slots):
+            resident.reading = False
+            self._settle(checkpoint)
+
+    def abort(self, checkpoint: CheckpointId, discard: bool = False) -> None:
+        """The reading ended early, and its last read has returned: what has not landed loses its slots.
+
+        `discard`: the landed bytes are not to be trusted either. Slots go with the last lease.
+        """
+        resident = self._residents[checkpoint]
+        resident.reading = False
+        if discard:
+            resident.landed.clear()
+        self._settle(checkpoint)
+
+    def lease(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
+        """`holder` may refer to the checkpoint's slots until it is released."""
+        self._residents.setdefault(checkpoint, _Resident()).holders.add(holder)
+
+    def release(self, checkpoint: CheckpointId, holder: ReplicaId, now: float) -> None:
+        """`holder` refers to no slot of the checkpoint any more. Idempotent."""
+        resident = self._residents.get(checkpoint)
+        if resident is not None and holder in resident.holders:
+            resident.holders.discard(holder)
+            resident.used = now
+            self._settle(checkpoint)
+
+    def forget(self, checkpoint: CheckpointId) -> None:
+        """No model names the checkpoint any more: it goes, at once or with its last lease. Idempotent."""
+        if checkpoint in self._residents:
+            self._residents[checkpoint].doomed = True
+            self._settle(checkpoint)
+
+    def missing(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> list[Piece]:
+        """Those of `pieces` that have not landed."""
+        resident = self._residents.get(checkpoint)
+        return [piece for piece in pieces if resident is None or piece not in resident.landed]
+
+    def residents(self) -> list[tuple[CheckpointId, int]]:
+        """(checkpoint, landed bytes), for all that have any."""
+        sizes = ((name, sum(piece.length for piece in one.landed)) for name, one in self._residents.items())
+        return [(name, size) for name, size in sizes if size]
+
+    def holders(self, checkpoint: CheckpointId) -> frozenset[ReplicaId]:
+        resident = self._residents.get(checkpoint)
+        return frozenset(resident.holders) if resident else frozenset()
+
+    @property
+    def free_slots(self) -> tuple[int, ...]:
+        """Slots that nothing refers to: their memory may be given back."""
+        return tuple(self._free)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the slots in use, landed or reserved."""
+        return (self.slots - len(self._free)) * self.slot_bytes
+
+    @property
+    def available_bytes(self) -> int:
+        """Bytes that one load could have now: free slots and those of idle checkpoints."""
+        return (len(self._free) + sum(len(one.slots) for one in self._residents.values() if one.idle)) * self.slot_bytes
+
+    def _make_room(self, checkpoint: CheckpointId, needed: int) -> int:
+        """Evicts until `needed` slots are free; the number of slots evicted."""
+        victims = [(name, one) for name, one in self._residents.items() if one.idle and name != checkpoint]
+        available = len(self._free) + sum(len(one.slots) for _, one in victims)
+        if needed > available:
+            raise CapacityError(
+                f"{needed * self.slot_bytes} bytes of DRAM are needed for the weights, "
+                f"{available * self.slot_bytes} of {self.slots * self.slot_bytes} are available"
+            )
+        newest = max((one.used for _, one in victims), default=0.0)
+        evicted = 0
+        for name, one in sorted(victims, key=lambda item: (item[1].cost / (1 + newest - item[1].used), item[0])):
+            while one.slots and len(self._free) < needed:
+                self._evict_tail(one)
+                evicted += 1
+            if not one.slots:
+                del self._residents[name]
+        return evicted
+
+    def _evict_tail(self, resident: _Resident) -> None:
+        """The last piece goes first: what is left is a prefix, read past without a seek."""
+        piece = max(resident.slots)
+        resident.landed.discard(piece)
+        heapq.heappush(self._free, resident.slots.pop(piece))
+
+    def _settle(self, checkpoint: CheckpointId) -> None:
+        """Frees what an idle checkpoint need not keep."""
+        resident = self._residents[checkpoint]
+        if not resident.idle:
+            return
+        keep = set() if resident.doomed else resident.landed
+        for piece in [piece for piece in resident.slots if piece not in keep]:
+            heapq.heappush(self._free, resident.slots.pop(piece))
+        if not resident.slots:
+            del self._residents[checkpoint]
+
+    def check_invariants(self) -> None:
+        """Raises:
+        InvariantError: a slot has two owners or none, or a piece landed without a slot.
+        """
+        owned = [slot for one in self._residents.values() for slot in one.slots.values()]
+        if sorted(owned + self._free) != list(range(self.slots)):
+            raise InvariantError(f"slots have two owners or none: owned {sorted(owned)}, free {sorted(self._free)}")
+        for name, one in self._residents.items():
+            if not one.landed <= one.slots.keys():
+                raise InvariantError(f"{name} has landed pieces without a slot")
+            if one.idle and (one.doomed or len(one.landed) < len(one.slots) or not one.slots):
+                raise InvariantError(f"{name} is idle and keeps slots without bytes: {one}")
