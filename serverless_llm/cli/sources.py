@@ -33,7 +33,7 @@ def name_of(source: str) -> str:
     """A model's name made of its source's last part."""
     name = re.sub(r"[^\w.-]+", "-", Path(source).expanduser().resolve().name).lstrip("-._")
     if not NAME.fullmatch(name):
-        raise click.UsageError(f"no name can be made of {source!r}; deploy it under one: serverless-llm deploy NAME DIR")
+        raise click.UsageError(f"no name can be made of {source!r}; give it one: serverless-llm deploy NAME DIR")
     return name
 
 

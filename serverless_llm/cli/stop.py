@@ -23,7 +23,9 @@ def stop(now: bool, timeout: float) -> None:
     head = read_head(folder)
     if head is None:
         raise Unreachable(f"no server is running (looked in {folder})")
-    for _ in range(2 if now else 1):
+    os.kill(head["pid"], signal.SIGTERM)
+    if now:
+        time.sleep(POLL)  # two signals at the same moment count as one
         os.kill(head["pid"], signal.SIGTERM)
     deadline = time.monotonic() + timeout
     while read_head(folder) is not None:

@@ -1,0 +1,177 @@
+"""`serverless-llm run MODEL "prompt"`: streams one answer, from a running server or from one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, read_head
+from serverless_llm.cli.sources import is_source, name_of, resolve
+from serverless_llm.config import PREFIX
+
+START_SECONDS = 60.0  # for a server of its own to accept requests
+STOP_SECONDS = 15.0
+POLL = 0.01
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", type=int, help="Most tokens of the answer.")
+@click.option("--temperature", type=float, help="0 takes the likeliest token every time.")
+@click.option("--seed", type=int, help="The same seed gives the same answer.")
+@click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the model's chat template.")
+@click.option("--quiet", "-q", is_flag=True, help="No phases on standard error.")
+def run(model: str, prompt: str | None, raw: bool, quiet: bool, **sampling: Any) -> None:
+    """Send PROMPT (or standard input) to MODEL and stream the answer; the phases of the start go to standard error.
+
+    MODEL is a deployed name, a directory, or demo-count, demo-add, demo-reverse. With no server running, one is
+    started for this answer and stopped after it.
+    """
+    began = time.monotonic()
+    text = prompt if prompt is not None else _standard_input()
+    body = {name: value for name, value in sampling.items() if value is not None}
+    body |= {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
+    with _server(model) as (server, name):
+        body |= {"model": name, "stream": True}
+        path = "/v1/completions" if raw else "/v1/chat/completions"
+        report = _print_answer(server.stream(path, body), began)
+    if not quiet:
+        click.echo(report, err=True)
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        raise click.UsageError("give a prompt, or pipe one in")
+    return sys.stdin.read()
+
+
+@contextlib.contextmanager
+def _server(model: str) -> Iterator[tuple[Server, str]]:
+    """A server that has the model, and its name there."""
+    try:
+        server = find()
+    except Unreachable:
+        if os.environ.get(f"{PREFIX}URL"):
+            raise
+    else:
+        yield server, _deployed(server, model)
+        return
+    name = name_of(model)
+    with ephemeral(f"{name}={resolve(model)}") as server:
+        yield server, name
+
+
+def _deployed(server: Server, model: str) -> str:
+    """The name under which `model` is deployed, deployed now if it is a source that the server does not know."""
+    known = {row["id"] for row in server.call("GET", "/v1/models")["data"]}
+    if model in known or not is_source(model):
+        return model
+    name = name_of(model)
+    if name not in known:
+        server.call("PUT", model_path(name), {"source": resolve(model)})
+    return name
+
+
+@contextlib.contextmanager
+def ephemeral(*models: str) -> Iterator[Server]:
+    """A server on a free port of loopback with a state directory of its own, stopped and removed at the end.
+
+    It listens only to this process's key, and ends with this process whatever happens.
+
+    Raises:
+        click.ClickException: it did not start; the message is its own.
+    """
+    from serverless_llm.node.processes import command, environment
+
+    with tempfile.TemporaryDirectory(prefix="serverless-llm-") as folder:
+        options = ["--host", "127.0.0.1", "--port", "0", "--state-dir", folder, "--orphan-grace", "2s"]
+        options += ["--drain", "0", "--die-with", str(os.getpid())]
+        options += [part for model in models for part in ("--model", model)]
+        key = secrets.token_urlsafe(24)
+        log = Path(folder) / "serve.log"
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                command("serverless_llm", "serve", *options),
+                env={**environment(), f"{PREFIX}API_KEY": key},
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,  # so that Ctrl-C reaches this process, which then stops the server
+            )
+        try:
+            yield Server(_started(process, Path(folder), log), key)
+        finally:
+            _end(process)
+
+
+def _started(process: subprocess.Popen[bytes], folder: Path, log: Path) -> str:
+    """The URL of a server as soon as it accepts requests."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise click.ClickException(lines[-1] if lines else f"the server exited with {process.returncode}")
+        head = read_head(folder)
+        if head is not None and _is_ready(head["url"]):
+            return str(head["url"])
+        time.sleep(POLL)
+    raise click.ClickException(f"the server accepted no request within {START_SECONDS:.0f} s")
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        Server(url).call("GET", "/ready")
+    except (Unreachable, Refusal):
+        return False
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _print_answer(events: Iterator[dict[str, Any]], began: float) -> str:
+    """Prints the deltas as they come; the closing line about times."""
+    first = None
+    metrics: dict[str, Any] = {}
+    for event in events:
+        metrics = event.get("metrics") or metrics
+        for choice in event["choices"]:
+            text = choice.get("text") or (choice.get("delta") or {}).get("content")
+            if text:
+                first = first or time.monotonic()
+                sys.stdout.write(text)
+                sys.stdout.flush()
+    sys.stdout.write("\n")
+    return phases(None if first is None else first - began, metrics)
+
+
+def phases(first: float | None, metrics: dict[str, Any]) -> str:
+    """Times as one line: `first token 2.81 s after the command | cold start 31 ms: queue 0 ms, ...`."""
+    parts = ["no token" if first is None else f"first token {first:.2f} s after the command"]
+    cold = {name: value for name, value in metrics.items() if name.startswith("cold_start")}
+    if cold.get("cold_start_ms"):
+        inner = cold.get("cold_start_phases") or {}
+        shown = ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in inner.items())
+        parts.append(f"cold start {cold['cold_start_ms']:.0f} ms" + (f": {shown}" if shown else ""))
+    elif metrics:
+        parts.append("warm")
+    if metrics.get("time_to_first_token_ms") is not None:
+        parts.append(f"time to first token {metrics['time_to_first_token_ms']:.1f} ms")
+    return " | ".join(parts)

@@ -1,0 +1,231 @@
+"""Configuration: where values come from, how quantities are written, what each mistake says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serverless_llm import config
+from serverless_llm.config import Config, load, parse_devices, parse_duration, parse_rate, parse_size
+from serverless_llm.errors import ConfigurationError
+
+GIB = 1 << 30
+
+
+def loaded(flags: dict[str, Any] | None = None, path: Path | None = None, **environ: str) -> Config:
+    return load({"devices": "cpu:1", **(flags or {})}, {"HOME": "/home/someone", **environ}, path, memory=8 * GIB)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "serverless-llm.yaml"
+
+
+# --- sources ---
+
+
+def test_flag_beats_environment_beats_file_beats_default(file: Path) -> None:
+    file.write_text("port: 1\nhost: 10.0.0.1\ndrain: 5m\n")
+    read = loaded({"port": 3}, file, SERVERLESS_LLM_PORT="2", SERVERLESS_LLM_HOST="10.0.0.2")
+    assert (read.port, read.host, read.drain, read.hold) == (3, "10.0.0.2", 300.0, 60.0)
+
+
+def test_flags_that_were_not_given_count_for_nothing() -> None:
+    assert loaded({"port": None}, SERVERLESS_LLM_PORT="2").port == 2
+
+
+def test_file_is_named_by_the_environment(file: Path) -> None:
+    file.write_text("port: 7\n")
+    assert loaded(SERVERLESS_LLM_CONFIG=str(file)).port == 7
+
+
+def test_search_path_begins_here_and_ends_in_etc() -> None:
+    paths = config.search_path({"HOME": "/home/someone"})
+    assert [str(path) for path in paths] == [
+        "serverless-llm.yaml",
+        "/home/someone/.config/serverless-llm/serverless-llm.yaml",
+        "/etc/serverless-llm/serverless-llm.yaml",
+    ]
+    assert config.search_path({"XDG_CONFIG_HOME": "/x"})[1] == Path("/x/serverless-llm/serverless-llm.yaml")
+
+
+def test_first_file_of_the_search_path_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "serverless-llm.yaml").write_text("port: 9\n")
+    assert loaded().port == 9
+
+
+def test_an_empty_file_is_a_file_of_defaults(file: Path) -> None:
+    file.write_text("")
+    assert loaded(path=file) == loaded()
+
+
+def test_secrets_come_from_the_environment(file: Path) -> None:
+    file.write_text("api_key: ${env.KEY}-x\nhosts: ['${env.NAME}.example']\nmodels: {m: {source: '${env.NAME}'}}\n")
+    read = loaded(path=file, KEY="secret", NAME="gpu")
+    assert (read.api_key, read.hosts, read.models["m"].source) == ("secret-x", ("gpu.example",), "gpu")
+
+
+def test_lists_and_pairs_in_the_environment() -> None:
+    read = loaded(SERVERLESS_LLM_HOSTS="a,b", SERVERLESS_LLM_LIMITS="disk=20MB/s,upload=1GB/s")
+    assert read.hosts == ("a", "b")
+    assert read.limits == config.Limits(disk=20e6, upload=1e9)
+
+
+# --- defaults that depend on the machine ---
+
+
+def test_memory_is_shared_among_nodes_and_devices() -> None:
+    read = loaded({"nodes": 2, "devices": "cpu:2"})
+    assert (read.dram, read.device_memory) == (2 * GIB, GIB)
+
+
+def test_shares_and_sizes_of_memory() -> None:
+    read = loaded({"dram": "25%", "device_memory": "1.5GiB"})
+    assert (read.dram, read.device_memory) == (2 * GIB, GIB * 3 // 2)
+
+
+def test_gpus_keep_their_own_memory() -> None:
+    assert loaded({"devices": "cuda:2"}).device_memory is None
+    assert loaded({"devices": "cuda:2", "device_memory": "10GiB"}).device_memory == 10 * GIB
+
+
+def test_state_directory(tmp_path: Path) -> None:
+    assert loaded().state_dir == Path("/home/someone/.local/state/serverless-llm")
+    assert loaded(XDG_STATE_HOME=str(tmp_path)).state_dir == tmp_path / "serverless-llm"
+    assert config.state_dir({"SERVERLESS_LLM_STATE_DIR": "/elsewhere"}) == Path("/elsewhere")
+    assert config.state_dir({"HOME": "/home/someone"}) == Path("/home/someone/.local/state/serverless-llm")
+
+
+def test_available_memory_is_the_tightest_limit(tmp_path: Path) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4194304 kB\n")
+    assert config.available_memory(proc, cgroups) == 4 * GIB
+    (proc / "self" / "cgroup").write_text("0::/outer/inner\n4:memory:/box\n")
+    (cgroups / "outer" / "inner").mkdir(parents=True)
+    (cgroups / "outer" / "inner" / "memory.max").write_text("max\n")
+    assert config.available_memory(proc, cgroups) == 4 * GIB
+    (cgroups / "outer" / "memory.max").write_text(f"{2 * GIB}\n")
+    assert config.available_memory(proc, cgroups) == 2 * GIB
+    (cgroups / "memory" / "box").mkdir(parents=True)
+    (cgroups / "memory" / "box" / "memory.limit_in_bytes").write_text(f"{GIB}\n")
+    assert config.available_memory(proc, cgroups) == GIB
+
+
+def test_this_machine_has_memory() -> None:
+    assert load({}, {"HOME": "/home/someone"}).dram > 0
+
+
+# --- quantities ---
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1536", 1536), (2048, 2048), ("2GiB", 2 * GIB), ("20MB", 20_000_000), ("1.5 KiB", 1536), ("3T", 3 * 10**12)],
+)
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_rates() -> None:
+    assert (parse_rate("20MB/s"), parse_rate("1GiB"), parse_rate(5)) == (20e6, float(GIB), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5m", 300.0), (90, 90.0), ("0", 0.0), ("500ms", 0.5), ("2h", 7200.0), ("-1", math.inf)]
+)
+def test_durations(text: object, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+def test_devices() -> None:
+    assert parse_devices("cpu:2") == ("cpu", 2)
+    assert parse_devices("cuda") == ("cuda", 1)
+    assert parse_devices("auto")[1] >= 1
+
+
+def test_models_by_name() -> None:
+    read = loaded({"models": ("a=/x", "b/c=/y")})
+    assert {name: entry.source for name, entry in read.models.items()} == {"a": "/x", "b/c": "/y"}
+
+
+def test_models_in_the_file(file: Path) -> None:
+    file.write_text("models:\n  a: /x\n  b: {source: /y, keep_alive: 5m, context: 512, pinned: true}\n")
+    read = loaded(path=file)
+    assert read.models["a"] == config.ModelEntry(source="/x")
+    assert read.models["b"] == config.ModelEntry(source="/y", keep_alive=300.0, context=512, pinned=True)
+
+
+def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    read = loaded({"state_dir": Path("state"), "model_roots": ("models",)})
+    assert (read.state_dir, read.model_roots) == (tmp_path / "state", (tmp_path / "models",))
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot: 1", "unknown key 'prot'; did you mean 'port'?"),
+        ("limits: {dsik: 1}", "did you mean 'disk'?"),
+        ("models: {m: {sauce: /x}}", "models.m: unknown key 'sauce'; did you mean 'source'?"),
+        ("models: {m: {}}", "source"),
+        ("models: {'a b': /x}", "'a b' is no name of a model"),
+        ("models: 5", "'5' is not of the form|5 is not of the form"),
+        ("- 1", "a mapping of options is needed"),
+        ("port: [", "serverless-llm.yaml"),
+        ("port: many", r"Expected `int`, got `str` - at `\$.port`"),
+        ("port: 70000", "not between 0 and 65535"),
+        ("nodes: 0", "nodes: 0 is not a number from 1 up"),
+        ("weights: move", "weights"),
+        ("dram: lots", "'lots' is no size"),
+        ("drain: soon", "'soon' is no duration"),
+        ("limits: {disk: 5m/s}", "is no size"),
+        ("limits: disk", "'disk' is not of the form name=value"),
+        ("api_key: ${env.NOWHERE}", "NOWHERE, which is not set"),
+    ],
+)
+def test_what_a_mistake_says(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        loaded(path=file)
+
+
+def test_a_missing_file_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml"):
+        loaded(path=tmp_path / "nowhere.yaml")
+
+
+def test_unknown_variable_names_the_nearest_variable() -> None:
+    with pytest.raises(ConfigurationError, match="did you mean 'SERVERLESS_LLM_PORT'"):
+        loaded(SERVERLESS_LLM_PROT="1")
+
+
+@pytest.mark.parametrize("text", ["tpu:1", "cpu:x", "cpu:0", "gpu"])
+def test_unknown_devices(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="neither cpu:N nor cuda:N nor auto"):
+        loaded({"devices": text})
+
+
+def test_a_share_of_nothing_is_no_size() -> None:
+    with pytest.raises(ConfigurationError):
+        parse_size("50%")
+
+
+def test_an_empty_variable_is_none_at_all() -> None:
+    assert loaded(SERVERLESS_LLM_PORT="").port == 8000
+
+
+OPTIONS = """abandon_after api_key device_memory devices drain dram heartbeat hold host hosts keep_alive limits
+model_roots models nodes orphan_grace port state_dir threads weights"""
+
+
+def test_every_option_was_agreed_on() -> None:
+    """A new option needs a user who would set it: add it here, and to the README, once somebody named one."""
+    assert sorted(Config.__struct_fields__) == OPTIONS.split()

@@ -1,0 +1,78 @@
+"""What the parts may import: the seams of docs/architecture.md that import-linter does not see."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERYWHERE = sys.stdlib_module_names | {"serverless_llm"}
+IMPURE = {
+    "torch", "numpy", "asyncio", "socket", "threading", "multiprocessing", "subprocess", "random", "secrets", "time",
+    "datetime", "uuid", "concurrent", "selectors", "signal",
+}  # fmt: skip
+PURE_LOADER = ("header", "manifest", "plan", "residency")
+
+
+def files(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The top-level name of everything that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+PORTABLE = files("serverless_llm/domain.py", "serverless_llm/engine/**/*.py", "loader/**/*.py", "kernels/**/*.py")
+PURE = files("serverless_llm/cluster/*.py", "placement/*.py", *(f"loader/{name}.py" for name in PURE_LOADER))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", PORTABLE, ids=name_of)
+def test_runs_as_it_is_on_any_gpu_box(path: Path) -> None:
+    allowed = EVERYWHERE | {"numpy", "torch", "triton"}
+    assert set(imported(path)) <= allowed
+
+
+@pytest.mark.parametrize("path", PURE, ids=name_of)
+def test_pure_files_know_neither_clock_nor_chance_nor_io(path: Path) -> None:
+    names = set(imported(path))
+    assert names <= EVERYWHERE
+    assert not names & IMPURE
+
+
+def test_pure_parts_bring_no_heavy_module_with_them() -> None:
+    modules = [name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in PURE]
+    names = [name if name.startswith("serverless_llm") else f"serverless_llm.{name}" for name in modules]
+    script = f"import sys, json, {', '.join(names)}; print(json.dumps(sorted(sys.modules)))"
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT, env=_environment()
+    )
+    assert not {"torch", "numpy", "asyncio", "socket", "random", "msgspec"} & set(json.loads(output.stdout))
+
+
+def test_help_imports_no_verb() -> None:
+    script = "import sys; from serverless_llm.cli.main import main; main(['--help']); print(*sorted(sys.modules))"
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT, env=_environment()
+    )
+    loaded = set(output.stdout.splitlines()[-1].split())
+    assert not {"torch", "numpy", "aiohttp", "msgspec", "asyncio", "http.client", "yaml", "rich"} & loaded
+
+
+def _environment() -> dict[str, str]:
+    """An environment in which nothing, coverage included, is loaded at start."""
+    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
