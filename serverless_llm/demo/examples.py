@@ -9,7 +9,7 @@ from serverless_llm.demo import tasks
 from serverless_llm.demo.tokenizer import END, chat_tokens
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-WINDOW = 72  # answer tokens of a count seen at once in the first phase
+WINDOW = 40  # answer tokens of a count seen at once in the first phase
 WARM = 9  # a window's first tokens lack their context, so that no loss is taken on them
 
 
@@ -59,12 +59,12 @@ def _window_start(rng: random.Random, answer: str) -> int:
     """Where a window begins: often where something other than plain counting happens."""
     kind = rng.random()
     last = max(0, len(answer) + 1 - WINDOW)
-    if kind < 0.2:
+    if kind < 0.4:
         return 0
-    if kind < 0.45:
-        return min(last, max(0, answer.find("00 ") - rng.randint(15, WINDOW - 10)))
-    if kind < 0.7:
-        return max(0, len(answer) - rng.randint(15, WINDOW - 10))
+    if kind < 0.55:
+        return min(last, max(0, answer.find("00 ") - rng.randint(WARM + 3, WINDOW - 8)))
+    if kind < 0.75:
+        return max(0, len(answer) - rng.randint(WARM + 3, WINDOW - 2))
     return rng.randint(0, last)
 
 
@@ -72,8 +72,8 @@ def _count_prompt(rng: random.Random) -> str:
     """A training prompt; the few short numbers are drawn more often than their share."""
     while True:
         prompt = tasks.COUNT.draw(rng)
-        if rng.random() < 0.15:
-            start = rng.randint(0, 110)
+        if rng.random() < 0.3:
+            start = rng.randint(0, rng.choice((12, 120)))
             prompt = " ".join(str(start + term) for term in range(prompt.count(" ") + 1))
         if not tasks.COUNT.is_test(prompt):
             return prompt

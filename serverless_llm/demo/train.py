@@ -90,7 +90,7 @@ RECIPES = {
             mlp_bias=False,
             tie_word_embeddings=False,
         ),
-        (Phase(900, 64, 2e-3, whole=False), Phase(100, 12, 5e-4)),
+        (Phase(1600, 128, 2e-3, whole=False), Phase(100, 12, 5e-4)),
     ),
     ADD.name: Recipe(
         _shape(
@@ -164,7 +164,9 @@ def save(model: Model, shape: dict[str, Any], directory: Path) -> None:
     weights = {
         name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items() if name not in tied
     }
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it to its owner alone, which would travel into the wheel
     write_configs(directory, shape)
     write_tokenizer(directory, CONTEXT)
 
