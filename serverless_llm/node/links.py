@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from aiohttp import ClientError, ClientWebSocketResponse, WSMsgType, web
 
@@ -18,6 +18,7 @@ from serverless_llm.errors import ProtocolError
 
 WRITE_LIMIT = 64 << 20  # bytes; some hundred prompts of 128 Ki tokens
 BATCH = 1 << 20  # bytes; frames waiting together are written as one WebSocket message of about this size
+CLOSE_LIMIT = 0.5  # seconds for the closing handshake; a peer that hangs never answers it
 MAX_MESSAGE = 32 << 20  # bytes; above BATCH + the largest joined message of `wire.Splitter`
 BEAT = 1.0  # seconds between pings
 SILENCE = 5.0  # seconds without a sign of the peer, after which the link is half-open
@@ -110,20 +111,18 @@ class WebSocketLink:
 
     async def run(self) -> str:
         """Moves frames until the link ends, and returns the cause."""
-        tasks = [asyncio.ensure_future(self._guard(part)) for part in (self._read, self._write, self._watch)]
+        tasks = [asyncio.ensure_future(part()) for part in (self._read, self._write, self._watch)]
         try:
-            return await self._end
+            done, _ = await asyncio.wait([self._end, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            self.close(done.pop().result())
+        except (ClientError, OSError, ProtocolError) as error:
+            self.close(str(error) or type(error).__name__)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._socket.close()
-
-    async def _guard(self, part: Callable[[], Awaitable[str]]) -> None:
-        try:
-            self.close(await part())
-        except (ClientError, OSError, ProtocolError) as error:
-            self.close(str(error) or type(error).__name__)
+        return self._end.result()
 
     async def _read(self) -> str:
         while True:

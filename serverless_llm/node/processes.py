@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import signal
@@ -42,3 +43,19 @@ def died(status: int) -> str:
     if os.WIFSIGNALED(status):
         return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
     return f"exited with {os.waitstatus_to_exitcode(status)}"
+
+
+async def exit_of(pid: int) -> None:
+    """Returns when the process is gone; it need not be a child, and is not reaped."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:  # gone, or 0: a lock whose new holder has not written its pid yet
+        return
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(descriptor, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""What an agent is started with: one JSON object on its command line, made by the head from the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from serverless_llm.config import Config, parse_devices
+
+
+class DeviceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One device: `kind` cpu or cuda; `budget` bytes for weights and KV, 0: nearly all that a GPU has."""
+
+    kind: str
+    budget: int
+    weights: str
+
+
+class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One node agent.
+
+    Attributes:
+        dram: capacity of the DRAM tier, in bytes.
+        disk_rate, upload_rate: caps in bytes per second; 0: none.
+        threads: compute threads of a CPU device's worker.
+        orphan_grace: seconds without a head after which everything is freed.
+        stuck_after: seconds a worker with work may be silent before it is killed (or 20 predicted steps, if more).
+    """
+
+    state_dir: str
+    node: str
+    devices: tuple[DeviceOptions, ...]
+    dram: int
+    disk_rate: float = 0.0
+    upload_rate: float = 0.0
+    threads: int = 1
+    orphan_grace: float = 60.0
+    stuck_after: float = 10.0
+
+    @property
+    def lock_path(self) -> Path:
+        """Locked by the agent while it lives."""
+        return Path(self.state_dir) / "agents" / f"{self.node}.lock"
+
+
+def local_agents(config: Config) -> tuple[AgentOptions, ...]:
+    """The agents that a head with this configuration keeps on its own machine."""
+    kind, count = parse_devices(config.devices)
+    weights = config.weights if kind == "cpu" else "copy"
+    device = DeviceOptions(kind, config.device_memory or 0, weights)
+    return tuple(
+        AgentOptions(
+            state_dir=str(config.state_dir),
+            node=f"node{number}",
+            devices=(device,) * count,
+            dram=config.dram,
+            disk_rate=config.limits.disk,
+            upload_rate=config.limits.upload,
+            threads=config.threads,
+            orphan_grace=config.orphan_grace,
+        )
+        for number in range(config.nodes)
+    )

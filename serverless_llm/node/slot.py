@@ -1,0 +1,183 @@
+"""One device's place for a worker, as its agent sees it: which incarnation is there, and whether it still moves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+import msgspec
+
+from serverless_llm import wire
+from serverless_llm.node.links import SocketLink
+from serverless_llm.node.processes import died
+from serverless_llm.node.spawner import Spawner
+
+log = logging.getLogger(__name__)
+
+PREDICTED_STEPS = 20  # a step may take this many times its prediction before its worker counts as stuck
+BOOT_LIMIT = 60.0  # seconds from fork to Booted; a CUDA context takes some
+BACK_OFF = 0.1  # seconds, doubled with every incarnation that dies before it is up
+BACK_OFF_LIMIT = 5.0
+
+
+class Slot:
+    """Boots a worker, boots the next one when it died, and kills one that is stuck.
+
+    A frame to the worker arms the watchdog, any frame of the worker moves it on, and a Beat that says that nothing
+    is left to do disarms it. An idle worker therefore never needs to wake up.
+
+    Args:
+        boot: what every incarnation is told, its number aside.
+        pool: descriptor of the DRAM pool, owned by the agent.
+        receive: a frame of the worker.
+        up: the worker is up. lost: it is gone for good (reaped), with the cause; the next one is booting.
+        stuck_after: seconds of silence with work to do that a worker is allowed.
+    """
+
+    def __init__(
+        self,
+        boot: wire.Boot,
+        pool: int,
+        spawner: Spawner,
+        receive: Callable[[Slot, wire.Frame], None],
+        up: Callable[[Slot], None],
+        lost: Callable[[Slot, str], None],
+        stuck_after: float,
+    ) -> None:
+        self.device = boot.device
+        self.incarnation = 0
+        self.pid = 0
+        self.step = 0
+        self.numerics_id = ""
+        self.up = False
+        self._boot = boot
+        self._pool = pool
+        self._spawner = spawner
+        self._receive = receive
+        self._told_up = up
+        self._told_lost = lost
+        self._stuck_after = stuck_after
+        self._link: SocketLink | None = None
+        self._pidfd = -1
+        self._due: float | None = None  # when the worker must have said something
+        self._patience = stuck_after
+        self._verdict = ""  # why this agent killed the worker
+        self._failed_boots = 0
+
+    def boot(self) -> None:
+        """Starts the next incarnation. The forkserver must be up."""
+        self.incarnation += 1
+        self.step, self._verdict = 0, ""
+        self._due = self._now() + BOOT_LIMIT
+        socket = self._spawner.spawn(self.device, self.incarnation, self._pool)
+        socket.send(wire.encode(msgspec.structs.replace(self._boot, incarnation=self.incarnation)))
+        incarnation = self.incarnation
+
+        def receive(frame: wire.Frame) -> None:
+            if incarnation == self.incarnation:
+                self._frame(frame)
+
+        link = SocketLink(receive, lambda cause: self._ended(incarnation))
+        self._link = link
+        self._connecting = asyncio.ensure_future(
+            asyncio.get_running_loop().create_unix_connection(lambda: link, sock=socket)
+        )
+
+    def send(self, message: wire.Message, destination: int = 0, epoch: int = 0) -> None:
+        """Tells the worker something."""
+        self.relay(wire.encode(message, destination=destination, epoch=epoch))
+
+    def relay(self, raw: bytes) -> None:
+        """Passes frames on; dropped where no worker is up (its loss has been told)."""
+        if not self.up:
+            return
+        assert self._link is not None
+        if self._due is None:
+            self._due = self._now() + self._patience
+        self._link.send(raw)
+
+    def kill(self, cause: str) -> None:
+        """Kills the worker; `lost` follows when it was reaped."""
+        if self._pidfd >= 0:
+            self._verdict = self._verdict or cause
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def check(self) -> None:
+        """Kills a worker that owes a sign of life; to be called every second or so."""
+        if self._due is not None and self._now() > self._due:
+            self._due = None
+            self.kill(f"no step for {self._patience:.0f} s")
+
+    # --- what the forkserver tells ---
+
+    def spawned(self, incarnation: int, pid: int) -> None:
+        assert incarnation == self.incarnation
+        self.pid = pid
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            log.debug("worker %d of device %d was reaped at once", pid, self.device)
+
+    def exited(self, incarnation: int, status: int) -> None:
+        assert incarnation == self.incarnation
+        self._gone(self._verdict or died(status))
+        if self._failed_boots == 0:
+            self.boot()
+            return
+        delay = min(BACK_OFF * 2.0 ** (self._failed_boots - 1), BACK_OFF_LIMIT)
+        asyncio.get_running_loop().call_later(delay, self._boot_again, self.incarnation)
+
+    def forkserver_lost(self) -> None:
+        """All workers died with it; `boot` is called when another one is ready."""
+        if self._link is not None:
+            self._gone("the forkserver died")
+
+    def _boot_again(self, incarnation: int) -> None:
+        if incarnation == self.incarnation and self._spawner.up:
+            self.boot()
+
+    def _gone(self, cause: str) -> None:
+        self._failed_boots = 0 if self.up else self._failed_boots + 1
+        was_up, self.up, self.pid, self._due = self.up, False, 0, None
+        link, self._link = self._link, None
+        if link is not None:
+            link.close(cause)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        log.warning("worker of device %d, incarnation %d: %s", self.device, self.incarnation, cause)
+        if was_up:
+            self._told_lost(self, cause)
+
+    # --- what the worker tells ---
+
+    def _frame(self, frame: wire.Frame) -> None:
+        if frame.header.kind == wire.KIND[wire.Booted]:
+            booted = wire.decode(frame.header.kind, frame.body)
+            assert isinstance(booted, wire.Booted)
+            self.numerics_id, self.up, self._due = booted.numerics_id, True, None
+            self._told_up(self)
+        elif frame.header.kind == wire.KIND[wire.Beat]:
+            beat = wire.decode(frame.header.kind, frame.body)
+            assert isinstance(beat, wire.Beat)
+            self._beat(beat)
+        else:
+            if self._due is not None:
+                self._due = self._now() + self._patience
+            self._receive(self, frame)
+
+    def _beat(self, beat: wire.Beat) -> None:
+        self.step = beat.step
+        self._patience = max(self._stuck_after, PREDICTED_STEPS * beat.predicted_s)
+        self._due = self._now() + self._patience if beat.runnable else None
+
+    def _ended(self, incarnation: int) -> None:
+        # A worker that closed its socket has nothing left to live for; usually it is dead already.
+        if incarnation == self.incarnation and self._link is not None:
+            self.kill("the worker closed its link")
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

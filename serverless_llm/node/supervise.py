@@ -1,0 +1,70 @@
+"""The head's side of its local agents: they run, whoever started them, and outlive the head."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from serverless_llm.node import state
+from serverless_llm.node.options import AgentOptions
+from serverless_llm.node.processes import command, environment, exit_of
+
+log = logging.getLogger(__name__)
+
+SETTLED = 5.0  # seconds that an agent must live for its death to be answered at once
+BACK_OFF = 0.2  # seconds, doubled with every death before that
+BACK_OFF_LIMIT = 10.0
+
+
+class Supervisor:
+    """Keeps one agent running for each of `agents`; cancel `run` to stop watching them, which leaves them alone."""
+
+    def __init__(self, agents: Sequence[AgentOptions]) -> None:
+        self._agents = agents
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for options in self._agents:
+                group.create_task(self._keep(options))
+
+    async def ended(self) -> None:
+        """Returns when no agent lives (after `Shutdown`)."""
+        for options in self._agents:
+            while (pid := state.holder(options.lock_path)) is not None:
+                await exit_of(pid)
+
+    async def _keep(self, options: AgentOptions) -> None:
+        clock = asyncio.get_running_loop().time
+        delay = 0.0
+        while True:
+            began = clock()
+            if (pid := state.holder(options.lock_path)) is not None:
+                log.info("%s runs already, pid %d", options.node, pid)
+                await exit_of(pid)
+            else:
+                await self._spawn(options)
+            if clock() - began > SETTLED:
+                delay = 0.0
+            log.warning("%s died; the next one starts in %.1f s", options.node, delay)
+            await asyncio.sleep(delay)
+            delay = min(max(2 * delay, BACK_OFF), BACK_OFF_LIMIT)
+
+    async def _spawn(self, options: AgentOptions) -> None:
+        path = Path(options.state_dir) / "logs" / f"agent-{options.node}.log"
+        arguments = command("serverless_llm.node.agent", msgspec.json.encode(options).decode())
+        with path.open("ab") as log_file:
+            process = subprocess.Popen(
+                arguments,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+            )
+        await exit_of(process.pid)
+        process.wait()

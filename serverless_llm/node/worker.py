@@ -1,0 +1,220 @@
+"""The worker: the one process that owns a device, and every replica on it. Forked by the forkserver.
+
+One thread runs the loop: take what the agent's socket holds without waiting, run one step, write what came of it.
+With nothing to do it sleeps in poll. Bytes are mapped or copied in the uploader's thread, which wakes the loop.
+
+A `Cancel` without sequences ends all of them, and so does a `Run` of a newer head generation.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from serverless_llm import wire
+from serverless_llm.domain import Sampling
+from serverless_llm.engine.engine import Engine
+from serverless_llm.engine.sequence import Emission, SequenceStart, StepResult
+from serverless_llm.errors import CapacityError, ProtocolError
+from serverless_llm.node.placing import Placing
+
+PROGRESS = 0.1  # seconds between reports of all sequences
+BEAT = 1.0  # seconds between signs of life of a worker that has work
+RECEIVE = 256 * 1024  # bytes of one recv
+SMOOTHING = 0.2  # weight of the newest step in the prediction of the next
+SWITCH_INTERVAL = 5e-4  # seconds; a copy thread that comes back from the kernel waits no longer for the GIL
+
+
+@dataclass(slots=True)
+class Owner:
+    """Whose a sequence is: its epoch, its gateway, and its tokens so far."""
+
+    epoch: int
+    gateway: int
+    generated: int
+
+
+class Worker:
+    """The loop around one engine. `run` returns when the agent is gone."""
+
+    def __init__(self, link: socket.socket, boot: wire.Boot, pool: int) -> None:
+        device = "cpu" if boot.kind == "cpu" else f"cuda:{boot.device}"
+        self._engine = Engine(device, boot.budget, boot.weights, boot.threads)
+        self._boot = boot
+        self._link = link
+        self._splitter = wire.Splitter()
+        self._placing = Placing(self._engine, boot, pool)
+        self._owners: dict[int, Owner] = {}
+        self._refused: list[tuple[int, int, str]] = []
+        self._address = 0
+        self._generation = 0
+        self._progress_due = 0.0
+        self._progress_empty = True  # nothing is left to report
+        self._beat_due = 0.0
+        self._predicted = 0.0  # seconds of the next step
+        self._poll = select.poll()
+        self._poll.register(link, select.POLLIN)
+        self._poll.register(self._placing.wakeup, select.POLLIN)
+
+    def run(self) -> None:
+        self._send(wire.Booted(os.getpid(), self._engine.numerics_id))
+        while self._take():
+            if self._engine.runnable:
+                self._step()
+            self._report(time.monotonic())
+
+    # --- the agent's socket ---
+
+    @property
+    def _busy(self) -> bool:
+        return self._engine.runnable or self._placing.busy
+
+    def _take(self) -> bool:
+        """Handles what is there; waits for it when there is nothing else to do. False: the agent is gone."""
+        timeout = 0 if self._engine.runnable else int(1000 * BEAT) if self._busy or self._owners else None
+        for descriptor, _ in self._poll.poll(timeout):
+            if descriptor == self._placing.wakeup:
+                for answer in self._placing.finished():
+                    self._send(answer)
+                continue
+            data = self._link.recv(RECEIVE)
+            if not data:
+                return False
+            for frame in self._splitter.feed(data):
+                self._handle(frame)
+            self._beat_due = 0.0
+        return True
+
+    def _handle(self, frame: wire.Frame) -> None:
+        message = wire.decode(frame.header.kind, frame.body)
+        match message:
+            case wire.Run():
+                self._start(frame.header, message)
+            case wire.Cancel(sequences):
+                self._cancel(sequences)
+            case wire.Reserve(device, replica, nbytes):
+                missing = self._engine.reserve(nbytes)
+                answer = wire.Refused(device, replica, missing) if missing else wire.Reserved(device, replica)
+                self._address, self._generation = frame.header.destination, frame.header.epoch
+                self._send(answer, wire.CONTROLLER)
+            case wire.Place():
+                self._answer(self._placing.place(message))
+            case wire.Landed(replica, pieces, last):
+                self._answer(self._placing.landed(replica, pieces, last))
+            case wire.Drop(replica):
+                self._placing.drop(replica)
+                self._owners = {state.sequence: self._owners[state.sequence] for state in self._engine.sequences()}
+                self._send(wire.Dropped(replica))
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is not for workers")
+
+    def _answer(self, answer: wire.Message | None) -> None:
+        if answer is not None:
+            self._send(answer)
+
+    def _send(self, message: wire.Message, destination: int = 0) -> None:
+        self._link.sendall(wire.encode(message, self._address, destination, self._generation))
+
+    # --- sequences ---
+
+    def _start(self, header: wire.Header, run: wire.Run) -> None:
+        if header.epoch > self._generation:
+            self._cancel([])
+        self._address, self._generation = header.destination, header.epoch
+        sampling = Sampling(run.temperature, run.top_k, run.top_p, run.seed, run.max_tokens, tuple(run.stop_ids))
+        prompt, generated = np.frombuffer(run.prompt, np.int32), np.frombuffer(run.generated, np.int32)
+        try:
+            self._engine.add(SequenceStart(run.sequence, run.epoch, run.replica, prompt, generated, sampling))
+        except (KeyError, CapacityError) as error:
+            why = str(error) if isinstance(error, CapacityError) else f"replica {run.replica} is not here"
+            self._refused.append((run.sequence, run.epoch, why))
+            return
+        self._owners[run.sequence] = Owner(run.epoch, header.source, len(generated))
+        self._progress_empty = False  # it is reported, or its end is
+
+    def _cancel(self, sequences: list[tuple[int, int]]) -> None:
+        for sequence, epoch in sequences or [(sequence, owner.epoch) for sequence, owner in self._owners.items()]:
+            self._engine.cancel(sequence, epoch)
+            owner = self._owners.get(sequence)
+            if owner is not None and owner.epoch <= epoch:
+                del self._owners[sequence]
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        result = self._engine.step()
+        took = time.monotonic() - began
+        self._predicted += SMOOTHING * (took - self._predicted)
+        self._publish(result)
+
+    def _publish(self, result: StepResult) -> None:
+        """Tokens first, so that a gateway logs a sequence's last ones before the machine lets it go."""
+        entries: dict[int, list[tuple[int, int, list[int], str]]] = defaultdict(list)
+        done = []
+        for emission in result.tokens:
+            owner = self._owners[emission.sequence]
+            entries[owner.gateway].append((emission.sequence, emission.epoch, emission.tokens, emission.finish or ""))
+            owner.generated += len(emission.tokens)
+            if emission.finish:
+                done.append(self._done(emission, owner))
+        for gateway, group in entries.items():
+            self._send(wire.Tokens(group), gateway)
+        if result.first or done:
+            first = [(one.sequence, one.epoch, one.prefill_s) for one in result.first]
+            self._tell(wire.Step(self._boot.device, self._boot.incarnation, first, done, []))
+
+    def _done(self, emission: Emission, owner: Owner) -> tuple[int, int, str, int]:
+        del self._owners[emission.sequence]
+        assert emission.finish is not None
+        return emission.sequence, emission.epoch, emission.finish.value, owner.generated
+
+    def _tell(self, message: wire.Message) -> None:
+        self._send(message, wire.CONTROLLER)
+
+    # --- reports ---
+
+    def _report(self, now: float) -> None:
+        if self._refused:
+            self._tell(wire.Step(self._boot.device, self._boot.incarnation, [], [], self._refused))
+            self._refused = []
+        sequences = bool(self._owners)
+        if (sequences and now >= self._progress_due) or (not sequences and not self._progress_empty):
+            self._progress(now)
+        if now >= self._beat_due or not (self._busy or sequences):
+            self._send(wire.Beat(self._engine.steps, self._busy or sequences, self._predicted))
+            self._beat_due = now + BEAT
+
+    def _progress(self, now: float) -> None:
+        states = [tuple(state) for state in self._engine.sequences()]
+        kv = self._engine.kv_used, self._engine.kv_free
+        self._tell(wire.Progress(self._boot.device, self._boot.incarnation, states, *kv))
+        self._progress_due, self._progress_empty = now + PROGRESS, not states
+
+
+def main(link: socket.socket, pool: int) -> int:
+    """A worker's whole life in its forked process; returns the exit status."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    header = wire.unpack(_exactly(link, wire.HEADER.size))
+    boot = wire.decode(header.kind, _exactly(link, header.length))
+    if not isinstance(boot, wire.Boot):
+        raise ProtocolError(f"{type(boot).__name__} instead of Boot")
+    Worker(link, boot, pool).run()
+    return 0
+
+
+def _exactly(link: socket.socket, count: int) -> bytes:
+    data = link.recv(count, socket.MSG_WAITALL)
+    if len(data) < count:
+        sys.exit("the agent was gone before this worker was up")
+    return data
+
+
+def rehearse() -> None:
+    """In the forkserver: what every worker would otherwise do first."""
+    Engine("cpu", budget=1 << 20).warm()
