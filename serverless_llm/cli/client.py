@@ -123,10 +123,10 @@ def read_head(folder: Path) -> dict[str, Any] | None:
     """What the head of a state directory wrote about itself: url, generation, pid. None unless it lives."""
     try:
         head: dict[str, Any] = json.loads((folder / "head.json").read_text())
-        os.kill(head["pid"], 0)
+        state = Path(f"/proc/{head['pid']}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, ValueError, KeyError):
         return None
-    return head
+    return None if state == "Z" else head  # a zombie is dead, only its parent has not looked yet
 
 
 def _kept_key(folder: Path) -> str | None:

@@ -1,0 +1,69 @@
+"""The command line as a whole: help, statuses, what an error looks like."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from serverless_llm.cli import main as cli_main
+from serverless_llm.cli.main import VERBS, Verbs, cli
+from serverless_llm.errors import CheckpointError, ConfigurationError
+from tests.unit.cli.conftest import CommandLine
+
+
+def test_help_lists_every_verb(cli: CommandLine) -> None:
+    outcome = cli("--help")
+    assert outcome.status == 0
+    assert all(verb in outcome.out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(cli: CommandLine, verb: str) -> None:
+    outcome = cli(verb, "--help")
+    assert outcome.status == 0
+    assert outcome.out.startswith(f"Usage: serverless-llm {verb}")
+
+
+def test_verbs_are_listed_without_import() -> None:
+    assert Verbs().list_commands(click.Context(cli)) == list(VERBS)
+
+
+def test_an_unknown_verb_is_a_usage_error(cli: CommandLine) -> None:
+    outcome = cli("sreve")
+    assert outcome.status == 2
+    assert "No such command 'sreve'" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ConfigurationError("bad port"), 78), (CheckpointError("no header"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_errors_become_a_line_and_a_status(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setitem(VERBS, "fail", cli_main.Verb("main", "fail", ""))
+    monkeypatch.setattr(cli_main, "fail", click.command("fail")(fail), raising=False)
+    outcome = cli("fail")
+    assert outcome.status == status
+    assert outcome.err.strip() in {f"serverless-llm: {error}", ""}
+
+
+def test_other_platforms_are_told(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    outcome = cli("ls")
+    assert outcome.status == 78
+    assert "Linux only" in outcome.err
+
+
+def test_a_bad_configuration_is_78(cli: CommandLine, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("prot: 1\n")
+    outcome = cli("serve", "--config", str(file))
+    assert outcome.status == 78
+    assert "did you mean 'port'" in outcome.err

@@ -1,0 +1,182 @@
+"""`deploy`, `rm`, `ls`, `ps`, and how they find and reach a server."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serverless_llm.cli import models
+from serverless_llm.cli.sources import name_of, named, resolve
+from serverless_llm.demo import tasks
+from tests.unit.cli.conftest import CommandLine, Scripted
+
+ROW = {
+    "name": "m", "source": "/models/m", "bytes": 3_800_000, "state": "loaded", "tier": "device", "progress": 1.0,
+    "error": "", "devices": ["node0/1"], "keep_alive": 300.0, "pinned": False, "until": None,
+}  # fmt: skip
+
+
+def rows(server: Scripted, *changes: dict[str, Any]) -> None:
+    server.answers["GET", "/admin/status"] = (200, {"models": [ROW | change for change in changes], "nodes": []})
+
+
+# --- finding a server ---
+
+
+def test_nobody_there_is_69(cli: CommandLine) -> None:
+    outcome = cli("ls")
+    assert outcome.status == 69
+    assert "no server is running" in outcome.err
+
+
+def test_a_url_that_nobody_listens_on_is_69(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_URL", "http://127.0.0.1:1")
+    outcome = cli("ls")
+    assert outcome.status == 69
+    assert "no server answers at http://127.0.0.1:1" in outcome.err
+
+
+def test_the_state_directory_names_the_server_and_its_key(cli: CommandLine, server: Scripted, tmp_path: Path) -> None:
+    (tmp_path / "head.json").write_text(json.dumps({"url": server.url, "generation": 1, "pid": os.getpid()}))
+    rows(server)
+    assert cli("ls").status == 0
+    (tmp_path / "api-key").write_text("kept\n")
+    assert cli("ls").status == 0
+    assert [key for _, _, _, key in server.seen] == [None, "Bearer kept"]
+
+
+def test_the_environment_names_server_and_key(
+    cli: CommandLine, running: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_API_KEY", "mine")
+    rows(running)
+    assert cli("ls").status == 0
+    assert running.seen[0][3] == "Bearer mine"
+
+
+def test_an_error_answer_is_shown(cli: CommandLine, running: Scripted) -> None:
+    running.answers["DELETE", "/admin/models/m"] = (404, {"error": {"message": "no model m", "code": None}})
+    outcome = cli("rm", "m")
+    assert (outcome.status, outcome.err) == (1, "Error: no model m\n")
+
+
+def test_an_error_that_is_no_json_is_shown_too(cli: CommandLine, running: Scripted) -> None:
+    outcome = cli("rm", "m")
+    assert (outcome.status, outcome.err) == (1, "Error: HTTP 404: no such page\n")
+
+
+# --- deploy and rm ---
+
+
+def test_deploy_a_directory(cli: CommandLine, running: Scripted, tmp_path: Path) -> None:
+    running.answers["PUT", "/admin/models/a%2Fb"] = (200, {"name": "a/b"})
+    outcome = cli("deploy", "a/b", str(tmp_path), "--keep-alive", "5m", "--pinned", "--max-replicas", "2")
+    assert (outcome.status, outcome.out) == (0, f"a/b: {running.url}/models/a/b/v1\n")
+    body = {"source": str(tmp_path), "keep_alive": "5m", "pinned": True, "max_replicas": 2}
+    assert running.seen[0][:3] == ("PUT", "/admin/models/a%2Fb", body)
+
+
+def test_deploy_a_demo_by_its_name(cli: CommandLine, running: Scripted) -> None:
+    running.answers["PUT", "/admin/models/demo-add"] = (200, {"name": "demo-add"})
+    outcome = cli("deploy", "demo-add", "--json")
+    assert json.loads(outcome.out) == {"name": "demo-add"}
+    assert running.seen[0][2] == {"source": str(tasks.checkpoint_dir("demo-add"))}
+
+
+def test_deploy_refuses_what_is_no_source(cli: CommandLine, running: Scripted) -> None:
+    outcome = cli("deploy", "m", "/nowhere/at/all")
+    assert outcome.status == 2
+    assert "neither a directory nor one of demo-count" in outcome.err
+    assert not running.seen
+
+
+def test_deploy_refuses_what_is_no_time(cli: CommandLine, running: Scripted, tmp_path: Path) -> None:
+    outcome = cli("deploy", "m", str(tmp_path), "--keep-alive", "soon")
+    assert outcome.status == 78
+    assert not running.seen
+
+
+def test_rm_says_nothing(cli: CommandLine, running: Scripted) -> None:
+    running.answers["DELETE", "/admin/models/m"] = (204, b"")
+    assert cli("rm", "m") == (0, "", "")
+
+
+# --- lists ---
+
+
+def test_ls_shows_all(cli: CommandLine, running: Scripted) -> None:
+    rows(
+        running,
+        {},
+        {"name": "long-name", "state": "failed", "error": "pickle file", "tier": "disk"},
+        {"name": "n", "state": "loading", "progress": 0.5, "tier": "dram", "bytes": 12},
+    )
+    assert cli("ls").out.splitlines() == [
+        "NAME       SIZE    STATE                TIER    SOURCE",
+        "m          3.8 MB  loaded               device  /models/m",
+        "long-name  3.8 MB  failed: pickle file  disk    /models/m",
+        "n          12 B    loading 50%          dram    /models/m",
+    ]
+
+
+def test_ps_shows_what_holds_memory(cli: CommandLine, running: Scripted) -> None:
+    rows(running, {}, {"name": "idle", "state": "unloaded", "devices": []})
+    assert cli("ps").out.splitlines() == [
+        "NAME  SIZE    STATE   TIER    DEVICE   UNTIL",
+        "m     3.8 MB  loaded  device  node0/1  in use",
+    ]
+
+
+@pytest.mark.parametrize("verb", ["ls", "ps"])
+def test_lists_as_json(cli: CommandLine, running: Scripted, verb: str) -> None:
+    rows(running, {})
+    assert json.loads(cli(verb, "--json").out) == [ROW]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"until": 1000.5}, "now"),
+        ({"until": 1090.0}, "90 s"),
+        ({"until": 1300.0}, "5 min"),
+        ({"pinned": True}, "forever"),
+        ({"keep_alive": None}, "forever"),
+        ({}, "in use"),
+    ],
+)
+def test_until(change: dict[str, Any], text: str) -> None:
+    assert models.until(ROW | change, now=1000.0) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (1500, "1.5 KB"), (16_400_000_000, "16.4 GB")])
+def test_sizes(count: int, text: str) -> None:
+    assert models.size(count) == text
+
+
+# --- sources ---
+
+
+def test_names_are_made_of_the_last_part(tmp_path: Path) -> None:
+    (tmp_path / "_My model").mkdir()
+    assert name_of(str(tmp_path / "_My model")) == "My-model"
+    assert name_of("demo-count") == "demo-count"
+
+
+def test_models_with_and_without_a_name(tmp_path: Path) -> None:
+    expected = {"demo-add": str(tasks.checkpoint_dir("demo-add")), "mine": str(tmp_path)}
+    assert named(("demo-add", f"mine={tmp_path}")) == expected
+
+
+def test_root_has_no_name(cli: CommandLine, running: Scripted) -> None:
+    outcome = cli("deploy", "/")
+    assert outcome.status == 2
+    assert "no name can be made of '/'" in outcome.err
+
+
+def test_directories_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(".") == str(tmp_path)

@@ -1,0 +1,135 @@
+"""`run` against a running server, and `stop`."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.cli.run import phases
+from serverless_llm.demo import tasks
+from tests.unit.cli.conftest import CommandLine, Scripted, events
+
+CHAT = ("POST", "/v1/chat/completions")
+METRICS = {"time_to_first_token_ms": 41.26, "cold_start_ms": 31.0, "cold_start_phases": {"queue_ms": 1.0, "disk_ms": 9}}
+
+
+@pytest.fixture
+def known(running: Scripted) -> Scripted:
+    """A server with the model `m`, which answers `44 45`."""
+    running.answers["GET", "/v1/models"] = (200, {"data": [{"id": "m"}]})
+    running.answers[CHAT] = (
+        200,
+        events(
+            {"choices": [{"delta": {"role": "assistant"}}]},
+            {"choices": [{"delta": {"content": "44"}}]},
+            {"choices": [{"delta": {"content": " 45"}}]},
+            {"choices": [{"delta": {}, "finish_reason": "stop"}], "metrics": METRICS},
+            {"choices": [], "usage": {}},
+        ),
+    )
+    return running
+
+
+def test_answer_on_stdout_phases_on_stderr(cli: CommandLine, known: Scripted) -> None:
+    outcome = cli("run", "m", "43", "--seed", "3", "--max-tokens", "2")
+    assert (outcome.status, outcome.out) == (0, "44 45\n")
+    assert outcome.err.endswith("cold start 31 ms: queue 1.0 ms, disk 9.0 ms | time to first token 41.3 ms\n")
+    assert known.seen[-1][2] == {
+        "model": "m", "stream": True, "seed": 3, "max_tokens": 2, "messages": [{"role": "user", "content": "43"}],
+    }  # fmt: skip
+
+
+def test_prompt_from_standard_input(cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    assert cli("run", "m", "-q") == (0, "44 45\n", "")
+    assert known.seen[-1][2]["messages"][0]["content"] == "from a pipe"
+
+
+def test_no_prompt_on_a_terminal(cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert cli("run", "m").status == 2
+
+
+def test_raw_completes_the_prompt(cli: CommandLine, known: Scripted) -> None:
+    known.answers["POST", "/v1/completions"] = (200, events({"choices": [{"text": "!"}]}))
+    assert cli("run", "m", "hello", "--raw", "-q").out == "!\n"
+    assert known.seen[-1][2] == {"model": "m", "stream": True, "prompt": "hello"}
+
+
+def test_unknown_source_is_deployed_first(cli: CommandLine, known: Scripted) -> None:
+    known.answers["PUT", "/admin/models/demo-add"] = (201, {})
+    assert cli("run", "demo-add", "1+1", "-q").out == "44 45\n"
+    assert known.seen[-2][:3] == (
+        "PUT", "/admin/models/demo-add", {"source": str(tasks.checkpoint_dir("demo-add"))},
+    )  # fmt: skip
+    assert known.seen[-1][2]["model"] == "demo-add"
+
+
+def test_directory_whose_name_is_deployed_is_used_as_it_is(cli: CommandLine, known: Scripted, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    assert cli("run", str(tmp_path / "m"), "1", "-q").status == 0
+    assert known.seen[-1][2]["model"] == "m"
+    assert [method for method, *_ in known.seen] == ["GET", "POST"]
+
+
+def test_error_inside_the_stream(cli: CommandLine, known: Scripted) -> None:
+    known.answers[CHAT] = (200, events({"error": {"message": "the engine failed", "code": "engine_error"}}))
+    outcome = cli("run", "m", "x")
+    assert (outcome.status, outcome.err) == (1, "Error: the engine failed\n")
+
+
+def test_unreachable_url_starts_no_server(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_URL", "http://127.0.0.1:1")
+    assert cli("run", "demo-count", "1").status == 69
+
+
+def test_unknown_model_without_server_is_a_usage_error(cli: CommandLine) -> None:
+    outcome = cli("run", "no-such-model", "x")
+    assert outcome.status == 2
+    assert "neither a directory nor one of" in outcome.err
+
+
+def test_phases_of_an_answer_without_tokens_or_metrics() -> None:
+    assert phases(None, {}) == "no token"
+    assert phases(0.5, {"time_to_first_token_ms": 2.0}) == (
+        "first token 0.50 s after the command | warm | time to first token 2.0 ms"
+    )
+
+
+# --- stop ---
+
+
+def head(folder: Path, pid: int) -> None:
+    (folder / "head.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "generation": 1, "pid": pid}))
+
+
+def test_stop_waits_for_the_end(cli: CommandLine, tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    head(tmp_path, process.pid)
+    assert cli("stop") == (0, "", "")
+    assert process.wait() == -signal.SIGTERM
+
+
+def test_stop_gives_up(cli: CommandLine, tmp_path: Path) -> None:
+    deaf = "trap '' TERM; echo deaf; read forever"
+    with subprocess.Popen(["sh", "-c", deaf], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        head(tmp_path, process.pid)
+        outcome = cli("stop", "--now", "--timeout", "0.1")
+        assert outcome.status == 1
+        assert f"(pid {process.pid}) still runs" in outcome.err
+        process.kill()
+
+
+def test_stop_without_a_server_is_69(cli: CommandLine, tmp_path: Path) -> None:
+    head(tmp_path, 2**22 + 1)  # over the kernel's largest pid
+    assert cli("stop").status == 69
