@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH = PYTHONPATH=. $(BIN)/python -m bench.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SEED ?= 1
@@ -59,23 +60,23 @@ unit: $(VENV)/.installed-dev
 	$(BIN)/python scripts/coverage_gate.py
 
 soak: $(VENV)/.installed-dev
-	$(BIN)/python bench/soak.py --seed $(SEED) $(ARGS)
+	$(BENCH)soak --seed $(SEED) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/properties --hypothesis-seed=$(SEED) $(ARGS)
 
 accuracy: $(VENV)/.installed-dev
-	$(BIN)/python bench/accuracy.py $(ARGS)
+	$(BENCH)accuracy $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python bench/run_all.py $(ARGS)
-	$(BIN)/python bench/report.py
+	$(BENCH)run_all $(ARGS)
+	$(BENCH)report
 
 bench-smoke: $(VENV)/.installed-dev
-	$(BIN)/python bench/run_all.py --smoke $(ARGS)
+	$(BENCH)run_all --smoke $(ARGS)
 
 report: $(VENV)/.installed-dev
-	$(BIN)/python bench/report.py
+	$(BENCH)report
 
 train-demo: $(VENV)/.installed-dev
 	$(BIN)/python -m serverless_llm.demo.train $(ARGS)
