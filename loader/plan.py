@@ -80,6 +80,12 @@ def cut(piece: Piece, length: int) -> list[Piece]:
     ]
 
 
+def home(span: Piece, size: int, piece_bytes: int) -> Piece:
+    """The piece that a span of a file of `size` bytes is part of."""
+    offset = span.offset - span.offset % piece_bytes
+    return Piece(span.file, offset, min(piece_bytes, size - offset))
+
+
 def paced(rate: float, ceiling: int, page: int = 4096) -> int:
     """Bytes of one call under a cap of `rate` bytes per second (0: none): 50 ms of it, in whole pages.
 

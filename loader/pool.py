@@ -54,10 +54,9 @@ class Pool:
         """Where the slot begins in the pool."""
         return slot * self.slot_bytes
 
-    def view(self, slot: int, start: int = 0, stop: int | None = None) -> memoryview:
-        """Bytes [start, stop) of a slot, writable."""
-        base = self.offset(slot)
-        return self._view[base + start : base + (self.slot_bytes if stop is None else stop)]
+    def range(self, offset: int, length: int) -> memoryview:
+        """`length` bytes from `offset` of the pool, writable."""
+        return self._view[offset : offset + length]
 
     def punch(self, slots: Iterable[int]) -> None:
         """Gives these slots' memory back to the system; their next write takes new memory."""

@@ -1,0 +1,250 @@
+"""One checkpoint's way from disk into the DRAM tier, told to everyone who waits for it.
+
+Everything here runs on the thread that owns the tier (the agent's event loop); reader threads only `post` to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from serverless_llm.domain import CheckpointId, ReplicaId
+from serverless_llm.errors import CheckpointError
+from serverless_llm.loader import plan
+from serverless_llm.loader.link import Link
+from serverless_llm.loader.manifest import FileEntry, Manifest, confined
+from serverless_llm.loader.plan import Landed, Piece
+from serverless_llm.loader.pool import Pool
+from serverless_llm.loader.reader import Batch, Reader, Transfer
+from serverless_llm.loader.residency import Tier
+from serverless_llm.loader.source import SourceFile
+
+Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """One replica's wait for a checkpoint, made by `Pipeline.load`.
+
+    `on_landed(spans, last)` is called with every span once, in any order; `last`: all bytes are there.
+    `on_failed(error)` ends it instead; that failure is permanent. Neither is called after `cancel`.
+
+    Attributes:
+        total, done: bytes to be in DRAM, and in DRAM.
+        queue_s: seconds from `Pipeline.load` to the first read; disk_s: from there to the last byte.
+        disk_bytes, cache_bytes, dram_bytes: where `done` came from, as in `domain.LoadPhases`.
+    """
+
+    manifest: Manifest
+    holder: ReplicaId
+    on_landed: Callable[[Sequence[Landed], bool], None]
+    on_failed: Callable[[CheckpointError], None]
+    priority: int
+    total: int
+    begun: float
+    done: int = 0
+    queue_s: float = 0.0
+    disk_s: float = 0.0
+    disk_bytes: int = 0
+    cache_bytes: int = 0
+    dram_bytes: int = 0
+    _pipeline: Pipeline = field(kw_only=True)
+    _slots: dict[Piece, int] = field(kw_only=True)
+    _files: list[SourceFile] = field(kw_only=True)
+
+    def start(self) -> None:
+        """Tells of the spans that are there, at once, and of the others as they land."""
+        self._pipeline._join(self)
+
+    def cancel(self) -> None:
+        """Stops reading unless others wait for the same. The lease stays until `Pipeline.release`. Idempotent."""
+        self._pipeline._leave(self)
+
+    def _tell(self, spans: Sequence[Landed], last: bool) -> None:
+        self.done += sum(span.length for span in spans)
+        self.on_landed(spans, last)
+
+    def _forward(self, batch: Batch, last: bool) -> None:
+        self.disk_bytes += batch.disk_bytes
+        self.cache_bytes += batch.cache_bytes
+        self._tell(batch.landed, last)
+
+
+@dataclass(eq=False, slots=True)
+class _Fill:
+    """A checkpoint on its way into the tier, with those who wait for it.
+
+    `parts`: landed spans of pieces that have not landed whole; `left`: bytes of this transfer to come. While
+    `cancelled`, a read may still be in flight; who joins then is told when it has returned.
+    """
+
+    loads: list[Load]
+    transfer: Transfer
+    left: int
+    parts: dict[Piece, list[Landed]] = field(default_factory=dict)
+    cancelled: bool = False
+    disk_bytes: int = 0
+    cache_bytes: int = 0
+
+
+class Pipeline:
+    """Ties the tier's books, the pool and the reader together. `post` runs a callable on the owner's thread.
+
+    Attributes:
+        disk: the disk as finished loads saw it.
+    """
+
+    def __init__(self, pool: Pool, tier: Tier, reader: Reader, post: Post) -> None:
+        self.disk = Link()
+        self.tier = tier
+        self._pool = pool
+        self._reader = reader
+        self._post = post
+        self._fills: dict[CheckpointId, _Fill] = {}
+
+    def fits(self, manifest: Manifest) -> bool:
+        """Whether the checkpoint fits into an otherwise empty pool."""
+        return len(self._pieces(manifest)) <= self.tier.slots
+
+    def load(
+        self,
+        manifest: Manifest,
+        holder: ReplicaId,
+        on_landed: Callable[[Sequence[Landed], bool], None],
+        on_failed: Callable[[CheckpointError], None],
+        priority: int = 0,
+    ) -> Load:
+        """Reserves the checkpoint's slots, leased to `holder` until `release`. `start` the load next.
+
+        Args:
+            priority: lower goes first; equal ones in order.
+
+        Raises:
+            CapacityError: it does not fit beside what is leased; `fits` tells whether it ever could.
+            CheckpointError: a file is missing, or leads out of the directory.
+        """
+        begun = time.monotonic()
+        pieces = self._pieces(manifest)
+        missing = self.tier.missing(manifest.checkpoint, pieces)
+        files = [_source(manifest, file) for file in manifest.files] if missing else []
+        slots = self.tier.reserve(manifest.checkpoint, pieces, begun).slots
+        self.tier.lease(manifest.checkpoint, holder)
+        total = manifest.file_bytes
+        return Load(
+            manifest, holder, on_landed, on_failed, priority, total, begun, _pipeline=self, _slots=slots, _files=files
+        )
+
+    def release(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
+        """`holder` refers to no byte of the checkpoint in the pool any more. Idempotent."""
+        self.tier.release(checkpoint, holder, time.monotonic())
+
+    def trim(self) -> None:
+        """Gives the memory of all free slots back to the system."""
+        self._pool.punch(self.tier.free_slots)
+
+    def _pieces(self, manifest: Manifest) -> list[Piece]:
+        return plan.pieces(manifest.files, (), self._pool.slot_bytes)
+
+    def _join(self, load: Load) -> None:
+        checkpoint = load.manifest.checkpoint
+        fill = self._fills.get(checkpoint)
+        if fill is not None and fill.cancelled:
+            fill.loads.append(load)
+            return
+        missing = self.tier.missing(checkpoint, load._slots)
+        if fill is None and missing:
+            fill = self._fills[checkpoint] = _Fill([], *self._submit(load, missing))
+        if fill is not None:
+            fill.loads.append(load)
+        self._tell_known(load, fill, last=not missing)
+
+    def _tell_known(self, load: Load, fill: _Fill | None, last: bool) -> None:
+        """Tells of what is in the tier already."""
+        missing = set(self.tier.missing(load.manifest.checkpoint, load._slots))
+        spans = [
+            Landed(piece.file, piece.offset, piece.length, self._pool.offset(slot))
+            for piece, slot in load._slots.items()
+            if piece not in missing
+        ]
+        spans += [span for parts in fill.parts.values() for span in parts] if fill else []
+        load.dram_bytes = sum(span.length for span in spans)
+        if spans or last:
+            load._tell(spans, last)
+
+    def _submit(self, load: Load, missing: list[Piece]) -> tuple[Transfer, int]:
+        checkpoint = load.manifest.checkpoint
+
+        def deliver(batch: Batch) -> None:
+            self._post(lambda: self._news(checkpoint, batch))
+
+        transfer = Transfer(load._files, load._slots, missing, deliver, load.priority)
+        self._reader.submit(transfer)
+        return transfer, sum(piece.length for piece in missing)
+
+    def _leave(self, load: Load) -> None:
+        fill = self._fills.get(load.manifest.checkpoint)
+        if fill is None or load not in fill.loads:
+            return
+        fill.loads.remove(load)
+        if not fill.loads:
+            fill.cancelled = True
+            self._reader.cancel(fill.transfer)
+
+    def _news(self, checkpoint: CheckpointId, batch: Batch) -> None:
+        """One batch of a fill, on the owner's thread."""
+        fill = self._fills[checkpoint]
+        if batch.error is None:
+            self._land(checkpoint, fill, batch)
+        if batch.last:
+            del self._fills[checkpoint]
+        if batch.error is not None:
+            self.tier.abort(checkpoint, discard=True)
+            for load in fill.loads:
+                load.on_failed(batch.error)
+        elif not fill.cancelled:
+            self._forward(fill, batch)
+        elif batch.last:
+            self._after_cancel(checkpoint, fill)
+
+    def _land(self, checkpoint: CheckpointId, fill: _Fill, batch: Batch) -> None:
+        whole = []
+        for span in batch.landed:
+            piece = plan.home(Piece(*span[:3]), fill.transfer.files[span.file].size, self._pool.slot_bytes)
+            parts = fill.parts.setdefault(piece, [])
+            parts.append(span)
+            if sum(part.length for part in parts) == piece.length:
+                whole.append(piece)
+                del fill.parts[piece]
+            fill.left -= span.length
+        fill.disk_bytes += batch.disk_bytes
+        fill.cache_bytes += batch.cache_bytes
+        self.tier.land(checkpoint, whole)
+
+    def _forward(self, fill: _Fill, batch: Batch) -> None:
+        if batch.last:
+            self._observe(fill)
+        for load in list(fill.loads):
+            if load in fill.loads:  # a listener may have cancelled another
+                load._forward(batch, batch.last)
+
+    def _observe(self, fill: _Fill) -> None:
+        """The phases of a whole transfer, for its loads and the link."""
+        transfer = fill.transfer
+        told = self._reader.rate or not fill.cache_bytes  # the page cache tells of the disk only when both are capped
+        nbytes = fill.disk_bytes + (fill.cache_bytes if self._reader.rate else 0)
+        self.disk.observe(nbytes, transfer.ended - transfer.started if told else 0.0)
+        for load in fill.loads:
+            load.queue_s = max(0.0, transfer.started - load.begun)
+            load.disk_s = transfer.ended - max(transfer.started, load.begun)
+
+    def _after_cancel(self, checkpoint: CheckpointId, fill: _Fill) -> None:
+        """The last read of a cancelled fill has returned: whoever joined since begins anew with what is missing."""
+        if fill.left and not fill.loads:
+            self.tier.abort(checkpoint)
+        for load in fill.loads:
+            self._join(load)
+
+
+def _source(manifest: Manifest, file: FileEntry) -> SourceFile:
+    return SourceFile(confined(manifest.directory, file.name), file.size, file.mtime_ns)

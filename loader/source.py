@@ -1,0 +1,143 @@
+"""One open file of a checkpoint, read by whichever way is fastest now."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from serverless_llm.errors import CheckpointError
+
+PAGE = 4096
+_CACHESTAT = 451  # system call number, the same on all architectures; Linux 6.5
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.syscall.restype = ctypes.c_long
+
+
+class SourceFile(NamedTuple):
+    """A file as it was validated; `path` is its real path."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+class OpenFile:
+    """Both ways into a file: through the page cache, and past it where the file system allows."""
+
+    def __init__(self, source: SourceFile) -> None:
+        """Raises:
+        CheckpointError: it cannot be opened, or is no longer the file that was validated.
+        """
+        self.source = source
+        self._direct = -1
+        try:
+            self._buffered = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{source.path}: {error.strerror}") from error
+        try:
+            self.check()
+        except CheckpointError:
+            self.close()
+            raise
+        self._direct = _open_direct(source.path)
+
+    def check(self) -> None:
+        """Raises:
+        CheckpointError: size or modification time differ from when the file was validated.
+        """
+        stat = os.fstat(self._buffered)
+        if (stat.st_size, stat.st_mtime_ns) != (self.source.size, self.source.mtime_ns):
+            raise CheckpointError(f"{self.source.path} was changed after it was deployed")
+
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int) -> bool:
+        """Fills the buffers with `length` bytes from `offset`, a multiple of the page size.
+
+        The buffers are page-aligned and hold at least `length` bytes rounded up to pages.
+
+        Returns:
+            True when the bytes came from the page cache.
+
+        Raises:
+            CheckpointError: the device fails, or the file ends too early.
+        """
+        try:
+            if self._read_cached(buffers, offset, length):
+                return True
+            self._read_device(buffers, offset, length)
+        except OSError as error:
+            raise CheckpointError(f"{self.source.path} at byte {offset}: {error.strerror}") from error
+        return False
+
+    def close(self) -> None:
+        for descriptor in (self._buffered, self._direct):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _read_cached(self, buffers: Sequence[memoryview], offset: int, length: int) -> bool:
+        pages = cached_pages(self._buffered, offset, length)
+        if pages is None:
+            return _read_nowait(self._buffered, buffers, offset) >= length
+        if pages * PAGE < length:
+            return False
+        self._fill(self._buffered, buffers, offset, length)
+        return True
+
+    def _read_device(self, buffers: Sequence[memoryview], offset: int, length: int) -> None:
+        if self._direct >= 0:
+            try:
+                self._fill(self._direct, buffers, offset, length)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # EINVAL: this file system or device wants another alignment
+                    raise
+            else:
+                return
+        self._fill(self._buffered, buffers, offset, length)
+
+    def _fill(self, descriptor: int, buffers: Sequence[memoryview], offset: int, length: int) -> None:
+        done = 0
+        while done < length:
+            count = os.preadv(descriptor, _after(buffers, done), offset + done)
+            if done + count >= length:
+                return
+            if count < PAGE:
+                raise CheckpointError(f"{self.source.path} ends at byte {offset + done + count}: it was cut")
+            done += count // PAGE * PAGE  # O_DIRECT goes on from a whole page only
+
+
+def _open_direct(path: Path) -> int:
+    """-1 where the file system has no O_DIRECT."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return -1
+
+
+def _after(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
+    """The buffers without their first `done` bytes."""
+    rest = []
+    for buffer in buffers:
+        if done < len(buffer):
+            rest.append(buffer[done:])
+        done = max(0, done - len(buffer))
+    return rest
+
+
+def cached_pages(descriptor: int, offset: int, length: int) -> int | None:
+    """How many pages of the range are in the page cache; None where the system does not tell (kernel, seccomp)."""
+    span = (ctypes.c_uint64 * 2)(offset, length)
+    stat = (ctypes.c_uint64 * 5)()  # cache, dirty, writeback, evicted, recently evicted
+    if _LIBC.syscall(_CACHESTAT, descriptor, span, stat, 0):
+        return None
+    return int(stat[0])
+
+
+def _read_nowait(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Reads what the page cache has from `offset` on without touching the device; bytes read."""
+    try:
+        return os.preadv(descriptor, buffers, offset, os.RWF_NOWAIT)
+    except OSError:  # EAGAIN: not cached; EOPNOTSUPP: the file system cannot say
+        return 0

@@ -1,0 +1,311 @@
+"""DRAM -> device, in the worker: as views into the pool, or as copies into the device's arena.
+
+One thread per device does what takes time, in few long calls that release the GIL: it takes the page faults of views,
+or copies. `Mapping` and `Upload` are fed with the same spans, in any order, and tell of their progress alike.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from serverless_llm.errors import CheckpointError
+from serverless_llm.loader import header, plan
+from serverless_llm.loader.bounce import Bounce
+from serverless_llm.loader.copies import Copies
+from serverless_llm.loader.dest import Dest
+from serverless_llm.loader.header import Header, TensorEntry
+from serverless_llm.loader.memory import Range
+from serverless_llm.loader.pacer import Pacer
+from serverless_llm.loader.plan import Landed, Piece
+from serverless_llm.loader.pool import HUGE_PAGE, MAX_SLOT, slot_size
+from serverless_llm.loader.source import PAGE
+
+Progress = Callable[[int, int], None]  # done, total; in bytes, from the uploader's thread
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+
+
+class Uploader:
+    """One device's thread, and its window on the whole pool. An error in the thread goes to `threading.excepthook`.
+
+    Args:
+        pool_fd: the pool's memfd; the caller may close it after the last `mapping`.
+        pool_bytes: the pool's capacity.
+        rate: cap in bytes per second, 0 for none.
+    """
+
+    def __init__(self, pool_fd: int, pool_bytes: int, rate: float = 0.0) -> None:
+        self.pool_fd = pool_fd
+        self.slot_bytes = slot_size(pool_bytes)
+        self.window = Range(pool_bytes, self.alignment)
+        self.window.place(0, pool_bytes, pool_fd, 0)
+        self.pool = torch.frombuffer(self.window.buffer, dtype=torch.uint8)
+        self.pacer = Pacer(rate)
+        self.chunk_bytes = plan.paced(rate, MAX_SLOT)
+        self._bounce: dict[torch.device, Bounce] = {}
+        self._work: queue.SimpleQueue[tuple[Task, Landed] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
+        self._thread.start()
+
+    @property
+    def alignment(self) -> int:
+        """Of a range that shows slots: huge pages want their own size."""
+        return HUGE_PAGE if self.slot_bytes >= HUGE_PAGE else PAGE
+
+    def mapping(self, sizes: Sequence[int], on_progress: Progress) -> Mapping:
+        """View mode: a checkpoint with files of these sizes."""
+        return Mapping(self, sizes, on_progress)
+
+    def upload(self, sizes: Sequence[int], on_progress: Progress) -> Upload:
+        """Copy mode: a checkpoint with files of these sizes."""
+        return Upload(self, sizes, on_progress)
+
+    def close(self) -> None:
+        """Drops what is queued and ends the thread."""
+        self.pacer.stop()
+        self._work.put(None)
+        self._thread.join()
+
+    def put(self, task: Task, span: Landed) -> None:
+        self._work.put((task, span))
+
+    def bounce(self, device: torch.device) -> Bounce:
+        """The pinned buffers of a CUDA device; the first call allocates them."""
+        if device not in self._bounce:
+            self._bounce[device] = Bounce(device)
+        return self._bounce[device]
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            task, span = item
+            for part in plan.cut(Piece(*span[:3]), self.chunk_bytes):
+                if task.closed:
+                    break
+                self.pacer.wait(part.length)
+                task.step(Landed(*part, span.pool_offset + part.offset - span.offset))
+
+
+class Task:
+    """What `Mapping` and `Upload` share: a checkpoint's spans on their way to the device.
+
+    `add`, `headers` and the verbs of the two belong to one thread (the worker's loop); `step` to the uploader's.
+
+    Attributes:
+        done, total: bytes; a task is ready when they are equal, which is told by exactly one `on_progress`.
+    """
+
+    def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress) -> None:
+        self._uploader = uploader
+        self._sizes = tuple(sizes)
+        self._on_progress = on_progress
+        self._heads: list[list[Landed]] = [[] for _ in sizes]  # spans of files whose header is not known yet
+        self._headers: dict[int, Header] = {}
+        self._busy = threading.Lock()  # held while the uploader's thread touches memory for this task
+        self.closed = False
+        self.done = 0
+        self.total = 0
+
+    def headers(self) -> tuple[Header, ...] | None:
+        """Of all files; None until their bytes are there.
+
+        Raises:
+            CheckpointError: a header that is none.
+        """
+        for number, size in enumerate(self._sizes):
+            if number not in self._headers and not self._parse(number, size):
+                return None
+        return tuple(self._headers[number] for number in range(len(self._sizes)))
+
+    def step(self, span: Landed) -> None:
+        """One part of a span, in the uploader's thread."""
+        with self._busy:
+            if self.closed:
+                return
+            moved = self._move(span)
+            if self.done + moved == self.total:
+                self._drain()
+            self.done += moved
+        if moved:
+            self._on_progress(self.done, self.total)
+
+    def _move(self, span: Landed) -> int:
+        """Does the work; returns how many bytes of `total` it was."""
+        raise NotImplementedError
+
+    def _drain(self) -> None:
+        """Waits until all work is really done."""
+
+    def _stop(self) -> None:
+        """When it returns the uploader's thread touches nothing of this task any more."""
+        self.closed = True
+        with self._busy:
+            pass
+
+    def _note(self, spans: Iterable[Landed]) -> None:
+        for span in spans:
+            if span.file not in self._headers:
+                self._heads[span.file].append(span)
+
+    def _parse(self, number: int, size: int) -> bool:
+        prefix = self._read(number, header.PREFIX)
+        raw = prefix and self._read(number, header.data_offset(prefix, size))
+        if not raw:
+            return False
+        self._headers[number] = header.parse(raw, size)
+        self._heads[number].clear()
+        return True
+
+    def _read(self, number: int, stop: int) -> bytes | None:
+        """A file's first bytes."""
+        parts = plan.locate(self._heads[number], 0, stop)
+        if parts is None:
+            return None
+        window = memoryview(self._uploader.window.buffer)
+        return b"".join(window[start : start + length] for start, length in parts)
+
+
+class Mapping(Task):
+    """View mode: every file is one range of address space into which its slots are stitched.
+
+    The views are read-only memory: writing to one kills the process.
+    """
+
+    def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress) -> None:
+        super().__init__(uploader, sizes, on_progress)
+        self.total = sum(sizes)
+        slot = uploader.slot_bytes
+        self._ranges = [Range(-(-size // slot) * slot, uploader.alignment) for size in sizes]
+        self._placed: set[tuple[int, int]] = set()  # (file, slot's offset in the file)
+
+    def add(self, spans: Iterable[Landed]) -> None:
+        """These bytes are in the pool: maps their slots, and queues their page faults."""
+        spans = [Landed(*span) for span in spans]
+        self._note(spans)
+        for file, offset, length, pool_offset in self._new_runs(spans):
+            self._ranges[file].place(offset, length, self._uploader.pool_fd, pool_offset)
+        for span in spans:
+            self._uploader.put(self, span)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors, once everything is there: views into the pool; those misaligned to their item size are copies.
+
+        Raises:
+            CheckpointError: a dtype that torch has not.
+        """
+        headers = self.headers()
+        assert headers is not None
+        return {
+            entry.name: _tensor(self._ranges[number], entry)
+            for number, one in enumerate(headers)
+            for entry in one.tensors
+        }
+
+    def close(self) -> bool:
+        """Gives up the mapping. True: nothing refers to the pool any more. False: a tensor still does (or a cycle
+        that holds one); the memory stays mapped until it is gone: call again. Idempotent."""
+        self._stop()
+        return all([one.close() for one in self._ranges])
+
+    def _new_runs(self, spans: Iterable[Landed]) -> list[Landed]:
+        """Slots not mapped yet, those that follow one another in the file and in the pool as one."""
+        slot = self._uploader.slot_bytes
+        runs: list[Landed] = []
+        for span in sorted(spans):
+            inside = span.offset % slot
+            key = (span.file, span.offset - inside)
+            if key in self._placed:
+                continue
+            self._placed.add(key)
+            new = Landed(*key, slot, span.pool_offset - inside)
+            last = runs[-1] if runs else None
+            if last and (last.file, last.offset + last.length, last.pool_offset + last.length) == (*key, new[3]):
+                runs[-1] = last._replace(length=last.length + slot)
+            else:
+                runs.append(new)
+        return runs
+
+    def _move(self, span: Landed) -> int:
+        self._ranges[span.file].populate(span.offset, span.length)
+        return span.length
+
+
+class Upload(Task):
+    """Copy mode: bytes go to their Dests as they land."""
+
+    def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress) -> None:
+        super().__init__(uploader, sizes, on_progress)
+        self._waiting: list[Landed] | None = []  # until `start` tells where they go
+        self._copies: Copies | None = None
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._bounce: Bounce | None = None
+
+    def add(self, spans: Iterable[Landed]) -> None:
+        """These bytes are in the pool, and stay there until the task is ready or closed."""
+        spans = [Landed(*span) for span in spans]
+        self._note(spans)
+        if self._waiting is not None:
+            self._waiting += spans
+            return
+        for span in spans:
+            self._uploader.put(self, span)
+
+    def start(self, dests: Iterable[Dest], arena: torch.Tensor) -> None:
+        """Where the bytes go; `headers` must be there.
+
+        Args:
+            arena: [bytes] uint8, contiguous, on a CPU or CUDA device.
+        """
+        headers = self.headers()
+        assert headers is not None
+        assert self._waiting is not None
+        self._arena = arena
+        self._copies = Copies(headers, dests)
+        self.total = self._copies.total
+        assert self.total
+        self._bounce = self._uploader.bounce(arena.device) if arena.is_cuda else None
+        waiting, self._waiting = self._waiting, None
+        for span in waiting:
+            self._uploader.put(self, span)
+
+    def close(self) -> None:
+        """Gives up the upload; when it returns the arena is not written any more. Idempotent."""
+        self._stop()
+        if self._bounce:
+            self._bounce.drain()
+
+    def _move(self, span: Landed) -> int:
+        assert self._copies is not None
+        copies = list(self._copies.of(span))
+        if self._bounce:
+            self._bounce.move(self._uploader.pool, span, copies, self._arena)
+        else:
+            for source, target, length in copies:
+                self._arena[target : target + length].copy_(self._uploader.pool[source : source + length])
+        return sum(copy.length for copy in copies)
+
+    def _drain(self) -> None:
+        if self._bounce:
+            self._bounce.drain()
+
+
+def _tensor(home: Range, entry: TensorEntry) -> torch.Tensor:
+    dtype = TORCH_DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise CheckpointError(f"tensor {entry.name!r} has the dtype {entry.dtype}, which has no tensor type")
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    raw = torch.frombuffer(home.buffer, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
+    if entry.start % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(entry.shape)
