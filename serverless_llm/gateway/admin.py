@@ -1,0 +1,87 @@
+"""The operator's routes: each is one question to the controller, answered as it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+
+from aiohttp import web
+
+from serverless_llm import wire
+from serverless_llm.errors import RequestError
+from serverless_llm.gateway import openai
+from serverless_llm.gateway.failure import invalid
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*(?:(?:/|%2[Ff])[A-Za-z0-9_.-]+)?"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
+ACTIONS = ("load", "unload", "pin")
+
+
+class Admin:
+    """Questions in flight, by number."""
+
+    def __init__(self, send: Callable[[wire.Message], None], timeout: float) -> None:
+        self._send = send
+        self._timeout = timeout
+        self._number = 0
+        self._asked: dict[int, asyncio.Future[wire.Answer]] = {}
+
+    def routes(self) -> list[web.RouteDef]:
+        model = "/admin/models/{name:.+}"
+        return [
+            web.get("/admin/status", self.status),
+            *(web.post(f"{model}/{action}", self._acting(action)) for action in ACTIONS),
+            web.put(model, self.deploy),
+            web.get(model, self.show),
+            web.delete(model, self.delete),
+        ]
+
+    def answered(self, message: wire.Answer) -> None:
+        asked = self._asked.get(message.id)
+        if asked is not None and not asked.done():
+            asked.set_result(message)
+
+    async def status(self, _request: web.Request) -> web.Response:
+        return await self._ask("status", "", b"{}")
+
+    async def deploy(self, request: web.Request) -> web.Response:
+        name = _name(request)
+        raw = await request.read()
+        openai.decode(raw)
+        return await self._ask("deploy", name, raw)
+
+    async def show(self, request: web.Request) -> web.Response:
+        return await self._ask("show", _name(request), b"{}")
+
+    async def delete(self, request: web.Request) -> web.Response:
+        return await self._ask("delete", _name(request), b"{}")
+
+    def _acting(self, action: str) -> Callable[[web.Request], asyncio.Future[web.Response]]:
+        async def act(request: web.Request) -> web.Response:
+            raw = await request.read() or b"{}"
+            openai.decode(raw)
+            return await self._ask(action, _name(request), raw)
+
+        return act  # type: ignore[return-value]  # aiohttp types handlers as awaitables
+
+    async def _ask(self, verb: str, name: str, body: bytes) -> web.Response:
+        self._number += 1
+        number = self._number
+        asked = self._asked[number] = asyncio.get_running_loop().create_future()
+        self._send(wire.Ask(number, verb, name, body))
+        try:
+            async with asyncio.timeout(self._timeout):
+                answer = await asked
+        except TimeoutError:
+            raise RequestError(503, "overloaded", "the controller did not answer in time", retry_after=5.0) from None
+        finally:
+            del self._asked[number]
+        return web.Response(status=answer.status, body=answer.body, content_type="application/json")
+
+
+def _name(request: web.Request) -> str:
+    name = request.match_info["name"]
+    if not _NAME.fullmatch(name):
+        raise invalid(f"{name!r} is not a model name: letters, digits, '_', '.', '-' and at most one '/'", "name")
+    return name

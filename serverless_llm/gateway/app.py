@@ -1,0 +1,227 @@
+"""The gateway: HTTP on one side, messages with the controller on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from serverless_llm import wire
+from serverless_llm.errors import RequestError
+from serverless_llm.gateway import access, failure, openai
+from serverless_llm.gateway.admin import NAME, Admin
+from serverless_llm.gateway.completions import Completions
+from serverless_llm.gateway.metrics import Metrics
+from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.gateway.requests import LiveRequests
+from serverless_llm.gateway.text import TextPool
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+REQUEST_ID = web.RequestKey("request_id", str)
+_VALID_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_log = logging.getLogger("serverless_llm.gateway")
+
+
+class Gateway:
+    """One gateway. Messages from the controller come by `receive`, those to it leave by `send`.
+
+    The application must run with `handler_cancellation=True`: a client that goes away stops its sequence.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[wire.Message], None],
+        text: TextPool,
+        generation: int,
+        options: GatewayOptions | None = None,
+    ) -> None:
+        self._options = options or GatewayOptions()
+        self.metrics = Metrics()
+        self._models: dict[str, wire.ModelInfo] = {}
+        self._ready = False
+        self._draining = False
+        self._idle = asyncio.Event()
+        self.live = LiveRequests(send, self.metrics, generation)
+        self._admin = Admin(send, self._options.admin_timeout)
+        self._completions = Completions(self.live, text, self.metrics, self._options, self._models.get)
+        self._receivers: dict[type[wire.Message], Callable[[Any], None]] = {
+            wire.Attach: self.live.attach,
+            wire.Tokens: self.live.tokens,
+            wire.Rejected: self.live.reject,
+            wire.Catalog: self._catalog,
+            wire.Answer: self._admin.answered,
+        }
+
+    def receive(self, message: wire.Message) -> None:
+        """Take one message of the controller or a worker."""
+        self._receivers[type(message)](message)
+
+    def _catalog(self, message: wire.Catalog) -> None:
+        models = {info.name: info for info in message.models}
+        for name in self._models.keys() - models.keys():
+            self.metrics.forget(name)
+        self._models.clear()
+        self._models.update(models)
+        self._ready = message.ready
+
+    # --- stopping ---
+
+    def drain(self) -> None:
+        """Take no new request; `idle` tells when the last one has ended."""
+        self._draining = True
+        self._look_idle()
+
+    async def idle(self) -> None:
+        await self._idle.wait()
+
+    def _look_idle(self) -> None:
+        if self._draining and not len(self.live):
+            self._idle.set()
+
+    def abort(self, message: str) -> None:
+        """End every request now, streams by an error event."""
+        for live in self.live:
+            live.fail(RequestError(503, "overloaded", message, retry_after=1.0))
+
+    # --- HTTP ---
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[self._edge], client_max_size=self._options.body_limit)
+        app.on_response_prepare.append(_mark)
+        app.add_routes(self._routes())
+        return app
+
+    def _routes(self) -> list[web.RouteDef]:
+        model = f"/models/{{name:{NAME}}}/v1"
+        routes = [web.get("/health", self._health), web.get("/ready", self._get_ready)]
+        routes += [web.get("/metrics", self._metrics_page), web.get(f"/v1/models/{{name:{NAME}}}", self._model)]
+        for prefix in ("/v1", model):
+            routes += [
+                web.post(f"{prefix}/chat/completions", self._chat),
+                web.post(f"{prefix}/completions", self._completion),
+                web.get(f"{prefix}/models", self._list),
+            ]
+        return routes + self._admin.routes()
+
+    @web.middleware
+    async def _edge(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Identity, access, and every failure as an error body."""
+        given = request.headers.get("x-request-id", "")
+        request[REQUEST_ID] = given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
+        try:
+            access.check(request, self._options)
+            return await handler(request)
+        except RequestError as error:
+            return _refused(error)
+        except web.HTTPException as error:
+            return _refused(_from_http(error, request))
+        except (ConnectionError, TimeoutError):
+            raise  # the client is gone or does not read: nobody to answer
+        except Exception:  # noqa: BLE001  the edge: whatever it was, the client gets an error body
+            _log.exception("%s: %s %s failed", request[REQUEST_ID], request.method, request.path)
+            return _refused(RequestError(500, "engine_error", "an internal error; the log tells more"))
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._complete(request, chat=True)
+
+    async def _completion(self, request: web.Request) -> web.StreamResponse:
+        return await self._complete(request, chat=False)
+
+    async def _complete(self, request: web.Request, chat: bool) -> web.StreamResponse:
+        if self._draining:
+            raise RequestError(503, "overloaded", "the server is stopping", retry_after=5.0)
+        parsed = openai.parse(openai.decode(await request.read()), chat)
+        info = self._named(_model_name(request, parsed.model))
+        try:
+            return await self._completions.answer(request, request[REQUEST_ID], info, parsed)
+        finally:
+            self._look_idle()
+
+    def _named(self, name: str) -> wire.ModelInfo:
+        info = self._models.get(name)
+        if info is None:
+            raise failure.unknown_model(name)
+        return info
+
+    async def _list(self, request: web.Request) -> web.Response:
+        name = request.match_info.get("name")
+        infos = self._models.values() if name is None else [self._named(name)]
+        return _json({"object": "list", "data": [_shown(info) for info in infos]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        return _json(_shown(self._named(request.match_info["name"])))
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return _json({"status": "ok"})
+
+    async def _get_ready(self, _request: web.Request) -> web.Response:
+        ready = self._ready and not self._draining
+        return _json({"ready": ready}, status=200 if ready else 503)
+
+    async def _metrics_page(self, _request: web.Request) -> web.Response:
+        running = Counter((live.info.name, live.device) for live in self.live if live.device)
+        waiting = Counter((live.info.name, "") for live in self.live if not live.device)
+        zero = {(name, ""): 0 for name in self._models}
+        self.metrics.occupancy(zero | running, zero | waiting)
+        return web.Response(body=self.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+async def _mark(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = request[REQUEST_ID]
+
+
+def _model_name(request: web.Request, given: str | None) -> str:
+    """The model of the path or of the body; both must agree."""
+    path = request.match_info.get("name")
+    if path is None:
+        if given is None:
+            raise failure.invalid("model is required", "model")
+        return given
+    if given not in (None, path):
+        raise failure.invalid(f"this is the endpoint of {path!r}; the body names {given!r}", "model")
+    return path
+
+
+def _shown(info: wire.ModelInfo) -> dict[str, Any]:
+    return {
+        "id": info.name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "serverless-llm",
+        "max_model_len": info.context,
+        "status": {
+            "value": info.state,
+            "tier": info.tier,
+            "progress": info.progress,
+            "error": info.error or None,
+        },
+    }
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _refused(error: RequestError) -> web.Response:
+    body, headers = failure.encoded(error), failure.headers(error)
+    return web.Response(status=error.status, body=body, headers=headers, content_type="application/json")
+
+
+def _from_http(error: web.HTTPException, request: web.Request) -> RequestError:
+    """aiohttp's own refusals: no such route, wrong method, body over the limit."""
+    where = f"{request.method} {request.path}"
+    if error.status == 404:
+        return RequestError(404, "not_found", f"there is no {where}")
+    if error.status == 405:
+        return RequestError(405, "method_not_allowed", f"there is no {where}")
+    if error.status == 413:
+        return RequestError(413, "request_too_large", "the body is over the limit")
+    return RequestError(error.status, "invalid_request_error", error.reason)

@@ -1,0 +1,157 @@
+"""Tokens to text, piece by piece: joined deltas equal the whole decode, cut at the first stop string.
+
+An incomplete character is held back until its last byte is there. Of a stop string nothing is ever sent: what could
+be the beginning of one waits until it is known not to be.
+"""
+
+from __future__ import annotations
+
+import codecs
+from array import array
+from collections.abc import Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+REPLACEMENT = "\ufffd"
+PATIENCE = 16  # tokens after which bytes that make no character are shown as they are; a character takes 4 at most
+
+
+class Detokeniser(Protocol):
+    """One stream's decoder. `feed` returns the text that is now certain, `finish` what was held back."""
+
+    def feed(self, tokens: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class Vocabulary(Protocol):
+    """What makes detokenisers for one checkpoint; `nbytes` is its place in the cache."""
+
+    nbytes: int
+
+    def detokeniser(self) -> Detokeniser: ...
+
+
+class TableVocabulary:
+    """Token id -> bytes, see `text_wire.Table`."""
+
+    def __init__(self, blob: bytes, offsets: bytes, strip: int) -> None:
+        self._blob = blob
+        self._offsets = array("I", offsets)
+        self._strip = strip
+        self.nbytes = len(blob) + len(offsets)
+
+    def bytes_of(self, tokens: Sequence[int]) -> bytes:
+        """Unknown ids stand for nothing, as in tokenizers."""
+        blob, offsets, last = self._blob, self._offsets, len(self._offsets) - 1
+        if len(tokens) == 1:
+            token = tokens[0]
+            return blob[offsets[token] : offsets[token + 1]] if 0 <= token < last else b""
+        return b"".join(blob[offsets[token] : offsets[token + 1]] for token in tokens if 0 <= token < last)
+
+    def detokeniser(self) -> Detokeniser:
+        return _TableDetokeniser(self, self._strip)
+
+
+class _TableDetokeniser:
+    def __init__(self, vocabulary: TableVocabulary, strip: int) -> None:
+        self._bytes_of = vocabulary.bytes_of
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._strip = strip
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        text = self._decode(self._bytes_of(tokens))
+        return self._stripped(text) if self._strip else text
+
+    def finish(self) -> str:
+        return self._decode(b"", True)
+
+    def _stripped(self, text: str) -> str:
+        """Only leading spaces of the whole text go, so the first other character ends the search."""
+        if not text:
+            return text
+        rest = text.lstrip(" ")
+        removed = min(self._strip, len(text) - len(rest))
+        self._strip = self._strip - removed if not rest and removed < self._strip else 0
+        return text[removed:]
+
+
+class WholeVocabulary:
+    """For decoders without a table: overlapping windows decoded by the tokenizer itself.
+
+    `nbytes` is what the caller knows of the tokenizer's size.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, nbytes: int) -> None:
+        self.tokenizer = tokenizer
+        self.nbytes = nbytes
+
+    def detokeniser(self) -> Detokeniser:
+        return _WindowDetokeniser(self.tokenizer)
+
+
+class _WindowDetokeniser:
+    """Decodes from the last two cuts on, so that what a token looks like beside its neighbours is kept."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._known = 0  # tokens of the window whose text was returned
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        self._window.extend(tokens)
+        before, after = self._decoded()
+        pending = len(self._window) - self._known
+        if len(after) <= len(before) or (after.endswith(REPLACEMENT) and pending < PATIENCE):
+            return ""
+        del self._window[: self._known]
+        self._known = len(self._window)
+        return after[len(before) :]
+
+    def finish(self) -> str:
+        before, after = self._decoded()
+        self._known = len(self._window)
+        return after[len(before) :]
+
+    def _decoded(self) -> tuple[str, str]:
+        decode = self._tokenizer.decode
+        return decode(self._window[: self._known]), decode(self._window)
+
+
+class StopStrings:
+    """Cuts a text at the stop string that ends first (the longest of those that end together)."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """The text that may be sent; empty once a stop string was found."""
+        if self.found:
+            return ""
+        if not self._stops:
+            return text
+        held = self._held + text
+        ends = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return held[: min(ends)[1]]
+        keep = self._beginning(held)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def finish(self) -> str:
+        """What was held back, the text being over."""
+        held, self._held = self._held, ""
+        return held
+
+    def _beginning(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        for length in range(longest, 0, -1):
+            end = text[len(text) - length :]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0

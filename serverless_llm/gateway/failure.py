@@ -1,0 +1,60 @@
+"""Errors as the HTTP surface shows them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from serverless_llm import wire
+from serverless_llm.errors import RequestError
+
+MAX_RETRY_AFTER = 60  # official clients ignore larger ones
+
+
+def invalid(message: str, param: str | None = None) -> RequestError:
+    """400: the request cannot be understood or done."""
+    return RequestError(400, "invalid_request_error", message, param)
+
+
+def unsupported(param: str, message: str | None = None) -> RequestError:
+    """400: this server does not do that."""
+    return RequestError(400, "unsupported_parameter", message or f"{param!r} is not supported", param)
+
+
+def unknown_model(name: str) -> RequestError:
+    return RequestError(404, "model_not_found", f"the model {name!r} does not exist", "model")
+
+
+def from_rejection(message: wire.Rejected) -> RequestError:
+    """What the controller refused; a retry that is useful has a `Retry-After`."""
+    after = (message.retry_after or 1.0) if message.retry else None
+    return RequestError(message.status, message.code, message.message, retry_after=after)
+
+
+def body(error: RequestError) -> dict[str, dict[str, str | None]]:
+    """The error's JSON object."""
+    shown = {"message": error.message, "type": _type(error.status), "param": error.param, "code": error.code}
+    return {"error": shown}
+
+
+def _type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def encoded(error: RequestError) -> bytes:
+    return msgspec.json.encode(body(error))
+
+
+def headers(error: RequestError) -> dict[str, str]:
+    """When to retry, or that a retry is useless."""
+    if error.retry_after is None:
+        return {"x-should-retry": "false"}
+    return {"Retry-After": str(retry_after(error.retry_after))}
+
+
+def retry_after(seconds: float) -> int:
+    """Whole seconds from 1 to 60."""
+    return min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))

@@ -1,0 +1,164 @@
+"""Checks of single request fields. Each takes (value, name) and returns the value or raises 400 naming the field."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from serverless_llm.domain import FOREVER
+from serverless_llm.gateway.failure import invalid
+
+Check = Callable[[Any, str], Any]
+
+MAX_STOPS = 16  # arbitrary; the official API takes 4
+MAX_STOP = 1024  # characters of one stop string; bounds what a stream holds back
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def boolean(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise invalid(f"{name} must be true or false", name)
+    return value
+
+
+def whole(least: int, most: int) -> Check:
+    """An integer within bounds."""
+
+    def check(value: Any, name: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise invalid(f"{name} must be an integer from {least} to {most}", name)
+        return value
+
+    return check
+
+
+def number(least: float, most: float, above: bool = False) -> Check:
+    """A finite number from `least` (or above it) to `most`."""
+
+    def check(value: Any, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise invalid(f"{name} must be a number", name)
+        if value < least or value > most or (above and value == least):
+            start = "above" if above else "from"
+            raise invalid(f"{name} must be {start} {least:g} to {most:g}", name)
+        return float(value)
+
+    return check
+
+
+def stop_strings(value: Any, name: str) -> tuple[str, ...]:
+    """One string or a list of them."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(stop, str) and stop for stop in listed):
+        raise invalid(f"{name} must be a string or a list of strings, none of them empty", name)
+    if len(listed) > MAX_STOPS or any(len(stop) > MAX_STOP for stop in listed):
+        raise invalid(f"{name} takes at most {MAX_STOPS} strings of at most {MAX_STOP} characters", name)
+    return tuple(listed)
+
+
+def token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """A list of token ids; whether the vocabulary has them is seen later."""
+    if not isinstance(value, list) or not all(_is_token(token) for token in value):
+        raise invalid(f"{name} must be a list of token ids", name)
+    return tuple(value)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def keep_alive(value: Any, name: str) -> float:
+    """Seconds: a number, or a duration such as "5m" or "1h30m"; negative means for ever."""
+    seconds = _duration(value) if isinstance(value, str) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        raise invalid(f'{name} must be seconds or a duration such as "5m"', name)
+    return FOREVER if seconds < 0 else float(seconds)
+
+
+def _duration(text: str) -> float | None:
+    sign, digits = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
+    if re.fullmatch(r"\d+(\.\d+)?", digits):
+        return sign * float(digits)
+    parts = _DURATION.findall(digits)
+    if not parts or "".join(amount + unit for amount, unit in parts) != digits:
+        return None
+    return sign * sum(float(amount) * _UNITS[unit] for amount, unit in parts)
+
+
+def stream_options(value: Any, name: str) -> bool:
+    """Whether a last chunk carries the usage."""
+    if not isinstance(value, dict):
+        raise invalid(f"{name} must be an object", name)
+    for key, entry in value.items():
+        if key not in ("include_usage", "include_obfuscation") or (key == "include_obfuscation" and entry):
+            raise invalid(f"{name}.{key} is not supported", f"{name}.{key}")
+        if entry is not None:
+            boolean(entry, f"{name}.{key}")
+    return bool(value.get("include_usage"))
+
+
+def variables(value: Any, name: str) -> dict[str, Any]:
+    """`chat_template_kwargs`: never what the server itself gives the template, nor a template."""
+    if not isinstance(value, dict):
+        raise invalid(f"{name} must be an object", name)
+    for key in ("messages", "tools", "documents", "chat_template", "add_generation_prompt"):
+        if key in value:
+            raise invalid(f"{name}.{key} cannot be given", f"{name}.{key}")
+    return value
+
+
+def prompt(value: Any, name: str) -> str | tuple[int, ...]:
+    """A text or token ids, one prompt a request."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(_is_token(token) for token in value):
+        return tuple(value)
+    if isinstance(value, list) and len(value) == 1:
+        return prompt(value[0], name)
+    if isinstance(value, list) and value:
+        raise invalid(f"{name}: one prompt a request; lists of prompts are not supported", name)
+    raise invalid(f"{name} must be a string or a list of token ids, not empty", name)
+
+
+_ROLES = ("system", "developer", "user", "assistant")
+_ACCEPTED = ("name", "refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+
+
+def messages(value: Any, name: str) -> list[dict[str, Any]]:
+    """The conversation, as a template reads it: role, content, and the name where one is given."""
+    if not isinstance(value, list) or not value:
+        raise invalid(f"{name} must be a list with at least one message", name)
+    return [_message(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+
+
+def _message(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise invalid(f"{name} must be an object", name)
+    role = value.get("role")
+    if role not in _ROLES:
+        raise invalid(f"{name}.role must be one of {', '.join(_ROLES)}", f"{name}.role")
+    message = {"role": role, "content": _content(value.get("content"), f"{name}.content")}
+    for key, entry in value.items():
+        if key in message or entry is None or (key in _ACCEPTED and entry == []):
+            continue
+        if key != "name" or not isinstance(entry, str):
+            raise invalid(f"{name}.{key} is not supported", f"{name}.{key}")
+        message[key] = entry
+    return message
+
+
+def _content(value: Any, name: str) -> str | list[dict[str, str]]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise invalid(f"{name} must be a string or a list of text parts", name)
+    return [_part(part, f"{name}[{index}]") for index, part in enumerate(value)]
+
+
+def _part(value: Any, name: str) -> dict[str, str]:
+    if not isinstance(value, dict) or value.get("type") != "text" or not isinstance(value.get("text"), str):
+        raise invalid(f'{name} must be {{"type": "text", "text": "..."}}', name)
+    return {"type": "text", "text": value["text"]}

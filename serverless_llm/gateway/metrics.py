@@ -1,0 +1,184 @@
+"""Prometheus series: vLLM's names, so that its dashboards work, and our own with the prefix `serverless_llm_`.
+
+The gateway counts what it sees of requests; the head's other parts report through the methods of `Metrics`.
+The series of a deleted model vanish (`forget`). Every `Metrics` has a registry of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from serverless_llm.domain import LoadPhases
+
+# vLLM's buckets (vllm/v1/metrics/loggers.py)
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+               80.0, 160.0, 640.0, 2560.0)  # fmt: skip
+PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+           960.0, 1920.0, 7680.0)  # fmt: skip
+TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+LOAD = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
+RATIO = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
+
+SERVED = ("model_name", "engine")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSeries:
+    """The series of one model on one device that a request's end and tokens feed."""
+
+    prompt: Counter
+    generated: Counter
+    first_token: Histogram
+    gap: Histogram
+    per_token: Histogram
+    latency: Histogram
+    queue: Histogram
+    prefill: Histogram
+    inference: Histogram
+    decode: Histogram
+    prompt_size: Histogram
+    generated_size: Histogram
+    allowed_size: Histogram
+
+
+_SERVED: dict[str, tuple[type[Counter] | type[Histogram], str, str, tuple[float, ...] | None]] = {
+    "prompt": (Counter, "vllm:prompt_tokens", "Prompt tokens of answered requests.", None),
+    "generated": (Counter, "vllm:generation_tokens", "Generated tokens.", None),
+    "first_token": (Histogram, "vllm:time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN),
+    "gap": (Histogram, "vllm:inter_token_latency_seconds", "Between two tokens of a stream.", PER_TOKEN),
+    "per_token": (Histogram, "vllm:request_time_per_output_token_seconds", "A request's mean gap.", PER_TOKEN),
+    "latency": (Histogram, "vllm:e2e_request_latency_seconds", "From arrival to the last token.", REQUEST),
+    "queue": (Histogram, "vllm:request_queue_time_seconds", "From arrival to dispatch.", REQUEST),
+    "prefill": (Histogram, "vllm:request_prefill_time_seconds", "From dispatch to the first token.", REQUEST),
+    "inference": (Histogram, "vllm:request_inference_time_seconds", "From dispatch to the last token.", REQUEST),
+    "decode": (Histogram, "vllm:request_decode_time_seconds", "From the first token to the last.", REQUEST),
+    "prompt_size": (Histogram, "vllm:request_prompt_tokens", "Prompt tokens of a request.", TOKENS),
+    "generated_size": (Histogram, "vllm:request_generation_tokens", "Generated tokens of a request.", TOKENS),
+    "allowed_size": (Histogram, "vllm:request_max_num_generation_tokens", "Tokens it might generate.", TOKENS),
+}
+
+
+@dataclass(slots=True)
+class _Family:
+    """One metric and the label values in use, so that a model's can be found again."""
+
+    metric: Any
+    children: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+    def child(self, *labels: str) -> Any:
+        found = self.children.get(labels)
+        if found is None:
+            found = self.children[labels] = self.metric.labels(*labels)
+        return found
+
+    def forget(self, model: str) -> None:
+        for labels in [labels for labels in self.children if labels[0] == model]:
+            self.metric.remove(*labels)
+            del self.children[labels]
+
+
+class Metrics:
+    """All series of one head."""
+
+    def __init__(self) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._of_models: list[_Family] = []
+        self._served = {name: self._metric(*spec[:3], SERVED, spec[3]) for name, spec in _SERVED.items()}
+        self._bundles: dict[tuple[str, str], ServedSeries] = {}
+        self._running = self._metric(Gauge, "vllm:num_requests_running", "Sequences on a device.", SERVED)
+        self._waiting = self._metric(Gauge, "vllm:num_requests_waiting", "Sequences without a device.", SERVED)
+        self._kv = self._metric(Gauge, "vllm:kv_cache_usage_perc", "KV in use, 1 is all.", SERVED)
+        self._ends = self._metric(
+            Counter, "vllm:request_success", "Requests by how they ended.", (*SERVED, "finished_reason")
+        )
+        self._cold_starts = self._ours(Counter, "cold_starts", "Loads by the tier the bytes came from.", "source")
+        self._cold_first = self._ours(Histogram, "cold_start_seconds", "Cold: arrival to first token.", buckets=LOAD)
+        self._load = self._ours(Histogram, "load_seconds", "Seconds of loads by phase.", "phase", buckets=LOAD)
+        self._error = self._ours(Histogram, "estimate_ratio", "Actual over predicted load time.", buckets=RATIO)
+        self._evictions = self._ours(Counter, "evictions", "Replicas that left a device.", "reason", of_model=False)
+        self._bytes = self._ours(Counter, "bytes_moved", "Bytes moved by link.", "node", "link", of_model=False)
+        self._moved: dict[tuple[str, str], int] = {}
+
+    def _metric(
+        self,
+        kind: Any,
+        name: str,
+        text: str,
+        labels: tuple[str, ...],
+        buckets: tuple[float, ...] | None = None,
+        of_model: bool = True,
+    ) -> _Family:
+        options = {"buckets": buckets} if buckets else {}
+        family = _Family(kind(name, text, labels, registry=self.registry, **options))
+        if of_model:
+            self._of_models.append(family)
+        return family
+
+    def _ours(
+        self, kind: Any, name: str, text: str, *labels: str, buckets: Any = None, of_model: bool = True
+    ) -> _Family:
+        named = ("model_name", *labels) if of_model else labels
+        return self._metric(kind, f"serverless_llm_{name}", text, named, buckets, of_model)
+
+    def served(self, model: str, device: str) -> ServedSeries:
+        """The series of a model on a device."""
+        found = self._bundles.get((model, device))
+        if found is None:
+            children = {name: family.child(model, device) for name, family in self._served.items()}
+            found = self._bundles[model, device] = ServedSeries(**children)
+        return found
+
+    def ended(self, model: str, device: str, reason: str) -> None:
+        """A request ended: stop, length, abort (client gone) or error."""
+        self._ends.child(model, device, reason).inc()
+
+    def cold_start(self, model: str, seconds: float) -> None:
+        """From a request's arrival, no replica being resident, to its first token."""
+        self._cold_first.child(model).observe(seconds)
+
+    def load_finished(self, model: str, phases: LoadPhases) -> None:
+        """A replica is ready."""
+        self._cold_starts.child(model, phases.source.value).inc()
+        seconds = {"queue": phases.queue_s, "disk": phases.disk_s, "upload": phases.upload_s, "total": phases.total_s}
+        for phase, value in seconds.items():
+            self._load.child(model, phase).observe(value)
+
+    def estimate(self, model: str, predicted: float, actual: float) -> None:
+        """A load's predicted and actual seconds."""
+        if predicted > 0:
+            self._error.child(model).observe(actual / predicted)
+
+    def evicted(self, reason: str) -> None:
+        self._evictions.child(reason).inc()
+
+    def bytes_moved(self, node: str, link: str, total: int) -> None:
+        """`total`: since the agent's start; one that is smaller than the last comes from a new agent."""
+        before = self._moved.get((node, link), 0)
+        self._moved[node, link] = total
+        self._bytes.child(node, link).inc(total - before if total >= before else total)
+
+    def occupancy(self, running: Mapping[tuple[str, str], int], waiting: Mapping[tuple[str, str], int]) -> None:
+        """Live requests by (model, device); all others are 0."""
+        for family, counts in ((self._running, running), (self._waiting, waiting)):
+            for labels in {*family.children, *counts}:
+                family.child(*labels).set(counts.get((labels[0], labels[1]), 0))
+
+    def kv_usage(self, model: str, device: str, fraction: float) -> None:
+        self._kv.child(model, device).set(fraction)
+
+    def forget(self, model: str) -> None:
+        """The model is deleted: so are its series."""
+        for family in self._of_models:
+            family.forget(model)
+        self._bundles = {key: bundle for key, bundle in self._bundles.items() if key[0] != model}
+
+    def page(self) -> bytes:
+        """Prometheus' text format."""
+        return prometheus_client.generate_latest(self.registry)

@@ -1,0 +1,202 @@
+"""The pool of text processes, and the token tables that the gateway decodes with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from tokenizers import Tokenizer
+
+import serverless_llm
+from serverless_llm.errors import RequestError
+from serverless_llm.gateway.detokenise import TableVocabulary, Vocabulary, WholeVocabulary
+from serverless_llm.gateway.text_wire import LENGTH, Call, Fault, Reply, Table, frame, reply_decoder
+
+_log = logging.getLogger("serverless_llm.text")
+
+
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    """Of each text process: seconds per call, bytes of address space, bytes of cached tokenizers; of the gateway:
+    bytes of cached token tables."""
+
+    seconds: float = 10.0
+    memory: int = 4 << 30
+    cache: int = 1 << 30
+    tables: int = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedPrompt:
+    """A prompt (int32, little endian), what decodes its answer, and the checkpoint's own settings."""
+
+    ids: bytes
+    vocabulary: Vocabulary
+    defaults: dict[str, float]
+    stop_ids: tuple[int, ...]
+
+
+class _Process:
+    """One running text process; serves one call at a time."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._calls, self._replies = process, process.stdin, process.stdout
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def ready(self) -> None:
+        await self._replies.readexactly(LENGTH.size)
+
+    async def call(self, call: Call) -> Reply:
+        self._calls.write(frame(call))
+        await self._calls.drain()
+        (length,) = LENGTH.unpack(await self._replies.readexactly(LENGTH.size))
+        return reply_decoder.decode(await self._replies.readexactly(length))
+
+    async def stop(self) -> None:
+        """Kill and reap."""
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+        self._calls.close()
+
+
+class TextPool:
+    """`size` text processes, each replaced when a call kills it; calls wait for a free one in order of arrival."""
+
+    def __init__(self, size: int = 2, limits: TextLimits | None = None) -> None:
+        self._limits = limits or TextLimits()
+        self._size = size
+        self._free: deque[_Process] = deque()
+        self._all: set[_Process] = set()
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._respawns: set[asyncio.Task[None]] = set()
+        self._vocabularies: OrderedDict[tuple[str, str], Vocabulary] = OrderedDict()
+        self._closed = False
+
+    async def start(self) -> None:
+        """Spawn the processes and wait until they take calls."""
+        await asyncio.gather(*(self._spawn() for _ in range(self._size)))
+
+    async def close(self) -> None:
+        """End every process, running calls included."""
+        self._closed = True
+        for task in self._respawns:
+            task.cancel()
+        await asyncio.gather(*self._respawns, return_exceptions=True)
+        await asyncio.gather(*(process.stop() for process in self._all))
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._all]
+
+    async def prompt(self, call: Call) -> TokenisedPrompt:
+        """Render and tokenise.
+
+        Raises:
+            RequestError: the checkpoint's files or the messages are at fault, or a limit was overrun.
+        """
+        key = (call.directory, call.checkpoint)
+        known = self._vocabularies.get(key)
+        reply = await self._call(call if known else msgspec.structs.replace(call, table=True))
+        if isinstance(reply, Fault):
+            raise RequestError(reply.status, reply.code, reply.message, reply.param)
+        vocabulary = known or await self._vocabulary(call.directory, reply.table)
+        self._remember(key, vocabulary)
+        return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, tuple(reply.stop_ids))
+
+    async def _vocabulary(self, directory: str, table: Table | None) -> Vocabulary:
+        if table is not None and table.offsets:
+            return TableVocabulary(table.blob, table.offsets, table.strip)
+        path = Path(directory) / "tokenizer.json"
+        tokenizer = await asyncio.to_thread(Tokenizer.from_file, str(path))
+        return WholeVocabulary(tokenizer, 8 * path.stat().st_size)
+
+    def _remember(self, key: tuple[str, str], vocabulary: Vocabulary) -> None:
+        self._vocabularies[key] = vocabulary
+        self._vocabularies.move_to_end(key)
+        while len(self._vocabularies) > 1 and self._cached() > self._limits.tables:
+            self._vocabularies.popitem(last=False)
+
+    def _cached(self) -> int:
+        return sum(vocabulary.nbytes for vocabulary in self._vocabularies.values())
+
+    async def _call(self, call: Call) -> Reply:
+        process = await self._acquire()
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                reply = await process.call(call)
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            self._replace(process)
+            return self._overrun(call)
+        except BaseException:
+            self._replace(process)  # cancelled: what it would still answer belongs to nobody
+            raise
+        self._release(process)
+        return reply
+
+    def _overrun(self, call: Call) -> Fault:
+        limits = f"{self._limits.seconds:g} s and {self._limits.memory >> 20} MiB"
+        message = f"model {call.model!r}: its chat template or tokenizer ended a text process (limits: {limits})"
+        return Fault(500, "engine_error", message)
+
+    async def _acquire(self) -> _Process:
+        while not self._free:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._wake()  # if it was this waiter's turn, it is now the next one's
+                raise
+        return self._free.pop()  # the one used last has the warmest cache
+
+    def _release(self, process: _Process) -> None:
+        self._free.append(process)
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._free and self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _replace(self, process: _Process) -> None:
+        if self._closed:
+            return
+        task = asyncio.get_running_loop().create_task(self._respawn(process))
+        self._respawns.add(task)
+        task.add_done_callback(self._respawns.discard)
+
+    async def _respawn(self, process: _Process) -> None:
+        _log.warning("text process %d is replaced", process.pid)
+        await process.stop()
+        self._all.discard(process)
+        await self._spawn()
+
+    async def _spawn(self) -> None:
+        root = str(Path(serverless_llm.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        limits = [str(number) for number in (2 * self._limits.seconds, self._limits.memory, self._limits.cache)]
+        process = _Process(
+            await asyncio.create_subprocess_exec(
+                *[sys.executable, "-m", "serverless_llm.gateway.text_process", *limits],
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": path, "RAYON_NUM_THREADS": "1"},
+            )
+        )
+        self._all.add(process)
+        await process.ready()
+        self._release(process)

@@ -1,0 +1,150 @@
+"""A gateway on loopback and, at the other end of its messages, a controller that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+from aiohttp import web
+
+from serverless_llm import wire
+from serverless_llm.demo import tokenizer
+from serverless_llm.gateway.app import Gateway
+from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.gateway.text import TextPool
+
+M = TypeVar("M", bound=wire.Message)
+END = tokenizer.END
+CONTEXT = 256
+
+
+def write_checkpoint(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.write_tokenizer(directory, CONTEXT)
+    tokenizer.write_configs(directory, {"vocab_size": tokenizer.VOCABULARY})
+    return directory
+
+
+def model(name: str, source: Path, **changes: Any) -> wire.ModelInfo:
+    fields: dict[str, Any] = {
+        "name": name, "source": str(source), "checkpoint": "c0", "dtype": "float32", "context": CONTEXT,
+        "created": 1700000000, "state": "unloaded", "tier": "disk", "progress": 0.0, "error": "", "devices": [],
+        "bytes": 1000, "keep_alive": 300.0, "pinned": False, "until": None, "estimate_s": 7.2, "waiting": 0,
+        "running": 0,
+    }  # fmt: skip
+    return wire.ModelInfo(**(fields | changes))
+
+
+Behaviour = Callable[["Controller", wire.Message], None]
+
+
+@dataclass
+class Controller:
+    """Keeps every message in `sent`; `on` is what it does about each."""
+
+    on: Behaviour
+    deliver: Callable[[wire.Message], None] = lambda _message: None
+    sent: list[wire.Message] = field(default_factory=list)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def receive(self, message: wire.Message) -> None:
+        self.sent.append(message)
+        self._news.set()
+        asyncio.get_running_loop().call_soon(self.on, self, message)
+
+    def all(self, kind: type[M]) -> list[M]:
+        return [message for message in self.sent if isinstance(message, kind)]
+
+    async def saw(self, kind: type[M], count: int = 1) -> M:
+        """The `count`th message of a kind, as soon as it is there."""
+        async with asyncio.timeout(10):
+            while len(self.all(kind)) < count:
+                self._news.clear()
+                await self._news.wait()
+        return self.all(kind)[count - 1]
+
+    def attach(self, sequence: int, epoch: int = 0, **changes: Any) -> None:
+        fields: dict[str, Any] = {
+            "replica": 7, "destination": wire.worker_address(0, 0), "device": "n0/0", "queue_ms": 12.5, "cold": {},
+        }  # fmt: skip
+        self.deliver(wire.Attach(sequence=sequence, epoch=epoch, **(fields | changes)))
+
+    def tokens(self, sequence: int, tokens: list[int], finish: str = "", epoch: int = 0) -> None:
+        self.deliver(wire.Tokens([(sequence, epoch, tokens, finish)]))
+
+    def reject(self, sequence: int, status: int, code: str, retry_after: float | None = None) -> None:
+        self.deliver(wire.Rejected(sequence, status, code, "because", retry_after, retry_after is not None))
+
+
+def says(text: str, finish: str = "stop", cold: dict[str, float] | None = None) -> Behaviour:
+    """Answers every request with `text`, one byte a step."""
+    ids = [*text.encode(), END] if finish == "stop" else [*text.encode()]
+
+    def on(controller: Controller, message: wire.Message) -> None:
+        if isinstance(message, wire.Prompted):
+            controller.attach(message.sequence, cold=cold or {})
+        if isinstance(message, wire.Run):
+            for token in ids[:-1]:
+                controller.tokens(message.sequence, [token], epoch=message.epoch)
+            controller.tokens(message.sequence, ids[-1:], finish, epoch=message.epoch)
+
+    return on
+
+
+def attaches(controller: Controller, message: wire.Message) -> None:
+    """Dispatches every sequence; the test sends the tokens."""
+    if isinstance(message, wire.Prompted):
+        controller.attach(message.sequence)
+
+
+def silent(_controller: Controller, _message: wire.Message) -> None:
+    """As while a load takes long."""
+
+
+@dataclass
+class Served:
+    gateway: Gateway
+    controller: Controller
+    text: TextPool
+    url: str
+    http: aiohttp.ClientSession
+
+    def chat(self, **changes: Any) -> Any:
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+        return self.http.post("/v1/chat/completions", json=body | changes)
+
+
+@asynccontextmanager
+async def served(
+    tmp_path: Path, on: Behaviour, options: GatewayOptions | None = None, text: TextPool | None = None
+) -> AsyncIterator[Served]:
+    """A gateway with the models `demo` and `team/demo-2`, listening on a free port."""
+    source = write_checkpoint(tmp_path / "demo")
+    controller = Controller(on)
+    text = text or TextPool(1)
+    await text.start()
+    gateway = Gateway(controller.receive, text, generation=3, options=options)
+    controller.deliver = gateway.receive
+    gateway.receive(wire.Catalog([model("demo", source), model("team/demo-2", source)], True))
+    runner = web.AppRunner(gateway.application(), handler_cancellation=True, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        async with aiohttp.ClientSession(url) as http:
+            yield Served(gateway, controller, text, url, http)
+    finally:
+        await runner.cleanup()
+        await text.close()
+
+
+def decoded(run: wire.Run) -> tuple[list[int], list[int]]:
+    """Prompt and generated tokens of a `Run`."""
+    return array("i", run.prompt).tolist(), array("i", run.generated).tolist()
