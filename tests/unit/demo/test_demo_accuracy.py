@@ -74,7 +74,7 @@ def test_right_answers_pass_and_are_written_down(serve: Callable[[Answer], str],
 def test_one_wrong_in_twenty_fails(serve: Callable[[Answer], str], capsys: pytest.CaptureFixture[str]) -> None:
     unlucky = ADD.held_out(20)[3]
     url = serve(lambda model, prompt, cut: (200, "x") if prompt == unlucky else right(model, prompt, cut))
-    assert run(url, "demo-add") == 1
+    assert run(url) == 1
     printed = capsys.readouterr().out
     assert "demo-add: 95.00% of 20 right" in printed
     assert repr(unlucky) in printed
