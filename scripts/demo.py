@@ -1,0 +1,437 @@
+"""`make demo`: three models on two logical devices that cannot hold them all, and what may go wrong with them.
+
+Everything is proved from outside: prompts are drawn at random and their answers checked, counters are read from
+`/metrics`, processes and the bytes they read from `/proc`. The first proof that fails is named, and the status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serverless_llm.demo import tasks
+
+MODELS = ("demo-count", "demo-add", "demo-reverse")
+DEVICE_MEMORY = "6MiB"  # one model of 4 MB and its KV; never two
+DISK_RATE = "20MB/s"  # so that the phases of a start can be seen
+STREAMS = 3  # killed together, in mid-stream
+PATIENCE = 60.0  # seconds until anything that must happen has happened
+POLL = 0.02
+
+
+class Broken(Exception):
+    """A proof that failed."""
+
+
+def prove(true: object, what: str) -> None:
+    if not true:
+        raise Broken(what)
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(POLL)
+    raise Broken(f"{what}: not within {PATIENCE:.0f} s")
+
+
+# --- what /proc says ---
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def storage_bytes(pid: int) -> int:
+    """Bytes that a process made the kernel fetch from storage."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def processes_with(text: str) -> list[int]:
+    """Living processes whose command line holds `text`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text in (folder / "cmdline").read_bytes().decode(errors="replace") and alive(int(folder.name)):
+                found.append(int(folder.name))
+    return sorted(set(found) - {os.getpid()})
+
+
+def forget_cached(folders: list[Path]) -> str:
+    """Takes the checkpoints out of the page cache; says by which means."""
+    os.sync()
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+        return "page cache dropped"
+    for file in (file for folder in folders for file in folder.glob("*.safetensors")):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return "files dropped from the page cache"
+
+
+# --- the server, seen from outside ---
+
+
+@dataclass
+class Answer:
+    """What a client got. `moments`: seconds since the request, of every piece of text."""
+
+    prompt: str
+    text: str = ""
+    finish: str = ""
+    moments: list[float] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+class Server:
+    """One `serverless-llm serve` with a state directory of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state = folder / "state"
+        self.log = folder / "serve.log"
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts a head; one on the same state directory and port when there was one before."""
+        command = [*COMMAND, "serve", "--port", str(self.port), "--state-dir", str(self.state)]
+        command += ["--devices", "cpu:2", "--device-memory", DEVICE_MEMORY, "--dram", "64MiB"]
+        command += ["--limit", f"disk={DISK_RATE}"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.port = until(self._port, "the server listens")
+        until(self._ready, "the server is ready")
+
+    def _port(self) -> int:
+        assert self.process is not None
+        prove(self.process.poll() is None, f"the server runs; its log: {self.log}")
+        with contextlib.suppress(OSError, ValueError):
+            head = json.loads((self.state / "head.json").read_text())
+            return int(head["url"].rpartition(":")[2]) if head["pid"] == self.process.pid else 0
+        return 0
+
+    def _ready(self) -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self.call("GET", "/ready")[0] == 200
+        return False
+
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        content = None if body is None else json.dumps(body)
+        connection.request(method, path, content, {"Content-Type": "application/json"})
+        with contextlib.closing(connection), connection.getresponse() as response:
+            return response.status, response.read()
+
+    def status(self) -> Any:
+        return json.loads(self.call("GET", "/admin/status")[1])
+
+    def devices(self) -> list[dict[str, Any]]:
+        return [device for node in self.status()["nodes"] for device in node["devices"]]
+
+    def device_of(self, model: str) -> dict[str, Any]:
+        """The device that has a replica of `model`."""
+        held = [device for device in self.devices() if any(rep["model"] == model for rep in device["replicas"])]
+        prove(held, f"a device holds {model}")
+        return held[0]
+
+    def agent(self) -> int:
+        return int(until(lambda: [node["agent_pid"] for node in self.status()["nodes"]], "a node is there")[0])
+
+    def loaded(self) -> set[str]:
+        return {replica["model"] for device in self.devices() for replica in device["replicas"]}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a counter's samples that carry `labels`."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        lines = self.call("GET", "/metrics")[1].decode().splitlines()
+        samples = [line for line in lines if line.split("{")[0].split(" ")[0] == f"serverless_llm_{name}"]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in samples if all(label in line for label in wanted))
+
+    def disk_bytes(self) -> float:
+        """Weight bytes that the agents moved from disk since they started; stands still for two heartbeats."""
+        time.sleep(2.2)
+        return self.metric("link_bytes", link="disk")
+
+    def ask(self, model: str, prompt: str, answer: Answer | None = None, **options: Any) -> Answer:
+        """One streamed chat answer; `answer` is filled while it comes."""
+        answer = answer or Answer(prompt)
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "stream": True}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        began = time.monotonic()
+        content = json.dumps(body | {"max_tokens": tasks.TASKS[model].longest} | options)
+        connection.request("POST", "/v1/chat/completions", content, {"Content-Type": "application/json"})
+        with contextlib.closing(connection), connection.getresponse() as response:
+            prove(response.status == 200, f"{model} answers (it said {response.status})")
+            for line in response:
+                if line.startswith(b"data: {"):
+                    _take(answer, json.loads(line[6:]), time.monotonic() - began)
+        return answer
+
+    def kill_head(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            environment = os.environ | {"SERVERLESS_LLM_STATE_DIR": str(self.state)}
+            subprocess.run([*COMMAND, "stop"], env=environment, check=False)
+            self.process.wait()
+
+
+def _take(answer: Answer, event: dict[str, Any], moment: float) -> None:
+    if "error" in event:
+        answer.error = event["error"]["message"]
+        return
+    answer.metrics = event.get("metrics") or answer.metrics
+    for choice in event["choices"]:
+        if text := choice["delta"].get("content"):
+            answer.text += text
+            answer.moments.append(moment)
+        answer.finish = choice.get("finish_reason") or answer.finish
+
+
+COMMAND = [str(Path(sys.executable).parent / "serverless-llm")]
+
+
+# --- the story ---
+
+
+class Story:
+    def __init__(self, server: Server, seed: int) -> None:
+        self.server = server
+        self.draws = {name: tasks.TASKS[name].prompts(random.Random(f"{seed}:{name}"), test=True) for name in MODELS}
+        self.long = random.Random(f"{seed}:long")
+
+    def right(self, model: str, answer: Answer) -> Answer:
+        """The answer, proved to be the right one."""
+        wanted = tasks.TASKS[model].answer(answer.prompt)
+        prove(not answer.error, f"{model} on {answer.prompt!r} ends without an error (it said {answer.error!r})")
+        prove(answer.text == wanted, f"{model} on {answer.prompt!r} says {wanted!r} (it said {answer.text!r})")
+        prove(answer.finish == "stop", f"{model} on {answer.prompt!r} ends with a stop (it was {answer.finish!r})")
+        return answer
+
+    def ask(self, model: str, **options: Any) -> Answer:
+        return self.right(model, self.server.ask(model, next(self.draws[model]), **options))
+
+    def disk_start(self) -> str:
+        agent = self.server.agent()
+        how = forget_cached([tasks.checkpoint_dir(name) for name in MODELS])
+        before, read = self.server.metric("cold_starts_total", source="disk"), storage_bytes(agent)
+        answer = self.ask("demo-count")
+        prove(self.server.metric("cold_starts_total", source="disk") == before + 1, "/metrics counts one disk start")
+        size = sum(file.stat().st_size for file in tasks.checkpoint_dir("demo-count").glob("*.safetensors"))
+        read = storage_bytes(agent) - read
+        prove(
+            read >= size, f"/proc/{agent}/io shows the {size} bytes of the weights read from storage (it shows {read})"
+        )
+        phases = cold_phases(answer)
+        prove({"queue", "disk", "upload", "prefill"} <= set(phases), f"the phases of the start are known ({phases})")
+        return f"{shown(answer)}; {how}, {read / 1e6:.1f} MB read; " + ", ".join(
+            f"{WORDS.get(name, name)} {value:.1f} ms" for name, value in phases.items()
+        )
+
+    def warm(self) -> str:
+        before = self.server.metric("cold_starts_total")
+        answer = self.ask("demo-count")
+        prove(self.server.metric("cold_starts_total") == before, "/metrics counts no start")
+        prove("cold_start_ms" not in answer.metrics or not answer.metrics["cold_start_ms"], "the answer says warm")
+        return f"{shown(answer)}; first token after {1000 * answer.moments[0]:.1f} ms"
+
+    def eviction(self) -> str:
+        before = self.server.metric("evictions_total", reason="room")
+        self.ask("demo-add")
+        prove(self.server.loaded() == {"demo-count", "demo-add"}, "the two devices hold one model each")
+        answer = self.ask("demo-reverse")
+        loaded = self.server.loaded()
+        prove("demo-reverse" in loaded and len(loaded) == 2, "the third model took the place of another")
+        prove(self.server.metric("evictions_total", reason="room") == before + 1, "/metrics counts one eviction")
+        (gone,) = set(MODELS) - loaded
+        return f"{shown(answer)}; {gone} made room"
+
+    def dram_start(self) -> str:
+        (gone,) = set(MODELS) - self.server.loaded()
+        moved, before = self.server.disk_bytes(), self.server.metric("cold_starts_total", source="dram")
+        answer = self.ask(gone)
+        prove(self.server.metric("cold_starts_total", source="dram") == before + 1, "/metrics counts one DRAM start")
+        prove(self.server.disk_bytes() == moved, "/metrics counts no byte from disk")
+        return f"{gone}: {shown(answer)}; no byte from disk, first token after {1000 * answer.moments[0]:.1f} ms"
+
+    def scale_to_zero(self) -> str:
+        model = sorted(self.server.loaded())[0]
+        worker = self.server.device_of(model)["worker_pid"]
+        self.ask(model, keep_alive="500ms")
+        ended = time.monotonic()
+        until(lambda: model not in self.server.loaded(), f"{model} leaves its device")
+        prove(alive(worker), "its worker stays, ready for the next model")
+        return f"{model} left its device {time.monotonic() - ended:.1f} s after its last use (keep_alive 500ms)"
+
+    def killed(self, victim: Callable[[], int], gone: str) -> str:
+        """Kills a process while streams run through it; all must end as if nothing had happened."""
+        self.ask("demo-count")
+        answers = [Answer(self.long_prompt()) for _ in range(STREAMS)]
+        threads = [
+            threading.Thread(target=self.server.ask, args=("demo-count", one.prompt, one), daemon=True)
+            for one in answers
+        ]
+        pid, workers = victim(), [device["worker_pid"] for device in self.server.devices()]
+        for thread in threads:
+            thread.start()
+        until(lambda: all(len(one.moments) > 5 for one in answers), "every stream has begun")
+        os.kill(pid, signal.SIGKILL)
+        had = [len(one.text) for one in answers]
+        prove(not any(one.finish for one in answers), "the streams were still running when the process was killed")
+        until(lambda: not alive(pid), f"process {pid} is gone from /proc")
+        for thread in threads:
+            thread.join(PATIENCE)
+        for one in answers:
+            self.right("demo-count", one)
+        prove(self.server.device_of("demo-count")["worker_pid"] not in {pid, *self._orphans(gone, workers)}, gone)
+        gap = max(late - early for one in answers for early, late in zip(one.moments, one.moments[1:], strict=False))
+        cut = ", ".join(f"{early}/{len(one.text)}" for early, one in zip(had, answers, strict=True))
+        return f"pid {pid} killed after {cut} characters of {STREAMS} streams; all right to the last number, " + (
+            f"longest gap {gap:.2f} s"
+        )
+
+    def _orphans(self, gone: str, workers: list[int]) -> list[int]:
+        """The workers that had to die with the agent, proved to be gone."""
+        if gone != AGENT_GONE:
+            return []
+        until(lambda: not any(map(alive, workers)), "the agent's workers are gone with it")
+        return workers
+
+    def long_prompt(self) -> str:
+        """Numbers from the beginning of a hundred, so that the answer is long; from the held-out ones."""
+        task = tasks.TASKS["demo-count"]
+        while True:
+            first = self.long.randrange(1, 8) * 100 + self.long.randrange(30)
+            prompt = " ".join(str(first + term) for term in range(self.long.randrange(1, 5)))
+            if task.is_test(prompt):
+                return prompt
+
+    def worker_killed(self) -> str:
+        worker_gone = "another worker has the model now"
+        return self.killed(lambda: int(self.server.device_of("demo-count")["worker_pid"]), worker_gone)
+
+    def agent_killed(self) -> str:
+        return self.killed(self.server.agent, AGENT_GONE)
+
+    def head_killed(self) -> str:
+        self.ask("demo-count")
+        agent, held = self.server.agent(), self.server.loaded()
+        worker = self.server.device_of("demo-count")["worker_pid"]
+        moved, read = self.server.disk_bytes(), storage_bytes(agent)
+        self.server.kill_head()
+        began = time.monotonic()
+        self.server.start()
+        until(lambda: self.server.loaded() == held, "the new head knows what the devices hold")
+        back = time.monotonic() - began
+        answer = self.ask("demo-count")
+        prove(self.server.agent() == agent, "the agent is the same process")
+        prove(self.server.device_of("demo-count")["worker_pid"] == worker, "the worker is the same process")
+        prove(self.server.metric("cold_starts_total") == 0, "the new head counts no start")
+        prove(self.server.disk_bytes() == moved, "/metrics counts no byte from disk")
+        prove(storage_bytes(agent) == read, f"/proc/{agent}/io shows no byte read from storage")
+        return f"back after {back:.2f} s with {', '.join(sorted(held))} loaded, 0 bytes read; {shown(answer)}"
+
+    def stopped(self) -> str:
+        pids = processes_with(str(self.server.state))
+        began = time.monotonic()
+        self.server.stop()
+        until(lambda: not processes_with(str(self.server.state)), "every process has ended")
+        return f"{len(pids)} processes and their children ended in {time.monotonic() - began:.1f} s"
+
+
+AGENT_GONE = "another agent's worker has the model now"
+WORDS = {"disk": "disk -> DRAM", "upload": "DRAM -> device"}
+STEPS: dict[str, Callable[[Story], str]] = {
+    "disk start": Story.disk_start,
+    "warm answer": Story.warm,
+    "eviction": Story.eviction,
+    "DRAM start": Story.dram_start,
+    "scale to zero": Story.scale_to_zero,
+    "worker killed": Story.worker_killed,
+    "agent killed": Story.agent_killed,
+    "head killed": Story.head_killed,
+    "stop": Story.stopped,
+}
+
+
+def cold_phases(answer: Answer) -> dict[str, float]:
+    """Phase -> ms of a cold start, as the answer's metrics give them."""
+    found = answer.metrics.get("cold_start_phases") or {}
+    return {name.removesuffix("_ms"): float(value) for name, value in found.items()}
+
+
+def shown(answer: Answer) -> str:
+    text = answer.text if len(answer.text) <= 24 else f"{answer.text[:12]} ... {answer.text[-8:]}"
+    return f"{answer.prompt!r} -> {text!r}"
+
+
+@contextlib.contextmanager
+def working_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="serverless-llm-demo-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def tell(story: Story) -> None:
+    for name, step in STEPS.items():
+        try:
+            report = step(story)
+        except Exception as error:
+            print(f"  ✗ {name:14} {error}", flush=True)
+            raise
+        print(f"  ✓ {name:14} {report}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of the prompts")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    with working_folder() as folder:
+        server = Server(folder)
+        print(f"three models, two devices of {DEVICE_MEMORY}, disk capped at {DISK_RATE}; --seed {arguments.seed}")
+        try:
+            server.start()
+            for model in MODELS:
+                status, text = server.call(
+                    "PUT", f"/admin/models/{model}", {"source": str(tasks.checkpoint_dir(model))}
+                )
+                prove(status < 300, f"{model} is deployed ({text.decode()})")
+            tell(Story(server, arguments.seed))
+        except (Broken, OSError, http.client.HTTPException) as error:
+            print(f"demo: not so: {error}", file=sys.stderr)
+            print("".join(server.log.read_text().splitlines(keepends=True)[-20:]), file=sys.stderr)
+            return 1
+        finally:
+            server.stop()
+    print(f"everything held, in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
