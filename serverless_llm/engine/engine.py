@@ -1,15 +1,42 @@
-"""One device's engine: many models, one KV arena, one thread. Work in progress: signatures first."""
+"""One device's engine: many models, one arena for weights and KV, one thread.
+
+Deterministic mode (float32 on a CPU): a sequence's tokens do not depend on the other sequences, on how its prompt was
+cut into steps, or on how often it was preempted or resumed elsewhere, between engines of equal `numerics_id`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
-from serverless_llm.domain import ReplicaId, SequenceId
-from serverless_llm.engine.config import Entries, ModelConfig
-from serverless_llm.engine.sequence import SequenceStart, SequenceState, StepResult
+from serverless_llm.domain import FinishReason, ReplicaId, SequenceId
+from serverless_llm.engine.arena import Arena
+from serverless_llm.engine.blocks import Memory
+from serverless_llm.engine.config import Entries, ModelConfig, aligned
+from serverless_llm.engine.layout import dests, layout, stored_buffers
+from serverless_llm.engine.model import DTYPES, Model
+from serverless_llm.engine.runner import run
+from serverless_llm.engine.sampler import draw, greedy
+from serverless_llm.engine.scheduler import Batch, Scheduler, blocks_for
+from serverless_llm.engine.sequence import Emission, FirstToken, Sequence, SequenceStart, SequenceState, StepResult
+from serverless_llm.errors import CapacityError
 from serverless_llm.loader.dest import Dest
+
+KERNELS = 1  # bumped when the same input may give other bits than before
+STEP_S = 0.2  # seconds a step of prefill should take at most, so that the tokens of other sequences keep flowing
+ROWS_LEAST, ROWS_MOST = 16, 512
+CUDA_ROWS = 2048
+FIRST_PACE = 5e10  # multiply-adds per second that a CPU is thought to do before the first step was timed
+
+
+class Placement(NamedTuple):
+    """A replica whose weights have their place. `offsets`: tensors in the arena; the others are views elsewhere."""
+
+    config: ModelConfig
+    offsets: dict[str, int]
 
 
 class Engine:
@@ -17,16 +44,35 @@ class Engine:
 
     Attributes:
         numerics_id: engines of equal ids give equal tokens in deterministic mode.
-        arena: uint8 [budget], where `Dest` offsets point; fixed for the engine's life.
+        arena: uint8 [budget rounded down to 64 KiB], where `Dest` offsets point; fixed for the engine's life.
         steps: batches run so far.
     """
 
-    numerics_id: str
-    arena: torch.Tensor
-    steps: int
+    def __init__(
+        self,
+        device: str = "cpu",
+        budget: int = 1 << 30,
+        weights: str = "view",
+        threads: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.device = torch.device(device)
+        self.steps = 0
+        self.numerics_id = _numerics_id(self.device, threads)
+        self._weights = "copy" if self.device.type == "cuda" else weights
+        self._clock = clock
+        self._arena = Arena(self.device, budget)
+        self.arena = self._arena.bytes
+        self._memory = Memory(self.arena.numel())
+        self._scheduler = Scheduler(self._memory)
+        self._placed: dict[ReplicaId, Placement] = {}
+        self._models: dict[ReplicaId, Model] = {}
+        self._pace: dict[ReplicaId, float] = {}  # seconds per row of a step
+        self._ended: list[Emission] = []  # told by the next step
+        self._arrivals = 0
 
-    def __init__(self, device: str = "cpu", budget: int = 1 << 30, weights: str = "view", threads: int = 1) -> None:
-        raise NotImplementedError
+    # --- replicas ---
 
     def place(self, replica: ReplicaId, model: ModelConfig, entries: Entries, kv_floor: int) -> list[Dest] | None:
         """Makes room for a replica's weights and promises it `kv_floor` bytes of KV.
@@ -38,54 +84,247 @@ class Engine:
             CheckpointError: the checkpoint is not what its config says.
             CapacityError: it does not fit beside the other replicas.
         """
-        raise NotImplementedError
+        total = model.weight_bytes(entries)
+        stored = list(stored_buffers(model, entries, self._weights))
+        shapes = model.tensors()
+        sizes = [aligned(model.buffer_bytes(buffer, shapes)) for buffer in stored]
+        places = self._find(replica, model, sizes, total - sum(sizes), kv_floor)
+        offsets = layout(model, stored, places)
+        self._placed[replica] = Placement(model, offsets)
+        whole = len(offsets) == len(shapes)
+        if whole and not any(model.needs_conversion(name, entries) for name in shapes):
+            return dests(model, offsets)
+        return None
+
+    def _find(self, replica: ReplicaId, model: ModelConfig, sizes: list[int], pinned: int, floor: int) -> list[int]:
+        needed = sum(sizes) + pinned + floor
+        if needed > self._memory.free_above_floors:
+            raise CapacityError(f"weights and KV need {needed} bytes, {self._memory.free_above_floors} are free")
+        while True:
+            places = self._memory.place(replica, sizes, pinned, floor, model.kv_block_bytes, model.kv_layer_bytes)
+            if places is not None:
+                self._settle()
+                return places
+            # Enough bytes in all: KV above the floors gives way, then any KV that lies where a buffer must.
+            if not (self._scheduler.preempt_youngest() or self._scheduler.preempt_youngest(floors=False)):
+                raise CapacityError(f"weights of {sum(sizes)} bytes find no gap between those of other models")
 
     def activate(self, replica: ReplicaId, tensors: Mapping[str, torch.Tensor] | None = None) -> bool:
         """The replica serves from now on. True: it refers to `tensors` until `drop` (they are views of the pool)."""
-        raise NotImplementedError
+        config, offsets = self._placed[replica]
+        dtype, shapes = DTYPES[config.dtype], config.tensors()
+        bound = {name: self._arena.tensor(offset, dtype, shapes[name]) for name, offset in offsets.items()}
+        given = tensors or {}
+        for name, target in bound.items() if tensors else ():
+            target.copy_(given[name])
+        viewed = {name: given[name] for name in shapes if name not in bound}
+        on_cuda = self.device.type == "cuda"
+        tiled = config.dtype == "float32" and not on_cuda
+        self._models[replica] = Model(config, bound | viewed, self._arena, fused=on_cuda, tiled=tiled)
+        self._pace[replica] = sum(tensor.numel() for tensor in (bound | viewed).values()) / FIRST_PACE
+        return bool(viewed)
 
     def drop(self, replica: ReplicaId) -> list[SequenceState]:
         """Frees a replica, placed or active; returns its sequences, which end without a word."""
-        raise NotImplementedError
+        sequences = self._scheduler.of(replica)
+        states = [_state(sequence) for sequence in sequences]
+        for sequence in sequences:
+            self._scheduler.remove(sequence)
+        self._models.pop(replica, None)
+        self._pace.pop(replica, None)
+        del self._placed[replica]
+        self._memory.remove(replica)
+        self._settle()
+        return states
 
     def reserve(self, nbytes: int) -> int:
         """Preempts sequences above the floors until `nbytes` are free; returns the bytes still missing, 0 if none."""
-        raise NotImplementedError
+        missing = nbytes - self._memory.free_above_floors
+        if missing > 0:
+            return missing
+        while self._memory.free_bytes < nbytes and self._scheduler.preempt_youngest():
+            pass
+        self._settle()
+        return max(0, nbytes - self._memory.free_bytes)
+
+    # --- sequences ---
 
     def add(self, start: SequenceStart) -> None:
-        """Queues a sequence; one that is here with an older epoch is replaced.
+        """Queues a sequence; one that is here with an older epoch is replaced, an older one than here is ignored.
+
+        If its tokens already end it (a stop id, enough tokens), the next step says so without a new token.
 
         Raises:
             KeyError: the replica is not active here.
-            CapacityError: its KV can never fit, or it is longer than the model's context.
+            CapacityError: its KV can never fit, it is longer than the model's context, or it is no sequence of this
+                model's tokens.
         """
-        raise NotImplementedError
+        config = self._models[start.replica].config
+        sequence = self._sequence(start, config)
+        self._refuse_unfit(sequence, config)
+        former = self._scheduler.get(start.sequence)
+        if former is not None and former.epoch >= start.epoch:
+            return
+        if former is not None:
+            self._scheduler.remove(former)
+        finish = sequence.finish()
+        if finish is None:
+            self._scheduler.add(sequence)
+        else:
+            self._ended.append(Emission(start.sequence, start.epoch, [], finish))
+
+    def _sequence(self, start: SequenceStart, config: ModelConfig) -> Sequence:
+        self._arrivals += 1
+        return Sequence(
+            sequence=start.sequence,
+            epoch=start.epoch,
+            replica=start.replica,
+            order=self._arrivals,
+            tokens=[*start.prompt.tolist(), *start.generated.tolist()],
+            prompt_length=len(start.prompt),
+            context=config.context,
+            sampling=start.sampling,
+        )
+
+    def _refuse_unfit(self, sequence: Sequence, config: ModelConfig) -> None:
+        tokens = sequence.tokens
+        if not sequence.prompt_length or sequence.prompt_length > config.context:
+            raise CapacityError(f"a prompt has 1 to {config.context} tokens, not {sequence.prompt_length}")
+        if min(tokens) < 0 or max(tokens) >= config.vocab:
+            raise CapacityError(f"token ids are 0 to {config.vocab - 1}")
+        most = min(sequence.prompt_length + sequence.sampling.max_tokens, config.context)
+        needed, capacity = blocks_for(most), self._memory.capacity(sequence.replica)
+        if needed > capacity:
+            block = config.kv_block_bytes
+            raise CapacityError(
+                f"{most} tokens need {needed * block} bytes of KV, {max(0, capacity) * block} are there"
+            )
 
     def cancel(self, sequence: SequenceId, epoch: int) -> None:
         """Ends a sequence without a word if it is here with this epoch or an older one."""
-        raise NotImplementedError
+        self._ended = [e for e in self._ended if e.sequence != sequence or e.epoch > epoch]
+        found = self._scheduler.get(sequence)
+        if found is not None and found.epoch <= epoch:
+            self._scheduler.remove(found)
+            self._settle()
 
     def step(self) -> StepResult:
         """Runs one batch of one model; models with work take turns."""
-        raise NotImplementedError
+        result = StepResult(self._ended, [])
+        self._ended = []
+        batch = self._scheduler.next_batch(self._rows)
+        self._settle()
+        for sequence in self._unrunnable(batch):
+            self._end(sequence, [], FinishReason.ERROR, result)
+        if batch is not None:
+            self._run(batch, result)
+        return result
+
+    def _unrunnable(self, batch: Batch | None) -> list[Sequence]:
+        """Sequences that fit no more, as weights came; the oldest where nothing at all can run, so that none waits."""
+        stranded, self._scheduler.stranded = self._scheduler.stranded, []
+        if batch is None and not stranded and len(self._scheduler):
+            return [min(self._scheduler, key=lambda sequence: sequence.order)]
+        return stranded
+
+    def _run(self, batch: Batch, result: StepResult) -> None:
+        begun = self._clock()
+        for sequence, _ in batch.chunks:
+            sequence.started = begun if sequence.started is None else sequence.started
+        ending = [chunk.sequence for chunk in batch.chunks if chunk.tokens == chunk.sequence.missing]
+        logits = run(self._models[batch.replica], batch.chunks, self.device)
+        for sequence, tokens in batch.chunks:
+            sequence.cached += tokens
+        drawn = _draw(logits, ending)
+        self.steps += 1
+        ended = self._clock()
+        rows = sum(tokens for _, tokens in batch.chunks)
+        self._pace[batch.replica] += 0.5 * ((ended - begun) / max(rows, ROWS_LEAST) - self._pace[batch.replica])
+        for sequence, token in zip(ending, drawn, strict=True):
+            self._deliver(sequence, token, ended, result)
+        self._settle()
+
+    def _deliver(self, sequence: Sequence, token: int | None, now: float, result: StepResult) -> None:
+        if token is None:
+            self._end(sequence, [], FinishReason.ERROR, result)
+            return
+        sequence.tokens.append(token)
+        if not sequence.emitted and sequence.started is not None:
+            result.first.append(FirstToken(sequence.sequence, sequence.epoch, now - sequence.started))
+            sequence.emitted = True
+        finish = sequence.finish()
+        if finish is None:
+            result.tokens.append(Emission(sequence.sequence, sequence.epoch, [token], None))
+        else:
+            self._end(sequence, [token], finish, result)
+
+    def _end(self, sequence: Sequence, tokens: list[int], finish: FinishReason, result: StepResult) -> None:
+        self._scheduler.remove(sequence)
+        result.tokens.append(Emission(sequence.sequence, sequence.epoch, tokens, finish))
+
+    def _rows(self, replica: ReplicaId) -> int:
+        if self.device.type == "cuda":
+            return CUDA_ROWS
+        rows = int(STEP_S / max(self._pace[replica], 1e-9))
+        return min(max(rows // ROWS_LEAST * ROWS_LEAST, ROWS_LEAST), ROWS_MOST)
+
+    def _settle(self) -> None:
+        """Carries out what the plan decided: freed ranges go back first, then blocks given out are zeroed."""
+        for place in self._memory.released:
+            self._arena.release(place)
+        for place in self._memory.fresh:
+            self._arena.clear(place)
+        self._memory.released.clear()
+        self._memory.fresh.clear()
+
+    # --- what others may know ---
 
     @property
     def runnable(self) -> bool:
-        raise NotImplementedError
+        """Whether `step` has something to do."""
+        return bool(self._ended) or len(self._scheduler) > 0
 
     @property
     def kv_used(self) -> int:
         """Bytes in KV blocks that belong to sequences."""
-        raise NotImplementedError
+        return self._memory.used()
 
     @property
     def kv_free(self) -> int:
         """Bytes that KV may still take."""
-        raise NotImplementedError
+        return self._memory.kv_free()
 
     def sequences(self) -> list[SequenceState]:
-        raise NotImplementedError
+        return [_state(sequence) for sequence in self._scheduler]
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError, see `Memory` and `Scheduler`."""
+        self._scheduler.check_invariants()
 
     def warm(self) -> None:
-        """Runs one tiny product, so that the maths library initialises before the first request."""
-        raise NotImplementedError
+        """Runs small products, so that the maths library initialises before the first request."""
+        x = torch.zeros(16, 64, device=self.device)
+        torch.exp(torch.bmm((x @ x.t())[None], x[None]))
+
+
+def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int | None]:
+    """The next token of each row; None where its logits are not numbers."""
+    if not sequences:
+        return []
+    sound = logits.amax(dim=-1).isfinite().tolist()  # NaN anywhere in a row makes its maximum NaN
+    likeliest = logits.argmax(dim=-1).tolist()
+    return [
+        None if not ok else best if greedy(sequence.sampling) else draw(row, sequence.sampling, len(sequence.tokens))
+        for row, sequence, ok, best in zip(logits, sequences, sound, likeliest, strict=True)
+    ]
+
+
+def _state(sequence: Sequence) -> SequenceState:
+    return SequenceState(sequence.sequence, sequence.epoch, sequence.generated, len(sequence.blocks))
+
+
+def _numerics_id(device: torch.device, threads: int) -> str:
+    if device.type == "cuda":
+        return f"torch-{torch.__version__}/{torch.cuda.get_device_name(device)}/plain-{KERNELS}"
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"torch-{torch.__version__}/{isa}/threads-{threads}/tiles-{KERNELS}"

@@ -1,0 +1,33 @@
+"""Where each tensor of a model lies on a device. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from serverless_llm.engine.config import Buffer, Entries, ModelConfig, numel
+from serverless_llm.loader.dest import Dest
+
+
+def stored_buffers(config: ModelConfig, entries: Entries, weights: str) -> Iterator[Buffer]:
+    """The buffers that the arena must hold: all in `copy` mode, in `view` mode those that need a conversion."""
+    for buffer in config.buffers():
+        if weights == "copy" or any(config.needs_conversion(name, entries) for name in buffer.tensors):
+            yield buffer
+
+
+def layout(config: ModelConfig, buffers: list[Buffer], places: list[int]) -> dict[str, int]:
+    """Tensor -> byte offset in the arena, in the served dtype, the buffers beginning at `places`."""
+    shapes = config.tensors()
+    offsets: dict[str, int] = {}
+    for buffer, place in zip(buffers, places, strict=True):
+        at = place
+        for name in buffer.tensors:
+            offsets[name] = at
+            at += numel(shapes[name]) * config.item_bytes
+    return offsets
+
+
+def dests(config: ModelConfig, offsets: dict[str, int]) -> list[Dest]:
+    """One copy per tensor, for a checkpoint stored in the served dtype."""
+    shapes = config.tensors()
+    return [Dest(name, 0, numel(shapes[name]) * config.item_bytes, offset) for name, offset in offsets.items()]
