@@ -18,7 +18,7 @@ def budgets(devices: Sequence[DeviceOptions]) -> list[int]:
     """
     if all(device.budget for device in devices):
         return [device.budget for device in devices]
-    import pynvml  # type: ignore[import-untyped]
+    import pynvml
 
     try:
         pynvml.nvmlInit()

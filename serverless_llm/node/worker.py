@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import sys
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class Worker:
             self._beat_due = now + BEAT
 
     def _progress(self, now: float) -> None:
-        states = [tuple(state) for state in self._engine.sequences()]
+        states = [(one.sequence, one.epoch, one.generated, one.kv_blocks) for one in self._engine.sequences()]
         kv = self._engine.kv_used, self._engine.kv_free
         self._tell(wire.Progress(self._boot.device, self._boot.incarnation, states, *kv))
         self._progress_due, self._progress_empty = now + PROGRESS, not states
@@ -200,12 +201,20 @@ class Worker:
 def main(link: socket.socket, pool: int) -> int:
     """A worker's whole life in its forked process; returns the exit status."""
     sys.setswitchinterval(SWITCH_INTERVAL)
+    threading.excepthook = _thread_died
     header = wire.unpack(_exactly(link, wire.HEADER.size))
     boot = wire.decode(header.kind, _exactly(link, header.length))
     if not isinstance(boot, wire.Boot):
         raise ProtocolError(f"{type(boot).__name__} instead of Boot")
     Worker(link, boot, pool).run()
     return 0
+
+
+def _thread_died(failure: threading.ExceptHookArgs) -> None:
+    """Without its uploader a worker would wait for ever."""
+    sys.excepthook(failure.exc_type, failure.exc_value or failure.exc_type(), failure.exc_traceback)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _exactly(link: socket.socket, count: int) -> bytes:

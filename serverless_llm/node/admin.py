@@ -1,0 +1,147 @@
+"""What operators ask of the controller, and how it is answered: JSON in, status and JSON out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from serverless_llm.config import NAME, parse_duration
+from serverless_llm.domain import Footprint, ModelSpec
+from serverless_llm.engine.config import ModelConfig
+from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError
+from serverless_llm.loader import manifest
+
+T = TypeVar("T")
+
+
+class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a deploy; what is not given takes the server's default."""
+
+    source: str
+    dtype: str = "auto"
+    keep_alive: float | str | None = None
+    min_replicas: int = 0
+    max_replicas: int = 1
+    max_concurrency: int = 64
+    max_queue: int = 1024
+    context: int | None = None
+    pinned: bool = False
+
+
+class PinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pinned: bool = True
+
+
+def spec_of(name: str, body: bytes, keep_alive: float, roots: Sequence[Path]) -> ModelSpec:
+    """The spec that a deploy asks for.
+
+    Args:
+        keep_alive: the server's default, in seconds.
+        roots: directories that the source must lie in; none: anywhere.
+
+    Raises:
+        RequestError: 400 for a bad name or body, 403 for a source outside the roots.
+    """
+    if not NAME.fullmatch(name):
+        raise refusal(f"{name!r} is no name of a model (pattern {NAME.pattern})", "name")
+    asked = parse(body, DeployBody)
+    spec = ModelSpec(
+        name=name,
+        source=str(_source(asked.source, roots)),
+        dtype=asked.dtype,
+        keep_alive=_keep_alive(asked.keep_alive, keep_alive),
+        min_replicas=asked.min_replicas,
+        max_replicas=asked.max_replicas,
+        max_concurrency=asked.max_concurrency,
+        max_queue=asked.max_queue,
+        context=asked.context,
+        pinned=asked.pinned,
+    )
+    _check(spec)
+    return spec
+
+
+def _check(spec: ModelSpec) -> None:
+    for field, least in (("min_replicas", 0), ("max_replicas", 1), ("max_concurrency", 1), ("max_queue", 0)):
+        if getattr(spec, field) < least:
+            raise refusal(f"{field} must be at least {least}", field)
+    if spec.min_replicas > spec.max_replicas:
+        raise refusal("min_replicas is more than max_replicas", "min_replicas")
+    if spec.context is not None and spec.context < 1:
+        raise refusal("context must be at least 1", "context")
+
+
+def _source(source: str, roots: Sequence[Path]) -> Path:
+    path = Path(source).expanduser()
+    if not path.is_absolute():
+        raise refusal("source must be the absolute path of a directory", "source")
+    path = path.resolve()
+    if roots and not any(path.is_relative_to(root) for root in roots):
+        raise RequestError(403, "permission_denied", f"{path} is outside the model roots", "source")
+    return path
+
+
+def _keep_alive(asked: float | str | None, default: float) -> float:
+    if asked is None:
+        return default
+    try:
+        seconds = parse_duration(asked)
+    except ConfigurationError as error:
+        raise refusal(str(error), "keep_alive") from None
+    return seconds if seconds >= 0 else math.inf
+
+
+def parse(body: bytes, kind: type[T]) -> T:
+    """Raises:
+    RequestError: 400, the body is not JSON of this kind.
+    """
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except msgspec.MsgspecError as error:
+        raise refusal(str(error), None) from None
+
+
+def refusal(message: str, param: str | None) -> RequestError:
+    return RequestError(400, "invalid_request", message, param)
+
+
+def footprint(spec: ModelSpec) -> Footprint:
+    """Reads the checkpoint's headers and config; blocks on the disk.
+
+    Raises:
+        CheckpointError: it cannot be served.
+    """
+    found = manifest.build(Path(spec.source))
+    model = ModelConfig.parse(found.config, spec.dtype)
+    if spec.context is not None and spec.context > model.context:
+        raise CheckpointError(f"context {spec.context} is more than the checkpoint's {model.context}")
+    return Footprint(
+        checkpoint=found.checkpoint,
+        file_bytes=found.file_bytes,
+        weight_bytes=model.weight_bytes({name: (one.dtype, one.shape) for name, (_, one) in found.tensors().items()}),
+        kv_block_bytes=model.kv_block_bytes,
+        context=spec.context or model.context,
+    )
+
+
+async def read_footprint(spec: ModelSpec) -> Footprint:
+    """`footprint`, beside the loop.
+
+    Raises:
+        RequestError: 400, it cannot be served.
+    """
+    try:
+        return await asyncio.to_thread(footprint, spec)
+    except CheckpointError as error:
+        raise RequestError(400, "invalid_checkpoint", str(error), "source") from error
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """The body of an error as every surface shows it."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

@@ -1,0 +1,244 @@
+"""The asyncio shell around `cluster.machine.Machine`: messages in as events, commands out as messages.
+
+Everything runs on the head's loop. Gateways speak through `receive` and `deliver`, agents dial `GET /agents/connect`.
+A node's link is its life: when it ends the machine hears `NodeLost`, and the agent's next `Hello` is a new node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable, Sequence
+
+from aiohttp import web
+
+from serverless_llm import wire
+from serverless_llm.cluster import commands, events
+from serverless_llm.cluster.machine import Machine
+from serverless_llm.domain import DeviceId, NodeId
+from serverless_llm.errors import ProtocolError
+from serverless_llm.node import translate
+from serverless_llm.node.links import CLOSE_LIMIT, MAX_MESSAGE, WebSocketLink
+from serverless_llm.node.peers import Peer
+
+log = logging.getLogger(__name__)
+
+HELLO_LIMIT = 5.0  # seconds for an agent's first frame
+CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
+TOKENS = wire.KIND[wire.Tokens]
+PROMPT = (events.Deploy, events.Delete, events.Pin, events.ReplicaReady, events.LoadFailed, events.NodeJoined,
+          events.NodeLost, events.WorkerUp, events.WorkerLost, events.Unloaded)  # fmt: skip
+SILENT = (events.Heartbeat, events.Progress, events.FirstToken)
+
+Observer = Callable[[commands.Decided | commands.Outcome | commands.Evicted], None]
+
+
+class Controller:
+    """Drives one machine.
+
+    Args:
+        deliver: takes messages for the gateway of this process.
+        observe: called with every decision and its outcome, for metrics.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        generation: int,
+        token: str,
+        deliver: Callable[[wire.Message], None],
+        observe: Sequence[Observer] = (),
+    ) -> None:
+        self.machine = machine
+        self.generation = generation
+        self.peers: dict[NodeId, Peer] = {}
+        self.changed: Callable[[bool], None] = lambda prompt: None
+        self._token = token
+        self._deliver = deliver
+        self._observe = observe
+        self._numbers: dict[NodeId, int] = {}
+        self._wake: asyncio.TimerHandle | None = None
+        self._arrived = asyncio.Event()  # a node joined or left
+
+    def handle(self, event: events.Event) -> None:
+        """Tells the machine, and does what it wants."""
+        for command in self.machine.handle(event, self.now()):
+            self._perform(command)
+        if not isinstance(event, SILENT):
+            self.changed(isinstance(event, PROMPT))
+
+    def now(self) -> float:
+        """The machine's time."""
+        return asyncio.get_running_loop().time()
+
+    # --- gateways ---
+
+    def receive(self, message: wire.Message) -> None:
+        """A message of a gateway, `Ask` aside."""
+        if isinstance(message, wire.Run):
+            self._run(message)
+            return
+        for event in translate.from_gateway(message):
+            self.handle(event)
+
+    def _run(self, message: wire.Run) -> None:
+        sequence = self.machine.state.sequences.get(message.sequence)
+        if sequence is None or sequence.replica is None or sequence.epoch != message.epoch:
+            return  # its owner was taken away meanwhile; another Attach is on its way
+        device = sequence.replica.device
+        self._send(device.node, device.number, message, wire.GATEWAY)
+
+    # --- agents ---
+
+    async def agent_handler(self, request: web.Request) -> web.StreamResponse:
+        """`GET /agents/connect`: one agent, for as long as its link lives."""
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            raise web.HTTPUnauthorized(text="agents join with the token of the state directory")
+        socket = web.WebSocketResponse(autoping=False, max_msg_size=MAX_MESSAGE, timeout=CLOSE_LIMIT, compress=False)
+        await socket.prepare(request)
+        joining = Joining(self, socket)
+        try:
+            log.warning("link to %s ended: %s", joining.node or "an agent", await joining.link.run())
+        finally:
+            joining.leave()
+        return socket
+
+    def join(self, hello: wire.Hello, link: WebSocketLink) -> Peer:
+        """Takes an agent in; one that is still connected under the same name has a dead link.
+
+        Raises:
+            ProtocolError: it speaks another version.
+        """
+        if hello.protocol != wire.PROTOCOL:
+            raise ProtocolError(f"{hello.node} speaks protocol version {hello.protocol}, this is {wire.PROTOCOL}")
+        if hello.node in self.peers:
+            self.leave(self.peers[hello.node], "its agent dialled in anew")
+        number = self._numbers.setdefault(hello.node, len(self._numbers))
+        peer = Peer(number, link, hello)
+        self.peers[hello.node] = peer
+        held = [replica for replica, *_ in hello.replicas]
+        link.send(
+            wire.encode(
+                wire.Welcome(number, self.generation, held),
+                wire.CONTROLLER,
+                wire.agent_address(number),
+                self.generation,
+            )
+        )
+        log.info("%s joined: pid %d, %d devices, %d replicas", hello.node, hello.pid, len(hello.devices), len(held))
+        self.handle(translate.joined(hello))
+        self._arrived.set()
+        return peer
+
+    def leave(self, peer: Peer, cause: str) -> None:
+        """The agent's link is dead. Idempotent."""
+        node = peer.hello.node
+        if self.peers.get(node) is not peer:
+            return
+        del self.peers[node]
+        peer.link.close(cause)
+        self.handle(events.NodeLost(node))
+        self._arrived.set()
+
+    def hear(self, peer: Peer, frame: wire.Frame) -> None:
+        """A frame of an agent or of one of its workers."""
+        if frame.header.kind == TOKENS:
+            if frame.header.epoch == self.generation:
+                self._deliver(wire.decode(TOKENS, frame.body))
+            return
+        message = wire.decode(frame.header.kind, frame.body)
+        peer.hear(message)
+        for event in translate.from_node(peer.hello.node, message):
+            self.handle(event)
+
+    async def nodes(self, count: int) -> None:
+        """Returns once `count` nodes are connected."""
+        while len(self.peers) < count:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def shut_down(self) -> None:
+        """Has every agent free everything and exit."""
+        for node in list(self.peers):
+            self._send(node, -1, wire.Shutdown())
+
+    # --- commands ---
+
+    def _perform(self, command: commands.Command) -> None:
+        match command:
+            case commands.WakeAt(at):
+                self._wake_at(at)
+            case commands.DropNode(node):
+                if node in self.peers:
+                    self.peers[node].link.close("its agent was silent")
+            case commands.Decided() | commands.Outcome() | commands.Evicted():
+                self._note(command)
+            case commands.Dispatch() | commands.Reject():
+                self._to_gateway(command)
+            case _:
+                order = translate.to_node(command)
+                assert order is not None
+                self._send(*order)
+
+    def _wake_at(self, at: float) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = asyncio.get_running_loop().call_at(at, self.handle, events.Tick())
+
+    def _note(self, command: commands.Decided | commands.Outcome | commands.Evicted) -> None:
+        log.info("%s", command)
+        for observer in self._observe:
+            observer(command)
+
+    def _to_gateway(self, command: commands.Dispatch | commands.Reject) -> None:
+        destination = self._address(command.device) if isinstance(command, commands.Dispatch) else 0
+        message = translate.to_gateway(command, destination)
+        assert message is not None
+        # Soon, not now: a gateway may answer at once, and the machine is in the middle of its commands.
+        asyncio.get_running_loop().call_soon(self._deliver, message)
+
+    def _address(self, device: DeviceId) -> int:
+        return wire.worker_address(self._numbers[device.node], device.number)
+
+    def _send(self, node: NodeId, device: int, message: wire.Message, source: int = wire.CONTROLLER) -> None:
+        """To the agent (device -1) or a worker of a node; dropped when its link is gone (`NodeLost` tells)."""
+        peer = self.peers.get(node)
+        if peer is None:
+            return
+        number = peer.number
+        destination = wire.agent_address(number) if device < 0 else wire.worker_address(number, device)
+        peer.link.send(wire.encode(message, source, destination, self.generation))
+
+
+class Joining:
+    """One agent's connection, from before its Hello on."""
+
+    def __init__(self, controller: Controller, socket: web.WebSocketResponse) -> None:
+        self._controller = controller
+        self._peer: Peer | None = None
+        self.link = WebSocketLink(socket, self._receive)
+        self._limit = asyncio.get_running_loop().call_later(HELLO_LIMIT, self._too_late)
+
+    @property
+    def node(self) -> NodeId:
+        return self._peer.hello.node if self._peer else ""
+
+    def leave(self) -> None:
+        self._limit.cancel()
+        if self._peer is not None:
+            self._controller.leave(self._peer, "the link ended")
+
+    def _receive(self, frame: wire.Frame) -> None:
+        if self._peer is not None:
+            self._controller.hear(self._peer, frame)
+            return
+        hello = wire.decode(frame.header.kind, frame.body)
+        if not isinstance(hello, wire.Hello):
+            raise ProtocolError(f"{type(hello).__name__} instead of Hello")
+        self._peer = self._controller.join(hello, self.link)
+
+    def _too_late(self) -> None:
+        if self._peer is None:
+            self.link.close("no Hello")

@@ -1,0 +1,86 @@
+"""The head's half of `node`: controller, deployed models and local agents, wired together for `cli/serve.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from aiohttp import web
+
+from serverless_llm import wire
+from serverless_llm.cluster.machine import Machine
+from serverless_llm.node import state
+from serverless_llm.node.controller import Controller, Observer
+from serverless_llm.node.options import AgentOptions
+from serverless_llm.node.registry import Registry
+from serverless_llm.node.state import HeadAddress, State
+from serverless_llm.node.supervise import Supervisor
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_LIMIT = 10.0  # seconds for local agents to free everything and exit
+
+
+class Head:
+    """One head on a locked state directory. Made on the loop; `run` it until the server stops.
+
+    Args:
+        agents: those that this head keeps running on its own machine.
+        deliver: takes messages for the gateway of this process.
+        observe: called with every `Decided`, `Outcome` and `Evicted`.
+        keep_alive: default of a deploy, in seconds.
+        roots: directories that sources must lie in; none: anywhere.
+    """
+
+    def __init__(
+        self,
+        kept: State,
+        machine: Machine,
+        agents: Sequence[AgentOptions],
+        deliver: Callable[[wire.Message], None],
+        observe: Sequence[Observer] = (),
+        keep_alive: float = 300.0,
+        roots: Sequence[Path] = (),
+    ) -> None:
+        self._state = kept
+        self.controller = Controller(machine, kept.generation, state.agent_token(kept.directory), deliver, observe)
+        self.registry = Registry(self.controller, kept, deliver, keep_alive, roots)
+        self._supervisor = Supervisor(agents)
+        self._asked: set[asyncio.Task[None]] = set()
+
+    def receive(self, message: wire.Message) -> None:
+        """A message of a gateway."""
+        if not isinstance(message, wire.Ask):
+            self.controller.receive(message)
+            return
+        task = asyncio.ensure_future(self.registry.ask(message))
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.get("/agents/connect", self.controller.agent_handler)]
+
+    def listening(self, url: str) -> None:
+        """Tells the agents where this head is."""
+        state.write_head(self._state.directory, HeadAddress(url, self._state.generation, os.getpid()))
+
+    async def run(self, models: Mapping[str, bytes] = {}) -> None:  # noqa: B006 - never changed
+        """Restores what was deployed, deploys `models` (name -> body) over it, and keeps the agents alive.
+
+        Cancel it to leave the agents alone, for the next head to adopt; `shut_down` ends them.
+        """
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._supervisor.run())
+            group.create_task(self.registry.restore(models))
+
+    async def shut_down(self) -> None:
+        """Has the agents free everything and exit; `run` must have been cancelled before."""
+        self.controller.shut_down()
+        try:
+            async with asyncio.timeout(SHUTDOWN_LIMIT):
+                await self._supervisor.ended()
+        except TimeoutError:
+            log.warning("agents still run after %g s", SHUTDOWN_LIMIT)

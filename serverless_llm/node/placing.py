@@ -1,0 +1,168 @@
+"""Replicas on their way to a worker's device, and those that hold the pool: the worker's side of a load.
+
+Bytes are mapped (view mode, and where a dtype must be converted) or copied (copy mode) by the uploader's thread,
+which wakes the worker's loop through `wakeup` when a replica is complete.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import queue
+import time
+from dataclasses import dataclass, field
+
+from serverless_llm import wire
+from serverless_llm.engine.config import ModelConfig
+from serverless_llm.engine.engine import Engine
+from serverless_llm.errors import CapacityError, CheckpointError, InvariantError
+from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.upload import Mapping, Upload, Uploader
+
+
+@dataclass(slots=True, eq=False)
+class Placement:
+    """One replica. `spans`: what has landed before it was known how the bytes go.
+
+    Attributes:
+        reserved: the engine has made room for it.
+        last: monotonic seconds when its last bytes had landed, 0 before.
+        active: it serves.
+    """
+
+    order: wire.Place
+    model: ModelConfig
+    task: Mapping | Upload
+    spans: list[Landed] = field(default_factory=list)
+    reserved: bool = False
+    last: float = 0.0
+    active: bool = False
+
+    @property
+    def sizes(self) -> list[int]:
+        return [size for _, size in self.order.files]
+
+
+class Placing:
+    """All placements of one engine. Verbs answer with a message to the agent where there is one to give.
+
+    Attributes:
+        wakeup: descriptor that is readable when `finished` has news.
+    """
+
+    def __init__(self, engine: Engine, boot: wire.Boot, pool: int) -> None:
+        self._engine = engine
+        self._view = boot.weights == "view"
+        self._uploader = Uploader(pool, boot.pool_bytes, boot.upload_rate)
+        self._placements: dict[int, Placement] = {}
+        self._complete: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def busy(self) -> bool:
+        return any(not one.active for one in self._placements.values())
+
+    def place(self, order: wire.Place) -> wire.Message | None:
+        """Begins a placement; its pieces follow."""
+        try:
+            model = ModelConfig.parse(json.loads(order.config), order.dtype)
+        except CheckpointError as error:
+            return wire.Failed(order.replica, str(error), permanent=True)
+        placement = Placement(order, model, self._task(order, self._view))
+        self._placements[order.replica] = placement
+        return None
+
+    def landed(self, replica: int, pieces: list[tuple[int, int, int, int]], last: bool) -> wire.Message | None:
+        """Bytes of a replica are in the pool."""
+        placement = self._placements.get(replica)
+        if placement is None:
+            return None  # it failed, or was dropped, while they were on their way
+        spans = [Landed(*piece) for piece in pieces]
+        if last:
+            placement.last = time.monotonic()
+        try:
+            placement.task.add(spans)
+            if not placement.reserved:
+                placement.spans += spans
+                self._reserve(placement)
+        except (CheckpointError, CapacityError) as error:
+            return self._failed(placement, error)
+        return None
+
+    def finished(self) -> list[wire.Message]:
+        """Activates the replicas whose bytes have arrived since."""
+        os.eventfd_read(self.wakeup)
+        answers = []
+        while not self._complete.empty():
+            placement = self._placements.get(self._complete.get())
+            if placement is not None and not placement.active:
+                answers.append(self._activate(placement))
+        return answers
+
+    def drop(self, replica: int) -> None:
+        """When it returns nothing refers to the replica's bytes in the pool.
+
+        Raises:
+            InvariantError: something does.
+        """
+        placement = self._placements.pop(replica, None)
+        if placement is None:
+            return
+        if placement.reserved:
+            self._engine.drop(replica)
+        self._close(placement)
+
+    def _task(self, order: wire.Place, view: bool) -> Mapping | Upload:
+        sizes = [size for _, size in order.files]
+
+        def progress(done: int, total: int) -> None:
+            if done == total:
+                self._complete.put(order.replica)
+                os.eventfd_write(self.wakeup, 1)
+
+        return self._uploader.mapping(sizes, progress) if view else self._uploader.upload(sizes, progress)
+
+    def _reserve(self, placement: Placement) -> None:
+        """Makes room in the engine as soon as the headers are there."""
+        headers = placement.task.headers()
+        if headers is None:
+            return
+        entries = {one.name: (one.dtype, one.shape) for header in headers for one in header.tensors}
+        order = placement.order
+        dests = self._engine.place(order.replica, placement.model, entries, order.kv_floor)
+        placement.reserved = True
+        if isinstance(placement.task, Upload):
+            if dests is not None:
+                placement.task.start(dests, self._engine.arena)
+            else:
+                placement.task.close()
+                placement.task = self._task(order, view=True)
+                placement.task.add(placement.spans)
+        placement.spans = []
+
+    def _activate(self, placement: Placement) -> wire.Message:
+        replica, task = placement.order.replica, placement.task
+        try:
+            if isinstance(task, Mapping):
+                leased = self._engine.activate(replica, task.tensors())
+            else:
+                leased = self._engine.activate(replica)
+        except (CheckpointError, CapacityError) as error:
+            return self._failed(placement, error)
+        placement.active = True
+        if not leased:
+            self._close(placement)
+        return wire.Placed(replica, time.monotonic() - placement.last, leased)
+
+    def _failed(self, placement: Placement, error: CheckpointError | CapacityError) -> wire.Message:
+        self.drop(placement.order.replica)
+        return wire.Failed(placement.order.replica, str(error), isinstance(error, CheckpointError))
+
+    def _close(self, placement: Placement) -> None:
+        if isinstance(placement.task, Upload):
+            placement.task.close()
+        elif not placement.task.close():
+            gc.collect()  # a cycle may hold a view
+            if not placement.task.close():
+                raise InvariantError(f"replica {placement.order.replica} still refers to the pool: {placement.order}")

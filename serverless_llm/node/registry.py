@@ -1,0 +1,211 @@
+"""The deployed models as the head knows them: kept on disk, told to the machine, shown to gateways and operators."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from serverless_llm import wire
+from serverless_llm.cluster import events
+from serverless_llm.domain import ModelSpec
+from serverless_llm.errors import CheckpointError, RequestError
+from serverless_llm.node import admin, catalog
+from serverless_llm.node.catalog import Clocks, Entry
+from serverless_llm.node.controller import Controller
+from serverless_llm.node.peers import quoted
+from serverless_llm.node.state import Deployed, State
+
+log = logging.getLogger(__name__)
+
+CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
+JSON = dict[str, Any]
+
+
+class Registry:
+    """Answers `Ask`, and publishes a `Catalog` after every change.
+
+    Args:
+        keep_alive: default of a deploy, in seconds.
+        roots: directories that sources must lie in; none: anywhere.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        state: State,
+        deliver: Callable[[wire.Message], None],
+        keep_alive: float,
+        roots: Sequence[Path] = (),
+    ) -> None:
+        self._controller = controller
+        self._state = state
+        self._deliver = deliver
+        self._keep_alive = keep_alive
+        self._roots = roots
+        self._entries: dict[str, Entry] = {}
+        self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
+        self._restored = False
+        self._published: wire.Catalog | None = None
+        self._publishing: asyncio.TimerHandle | None = None
+        self._verbs: Mapping[str, Callable[[str, bytes], Awaitable[JSON]]] = {
+            "deploy": self._deploy,
+            "delete": self._delete,
+            "show": self._show,
+            "load": self._load,
+            "unload": self._unload,
+            "pin": self._pin,
+            "status": self._status,
+        }
+        controller.changed = self.changed
+
+    async def restore(self, wanted: Mapping[str, bytes] = {}) -> None:  # noqa: B006 - never changed
+        """Deploys what was deployed before, and `wanted` (name -> body of a deploy) over it.
+
+        A model that cannot be deployed any more is shown as failed.
+
+        Raises:
+            RequestError: one of `wanted` is refused.
+        """
+        kept = [model for model in self._state.models() if model.spec.name not in wanted]
+        async with asyncio.TaskGroup() as group:
+            for model in kept:
+                group.create_task(self._revive(model))
+        for name, body in wanted.items():
+            await self._deploy(name, body)
+        self._restored = True
+        self.changed(prompt=True)
+
+    async def _revive(self, model: Deployed) -> None:
+        spec = model.spec
+        try:
+            footprint = await asyncio.to_thread(admin.footprint, spec)
+        except CheckpointError as error:
+            log.warning("%s cannot be deployed any more: %s", spec.name, error)
+            self._entries[spec.name] = Entry(spec, model.created, str(error))
+            return
+        self._entries[spec.name] = Entry(spec, model.created)
+        self._controller.handle(events.Deploy(spec, footprint))
+
+    # --- what operators ask ---
+
+    async def ask(self, question: wire.Ask) -> None:
+        """Answers one `Ask`."""
+        try:
+            verb = self._verbs.get(question.verb)
+            if verb is None:
+                raise RequestError(404, "not_found", f"no verb {question.verb}")
+            status, body = 200, await verb(question.name, question.body)
+        except RequestError as error:
+            status, body = error.status, admin.error_body(error)
+        self._deliver(wire.Answer(question.id, status, msgspec.json.encode(body)))
+
+    async def _deploy(self, name: str, body: bytes) -> JSON:
+        spec = admin.spec_of(name, body, self._keep_alive, self._roots)
+        footprint = await admin.read_footprint(spec)
+        async with self._changing:
+            old = self._entries.get(name)
+            created = old.created if old else int(time.time())
+            await asyncio.to_thread(self._state.save, Deployed(spec, created))
+            self._entries[name] = Entry(spec, created)
+            self._controller.handle(events.Deploy(spec, footprint))
+        self._publish()
+        return self._row(name)
+
+    async def _delete(self, name: str, body: bytes) -> JSON:
+        async with self._changing:
+            entry = self._entry(name)
+            await asyncio.to_thread(self._state.delete, name)
+            del self._entries[name]
+            if not entry.error:
+                self._controller.handle(events.Delete(name))
+        self._publish()
+        return {"name": name, "deleted": True}
+
+    async def _show(self, name: str, body: bytes) -> JSON:
+        return self._row(name)
+
+    async def _load(self, name: str, body: bytes) -> JSON:
+        self._usable(name)
+        self._controller.handle(events.Load(name))
+        return self._row(name)
+
+    async def _unload(self, name: str, body: bytes) -> JSON:
+        self._usable(name)
+        self._controller.handle(events.UnloadModel(name))
+        return self._row(name)
+
+    async def _pin(self, name: str, body: bytes) -> JSON:
+        pinned = admin.parse(body, admin.PinBody).pinned
+        async with self._changing:
+            entry = self._usable(name)
+            spec = msgspec.structs.replace(entry.spec, pinned=pinned)
+            await asyncio.to_thread(self._state.save, Deployed(spec, entry.created))
+            self._entries[name] = Entry(spec, entry.created)
+            self._controller.handle(events.Pin(name, pinned))
+        return self._row(name)
+
+    async def _status(self, name: str, body: bytes) -> JSON:
+        machine = self._controller.machine.state
+        return {
+            "generation": self._controller.generation,
+            "models": [quoted(one) for one in self._infos()],
+            "nodes": catalog.nodes(machine, self._controller.peers),
+        }
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise RequestError(404, "model_not_found", f"no model {name!r} is deployed")
+        return self._entries[name]
+
+    def _usable(self, name: str) -> Entry:
+        entry = self._entry(name)
+        if entry.error:
+            raise RequestError(503, "model_load_failed", entry.error)
+        return entry
+
+    def _row(self, name: str) -> JSON:
+        self._entry(name)
+        return quoted(next(one for one in self._infos() if one.name == name))
+
+    # --- what gateways are shown ---
+
+    def changed(self, prompt: bool) -> None:
+        """Something changed: publishes at the end of this turn of the loop, or, unless `prompt`, a little later."""
+        loop = asyncio.get_running_loop()
+        if self._publishing is not None:
+            if not prompt or self._publishing.when() <= loop.time():
+                return
+            self._publishing.cancel()
+        self._publishing = loop.call_later(0.0 if prompt else CATALOG_S, self._publish)
+
+    def _publish(self) -> None:
+        if self._publishing is not None:
+            self._publishing.cancel()
+            self._publishing = None
+        machine = self._controller.machine.state
+        ready = self._restored and any(device.usable for device in machine.devices.values())
+        latest = wire.Catalog(self._infos(), ready)
+        if latest != self._published:
+            self._published = latest
+            self._deliver(latest)
+
+    def _infos(self) -> list[wire.ModelInfo]:
+        controller = self._controller
+        clocks = Clocks(controller.now(), time.time())
+        machine = controller.machine.state
+        return [
+            catalog.info(entry, machine.models.get(name), machine, clocks)
+            for name, entry in sorted(self._entries.items())
+        ]
+
+
+def body_of(spec: ModelSpec) -> bytes:
+    """The body of a deploy that asks for `spec`."""
+    fields = {name: getattr(spec, name) for name in admin.DeployBody.__struct_fields__}
+    return msgspec.json.encode(fields | {"keep_alive": -1 if spec.keep_alive == float("inf") else spec.keep_alive})

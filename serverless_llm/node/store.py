@@ -1,0 +1,291 @@
+"""The agent's checkpoint store: brings replicas to its workers through the DRAM tier, and takes them away.
+
+A replica holds a lease on its checkpoint's slots from the start of its load until its worker has answered `Dropped`,
+has copied everything (copy mode), or was reaped. Replicas of one checkpoint share its slots and one read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from serverless_llm import wire
+from serverless_llm.errors import CapacityError, CheckpointError
+from serverless_llm.loader import manifest
+from serverless_llm.loader.link import Link
+from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.pipeline import Load, Pipeline
+from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.pool import Pool
+from serverless_llm.loader.reader import Reader
+from serverless_llm.loader.residency import Tier
+from serverless_llm.node.options import AgentOptions
+from serverless_llm.node.slot import Slot
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 0.1  # at most one report in this time
+PROGRESS_SHARE = 0.05  # ... unless this share of the bytes has landed since
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One replica's stay on a device. Times are monotonic seconds.
+
+    Attributes:
+        task: reads the manifest; done before anything else begins.
+        load: its wait for bytes, from its reservation on.
+        ready: its worker serves it.
+        dropping: its worker was told to drop it.
+        leaving: the head waits for `Unloaded`.
+    """
+
+    order: wire.StartLoad
+    began: float
+    task: asyncio.Task[None] | None = None
+    load: Load | None = None
+    reserved: float = 0.0
+    landed: float = 0.0
+    told: float = 0.0
+    told_bytes: int = 0
+    ready: bool = False
+    dropping: bool = False
+    leaving: bool = False
+
+
+class Store:
+    """Everything runs on the agent's loop; `tell` sends a message to the controller."""
+
+    def __init__(
+        self, options: AgentOptions, tell: Callable[[wire.Message], None], slot: Callable[[int], Slot]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._options = options
+        self._tell = tell
+        self._slot = slot
+        self._pool = Pool(options.dram)
+        self._reader = Reader(self._pool, rate=options.disk_rate)
+        self._tier = Tier(self._pool.slots, self._pool.slot_bytes)
+        self._pipeline = Pipeline(self._pool, self._tier, self._reader, loop.call_soon_threadsafe)
+        self._upload = Link()
+        self._manifests: dict[str, Manifest] = {}
+        self._replicas: dict[int, Replica] = {}
+
+    @property
+    def pool_fd(self) -> int:
+        return self._pool.fd
+
+    def close(self) -> None:
+        """After all workers have ended."""
+        for replica in self._replicas.values():
+            self._stop(replica)
+        self._reader.close()
+        self._pool.close()
+
+    # --- what the head asks ---
+
+    def start(self, order: wire.StartLoad) -> None:
+        """Begins a load; ends in `ReplicaReady`, `LoadFailed`, or with its worker."""
+        if order.replica in self._replicas:
+            return
+        if not self._slot(order.device).up:
+            self._tell(wire.LoadFailed(order.replica, f"no worker is up on device {order.device}", permanent=False))
+            return
+        replica = Replica(order, time.monotonic())
+        self._replicas[order.replica] = replica
+        replica.task = asyncio.ensure_future(self._begin(replica))
+
+    def unload(self, number: int) -> None:
+        """Frees a replica or ends its load; `Unloaded` follows."""
+        replica = self._replicas.get(number)
+        if replica is None:
+            self._tell(wire.Unloaded(number))
+            return
+        replica.leaving = True
+        self._drop(replica)
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """The head keeps these replicas; the others go."""
+        for replica in list(self._replicas.values()):
+            if replica.order.replica not in numbers:
+                self._drop(replica)
+
+    def cancel_loads(self) -> None:
+        """The head that waited for them is gone. What landed stays in DRAM."""
+        for replica in list(self._replicas.values()):
+            if not replica.ready:
+                self._drop(replica)
+
+    def forget(self, checkpoint: str) -> None:
+        self._tier.forget(checkpoint)
+        self._manifests.pop(checkpoint, None)
+
+    # --- what there is ---
+
+    def replicas(self) -> list[tuple[int, int, str, str, str]]:
+        """Those that serve, as in `wire.Hello`."""
+        orders = [replica.order for replica in self._replicas.values() if replica.ready and not replica.dropping]
+        return [(order.replica, order.device, order.model, order.checkpoint, order.dtype) for order in orders]
+
+    def on_device(self, device: int) -> list[int]:
+        """All that are there, those on their way in or out too."""
+        return [number for number, replica in self._replicas.items() if replica.order.device == device]
+
+    def resident(self) -> list[tuple[str, int]]:
+        return self._tier.residents()
+
+    @property
+    def used(self) -> int:
+        return self._tier.used_bytes
+
+    @property
+    def bandwidth(self) -> dict[str, float]:
+        """What was learned, a cap where nothing was yet."""
+        learned = {"disk": self._pipeline.disk.bandwidth, "upload": self._upload.bandwidth}
+        caps = {"disk": self._options.disk_rate, "upload": self._options.upload_rate}
+        return {link: rate for link in learned if (rate := learned[link] or caps[link])}
+
+    def link_bytes(self) -> dict[str, int]:
+        return {"disk": self._pipeline.disk.bytes, "upload": self._upload.bytes}
+
+    # --- a load ---
+
+    async def _begin(self, replica: Replica) -> None:
+        order = replica.order
+        try:
+            found = await self._manifest(order)
+            replica.reserved = time.monotonic()
+            replica.load = self._pipeline.load(
+                found,
+                order.replica,
+                lambda spans, last: self._landed(replica, spans, last),
+                lambda error: self.failed(order.replica, str(error), permanent=True),
+            )
+        except CheckpointError as error:
+            self.failed(order.replica, str(error), permanent=True)
+            return
+        except CapacityError as error:
+            self.failed(order.replica, str(error), permanent=not self._pipeline.fits(found))
+            return
+        place = wire.Place(
+            replica=order.replica,
+            model=order.model,
+            checkpoint=order.checkpoint,
+            config=found.raw_config,
+            dtype=order.dtype,
+            kv_floor=order.kv_floor,
+            context=order.context,
+            files=[(file.name, file.size) for file in found.files],
+        )
+        self._slot(order.device).send(place)
+        replica.load.start()
+
+    async def _manifest(self, order: wire.StartLoad) -> Manifest:
+        """The checkpoint's manifest, read again unless its bytes are here.
+
+        Raises:
+            CheckpointError: it is damaged, or no longer what was deployed.
+        """
+        here = {checkpoint for checkpoint, _ in self._tier.residents()}
+        self._manifests = {checkpoint: one for checkpoint, one in self._manifests.items() if checkpoint in here}
+        found = self._manifests.get(order.checkpoint)
+        if found is None:
+            found = await asyncio.to_thread(manifest.build, Path(order.source))
+            if found.checkpoint != order.checkpoint:
+                raise CheckpointError(f"{order.source} was changed after it was deployed")
+            self._manifests[order.checkpoint] = found
+        return found
+
+    def _landed(self, replica: Replica, spans: Sequence[Landed], last: bool) -> None:
+        assert replica.load is not None
+        now = time.monotonic()
+        if last:
+            replica.landed = now
+        self._slot(replica.order.device).send(
+            wire.Landed(
+                replica.order.replica, [(one.file, one.offset, one.length, one.pool_offset) for one in spans], last
+            )
+        )
+        done, total = replica.load.done, replica.load.total
+        if now - replica.told >= PROGRESS_S or done - replica.told_bytes >= PROGRESS_SHARE * total or last:
+            replica.told, replica.told_bytes = now, done
+            self._tell(wire.LoadProgress(replica.order.replica, done, total))
+
+    # --- what workers answer ---
+
+    def placed(self, message: wire.Placed) -> None:
+        """The replica serves."""
+        replica = self._replicas.get(message.replica)
+        if replica is None or replica.dropping or replica.load is None:
+            return
+        replica.ready = True
+        load, now = replica.load, time.monotonic()
+        if not message.leased:
+            self._pipeline.release(replica.order.checkpoint, message.replica)
+        # Beside a slower disk the uploader mostly waits: only a load from DRAM shows what it can do.
+        self._upload.observe(load.total, message.upload_s if load.dram_bytes == load.total else 0.0)
+        self._tell(
+            wire.ReplicaReady(
+                replica=message.replica,
+                queue_s=replica.reserved - replica.began + load.queue_s,
+                disk_s=load.disk_s,
+                upload_s=now - replica.landed,
+                total_s=now - replica.began,
+                disk_bytes=load.disk_bytes,
+                cache_bytes=load.cache_bytes,
+                dram_bytes=load.dram_bytes,
+            )
+        )
+
+    def failed(self, number: int, message: str, permanent: bool) -> None:
+        """The replica cannot be placed, says its worker or its load."""
+        replica = self._replicas.get(number)
+        if replica is None:
+            return
+        log.warning("replica %d of %s: %s", number, replica.order.model, message)
+        self._manifests.pop(replica.order.checkpoint, None)
+        if not replica.dropping:
+            self._tell(wire.LoadFailed(number, message, permanent))
+        self._drop(replica)
+
+    def dropped(self, number: int) -> None:
+        """Its worker refers to none of the replica's bytes."""
+        replica = self._replicas.get(number)
+        if replica is not None:
+            self._remove(replica)
+
+    def worker_lost(self, device: int) -> None:
+        """The worker was reaped, and all its replicas with it."""
+        for replica in list(self._replicas.values()):
+            if replica.order.device == device:
+                self._remove(replica)
+
+    # --- ends ---
+
+    def _drop(self, replica: Replica) -> None:
+        if replica.dropping:
+            return
+        replica.dropping = True
+        self._stop(replica)
+        if replica.load is None:
+            self._remove(replica)
+        else:
+            self._slot(replica.order.device).send(wire.Drop(replica.order.replica))
+
+    def _remove(self, replica: Replica) -> None:
+        del self._replicas[replica.order.replica]
+        self._stop(replica)
+        if replica.load is not None:
+            self._pipeline.release(replica.order.checkpoint, replica.order.replica)
+        if replica.leaving:
+            self._tell(wire.Unloaded(replica.order.replica))
+
+    def _stop(self, replica: Replica) -> None:
+        if replica.task is not None and replica.task is not asyncio.current_task():
+            replica.task.cancel()
+        if replica.load is not None:
+            replica.load.cancel()
