@@ -1,0 +1,106 @@
+"""The DRAM tier under any order of loads, leases, aborts and evictions, with an agent that keeps the rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from serverless_llm.errors import CapacityError
+from serverless_llm.loader.plan import Piece
+from serverless_llm.loader.residency import Tier
+
+SLOTS = 8
+SIZES = {"a": 1, "b": 3, "c": 5, "d": 8, "e": 9}  # pieces; the last can never fit
+checkpoints = st.sampled_from(sorted(SIZES))
+
+
+def pieces(checkpoint: str) -> list[Piece]:
+    count = SIZES[checkpoint]
+    return [Piece(number % 2, number // 2 * 10, 10 - (number == count - 1)) for number in range(count)]
+
+
+class Residency(RuleBasedStateMachine):
+    """`content`: what each slot was last written with; `reading`: pieces of a read under way, and their slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tier = Tier(SLOTS, 10)
+        self.now = 0.0
+        self.content: dict[int, tuple[str, Piece]] = {}
+        self.reading: dict[str, dict[Piece, int]] = {}
+        self.views: dict[tuple[str, int], dict[Piece, int]] = {}  # (checkpoint, holder) -> what it may refer to
+
+    @rule(checkpoint=checkpoints, holder=st.integers(1, 3), cost=st.sampled_from([1.0, 5.0]))
+    def load(self, checkpoint: str, holder: int, cost: float) -> None:
+        self.now += 1
+        wanted, before = pieces(checkpoint), self.tier.available_bytes
+        fresh = len(self.tier.missing(checkpoint, wanted))
+        try:
+            reservation = self.tier.reserve(checkpoint, wanted, self.now, cost)
+        except CapacityError:
+            assert fresh * 10 > before - 10 * SIZES[checkpoint]
+            return
+        assert list(reservation.slots) == wanted
+        for piece in reservation.missing:
+            self.reading.setdefault(checkpoint, {})[piece] = reservation.slots[piece]
+        self.tier.lease(checkpoint, holder)
+        self.views[checkpoint, holder] = reservation.slots
+
+    @precondition(lambda self: self.reading)
+    @rule(data=st.data())
+    def land(self, data: st.DataObject) -> None:
+        checkpoint = data.draw(st.sampled_from(sorted(self.reading)))
+        slots = self.reading[checkpoint]
+        piece = data.draw(st.sampled_from(sorted(slots)))
+        self.content[slots.pop(piece)] = (checkpoint, piece)
+        if not slots:
+            del self.reading[checkpoint]
+        self.tier.land(checkpoint, [piece])
+
+    @precondition(lambda self: self.reading)
+    @rule(data=st.data(), discard=st.booleans())
+    def abort(self, data: st.DataObject, discard: bool) -> None:
+        checkpoint = data.draw(st.sampled_from(sorted(self.reading)))
+        del self.reading[checkpoint]
+        self.tier.abort(checkpoint, discard)
+
+    @precondition(lambda self: self.views)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.now += 1
+        checkpoint, holder = data.draw(st.sampled_from(sorted(self.views)))
+        del self.views[checkpoint, holder]
+        self.tier.release(checkpoint, holder, self.now)
+
+    @rule(checkpoint=checkpoints)
+    def forget(self, checkpoint: str) -> None:
+        self.tier.forget(checkpoint)
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        self.tier.check_invariants()
+
+    @invariant()
+    def nothing_in_use_is_given_to_another(self) -> None:
+        owners: dict[int, set[Any]] = {}
+        for (checkpoint, _), slots in self.views.items():
+            for piece, slot in slots.items():
+                owners.setdefault(slot, set()).add((checkpoint, piece))
+        for checkpoint, slots in self.reading.items():
+            for piece, slot in slots.items():
+                owners.setdefault(slot, set()).add((checkpoint, piece))
+        assert all(len(owner) == 1 for owner in owners.values())
+        assert not owners.keys() & set(self.tier.free_slots)
+
+    @invariant()
+    def what_is_resident_is_what_was_written(self) -> None:
+        for checkpoint in SIZES:
+            wanted = pieces(checkpoint)
+            landed = set(wanted) - set(self.tier.missing(checkpoint, wanted))
+            slots = self.tier._residents[checkpoint].slots if landed else {}
+            assert all(self.content[slots[piece]] == (checkpoint, piece) for piece in landed)
+
+
+TestResidency = Residency.TestCase

@@ -1,0 +1,118 @@
+"""Checkpoints on disk, written by the reference implementation, for the tests beside this file."""
+
+from __future__ import annotations
+
+import json
+import queue
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from serverless_llm.errors import CheckpointError
+from serverless_llm.loader import manifest
+from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.pipeline import Load, Pipeline
+from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.pool import Pool
+from serverless_llm.loader.reader import Reader
+from serverless_llm.loader.residency import Tier
+
+
+def write(directory: Path, *shards: dict[str, torch.Tensor]) -> Path:
+    """A Hugging Face directory of one file, or of several with an index."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text("{}")
+    if len(shards) == 1:
+        save_file(shards[0], directory / manifest.SINGLE)
+        return directory
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, directory / name)
+        weight_map |= dict.fromkeys(shard, name)
+    (directory / manifest.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def random(megabytes: float, seed: int = 0, count: int = 3) -> dict[str, torch.Tensor]:
+    """`count` float32 tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = int(megabytes * (1 << 20)) // 4 // 64 // count
+    return {f"{seed}.{number}": torch.randn(rows, 64, generator=generator) for number in range(count)}
+
+
+def raw(fields: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file from anything; `length` lies about the header's."""
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+class Node:
+    """The loader's parts of one agent; its loop is `turn`."""
+
+    def __init__(self, slots: int = 8, rate: float = 0.0, threads: int = 2) -> None:
+        self.pool = Pool(slots << 20)
+        self.tier = Tier(self.pool.slots, self.pool.slot_bytes)
+        self.reader = Reader(self.pool, threads, rate)
+        self.posts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.pipeline = Pipeline(self.pool, self.tier, self.reader, self.posts.put)
+
+    def turn(self) -> None:
+        """Waits for one piece of news and handles it."""
+        self.posts.get(timeout=30)()
+        self.tier.check_invariants()
+
+    def load(self, source: Manifest, holder: int = 1, priority: int = 0) -> Told:
+        told = Told()
+        told.load = self.pipeline.load(source, holder, told.landed, told.failures.append, priority)
+        return told
+
+    def finish(self, told: Told) -> Told:
+        """Until the load has ended."""
+        while not told.over:
+            self.turn()
+        return told
+
+    def fetch(self, source: Manifest, holder: int = 1) -> Told:
+        told = self.load(source, holder)
+        told.load.start()
+        return self.finish(told)
+
+    def bytes_of(self, told: Told, file: int, size: int) -> bytes:
+        """A file as the pool holds it."""
+        content = bytearray(size)
+        for span in told.spans:
+            if span.file == file:
+                content[span.offset : span.offset + span.length] = self.pool.range(span.pool_offset, span.length)
+        return bytes(content)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.tier.check_invariants()
+        self.pool.close()
+
+
+class Told:
+    """What a load's listener heard."""
+
+    load: Load
+
+    def __init__(self) -> None:
+        self.spans: list[Landed] = []
+        self.calls: list[int] = []
+        self.last = 0
+        self.failures: list[CheckpointError] = []
+
+    def landed(self, spans: Sequence[Landed], last: bool) -> None:
+        assert not self.last
+        self.spans += spans
+        self.calls.append(len(spans))
+        self.last += last
+
+    @property
+    def over(self) -> bool:
+        return bool(self.last or self.failures)

@@ -1,0 +1,44 @@
+"""Copies of any split of a file into spans put every byte where its Dest wants it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serverless_llm.loader.copies import Copies
+from serverless_llm.loader.dest import Dest
+from serverless_llm.loader.header import Header, TensorEntry
+from serverless_llm.loader.plan import Landed
+
+HEAD = 5
+HEADER = Header(
+    (TensorEntry("a", "U8", (4,), 5, 9), TensorEntry("none", "U8", (0,), 9, 9), TensorEntry("b", "U8", (7,), 9, 16)),
+    {},
+    HEAD,
+)
+
+
+def test_a_dest_of_no_tensor_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        Copies([HEADER], [Dest("c", 0, 1, 0)])
+
+
+@given(cuts=st.sets(st.integers(1, 15)), file=st.integers(0, 1))
+def test_every_byte_arrives(cuts: set[int], file: int) -> None:
+    other = Header((TensorEntry("c", "U8", (11,), 5, 16),), {}, HEAD)
+    headers = [HEADER, other] if file == 0 else [other, HEADER]
+    dests = [Dest("b", 1, 7, 20), Dest("a", 0, 2, 0), Dest("a", 2, 4, 40), Dest("a", 1, 3, 10)]
+    copies = Copies(headers, dests)
+    assert copies.total == 12
+    content, arena = bytes(range(100, 116)), bytearray(50)
+    edges = [0, *sorted(cuts), 16]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        for source, target, length in copies.of(Landed(file, start, stop - start, 1000 + start)):
+            assert start <= source - 1000 and source - 1000 + length <= stop
+            arena[target : target + length] = content[source - 1000 : source - 1000 + length]
+    assert arena[20:26] == content[10:16]
+    assert arena[0:2] == content[5:7]
+    assert arena[40:42] == content[7:9]
+    assert arena[10:12] == content[6:8]
+    assert arena.count(0) == 50 - 12

@@ -1,0 +1,186 @@
+"""`header.parse` against hand-made faults, and against the reference implementation on mutants of a good file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
+
+from serverless_llm.errors import CheckpointError
+from serverless_llm.loader import header
+from tests.unit.loader.checkpoints import raw
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def parse(content: bytes) -> header.Header:
+    return header.parse(content, len(content))
+
+
+def test_a_file_of_the_reference_comes_back() -> None:
+    tensors = {"b": torch.zeros(3, 2, dtype=torch.bfloat16), "a": torch.ones(2), "scalar": torch.tensor(1.0)}
+    content = save(tensors, metadata={"format": "pt"})
+    parsed = parse(content)
+    assert parsed.metadata == {"format": "pt"}
+    assert {entry.name: (entry.dtype, entry.shape) for entry in parsed.tensors} == {
+        "b": ("BF16", (3, 2)),
+        "a": ("F32", (2,)),
+        "scalar": ("F32", ()),
+    }
+    for entry in parsed.tensors:
+        assert content[entry.start : entry.end] == tensors[entry.name].view(-1).view(torch.uint8).numpy().tobytes()
+        assert entry.nbytes == tensors[entry.name].nbytes
+    assert parsed.tensors[0].start == parsed.data_offset
+    assert parsed.tensors[-1].end == len(content)
+
+
+def test_empty_and_misaligned_tensors_are_legal() -> None:
+    fields = {
+        "byte": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "none": {"dtype": "F32", "shape": [0, 5], "data_offsets": [1, 1]},
+        "odd": {"dtype": "F32", "shape": [1], "data_offsets": [1, 5]},
+    }
+    assert [entry.name for entry in parse(raw(fields, bytes(5))).tensors] == ["byte", "none", "odd"]
+    assert parse(raw({})).tensors == ()
+    assert parse(raw({"__metadata__": None})).metadata == {}
+
+
+def test_more_bytes_than_the_header_are_ignored_and_fewer_refused() -> None:
+    content = raw({"a": GOOD}, bytes(8))
+    assert header.parse(content[:-3], len(content)).tensors[0].name == "a"
+    with pytest.raises(CheckpointError, match="cut"):
+        header.parse(content[:20], len(content))
+
+
+FAULTS: list[tuple[str, bytes]] = [
+    ("too short", b""),
+    ("too short", b"1234567"),
+    ("beyond", raw(b"{}", length=3)),
+    ("over the limit", raw(b"{}", length=2**63)),
+    ("over the limit", raw(b"{}", length=header.MAX_HEADER + 1)),
+    ("not JSON in UTF-8", raw(b'{"\xff": 1}')),
+    ("not JSON in UTF-8", raw(b"{")),
+    ("not JSON in UTF-8", raw(b"")),
+    ("not JSON in UTF-8", raw(b'{"a": NaN}')),
+    ("not JSON in UTF-8", raw(b'{"a": ' + b"9" * 5000 + b"}")),
+    ("nested too deeply", raw(b'{"a":' + b"[" * 200_000)),
+    ("not a JSON object", raw(b"[]")),
+    ("'a' twice", raw(b'{"a": 1, "a": 2}')),
+    ("'dtype' twice", raw(b'{"a": {"dtype": "F32", "dtype": "F32"}}')),
+    ("object of strings", raw({"__metadata__": {"a": 1}})),
+    ("object of strings", raw({"__metadata__": []})),
+    ("Unicode", raw(b'{"__metadata__": {"a": "\\ud800"}}')),
+    ("Unicode", raw(b'{"\\udfff": {}}')),
+    ("not an object with dtype", raw({"a": [1]})),
+    ("not an object with dtype", raw({"a": {"dtype": "F32", "shape": []}})),
+    ("unknown dtype 'F33'", raw({"a": GOOD | {"dtype": "F33"}}, bytes(8))),
+    ("unknown dtype", raw({"a": GOOD | {"dtype": ["F32"]}}, bytes(8))),
+    ("shape", raw({"a": GOOD | {"shape": 2}}, bytes(8))),
+    ("shape", raw({"a": GOOD | {"shape": [2.0]}}, bytes(8))),
+    ("shape", raw({"a": GOOD | {"shape": [True, 2]}}, bytes(8))),
+    ("shape", raw({"a": GOOD | {"shape": [-2]}}, bytes(8))),
+    ("shape", raw({"a": GOOD | {"shape": [2**63, 0]}}, bytes(8))),
+    ("overflows", raw({"a": GOOD | {"shape": [2**62, 4, 0]}}, bytes(8))),
+    ("does not fill", raw({"a": GOOD | {"shape": [3]}}, bytes(8))),
+    ("does not fill", raw({"a": GOOD | {"shape": [2**62 + 2]}}, bytes(8))),
+    ("does not fill", raw({"a": GOOD | {"dtype": "F4", "shape": [15]}}, bytes(8))),
+    ("begin, end", raw({"a": GOOD | {"data_offsets": [0, 4, 8]}}, bytes(8))),
+    ("begin, end", raw({"a": GOOD | {"data_offsets": [8, 0]}}, bytes(8))),
+    ("data_offsets", raw({"a": GOOD | {"data_offsets": [-8, 0]}}, bytes(8))),
+    ("data_offsets", raw({"a": GOOD | {"data_offsets": [0, 2**64]}}, bytes(8))),
+    ("gap before", raw({"a": GOOD | {"data_offsets": [1, 9]}}, bytes(9))),
+    ("gap between", raw({"a": GOOD, "b": GOOD | {"data_offsets": [9, 17]}}, bytes(17))),
+    ("overlap", raw({"a": GOOD, "b": GOOD | {"data_offsets": [4, 12]}}, bytes(12))),
+    ("overlap", raw({"a": GOOD, "b": GOOD}, bytes(8))),
+    ("end at byte", raw({"a": GOOD}, bytes(7))),
+    ("end at byte", raw({"a": GOOD}, bytes(9))),
+    ("end at byte", raw({}, bytes(1))),
+]
+
+
+@pytest.mark.parametrize(("why", "content"), FAULTS, ids=[f"{n}-{why}" for n, (why, _) in enumerate(FAULTS)])
+def test_a_fault_is_named(why: str, content: bytes) -> None:
+    with pytest.raises(CheckpointError, match=why):
+        parse(content)
+
+
+def reference_accepts(content: bytes) -> bool:
+    try:
+        deserialize(content)
+    except SafetensorError:
+        return False
+    return True
+
+
+def accepts(content: bytes) -> bool:
+    try:
+        parse(content)
+    except CheckpointError:
+        return False
+    return True
+
+
+VALUES: list[Any] = [
+    0,
+    1,
+    2,
+    4,
+    7,
+    8,
+    12,
+    -1,
+    2**63,
+    2**64 - 1,
+    2**64,
+    1.0,
+    True,
+    None,
+    "F16",
+    "I64",
+    "F9",
+    [],
+    [0],
+    {},
+]
+VALUES += [[2], [4, 2], [0, 8], [8, 24], [8, 16], [16, 24], [1, 2, 2], "a", "F4", "F6_E2M3", "C64", "F8_E8M0", "BOOL"]
+PLACES = [("a", key) for key in ("dtype", "shape", "data_offsets", "more")] + [("b", "dtype"), ("b", "data_offsets")]
+
+
+@given(
+    changes=st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(VALUES)), max_size=2),
+    metadata=st.sampled_from([{}, {"__metadata__": {"a": "b"}}, {"__metadata__": {"a": 1}}, {"c": GOOD}]),
+    tail=st.sampled_from([24, 24, 24, 0, 16, 25]),
+    length=st.sampled_from([0, 0, 0, 0, 1, -1, 2**62]),
+    spaces=st.integers(0, 9),
+)
+def test_mutants_are_judged_as_the_reference_judges_them(
+    changes: list[tuple[tuple[str, str], Any]], metadata: dict[str, Any], tail: int, length: int, spaces: int
+) -> None:
+    fields: dict[str, Any] = metadata | {
+        "a": dict(GOOD),
+        "b": {"dtype": "I16", "shape": [4, 2], "data_offsets": [8, 24]},
+    }
+    for (tensor, key), value in changes:
+        fields[tensor][key] = value
+    text = json.dumps(fields).encode() + b" " * spaces
+    content = struct.pack("<Q", len(text) + length) + text + bytes(tail)
+    assert accepts(content) == reference_accepts(content)
+
+
+@given(position=st.integers(0, 200), byte=st.integers(0, 255))
+def test_one_wrong_byte_is_judged_as_the_reference_judges_it(position: int, byte: int) -> None:
+    content = bytearray(save({"first": torch.zeros(2, 3), "second": torch.ones(4)}, metadata={"format": "pt"}))
+    content[position % len(content)] = byte
+    assert accepts(bytes(content)) == reference_accepts(bytes(content))
+
+
+def test_a_thousand_tensors_are_quick() -> None:
+    fields = {f"t{n}": GOOD | {"data_offsets": [8 * n, 8 * n + 8]} for n in range(1000)}
+    assert len(parse(raw(fields, bytes(8000))).tensors) == 1000

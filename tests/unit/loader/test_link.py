@@ -1,0 +1,24 @@
+"""What a link learns."""
+
+from __future__ import annotations
+
+import pytest
+
+from serverless_llm.loader.link import MINIMUM, Link
+
+
+def test_the_first_transfer_is_believed_and_later_ones_weighed() -> None:
+    link = Link()
+    link.observe(100 << 20, 1.0)
+    assert link.bandwidth == 100 << 20
+    link.observe(200 << 20, 1.0)
+    assert link.bandwidth == pytest.approx(130 << 20)
+    assert link.bytes == 300 << 20
+
+
+def test_short_or_timeless_transfers_only_count() -> None:
+    link = Link()
+    link.observe(MINIMUM - 1, 1.0)
+    link.observe(MINIMUM, 0.0)
+    assert link.bandwidth == 0
+    assert link.bytes == 2 * MINIMUM - 1

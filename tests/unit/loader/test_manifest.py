@@ -1,0 +1,170 @@
+"""Manifests of real directories, good and bad."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serverless_llm.errors import CheckpointError
+from serverless_llm.loader import manifest
+from tests.unit.loader.checkpoints import raw, write
+
+ONE = {"a": torch.ones(2)}
+TWO = {"b": torch.zeros(3, 2)}
+
+
+def index(directory: Path, weight_map: Any) -> Path:
+    (directory / manifest.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    (write(tmp_path, ONE | TWO) / "config.json").write_text('{"hidden_size": 2}')
+    built = manifest.build(tmp_path)
+    assert built.config == {"hidden_size": 2}
+    assert built.raw_config == '{"hidden_size": 2}'
+    assert [file.name for file in built.files] == ["model.safetensors"]
+    assert built.file_bytes == (tmp_path / "model.safetensors").stat().st_size
+    assert {name: number for name, (number, _) in built.tensors().items()} == {"a": 0, "b": 0}
+    assert built.files[0].data_offset == built.files[0].header.data_offset
+
+
+def test_shards_are_in_the_order_of_their_names(tmp_path: Path) -> None:
+    built = manifest.build(write(tmp_path, ONE, TWO))
+    assert [file.name[:11] for file in built.files] == ["model-00001", "model-00002"]
+    assert built.tensors()["b"][0] == 1
+    assert built.tensors()["b"][1].shape == (3, 2)
+
+
+def test_the_identity_follows_directory_time_size_and_header(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "first", ONE), write(tmp_path / "second", ONE)
+    for directory in (first, second):
+        os.utime(directory / manifest.SINGLE, ns=(0, 0))
+    base = manifest.build(first).checkpoint
+    assert manifest.build(Path(f"{first}/../first")).checkpoint == base
+    assert manifest.build(second).checkpoint != base
+    os.utime(first / manifest.SINGLE, ns=(0, 1))
+    assert manifest.build(first).checkpoint != base
+    write(first, {"c": torch.ones(2)})
+    os.utime(first / manifest.SINGLE, ns=(0, 0))
+    assert manifest.build(first).checkpoint != base
+
+
+def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"only as pytorch_model\.bin.*unpickling runs code"):
+        manifest.build(tmp_path)
+
+
+def test_a_directory_without_weights_or_none_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither"):
+        manifest.build(tmp_path)
+    with pytest.raises(CheckpointError, match="No such file"):
+        manifest.build(tmp_path / "nowhere")
+
+
+def test_a_bad_file_is_named(tmp_path: Path) -> None:
+    directory = write(tmp_path, ONE, TWO)
+    victim = directory / "model-00002-of-00002.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: tensors end at"):
+        manifest.build(directory)
+    victim.unlink()
+    with pytest.raises(CheckpointError, match="is missing in"):
+        manifest.build(directory)
+    victim.mkdir()
+    with pytest.raises(CheckpointError, match="is not a file"):
+        manifest.build(directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\xff", "not UTF-8"),
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[]", "not a JSON object"),
+    ],
+)
+def test_a_bad_config(tmp_path: Path, content: bytes, why: str) -> None:
+    (write(tmp_path, ONE) / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"config\.json.* {why}"):
+        manifest.build(tmp_path)
+
+
+def test_a_missing_or_huge_config(tmp_path: Path) -> None:
+    config = write(tmp_path, ONE) / "config.json"
+    os.truncate(config, manifest.MAX_JSON + 1)
+    with pytest.raises(CheckpointError, match="larger than"):
+        manifest.build(tmp_path)
+    config.unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        manifest.build(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}])
+def test_an_index_without_a_map(tmp_path: Path, weight_map: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        manifest.build(index(tmp_path, weight_map))
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/a.safetensors", "../a.safetensors", "b/../../a.safetensors", "a.bin", 5, None, "a\0.safetensors"]
+)
+def test_an_index_cannot_lead_out(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no safetensors file in the directory"):
+        manifest.build(index(tmp_path, {"a": name}))
+
+
+def test_links_stay_inside_or_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    elsewhere = write(tmp_path / "elsewhere", ONE)
+    thief = tmp_path / "thief"
+    thief.mkdir()
+    (thief / "config.json").write_text("{}")
+    (thief / manifest.SINGLE).symlink_to(elsewhere / manifest.SINGLE)
+    with pytest.raises(CheckpointError, match="link out of"):
+        manifest.build(thief)
+    (thief / manifest.SINGLE).unlink()
+    (thief / manifest.SINGLE).symlink_to(manifest.SINGLE)
+    with pytest.raises(CheckpointError, match="missing"):
+        manifest.build(thief)
+
+    hub = tmp_path / "models--some--model"
+    snapshot = hub / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    write(hub / "blobs", ONE)
+    for name in ("config.json", manifest.SINGLE):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert manifest.build(snapshot).tensors().keys() == {"a"}
+
+
+def test_index_and_files_must_agree(tmp_path: Path) -> None:
+    directory = write(tmp_path, ONE, TWO)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    with pytest.raises(CheckpointError, match=rf"'b': .*says {first}, found in {second}"):
+        manifest.build(index(directory, {"a": first, "b": first, "z": second}))
+    with pytest.raises(CheckpointError, match=r"'z': .*found in no file"):
+        manifest.build(index(directory, {"a": first, "b": second, "z": second}))
+    with pytest.raises(CheckpointError, match=r"'b': .*says None"):
+        manifest.build(index(directory, {"a": first, "c": second}))
+    (directory / second).write_bytes((directory / first).read_bytes())
+    with pytest.raises(CheckpointError, match=rf"'a' is in {first} and in {second}"):
+        manifest.build(index(directory, {"a": first, "b": second}))
+
+
+def test_no_tensor_is_read(tmp_path: Path) -> None:
+    """A sparse file of a terabyte would take minutes."""
+    size = 1 << 40
+    head = raw({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / manifest.SINGLE).write_bytes(head)
+    os.truncate(tmp_path / manifest.SINGLE, len(head) + size)
+    assert manifest.build(tmp_path).file_bytes == len(head) + size

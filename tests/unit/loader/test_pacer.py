@@ -1,0 +1,26 @@
+"""The cap, by a clock that jumps."""
+
+from __future__ import annotations
+
+from serverless_llm.loader.pacer import Pacer
+
+
+def test_bytes_wait_for_those_before_them() -> None:
+    now = 10.0
+    pacer = Pacer(100.0, lambda: now)
+    assert pacer.delay(50) == 0.5
+    assert pacer.delay(100) == 1.5
+    now = 20.0
+    assert pacer.delay(100) == 1.0
+
+
+def test_no_cap_no_wait() -> None:
+    pacer = Pacer(0.0)
+    assert pacer.delay(1 << 40) == 0
+    pacer.wait(1 << 40)
+
+
+def test_stop_ends_waits() -> None:
+    pacer = Pacer(1.0)
+    pacer.stop()
+    pacer.wait(1_000_000)

@@ -1,0 +1,134 @@
+"""The tier's rules one by one; the state machine is in tests/properties/test_residency.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from serverless_llm.errors import CapacityError, InvariantError
+from serverless_llm.loader.plan import Piece
+from serverless_llm.loader.residency import Tier
+
+
+def pieces(count: int, length: int = 10) -> list[Piece]:
+    return [Piece(0, 10 * number, length) for number in range(count)]
+
+
+def filled(tier: Tier, checkpoint: str, count: int, now: float, cost: float = 1.0) -> None:
+    tier.reserve(checkpoint, pieces(count), now, cost)
+    tier.land(checkpoint, pieces(count))
+    tier.check_invariants()
+
+
+def test_slots_are_given_low_first_and_found_again() -> None:
+    tier = Tier(4, 10)
+    reservation = tier.reserve("a", pieces(3), 0)
+    assert list(reservation.slots.values()) == [0, 1, 2]
+    assert reservation.missing == pieces(3)
+    tier.land("a", pieces(2))
+    assert tier.missing("a", pieces(3)) == pieces(3)[2:]
+    assert tier.residents() == [("a", 20)]
+    tier.land("a", pieces(3)[2:])
+    again = tier.reserve("a", pieces(3), 1)
+    assert again == (reservation.slots, [], 0)
+    assert (tier.used_bytes, tier.free_slots, tier.available_bytes) == (30, (3,), 40)
+
+
+def test_the_least_recent_goes_first_and_only_its_tail() -> None:
+    tier = Tier(6, 10)
+    filled(tier, "old", 3, now=1)
+    filled(tier, "new", 3, now=2)
+    assert tier.reserve("c", pieces(2), 3).evicted == 2
+    assert tier.missing("old", pieces(3)) == pieces(3)[1:]
+    assert not tier.missing("new", pieces(3))
+    tier.check_invariants()
+
+
+def test_what_is_dear_to_bring_back_outlives_what_is_cheap() -> None:
+    tier = Tier(4, 10)
+    filled(tier, "dear", 2, now=1, cost=10)
+    filled(tier, "cheap", 2, now=2)
+    tier.reserve("c", pieces(2), 3)
+    assert tier.residents() == [("dear", 20)]
+
+
+def test_leased_and_unfinished_ones_stay() -> None:
+    tier = Tier(4, 10)
+    filled(tier, "leased", 2, now=1)
+    tier.lease("leased", 7)
+    tier.reserve("reading", pieces(1), 2)
+    with pytest.raises(CapacityError, match="20 bytes of DRAM are needed for the weights, 10 of 40 are available"):
+        tier.reserve("c", pieces(2), 3)
+    assert tier.residents() == [("leased", 20)]
+    assert tier.holders("leased") == {7}
+    assert tier.holders("c") == frozenset()
+    tier.release("leased", 7, 4)
+    tier.release("leased", 7, 4)
+    tier.release("nobody", 7, 4)
+    assert tier.available_bytes == 30
+    tier.reserve("c", pieces(2), 5)
+    tier.check_invariants()
+
+
+def test_a_reload_does_not_evict_itself() -> None:
+    tier = Tier(3, 10)
+    filled(tier, "a", 2, now=1)
+    with pytest.raises(CapacityError):
+        tier.reserve("a", pieces(4), 2)
+    assert tier.residents() == [("a", 20)]
+
+
+def test_abort_keeps_what_landed() -> None:
+    tier = Tier(3, 10)
+    tier.reserve("a", pieces(3), 0)
+    tier.land("a", pieces(1))
+    tier.abort("a")
+    tier.check_invariants()
+    assert tier.residents() == [("a", 10)]
+    assert tier.reserve("a", pieces(3), 1).missing == pieces(3)[1:]
+
+
+def test_abort_waits_for_the_last_lease() -> None:
+    tier = Tier(3, 10)
+    tier.lease("a", 1)
+    tier.reserve("a", pieces(3), 0)
+    tier.land("a", pieces(1))
+    tier.abort("a", discard=True)
+    assert tier.free_slots == ()
+    tier.release("a", 1, 1)
+    tier.check_invariants()
+    assert len(tier.free_slots) == 3
+    assert tier.residents() == []
+
+
+def test_forget_waits_for_leases_and_reads_and_is_taken_back() -> None:
+    tier = Tier(2, 10)
+    tier.forget("nobody")
+    filled(tier, "a", 2, now=0)
+    tier.forget("a")
+    assert tier.residents() == []
+    tier.lease("b", 1)
+    filled(tier, "b", 2, now=0)
+    tier.forget("b")
+    tier.reserve("b", pieces(2), 1)
+    tier.release("b", 1, 2)
+    assert tier.residents() == [("b", 20)]
+    tier.forget("b")
+    tier.reserve("c", pieces(2), 3)
+    tier.forget("c")
+    assert tier.used_bytes == 20
+    tier.land("c", pieces(2))
+    assert tier.used_bytes == 0
+    tier.check_invariants()
+
+
+def test_invariants_see_each_fault() -> None:
+    for spoil, why in (
+        (lambda tier: tier._free.append(0), "two owners"),
+        (lambda tier: tier._residents["a"].landed.add(Piece(9, 9, 9)), "without a slot"),
+        (lambda tier: tier._residents["a"].landed.clear(), "slots without bytes"),
+    ):
+        tier = Tier(2, 10)
+        filled(tier, "a", 1, now=0)
+        spoil(tier)
+        with pytest.raises(InvariantError, match=why):
+            tier.check_invariants()
