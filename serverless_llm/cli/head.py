@@ -1,0 +1,224 @@
+"""The head process: gateway, controller and agents of this machine, put together; and how it ends.
+
+The first signal drains: new requests are refused, running streams get `drain` seconds, then an error in the stream;
+agents free everything and exit. A second signal ends all of it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from serverless_llm import wire
+from serverless_llm.cluster import commands
+from serverless_llm.cluster.machine import Machine
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.config import LOOPBACK, Config, ModelEntry
+from serverless_llm.errors import ConfigurationError, RequestError
+from serverless_llm.gateway.app import Gateway
+from serverless_llm.gateway.metrics import Metrics
+from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.gateway.text import TextPool
+from serverless_llm.node import state
+from serverless_llm.node.controller import Controller
+from serverless_llm.node.options import local_agents
+from serverless_llm.node.registry import Registry
+from serverless_llm.node.supervise import Supervisor
+
+log = logging.getLogger(__name__)
+
+ABORT_SECONDS = 1.0  # for in-stream errors to reach their clients
+AGENTS_SECONDS = 10.0  # for agents to free everything
+SAMPLE_SECONDS = 1.0  # between two looks at what agents reported
+
+
+class Head:
+    """One head on one state directory.
+
+    Raises:
+        ConfigurationError: the state directory is in use or newer, the address is taken, a model is refused.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._state = state.State(config.state_dir)
+        self._agents = local_agents(config)
+        self._supervisor = Supervisor(self._agents)
+        self._text = TextPool()
+        self._gateway = Gateway(self._from_gateway, self._text, self._state.generation, gateway_options(config))
+        self._controller = Controller(
+            Machine(Policy(abandon_after=config.abandon_after)),
+            self._state.generation,
+            state.agent_token(config.state_dir),
+            self._gateway.receive,
+            [lambda note: observe(self._gateway.metrics, note)],
+        )
+        self._registry = Registry(
+            self._controller, self._state, self._gateway.receive, config.keep_alive, config.model_roots
+        )
+        self._asked: set[asyncio.Task[None]] = set()
+        self._signal: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def run(self, announce: Callable[[str], None]) -> int:
+        """Serves until a signal; that signal's number. `announce` is told the URL once requests are accepted."""
+        self._listen_for_signals()
+        runner = web.AppRunner(self._application(), handler_cancellation=True, access_log=None)
+        background: list[asyncio.Task[None]] = []
+        try:
+            await self._deploy()  # before agents of a former head can dial in: what they hold must have a name
+            url = await self._open(runner)
+            background = [asyncio.create_task(part) for part in (self._supervisor.run(), self._sample())]
+            await self._text.start()
+            announce(url)
+            await self._signalled_or(background)
+            await self._drain()
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await self._end_agents()
+            await runner.cleanup()
+            await self._text.close()
+            (self._config.state_dir / "head.json").unlink(missing_ok=True)
+            self._state.close()
+        return await self._signal
+
+    async def _signalled_or(self, background: Sequence[asyncio.Future[None]]) -> None:
+        """Waits for a signal; raises what ended a background task, which should have gone on for ever."""
+        waiting: list[asyncio.Future[Any]] = [self._signal, *background]
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for future in done:
+            future.result()
+
+    def _application(self) -> web.Application:
+        app = self._gateway.application()
+        app.router.add_get("/agents/connect", self._controller.agent_handler)
+        return app
+
+    async def _open(self, runner: web.AppRunner) -> str:
+        """Listens, and tells the agents where."""
+        config = self._config
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, config.host, config.port).start()
+        except OSError as error:
+            raise ConfigurationError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from error
+        port = runner.addresses[0][1]
+        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+        url = f"http://{f'[{local}]' if ':' in local else local}:{port}"
+        state.write_head(config.state_dir, state.HeadAddress(url, self._state.generation, os.getpid()))
+        return url
+
+    async def _deploy(self) -> None:
+        wanted = {name: deploy_body(entry) for name, entry in self._config.models.items()}
+        try:
+            await self._registry.restore(wanted)
+        except RequestError as error:
+            raise ConfigurationError(f"models: {error.message}") from error
+
+    def _from_gateway(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Ask):
+            task = asyncio.get_running_loop().create_task(self._registry.ask(message))
+            self._asked.add(task)
+            task.add_done_callback(self._asked.discard)
+        else:
+            self._controller.receive(message)
+
+    async def _sample(self) -> None:
+        """Metrics that agents report and no event carries."""
+        metrics = self._gateway.metrics
+        while True:
+            for node, peer in self._controller.peers.items():
+                for link, total in peer.link_bytes.items():
+                    metrics.bytes_moved(node, link, total)
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    # --- the end ---
+
+    def _listen_for_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+
+    def _signalled(self, number: int) -> None:
+        if self._signal.done():
+            self._kill_agents()
+            os._exit(128 + number)
+        self._signal.set_result(number)
+
+    async def _drain(self) -> None:
+        self._gateway.drain()
+        try:
+            await asyncio.wait_for(self._gateway.idle(), self._config.drain)
+        except TimeoutError:
+            self._gateway.abort("the server is stopping")
+            await asyncio.wait([asyncio.create_task(self._gateway.idle())], timeout=ABORT_SECONDS)
+
+    async def _end_agents(self) -> None:
+        self._controller.shut_down()
+        try:
+            await asyncio.wait_for(self._supervisor.ended(), AGENTS_SECONDS)
+        except TimeoutError:
+            self._kill_agents()
+
+    def _kill_agents(self) -> None:
+        for options in self._agents:
+            if pid := state.holder(options.lock_path):
+                os.kill(pid, signal.SIGKILL)
+
+
+def gateway_options(config: Config) -> GatewayOptions:
+    """The gateway's part of the configuration. Off loopback a key is made where none is given."""
+    local = config.host in LOOPBACK
+    key = config.api_key or (None if local else kept_key(config.state_dir))
+    return GatewayOptions(
+        hold=config.hold,
+        heartbeat=config.heartbeat,
+        api_keys=(key,) if key else (),
+        hosts=config.hosts,
+        open_metrics=local,
+    )
+
+
+def kept_key(folder: Path) -> str:
+    """The key that this state directory keeps, made at first use (mode 0600)."""
+    path = folder / "api-key"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_text().strip()
+    with os.fdopen(descriptor, "w") as file:
+        file.write(key := secrets.token_urlsafe(32))
+    return key
+
+
+def deploy_body(entry: ModelEntry) -> bytes:
+    """The body of the deploy that a configured model stands for."""
+    fields = {name: getattr(entry, name) for name in entry.__struct_fields__}
+    if fields["keep_alive"] is None:
+        del fields["keep_alive"]
+    elif fields["keep_alive"] == float("inf"):
+        fields["keep_alive"] = -1
+    fields["source"] = str(Path(entry.source).expanduser().resolve())
+    return msgspec.json.encode(fields)
+
+
+def observe(metrics: Metrics, note: commands.Decided | commands.Outcome | commands.Evicted) -> None:
+    """A decision of the machine, or its outcome, as metrics."""
+    match note:
+        case commands.Outcome():
+            metrics.load_finished(note.model, note.phases)
+            metrics.estimate(note.model, note.predicted_s, note.actual_s)
+        case commands.Evicted():
+            metrics.evicted(note.reason)
+        case _:
+            return
