@@ -6,6 +6,7 @@ Shape letters as in `kernels.attention`.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,24 @@ from serverless_llm.kernels.linear import padded
 
 Integers = npt.NDArray[np.int64]
 GROUP_BYTES = 32 << 20  # of gathered KV at a time, about
+
+
+class _Query(NamedTuple):
+    """One sequence's part of a step: `tokens` tokens from `start` in the step, from position `first`."""
+
+    start: int
+    first: int
+    tokens: int
+    rows: Integers
+
+    @property
+    def chunks(self) -> int:
+        return -(-(self.first + self.tokens) // CHUNK)
+
+    def table(self, chunks: int) -> Integers:
+        """Block rows of so many chunks; what lies beyond the sequence repeats its first block."""
+        held = self.rows[: chunks * CHUNK_BLOCKS]
+        return np.concatenate([held, np.full(chunks * CHUNK_BLOCKS - len(held), self.rows[0])])
 
 
 def run(model: Model, chunks: list[Chunk], device: torch.device) -> torch.Tensor:
@@ -102,22 +121,6 @@ def _groups(
     most = max(1, GROUP_BYTES // (CHUNK_BLOCKS * model.config.kv_layer_bytes))
     grouped = _pack(short, most) + [[query] for query in sequences if query.tokens > width]
     return [_tile_group(group, width, heads // kv_heads, device) for group in grouped]
-
-
-class _Query:
-    """One sequence's part of a step: `tokens` tokens from `start` in the step, from position `first`."""
-
-    def __init__(self, start: int, first: int, tokens: int, rows: Integers) -> None:
-        self.start = start
-        self.first = first
-        self.tokens = tokens
-        self.rows = rows
-        self.chunks = -(-(first + tokens) // CHUNK)
-
-    def table(self, chunks: int) -> Integers:
-        """Block rows of so many chunks; what lies beyond the sequence repeats its first block."""
-        held = self.rows[: chunks * CHUNK_BLOCKS]
-        return np.concatenate([held, np.full(chunks * CHUNK_BLOCKS - len(held), self.rows[0])])
 
 
 def _pack(queries: list[_Query], most: int) -> list[list[_Query]]:
