@@ -1,0 +1,48 @@
+"""One cost, in seconds: how long a start takes on a device, and what the room it needs will cost later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """What was learned of one node: bytes per second of its links, and seconds that a start takes beside its bytes."""
+
+    disk: float
+    upload: float
+    overhead_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start that might be made on one device. All in bytes.
+
+    Attributes:
+        queued: what other starts still have to read over the node's disk link.
+        missing: of this checkpoint's files, what the node's DRAM does not hold.
+        upload: what crosses to the device; 0 where weights are views into DRAM.
+    """
+
+    queued: int
+    missing: int
+    upload: int
+
+
+def startup_s(start: Start, links: Links) -> float:
+    """Seconds until the replica serves. Disk and upload overlap, so that only the slower one counts in full.
+
+    A start with nothing to read does not wait for the disk link.
+    """
+    disk_s = (start.queued + start.missing) / links.disk if start.missing else 0.0
+    return max(disk_s, start.upload / links.upload) + links.overhead_s
+
+
+def reuse(idle_s: float, half_s: float) -> float:
+    """How likely a replica idle for `idle_s` is wanted again soon: 1 when just used, 1/2 after `half_s`."""
+    return half_s / (half_s + idle_s)
+
+
+def learn(known: float | None, sample: float, weight: float) -> float:
+    """An exponentially weighted mean; the first sample stands for itself."""
+    return sample if known is None else known + weight * (sample - known)

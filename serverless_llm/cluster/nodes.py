@@ -1,0 +1,271 @@
+"""Nodes and their workers: they join, report, fall silent and vanish; what they report corrects what is believed."""
+
+from __future__ import annotations
+
+from serverless_llm.cluster.commands import Cancel, DropNode, Forget, Unload
+from serverless_llm.cluster.events import Heartbeat, NodeJoined, NodeLost, Progress, WorkerLost, WorkerUp
+from serverless_llm.cluster.ledger import Ledger
+from serverless_llm.cluster.poison import charge
+from serverless_llm.cluster.replicas import enter, leave, vanish
+from serverless_llm.cluster.sequences import mentioned, recall
+from serverless_llm.cluster.state import Device, Model, Node, Replica, Sequence
+from serverless_llm.cluster.transitions import NODE, NodeState, ReplicaState, move
+from serverless_llm.cluster.turn import Turn
+from serverless_llm.domain import CheckpointId, DeviceId, NodeId, ReplicaId
+from serverless_llm.placement import fit
+
+# --- events ---
+
+
+def joined(turn: Turn, event: NodeJoined) -> None:
+    """A new node, or one whose link came back: what it holds and a deployed model names is adopted."""
+    if event.node.node in turn.state.nodes:
+        _forget(turn, turn.state.nodes[event.node.node])
+    node = Node(
+        event.node,
+        NodeState.UP,
+        turn.history(),
+        turn.now,
+        Ledger(event.node.dram),
+        Ledger(event.node.dram),
+        resident=dict(event.resident),
+        bandwidth=dict(event.node.bandwidth),
+    )
+    turn.state.nodes[event.node.node] = node
+    for spec in event.node.devices:
+        device = Device(DeviceId(event.node.node, spec.number), spec, Ledger(spec.budget), Ledger(spec.budget))
+        node.devices[spec.number] = turn.state.devices[device.id] = device
+    for device_id, incarnation in event.workers:
+        turn.device(device_id).incarnation = incarnation
+    turn.state.next_replica = max([turn.state.next_replica, *(held.replica + 1 for held in event.held)])
+    for held in event.held:
+        _adopt(turn, held.replica, held.device, turn.state.models.get(held.model), (held.checkpoint, held.dtype))
+    turn.arm("silent", node.spec.node, turn.policy.silent_after)
+    turn.room = True
+    for name in turn.state.models:
+        turn.touch(name)
+
+
+def node_lost(turn: Turn, event: NodeLost) -> None:
+    if event.node in turn.state.nodes:
+        _forget(turn, turn.state.nodes[event.node])
+
+
+def worker_up(turn: Turn, event: WorkerUp) -> None:
+    device = turn.state.devices.get(event.device)
+    if device is not None and _up(turn, device) and event.incarnation > max(device.incarnation, device.lost):
+        _renew(turn, device, event.incarnation)
+
+
+def worker_lost(turn: Turn, event: WorkerLost) -> None:
+    device = turn.state.devices.get(event.device)
+    if device is None:
+        return
+    device.lost = max(device.lost, event.incarnation)
+    if device.incarnation and event.incarnation >= device.incarnation:
+        _bury(turn, device, event.cause)
+
+
+def heartbeat(turn: Turn, event: Heartbeat) -> None:
+    node = turn.state.nodes.get(event.node)
+    if node is None or node.state is not NodeState.UP:
+        return
+    node.heard = turn.now
+    node.resident = dict(event.resident)
+    node.bandwidth.update(event.bandwidth)
+    reported = {device: (incarnation, replicas) for device, incarnation, replicas in event.workers}
+    for device in node.devices.values():
+        incarnation, replicas = reported.get(device.id, (0, ()))
+        _reconcile(turn, device, incarnation, replicas)
+    _tidy(turn, node)
+
+
+def progress(turn: Turn, event: Progress) -> None:
+    """Who is left out for long is not there; who should not be there is cancelled."""
+    device = turn.state.devices.get(event.device)
+    if device is None or device.incarnation != event.incarnation or not device.usable:
+        return
+    there = {}
+    for sequence_id, epoch, tokens, _ in event.sequences:
+        sequence = turn.state.sequences.get(sequence_id)
+        if sequence is None or sequence.epoch > epoch:
+            turn.emit(Cancel(device.id, sequence_id, epoch))
+        elif sequence.replica is not None:
+            there[sequence_id] = tokens
+    for replica in list(device.replicas.values()):
+        for sequence in list(replica.running.values()):
+            if sequence.id in there:
+                _moves(turn, sequence, there[sequence.id])
+            elif _overdue(turn, sequence):
+                recall(turn, sequence)
+
+
+# --- deadlines ---
+
+
+def silent(turn: Turn, name: NodeId) -> None:
+    """Heartbeats do not re-arm the deadline: it looks when the last one came."""
+    node = turn.state.nodes[name]
+    left = node.heard + turn.policy.silent_after - turn.now
+    if left > 0:
+        turn.arm("silent", name, left)
+    else:
+        drop(turn, node)
+
+
+def kill_overdue(turn: Turn, device: DeviceId) -> None:
+    """An agent that cannot kill its worker is no agent."""
+    drop(turn, turn.state.nodes[device.node])
+
+
+def drop_overdue(turn: Turn, name: NodeId) -> None:
+    _forget(turn, turn.state.nodes[name])
+
+
+def drop(turn: Turn, node: Node) -> None:
+    """Nothing there counts any more; the node may come back with a new link."""
+    move(NODE, node, "silent", turn.now)
+    turn.emit(DropNode(node.spec.node))
+    _vacate(turn, node)
+    turn.disarm("silent", node.spec.node)
+    turn.arm("drop", node.spec.node, turn.policy.drop_s)
+
+
+# --- losses ---
+
+
+def _forget(turn: Turn, node: Node) -> None:
+    _vacate(turn, node)
+    move(NODE, node, "lost", turn.now)
+    for kind in ("silent", "drop"):
+        turn.disarm(kind, node.spec.node)
+    for device in node.devices.values():
+        del turn.state.devices[device.id]
+    del turn.state.nodes[node.spec.node]
+
+
+def _vacate(turn: Turn, node: Node) -> None:
+    """A node's loss charges nobody: it says nothing of what ran there."""
+    for device in node.devices.values():
+        _mark_down(device)
+    for device in node.devices.values():
+        _empty(turn, device)
+
+
+def _bury(turn: Turn, device: Device, cause: str) -> None:
+    _mark_down(device)
+    charge(turn, device, cause)
+    _empty(turn, device)
+
+
+def _mark_down(device: Device) -> None:
+    """First of all: no room that is freed on its way out is given to anyone."""
+    device.lost, device.incarnation, device.killing = max(device.lost, device.incarnation), 0, False
+
+
+def _empty(turn: Turn, device: Device) -> None:
+    device.trial, device.shortfall, device.avoid_until, device.absent_since = None, 0, 0.0, None
+    for replica in list(device.replicas.values()):
+        leave(turn, replica, "lost")
+    for kind in ("kill", "trial", "avoid", "short"):
+        turn.disarm(kind, device.id)
+
+
+def _renew(turn: Turn, device: Device, incarnation: int) -> None:
+    """A new worker; the notice of the old one's death is late, or lost."""
+    if device.incarnation:
+        _bury(turn, device, f"replaced by worker {incarnation}")
+    device.incarnation, device.absent_since = incarnation, None
+    turn.room = True
+
+
+# --- reports ---
+
+
+def _up(turn: Turn, device: Device) -> bool:
+    return turn.state.nodes[device.id.node].state is NodeState.UP
+
+
+def _reconcile(turn: Turn, device: Device, incarnation: int, replicas: tuple[ReplicaId, ...]) -> None:
+    """One worker as its agent sees it, against what is believed of it."""
+    if incarnation > max(device.incarnation, device.lost):
+        _renew(turn, device, incarnation)
+    if device.incarnation and incarnation != device.incarnation:
+        if _overdue(turn, device):
+            _bury(turn, device, "its agent does not know it")
+        return
+    device.absent_since = None
+    if incarnation:
+        _correct(turn, device, set(replicas))
+        for stray in sorted(set(replicas) - device.replicas.keys()):
+            turn.emit(Unload(stray, device.id))
+
+
+def _correct(turn: Turn, device: Device, there: set[ReplicaId]) -> None:
+    for replica in list(device.replicas.values()):
+        leaving = replica.state is ReplicaState.UNLOADING
+        if not leaving and replica.state is not ReplicaState.READY:
+            continue
+        if replica.id in there:
+            replica.absent_since = None
+            if leaving and replica.history[-1][0] + turn.policy.absent_s <= turn.now:
+                turn.emit(Unload(replica.id, device.id))
+        elif _overdue(turn, replica):
+            vanish(turn, replica)
+
+
+def _overdue(turn: Turn, thing: Device | Replica | Sequence) -> bool:
+    """Left out of a report; for the first time, or for long enough that it is not there?"""
+    if thing.absent_since is None:
+        thing.absent_since = turn.now
+    return turn.now - thing.absent_since >= turn.policy.absent_s
+
+
+def _moves(turn: Turn, sequence: Sequence, tokens: int) -> None:
+    suspect = sequence.id in turn.state.suspects
+    mentioned(turn, sequence, tokens)
+    if suspect:
+        turn.touch(sequence.model)
+
+
+def _tidy(turn: Turn, node: Node) -> None:
+    """Checkpoints in DRAM that no model and no replica names any more leave it."""
+    named: set[CheckpointId] = {model.footprint.checkpoint for model in turn.state.models.values()}
+    named |= {replica.checkpoint for device in node.devices.values() for replica in device.replicas.values()}
+    for checkpoint in node.resident:
+        if checkpoint not in named:
+            turn.emit(Forget(node.spec.node, checkpoint))
+
+
+def _adopt(
+    turn: Turn, replica_id: ReplicaId, device_id: DeviceId, model: Model | None, served: tuple[CheckpointId, str]
+) -> None:
+    """A replica that outlived its head serves on, if a model still wants just that and the ledgers have room."""
+    device = turn.device(device_id)
+    if model is None or (model.footprint.checkpoint, model.spec.dtype) != served or not device.usable:
+        turn.emit(Unload(replica_id, device_id))
+        return
+    floor = fit.kv_floor(model.footprint, device.spec.budget, turn.policy.kv_floor_tokens, turn.policy.kv_floor_share)
+    replica = Replica(
+        replica_id,
+        model.spec.name,
+        model.revision,
+        device_id,
+        model.footprint.checkpoint,
+        model.footprint,
+        model.spec.dtype,
+        model.spec.source,
+        floor,
+        ReplicaState.READY,
+        turn.now,
+        turn.history(),
+        model.spec.keep_alive,
+        ready_at=turn.now,
+        idle_since=turn.now,
+    )
+    node = turn.state.nodes[device_id.node]
+    no_dram = device.view and node.planned_dram.missing(replica.checkpoint, model.footprint.file_bytes) > 0
+    if len(model.present()) >= model.spec.max_replicas or replica.grant > device.planned.free or no_dram:
+        turn.emit(Unload(replica_id, device_id))
+    else:
+        enter(turn, replica)

@@ -1,0 +1,119 @@
+"""Who ends workers: a crash is charged to all that was there, and those charged twice are tried alone.
+
+A sequence that runs, or a model that loads, when its worker dies is charged; progress in between acquits. Two charges
+in a row make a suspect. A trial gives a suspect a device of its own: what runs there goes back to its queue, nothing
+else is dispatched or started until the trial ends. A suspect that generates `progress_tokens` or ends is innocent; a
+worker that dies in a trial convicts it. So a sequence or a checkpoint that kills every time ends three workers.
+"""
+
+from __future__ import annotations
+
+from serverless_llm.cluster.failures import convict
+from serverless_llm.cluster.sequences import dispatch, end_trial, recall, reject, requeue, suspect
+from serverless_llm.cluster.state import STARTING, Device, Replica, Sequence
+from serverless_llm.cluster.transitions import ReplicaState, SequenceState
+from serverless_llm.cluster.turn import Turn
+from serverless_llm.domain import DeviceId
+
+
+def charge(turn: Turn, device: Device, cause: str) -> None:
+    """The worker of `device` died, by itself: its sequences leave it, charged, and so are the loads there."""
+    trial = device.trial
+    sequences = [s for replica in device.replicas.values() for s in replica.running.values()]
+    loads = [r for r in device.replicas.values() if r.state in STARTING and r.state is not ReplicaState.CLAIMING]
+    for sequence in sequences:
+        _charge_sequence(turn, sequence, trial, cause)
+    for replica in loads:
+        _charge_load(turn, replica, trial)
+
+
+def try_suspects(turn: Turn) -> None:
+    """End the trials that are over, begin those that can begin."""
+    if not turn.state.suspects:
+        return
+    on_trial = [d for d in turn.state.devices.values() if d.trial is not None and d.trial[0] == "sequence"]
+    for device in on_trial:
+        _judge(turn, device)
+    tried = {d.trial[1] for d in on_trial if d.trial is not None}
+    for sequence in sorted(turn.state.suspects.values(), key=lambda s: s.order):
+        if sequence.state is SequenceState.SUSPECT and sequence.id not in tried:
+            _begin(turn, sequence)
+
+
+def isolate(turn: Turn, device: Device, trial: tuple[str, int]) -> None:
+    """The device belongs to `trial`; what ran there goes on later, or elsewhere."""
+    device.trial = trial
+    turn.arm("trial", device.id, turn.policy.trial_s)
+    for replica in list(device.replicas.values()):
+        for sequence in list(replica.running.values()):
+            recall(turn, sequence)
+
+
+def outlived(turn: Turn, device_id: DeviceId) -> None:
+    """A trial that took its full time proves innocence; one that could not begin makes way. Loads have deadlines."""
+    device = turn.device(device_id)
+    if device.trial is None or device.trial[0] == "load":
+        return
+    sequence = turn.state.suspects[device.trial[1]]
+    if sequence.replica is not None:
+        _acquit(turn, sequence)
+    end_trial(turn, device, device.trial)
+
+
+def _charge_sequence(turn: Turn, sequence: Sequence, trial: tuple[str, int] | None, cause: str) -> None:
+    moved_on = sequence.generated >= sequence.charged_at + turn.policy.progress_tokens
+    if moved_on:
+        _acquit(turn, sequence)
+    sequence.deaths, sequence.charged_at = sequence.deaths + 1, sequence.generated
+    if trial == ("sequence", sequence.id) and not moved_on:
+        message = f"the request ended the engine process {sequence.deaths} times; last: {cause}"
+        reject(turn, sequence, 500, "engine_error", message, None, retry=False)
+    elif sequence.deaths >= turn.policy.suspect_deaths:
+        suspect(turn, sequence)
+    else:
+        requeue(turn, sequence)
+
+
+def _charge_load(turn: Turn, replica: Replica, trial: tuple[str, int] | None) -> None:
+    model = turn.state.models.get(replica.model)
+    if model is None or model.revision != replica.revision:
+        return
+    model.load_deaths += 1
+    if trial == ("load", replica.id):
+        convict(turn, model, model.load_deaths)
+
+
+def _judge(turn: Turn, device: Device) -> None:
+    """Acquit a suspect that moved on; dispatch one whose device has become quiet; free a device that is no use."""
+    assert device.trial is not None
+    sequence = turn.state.suspects[device.trial[1]]
+    if sequence.replica is not None:
+        if sequence.generated >= sequence.charged_at + turn.policy.progress_tokens:
+            _acquit(turn, sequence)
+            end_trial(turn, device, device.trial)
+    elif (replica := _court(turn, device, sequence)) is None:
+        end_trial(turn, device, device.trial)
+    elif not any(other.state in STARTING for other in device.replicas.values()):
+        dispatch(turn, sequence, replica)
+
+
+def _begin(turn: Turn, sequence: Sequence) -> None:
+    model = turn.state.models[sequence.model]
+    courts = [turn.device(replica.device) for replica in model.ready()]
+    courts = [device for device in courts if device.trial is None and device.usable]
+    if courts:
+        device = min(courts, key=lambda court: court.id)
+        isolate(turn, device, ("sequence", sequence.id))
+        _judge(turn, device)
+
+
+def _court(turn: Turn, device: Device, sequence: Sequence) -> Replica | None:
+    """The replica on `device` that can serve the suspect."""
+    ready = turn.state.models[sequence.model].ready()
+    return next((replica for replica in ready if replica.device == device.id), None)
+
+
+def _acquit(turn: Turn, sequence: Sequence) -> None:
+    turn.state.suspects.pop(sequence.id, None)
+    sequence.deaths, sequence.charged_at = 0, sequence.generated
+    turn.touch(sequence.model)

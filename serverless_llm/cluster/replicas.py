@@ -1,0 +1,272 @@
+"""Replicas: room is claimed, the worker reserves it, the agent loads; later they leave. Ledgers follow each step."""
+
+from __future__ import annotations
+
+from serverless_llm.cluster.commands import (
+    Decided,
+    Evicted,
+    KillWorker,
+    Outcome,
+    Reserve,
+    StartLoad,
+    Unload,
+)
+from serverless_llm.cluster.events import LoadFailed, LoadProgress, Refused, ReplicaReady, Reserved, Unloaded
+from serverless_llm.cluster.failures import fail, forgive
+from serverless_llm.cluster.sequences import end_trial, recall, requeue
+from serverless_llm.cluster.state import ACTUAL, PLANNED, STARTING, Device, Model, Node, Replica
+from serverless_llm.cluster.transitions import REPLICA, ReplicaState, move
+from serverless_llm.cluster.turn import Turn
+from serverless_llm.domain import DeviceId, LoadPhases, ReplicaId
+from serverless_llm.placement.estimate import learn
+
+# --- steps ---
+
+
+def shift(turn: Turn, replica: Replica, cause: str) -> None:
+    """Move a replica along its table, and the ledgers of its device and node with it."""
+    before = replica.state
+    move(REPLICA, replica, cause, turn.now)
+    device = turn.device(replica.device)
+    node = turn.state.nodes[device.id.node]
+    if replica.state not in STARTING:
+        end_trial(turn, device, ("load", replica.id))
+    for states, ledger, dram in (
+        (PLANNED, device.planned, node.planned_dram),
+        (ACTUAL, device.actual, node.actual_dram),
+    ):
+        if before in states and replica.state not in states:
+            ledger.remove(replica.id)
+            if device.view:
+                dram.remove(replica.checkpoint)
+            turn.room = True
+        elif before not in states and replica.state in states:
+            ledger.add(replica.id, replica.grant)
+            if device.view:
+                dram.add(replica.checkpoint, replica.footprint.file_bytes)
+
+
+def enter(turn: Turn, replica: Replica) -> None:
+    """A new replica, decided (CLAIMING) or adopted (READY), takes its place in the state."""
+    device = turn.device(replica.device)
+    node = turn.state.nodes[device.id.node]
+    turn.state.replicas[replica.id] = replica
+    turn.state.models[replica.model].replicas[replica.id] = replica
+    device.replicas[replica.id] = replica
+    ledgers = [(device.planned, node.planned_dram)]
+    ledgers += [(device.actual, node.actual_dram)] if replica.state in ACTUAL else []
+    for ledger, dram in ledgers:
+        ledger.add(replica.id, replica.grant)
+        if device.view:
+            dram.add(replica.checkpoint, replica.footprint.file_bytes)
+    turn.touch(replica.model)
+
+
+def start(turn: Turn, replica: Replica, victims: tuple[Replica, ...]) -> None:
+    """Claim room for a new replica; what must leave for it is told to."""
+    names = tuple(victim.id for victim in victims)
+    turn.emit(Decided(replica.id, replica.model, replica.device, replica.predicted_s, names))
+    for victim in victims:
+        unload(turn, victim, "memory" if victim.state is ReplicaState.READY else "abandoned")
+    enter(turn, replica)
+    claim(turn, turn.state.nodes[replica.device.node])
+
+
+def claim(turn: Turn, node: Node) -> None:
+    """Whoever claims room on this node and finds it free by now reserves it."""
+    for device in node.devices.values():
+        for replica in list(device.replicas.values()) if device.usable else ():
+            if replica.state is ReplicaState.CLAIMING and _has_room(device, node, replica):
+                shift(turn, replica, "room")
+                turn.emit(Reserve(device.id, replica.id, replica.grant))
+                turn.arm("replica", replica.id, turn.policy.reserve_s)
+
+
+def unload(turn: Turn, replica: Replica, reason: str) -> None:
+    """Off its device. It runs nothing, or runs it no longer."""
+    turn.emit(Evicted(replica.id, replica.model, replica.device, reason))
+    if replica.state is ReplicaState.CLAIMING:
+        leave(turn, replica, "cancel")
+    else:
+        _depart(turn, replica, "evict" if replica.state is ReplicaState.READY else "cancel")
+
+
+def leave(turn: Turn, replica: Replica, cause: str) -> None:
+    """It holds nothing any more: its sequences are queued again, whoever claimed its room gets it."""
+    for sequence in list(replica.running.values()):
+        requeue(turn, sequence)
+    device = turn.device(replica.device)
+    shift(turn, replica, cause)
+    for kind in ("replica", "idle", "abandon"):
+        turn.disarm(kind, replica.id)
+    del turn.state.replicas[replica.id], device.replicas[replica.id]
+    model = turn.state.models.get(replica.model)
+    if model is not None:
+        model.replicas.pop(replica.id, None)
+        turn.touch(replica.model)
+    claim(turn, turn.state.nodes[device.id.node])
+
+
+# --- events ---
+
+
+def reserved(turn: Turn, event: Reserved) -> None:
+    replica = turn.state.replicas.get(event.replica)
+    if replica is None or replica.state is not ReplicaState.RESERVING:
+        return
+    turn.device(replica.device).shortfall = 0
+    turn.disarm("short", replica.device)
+    shift(turn, replica, "reserved")
+    turn.arm("replica", replica.id, _load_deadline(turn, replica))
+    turn.emit(
+        StartLoad(
+            replica.id,
+            replica.device,
+            replica.model,
+            replica.source,
+            replica.checkpoint,
+            replica.dtype,
+            replica.kv_floor,
+            replica.footprint.context,
+        )
+    )
+
+
+def refused(turn: Turn, event: Refused) -> None:
+    """The device has less than was believed: it is left alone for a moment, and more must leave next time."""
+    replica = turn.state.replicas.get(event.replica)
+    if replica is None or replica.state is not ReplicaState.RESERVING:
+        return
+    device = turn.device(replica.device)
+    device.avoid_until = turn.now + turn.policy.avoid_s
+    device.shortfall += event.missing
+    turn.arm("avoid", device.id, turn.policy.avoid_s)
+    turn.arm("short", device.id, turn.policy.shortfall_s)
+    leave(turn, replica, "refused")
+
+
+def progressed(turn: Turn, event: LoadProgress) -> None:
+    replica = turn.state.replicas.get(event.replica)
+    if replica is None or replica.state is not ReplicaState.LOADING or event.done <= replica.progress_done:
+        return
+    replica.progress_done, replica.progress_total = event.done, event.total
+    turn.arm("replica", replica.id, _load_deadline(turn, replica))
+
+
+def ready(turn: Turn, event: ReplicaReady) -> None:
+    replica = turn.state.replicas.get(event.replica)
+    if replica is None:
+        return  # the next heartbeat lists it, if it is there at all
+    if replica.state is ReplicaState.UNLOADING:
+        turn.emit(Unload(replica.id, replica.device))
+    if replica.state is not ReplicaState.LOADING:
+        return
+    shift(turn, replica, "ready")
+    turn.disarm("replica", replica.id)
+    turn.disarm("abandon", replica.id)
+    replica.ready_at = replica.idle_since = turn.now
+    replica.phases = event.phases
+    actual_s = turn.now - replica.decided_at
+    _learn(turn, replica, event.phases, actual_s)
+    turn.emit(Outcome(replica.id, replica.model, replica.device, replica.predicted_s, actual_s, event.phases))
+    model = _model(turn, replica)
+    if model is not None:
+        forgive(turn, model)
+    turn.room = True
+    turn.touch(replica.model)
+
+
+def load_failed(turn: Turn, event: LoadFailed) -> None:
+    """What it left behind is unloaded; the model cools down."""
+    replica = turn.state.replicas.get(event.replica)
+    if replica is None or replica.state is not ReplicaState.LOADING:
+        return
+    _depart(turn, replica, "failed")
+    model = _model(turn, replica)
+    if model is not None:
+        fail(turn, model, event.message, event.permanent)
+
+
+def unloaded(turn: Turn, event: Unloaded) -> None:
+    replica = turn.state.replicas.get(event.replica)
+    if replica is not None and replica.state is ReplicaState.UNLOADING:
+        leave(turn, replica, "unloaded")
+
+
+# --- deadlines ---
+
+
+def overdue(turn: Turn, replica_id: ReplicaId) -> None:
+    """A command about this replica was not answered."""
+    replica = turn.state.replicas[replica_id]
+    if replica.state is ReplicaState.LOADING:
+        _load_overdue(turn, replica)
+    else:
+        kill_worker(turn, turn.device(replica.device))
+
+
+def sated(turn: Turn, device_id: DeviceId) -> None:
+    """What a device refused some time ago says nothing about now."""
+    turn.device(device_id).shortfall = 0
+    turn.room = True
+
+
+def avoided(turn: Turn, _: DeviceId) -> None:
+    turn.room = True
+
+
+def kill_worker(turn: Turn, device: Device) -> None:
+    """Nobody knows any more what its worker holds."""
+    if device.usable:
+        device.killing = True
+        turn.emit(KillWorker(device.id, device.incarnation))
+        turn.arm("kill", device.id, turn.policy.kill_s)
+
+
+def vanish(turn: Turn, replica: Replica) -> None:
+    """Its worker's reports leave it out: it is not there, and nothing runs on it."""
+    for sequence in list(replica.running.values()):
+        recall(turn, sequence)
+    leave(turn, replica, "absent")
+
+
+def _depart(turn: Turn, replica: Replica, cause: str) -> None:
+    shift(turn, replica, cause)
+    for kind in ("idle", "abandon"):
+        turn.disarm(kind, replica.id)
+    turn.emit(Unload(replica.id, replica.device))
+    turn.arm("replica", replica.id, turn.policy.unload_s)
+    turn.touch(replica.model)
+
+
+def _load_overdue(turn: Turn, replica: Replica) -> None:
+    _depart(turn, replica, "expired")
+    model = _model(turn, replica)
+    if model is not None:
+        model.expiries += 1
+        if model.expiries >= turn.policy.load_expiries:
+            fail(turn, model, f"loading got stuck {model.expiries} times, last on {replica.device}", permanent=False)
+
+
+def _model(turn: Turn, replica: Replica) -> Model | None:
+    """The model that this replica serves, unless it was deleted or deployed anew since."""
+    model = turn.state.models.get(replica.model)
+    return model if model is not None and model.revision == replica.revision else None
+
+
+def _has_room(device: Device, node: Node, replica: Replica) -> bool:
+    dram = device.view and node.actual_dram.missing(replica.checkpoint, replica.footprint.file_bytes) > 0
+    return replica.grant <= device.actual.free and not dram
+
+
+def _load_deadline(turn: Turn, replica: Replica) -> float:
+    return max(turn.policy.load_floor_s, turn.policy.load_factor * replica.predicted_s)
+
+
+def _learn(turn: Turn, replica: Replica, phases: LoadPhases, actual_s: float) -> None:
+    node = turn.state.nodes[replica.device.node]
+    weight = turn.policy.learn_weight
+    node.overhead_s = learn(node.overhead_s, max(0.0, actual_s - replica.transfer_s), weight)
+    if phases.disk_bytes and phases.disk_s > 0:
+        speed = (phases.disk_bytes + phases.cache_bytes) / phases.disk_s
+        node.bandwidth["disk"] = learn(node.bandwidth.get("disk"), speed, weight)

@@ -1,0 +1,307 @@
+"""Where a replica starts, and who leaves for it.
+
+Memory is given at once where it is free. A replica that others want is taken when it has been idle for its hold (as
+long as bringing it back would take), so that the requests of one model are served together. One in steady use is
+taken when a model that nothing serves has waited for its patience: it gets no new sequences, and leaves when those it
+runs have ended. So a model waits for a place at most
+
+    the load in progress there + patience_cap_s + the longest sequence running there
+
+and, where k models wait for the same place, k times that: they get it in the order of their oldest waiters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from serverless_llm.cluster.failures import reject_waiters
+from serverless_llm.cluster.poison import isolate
+from serverless_llm.cluster.replicas import start
+from serverless_llm.cluster.standing import abandoned, protected
+from serverless_llm.cluster.state import PLANNED, STARTING, Device, Model, Node, Replica
+from serverless_llm.cluster.transitions import ReplicaState
+from serverless_llm.cluster.turn import Turn
+from serverless_llm.domain import CheckpointId, Footprint, ReplicaId
+from serverless_llm.placement import choose, evict, fit, scale
+from serverless_llm.placement.estimate import Links, Start, reuse, startup_s
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A model that wants a replica; `since`: when the first of those who wait for it came."""
+
+    model: Model
+    want: scale.Want
+    since: float
+
+
+def consider(turn: Turn, model: Model) -> None:
+    """Start a replica of `model` if it wants one and there is room, or can be; else note when to look again."""
+    name = model.spec.name
+    claim = Claim(model, wanted(turn, model), _since(turn, model))
+    turn.state.hungry.pop(name, None)
+    turn.disarm("hungry", name)
+    if claim.want is scale.Want.NOTHING:
+        drain(turn, name, ())
+        return
+    fitting = [device for device in turn.state.devices.values() if _fits(turn, model, device)]
+    if not fitting and turn.state.devices and claim.want is scale.Want.FIRST:
+        drain(turn, name, ())
+        model.error = _too_large(turn, model)
+        reject_waiters(turn, model, model.error, None)
+        return
+    devices = [device for device in fitting if _open(turn, model, device)]
+    option = choose.best(o for o in (_option(turn, claim, device, False) for device in devices) if o)
+    if option is not None:
+        drain(turn, name, ())
+        _start(turn, claim, option)
+        return
+    turn.state.hungry[name] = None
+    in_use = choose.best(o for o in (_option(turn, claim, device, True) for device in devices) if o)
+    drain(turn, name, in_use.victims if in_use else ())
+    _look_again(turn, claim, devices)
+
+
+def wanted(turn: Turn, model: Model) -> scale.Want:
+    """Nothing while the model cools down."""
+    if turn.now < model.cool_until:
+        return scale.Want.NOTHING
+    present = model.present()
+    ready = [replica for replica in model.ready() if not replica.draining_for]
+    return scale.wanted(
+        scale.Demand(
+            model.demand,
+            model.requested_at is not None,
+            len(present),
+            sum(model.spec.max_concurrency - len(replica.running) for replica in ready),
+            sum(replica.state in STARTING for replica in present),
+            model.spec.min_replicas,
+            model.spec.max_replicas,
+        )
+    )
+
+
+def predicted_s(turn: Turn, footprint: Footprint, device: Device) -> tuple[float, float]:
+    """Seconds that a start takes on `device`, and how many of them its bytes take."""
+    node = turn.state.nodes[device.id.node]
+    remaining = _remaining(node)
+    known = node.resident.get(footprint.checkpoint, 0)
+    missing = remaining.pop(footprint.checkpoint, max(0, footprint.file_bytes - known))
+    begin = Start(sum(remaining.values()), missing, 0 if device.view else footprint.weight_bytes)
+    links = _links(turn, node)
+    total = startup_s(begin, links)
+    return total, total - links.overhead_s
+
+
+def hold_s(turn: Turn, replica: Replica) -> float:
+    """Seconds of idleness before others may have its memory."""
+    return evict.hold_s(_bring_back_s(turn, replica), turn.policy.hold_floor_s, turn.policy.hold_cap_s)
+
+
+def patience_s(turn: Turn, model: Model, replica: Replica) -> float:
+    """Seconds that a model in steady use keeps its place while others wait."""
+    while model.switches and model.switches[0] < turn.now - turn.policy.switch_window_s:
+        model.switches.popleft()
+    return evict.patience_s(
+        _bring_back_s(turn, replica), turn.policy.patience_s, turn.policy.patience_cap_s, len(model.switches)
+    )
+
+
+# --- one device ---
+
+
+def _fits(turn: Turn, model: Model, device: Device) -> bool:
+    dram = turn.state.nodes[device.id.node].spec.dram
+    return fit.holds_weights(model.footprint, device.spec, dram, _floor(turn, model, device))
+
+
+def _open(turn: Turn, model: Model, device: Device) -> bool:
+    """A model whose loads ended two workers loads where nothing else does."""
+    suspect = model.load_deaths >= turn.policy.suspect_deaths
+    busy = suspect and any(replica.state in STARTING for replica in device.replicas.values())
+    return device.usable and device.trial is None and device.avoid_until <= turn.now and not busy
+
+
+def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Option | None:
+    """What a start on `device` costs. `in_use`: reckon with the room of replicas that still run something."""
+    footprint = claim.model.footprint
+    node = turn.state.nodes[device.id.node]
+    leaving = [r for r in _residents(node) if _leaves_at(turn, claim, r) <= turn.now and (in_use or not r.running)]
+    short = footprint.weight_bytes + _floor(turn, claim.model, device) - device.planned.free + device.shortfall
+    here = [_candidate(turn, (r,), r.grant) for r in leaving if r.device == device.id]
+    chosen = evict.victims(here, short)
+    if chosen is None:
+        return None
+    if device.view:
+        pinned = _dram_victims(turn, footprint, node, leaving, chosen)
+        if pinned is None:
+            return None
+        chosen += pinned
+    cost = sum(c.bring_back_s * reuse(c.idle_s, turn.policy.reuse_half_s) for c in chosen)
+    victims = tuple(replica for candidate in chosen for replica in candidate.replicas)
+    return choose.Option(device.id, predicted_s(turn, footprint, device)[0], cost, victims)
+
+
+def _dram_victims(
+    turn: Turn, footprint: Footprint, node: Node, leaving: list[Replica], chosen: tuple[evict.Candidate, ...]
+) -> tuple[evict.Candidate, ...] | None:
+    """Who must leave besides `chosen` so that DRAM holds the files: all pins of a checkpoint, or none."""
+    gone = {replica for candidate in chosen for replica in candidate.replicas}
+    may_leave = {replica.id for replica in leaving}
+    pins: dict[CheckpointId, list[Replica]] = {}
+    for replica in _residents(node):
+        if node.devices[replica.device.number].view and replica.checkpoint != footprint.checkpoint:
+            pins.setdefault(replica.checkpoint, []).append(replica)
+    short = node.planned_dram.missing(footprint.checkpoint, footprint.file_bytes)
+    groups = []
+    for replicas in pins.values():
+        size = replicas[0].footprint.file_bytes
+        left = tuple(replica for replica in replicas if replica.id not in gone)
+        if not left:
+            short -= size
+        elif all(replica.id in may_leave for replica in left):
+            groups.append(_candidate(turn, left, size))
+    return evict.victims(groups, short)
+
+
+def _leaves_at(turn: Turn, claim: Claim, victim: Replica) -> float:
+    """When `victim` may be told to leave for `claim`, or, if it runs something, to take nothing new; inf: never."""
+    model = turn.state.models.get(victim.model)
+    if model is None or model is claim.model or victim.retiring or protected(model, victim):
+        return math.inf
+    if victim.state is not ReplicaState.READY:
+        return turn.now if abandoned(model, victim) else math.inf
+    if victim.draining_for not in ("", claim.model.spec.name):
+        return math.inf
+    forced = math.inf
+    if claim.want is scale.Want.FIRST:
+        forced = max(claim.since, victim.ready_at) + patience_s(turn, model, victim)
+    if victim.running or model.demand:
+        return forced
+    return min(forced, victim.idle_since + hold_s(turn, victim))
+
+
+def _candidate(turn: Turn, replicas: tuple[Replica, ...], size: int) -> evict.Candidate:
+    """Whoever is drained already goes first: the choice must not wander."""
+    back = sum(0.0 if replica.draining_for else _bring_back_s(turn, replica) for replica in replicas)
+    idle = min(0.0 if replica.running else turn.now - replica.idle_since for replica in replicas)
+    return evict.Candidate(tuple(replica.id for replica in replicas), size, back, idle)
+
+
+# --- decisions ---
+
+
+def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
+    model, device = claim.model, turn.device(option.device)
+    seconds, transfer = predicted_s(turn, model.footprint, device)
+    replica = Replica(
+        turn.state.next_replica,
+        model.spec.name,
+        model.revision,
+        device.id,
+        model.footprint.checkpoint,
+        model.footprint,
+        model.spec.dtype,
+        model.spec.source,
+        _floor(turn, model, device),
+        ReplicaState.CLAIMING,
+        turn.now,
+        turn.history(),
+        model.spec.keep_alive,
+        solicited=model.demand == 0,
+        predicted_s=seconds,
+        transfer_s=transfer,
+        idle_since=turn.now,
+    )
+    turn.state.next_replica += 1
+    model.requested_at = None
+    victims = tuple(turn.state.replicas[victim] for victim in option.victims)
+    for victim in victims:
+        _note_switch(turn, victim)
+    start(turn, replica, victims)
+    if model.load_deaths >= turn.policy.suspect_deaths:
+        isolate(turn, device, ("load", replica.id))
+
+
+def _note_switch(turn: Turn, victim: Replica) -> None:
+    """Taken before its time was over: next time its model keeps its place for longer."""
+    early = victim.state is ReplicaState.READY and turn.now < victim.idle_since + hold_s(turn, victim)
+    if early:
+        turn.state.models[victim.model].switches.append(turn.now)
+
+
+def drain(turn: Turn, name: str, victims: tuple[ReplicaId, ...]) -> None:
+    """`victims` take no new sequences, for `name`; whoever was drained for it before and is not needed serves again."""
+    model = turn.state.models[name]
+    for replica_id in model.drains:
+        replica = turn.state.replicas.get(replica_id)
+        if replica is not None and replica_id not in victims:
+            replica.draining_for = ""
+            turn.touch(replica.model)
+    model.drains = victims
+    for replica_id in victims:
+        turn.state.replicas[replica_id].draining_for = name
+
+
+def _look_again(turn: Turn, claim: Claim, devices: list[Device]) -> None:
+    """When the next hold or patience is over; other news of room comes by itself."""
+    nodes = {device.id.node: turn.state.nodes[device.id.node] for device in devices}
+    times = [_leaves_at(turn, claim, replica) for node in nodes.values() for replica in _residents(node)]
+    ahead = [at for at in times if turn.now < at < math.inf]
+    if ahead:
+        turn.state.timers.arm(("hungry", claim.model.spec.name), min(ahead))
+
+
+def _since(turn: Turn, model: Model) -> float:
+    eldest = model.eldest()
+    return turn.now if eldest is None else eldest
+
+
+def _too_large(turn: Turn, model: Model) -> str:
+    footprint = model.footprint
+    needed = min(footprint.weight_bytes + _floor(turn, model, device) for device in turn.state.devices.values())
+    most = max(device.spec.budget for device in turn.state.devices.values())
+    dram = max(node.spec.dram for node in turn.state.nodes.values())
+    return (
+        f"{model.spec.name} fits on no device: it takes {needed} bytes (weights and least KV) of a device that has at"
+        f" most {most}, and {footprint.file_bytes} bytes of a node's DRAM that has at most {dram}"
+    )
+
+
+# --- what is known ---
+
+
+def _floor(turn: Turn, model: Model, device: Device) -> int:
+    policy = turn.policy
+    return fit.kv_floor(model.footprint, device.spec.budget, policy.kv_floor_tokens, policy.kv_floor_share)
+
+
+def _residents(node: Node) -> list[Replica]:
+    return [r for device in node.devices.values() for r in device.replicas.values() if r.state in PLANNED]
+
+
+def _links(turn: Turn, node: Node) -> Links:
+    overhead = turn.policy.overhead_s if node.overhead_s is None else node.overhead_s
+    disk = node.bandwidth.get("disk", turn.policy.disk_bps)
+    return Links(disk, node.bandwidth.get("upload", turn.policy.upload_bps), overhead)
+
+
+def _remaining(node: Node) -> dict[CheckpointId, int]:
+    """Bytes that starts on this node still read, by checkpoint: replicas of one checkpoint share its reading."""
+    remaining: dict[CheckpointId, int] = {}
+    for replica in _residents(node):
+        if replica.state in STARTING:
+            held = max(replica.progress_done, node.resident.get(replica.checkpoint, 0))
+            left = max(0, replica.footprint.file_bytes - held)
+            remaining[replica.checkpoint] = min(left, remaining.get(replica.checkpoint, left))
+    return remaining
+
+
+def _bring_back_s(turn: Turn, replica: Replica) -> float:
+    """Seconds to load it again where it is. Its bytes stay in DRAM when it leaves: view mode has them there."""
+    device = turn.device(replica.device)
+    node = turn.state.nodes[device.id.node]
+    held = replica.footprint.file_bytes if device.view else node.resident.get(replica.checkpoint, 0)
+    missing = max(0, replica.footprint.file_bytes - held)
+    return startup_s(Start(0, missing, 0 if device.view else replica.footprint.weight_bytes), _links(turn, node))

@@ -1,0 +1,236 @@
+"""What the machine knows. Only the machine changes it; anyone may read it between two calls of `handle`."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from serverless_llm.cluster.ledger import Ledger
+from serverless_llm.cluster.timers import Timers
+from serverless_llm.cluster.transitions import NodeState, ReplicaState, SequenceState
+from serverless_llm.domain import (
+    CheckpointId,
+    DeviceId,
+    DeviceSpec,
+    Footprint,
+    LoadPhases,
+    ModelName,
+    ModelSpec,
+    NodeId,
+    NodeSpec,
+    ReplicaId,
+    SequenceId,
+    WorkClass,
+)
+
+History = deque[tuple[float, str]]
+
+STARTING = frozenset({ReplicaState.CLAIMING, ReplicaState.RESERVING, ReplicaState.LOADING})
+PLANNED = STARTING | {ReplicaState.READY}  # has a claim on memory
+ACTUAL = frozenset(ReplicaState) - {ReplicaState.CLAIMING, ReplicaState.GONE}  # may hold memory now
+ON_WORKER = frozenset({SequenceState.DISPATCHED, SequenceState.RUNNING})
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One running generation, as the control plane sees it.
+
+    Attributes:
+        order: arrivals are numbered; a sequence keeps its place in its queue whatever happens to it.
+        epoch: bumped whenever its owner is taken away.
+        replica: whom it is dispatched to, None while it waits.
+        generated: tokens known to be generated.
+        mentioned: when its worker last spoke of it, or when it was dispatched.
+        absent_since: its worker's reports leave it out since then.
+        deaths: workers that died with it, none of its own progress between them.
+        charged_at: its tokens at the last such death.
+    """
+
+    id: SequenceId
+    model: ModelName
+    order: int
+    arrived: float
+    work_class: WorkClass
+    keep_alive: float | None
+    history: History
+    state: SequenceState = SequenceState.TOKENISING
+    epoch: int = 1
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    replica: Replica | None = field(default=None, repr=False)
+    generated: int = 0
+    mentioned: float = 0.0
+    absent_since: float | None = None
+    refusals: int = 0
+    deaths: int = 0
+    charged_at: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One model resident, or on its way, on one device.
+
+    Attributes:
+        revision: of the model that it serves.
+        grant: bytes that it takes of the device: weights and KV floor.
+        keep_alive: seconds, as the last sequence wished.
+        solicited: its load goes on though nobody waits (`min_replicas`, an operator).
+        retiring: why it takes no new sequences, empty while it does.
+        draining_for: a model that waits for its memory; it takes no new sequences.
+        absent_since: its node's heartbeats leave it out since then.
+        progress_done: bytes of its load that are done, of `progress_total`.
+        transfer_s: of `predicted_s`, what its bytes take.
+    """
+
+    id: ReplicaId
+    model: ModelName
+    revision: int
+    device: DeviceId
+    checkpoint: CheckpointId
+    footprint: Footprint
+    dtype: str
+    source: str
+    kv_floor: int
+    state: ReplicaState
+    decided_at: float
+    history: History
+    keep_alive: float
+    solicited: bool = False
+    predicted_s: float = 0.0
+    transfer_s: float = 0.0
+    ready_at: float = 0.0
+    idle_since: float = 0.0
+    phases: LoadPhases | None = None
+    progress_done: int = 0
+    progress_total: int = 0
+    retiring: str = ""
+    draining_for: ModelName = ""
+    absent_since: float | None = None
+    running: dict[SequenceId, Sequence] = field(default_factory=dict, repr=False)
+
+    @property
+    def grant(self) -> int:
+        return self.footprint.weight_bytes + self.kv_floor
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    """One device.
+
+    Attributes:
+        incarnation: of its worker; 0 while none is up.
+        lost: the highest incarnation known to be dead: incarnations of a device only rise.
+        killing: its worker was told to die.
+        planned: grants of the replicas that have a claim, those that leave not counted.
+        actual: grants of the replicas that may hold memory now.
+        trial: the sequence or the load ("sequence" | "load", id) that has it for itself.
+        avoid_until: its worker refused to make room.
+        shortfall: bytes of the budget that it turned out not to have, for a while.
+    """
+
+    id: DeviceId
+    spec: DeviceSpec
+    planned: Ledger
+    actual: Ledger
+    incarnation: int = 0
+    lost: int = 0
+    killing: bool = False
+    replicas: dict[ReplicaId, Replica] = field(default_factory=dict, repr=False)
+    trial: tuple[str, int] | None = None
+    avoid_until: float = 0.0
+    shortfall: int = 0
+    absent_since: float | None = None
+
+    @property
+    def view(self) -> bool:
+        return self.spec.weights == "view"
+
+    @property
+    def usable(self) -> bool:
+        return self.incarnation > 0 and not self.killing
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One node. The DRAM ledgers hold each checkpoint that view mode pins once."""
+
+    spec: NodeSpec
+    state: NodeState
+    history: History
+    heard: float
+    planned_dram: Ledger
+    actual_dram: Ledger
+    devices: dict[int, Device] = field(default_factory=dict, repr=False)
+    resident: dict[CheckpointId, int] = field(default_factory=dict)
+    bandwidth: dict[str, float] = field(default_factory=dict)
+    overhead_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One deployed name.
+
+    Attributes:
+        waiting: sequences that can be dispatched, by arrival.
+        unready: sequences that cannot: their prompts are being tokenised, they rest, or they await their trial.
+        requested_at: an operator asked for a replica then.
+        error: why its last load failed, empty once one succeeded.
+        cool_until: no start before; `math.inf` until it is deployed anew.
+        expiries: loads in a row that got stuck.
+        load_deaths: workers that died in a row while it was loading there.
+        drains: replicas that take no new sequences, so that this model gets their room.
+        switches: when its place was taken though it was in use.
+    """
+
+    spec: ModelSpec
+    footprint: Footprint
+    revision: int
+    waiting: list[Sequence] = field(default_factory=list, repr=False)
+    unready: dict[SequenceId, Sequence] = field(default_factory=dict, repr=False)
+    replicas: dict[ReplicaId, Replica] = field(default_factory=dict, repr=False)
+    requested_at: float | None = None
+    error: str = ""
+    cool_until: float = 0.0
+    failures: int = 0
+    convictions: int = 0
+    expiries: int = 0
+    load_deaths: int = 0
+    drains: tuple[ReplicaId, ...] = ()
+    switches: deque[float] = field(default_factory=deque)
+
+    @property
+    def demand(self) -> int:
+        return len(self.waiting) + len(self.unready)
+
+    def present(self) -> list[Replica]:
+        """Replicas of this revision that serve or will serve."""
+        return [
+            r for r in self.replicas.values() if r.state in PLANNED and r.revision == self.revision and not r.retiring
+        ]
+
+    def ready(self) -> list[Replica]:
+        return [replica for replica in self.present() if replica.state is ReplicaState.READY]
+
+    def eldest(self) -> float | None:
+        """When the first of those who wait arrived; an operator's request counts as one."""
+        heads = [self.waiting[0].arrived] if self.waiting else []
+        heads += [sequence.arrived for sequence in self.unready.values()]
+        heads += [] if self.requested_at is None else [self.requested_at]
+        return min(heads, default=None)
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """Everything. What is over (done sequences, gone replicas and nodes) is not in here."""
+
+    models: dict[ModelName, Model] = field(default_factory=dict)
+    sequences: dict[SequenceId, Sequence] = field(default_factory=dict)
+    replicas: dict[ReplicaId, Replica] = field(default_factory=dict)
+    nodes: dict[NodeId, Node] = field(default_factory=dict)
+    devices: dict[DeviceId, Device] = field(default_factory=dict)
+    suspects: dict[SequenceId, Sequence] = field(default_factory=dict)  # to be tried alone, or on trial
+    hungry: dict[ModelName, None] = field(default_factory=dict)  # want a replica, found no room
+    timers: Timers = field(default_factory=Timers)
+    next_replica: int = 1
+    next_revision: int = 1
+    next_order: int = 1
