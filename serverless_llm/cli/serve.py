@@ -60,10 +60,10 @@ def _run(settings: Config) -> int:
     """Serves until a signal; its number."""
     import uvloop
 
-    from serverless_llm.cli.head import Head
+    from serverless_llm.cli.server import Server
 
     async def main() -> int:
-        return await Head(settings).run(announce)
+        return await Server(settings).run(announce)
 
     return uvloop.run(main())
 

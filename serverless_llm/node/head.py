@@ -67,14 +67,20 @@ class Head:
         """Tells the agents where this head is."""
         state.write_head(self._state.directory, HeadAddress(url, self._state.generation, os.getpid()))
 
-    async def run(self, models: Mapping[str, bytes] = {}) -> None:  # noqa: B006 - never changed
-        """Restores what was deployed, deploys `models` (name -> body) over it, and keeps the agents alive.
+    async def restore(self, models: Mapping[str, bytes]) -> None:
+        """Deploys what was deployed before, and `models` (name -> body) over it; before agents can dial in.
+
+        Raises:
+            RequestError: one of `models` is refused.
+        """
+        await self.registry.restore(models)
+
+    async def run(self) -> None:
+        """Keeps the agents alive.
 
         Cancel it to leave the agents alone, for the next head to adopt; `shut_down` ends them.
         """
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._supervisor.run())
-            group.create_task(self.registry.restore(models))
+        await self._supervisor.run()
 
     async def shut_down(self) -> None:
         """Has the agents free everything and exit; `run` must have been cancelled before."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 
 from aiohttp import ClientError, ClientWebSocketResponse, WSMsgType, web
 
@@ -38,8 +39,7 @@ class SocketLink(asyncio.Protocol):
         self._cause = "the peer closed the link"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
 
     def data_received(self, data: bytes) -> None:
         try:

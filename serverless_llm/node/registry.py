@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -52,7 +53,8 @@ class Registry:
         self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
         self._restored = False
         self._published: wire.Catalog | None = None
-        self._publishing: asyncio.TimerHandle | None = None
+        self._publishing: asyncio.Handle | None = None
+        self._promptly = False  # how `_publishing` was asked for; uvloop's handles of no delay know no time
         self._verbs: Mapping[str, Callable[[str, bytes], Awaitable[JSON]]] = {
             "deploy": self._deploy,
             "delete": self._delete,
@@ -64,7 +66,7 @@ class Registry:
         }
         controller.changed = self.changed
 
-    async def restore(self, wanted: Mapping[str, bytes] = {}) -> None:  # noqa: B006 - never changed
+    async def restore(self, wanted: Mapping[str, bytes] = {}) -> None:
         """Deploys what was deployed before, and `wanted` (name -> body of a deploy) over it.
 
         A model that cannot be deployed any more is shown as failed.
@@ -97,10 +99,7 @@ class Registry:
     async def ask(self, question: wire.Ask) -> None:
         """Answers one `Ask`."""
         try:
-            verb = self._verbs.get(question.verb)
-            if verb is None:
-                raise RequestError(404, "not_found", f"no verb {question.verb}")
-            status, body = 200, await verb(question.name, question.body)
+            status, body = 200, await self._verbs[question.verb](question.name, question.body)
         except RequestError as error:
             status, body = error.status, admin.error_body(error)
         self._deliver(wire.Answer(question.id, status, msgspec.json.encode(body)))
@@ -144,7 +143,7 @@ class Registry:
         pinned = admin.parse(body, admin.PinBody).pinned
         async with self._changing:
             entry = self._usable(name)
-            spec = msgspec.structs.replace(entry.spec, pinned=pinned)
+            spec = dataclasses.replace(entry.spec, pinned=pinned)
             await asyncio.to_thread(self._state.save, Deployed(spec, entry.created))
             self._entries[name] = Entry(spec, entry.created)
             self._controller.handle(events.Pin(name, pinned))
@@ -179,9 +178,10 @@ class Registry:
         """Something changed: publishes at the end of this turn of the loop, or, unless `prompt`, a little later."""
         loop = asyncio.get_running_loop()
         if self._publishing is not None:
-            if not prompt or self._publishing.when() <= loop.time():
+            if not prompt or self._promptly:
                 return
             self._publishing.cancel()
+        self._promptly = prompt
         self._publishing = loop.call_later(0.0 if prompt else CATALOG_S, self._publish)
 
     def _publish(self) -> None:

@@ -29,20 +29,17 @@ from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.text import TextPool
 from serverless_llm.node import state
-from serverless_llm.node.controller import Controller
+from serverless_llm.node.head import Head
 from serverless_llm.node.options import local_agents
-from serverless_llm.node.registry import Registry
-from serverless_llm.node.supervise import Supervisor
 
 log = logging.getLogger(__name__)
 
 ABORT_SECONDS = 1.0  # for in-stream errors to reach their clients
-AGENTS_SECONDS = 10.0  # for agents to free everything
 SAMPLE_SECONDS = 1.0  # between two looks at what agents reported
 
 
-class Head:
-    """One head on one state directory.
+class Server:
+    """One server on one state directory.
 
     Raises:
         ConfigurationError: the state directory is in use or newer, the address is taken, a model is refused.
@@ -52,20 +49,17 @@ class Head:
         self._config = config
         self._state = state.State(config.state_dir)
         self._agents = local_agents(config)
-        self._supervisor = Supervisor(self._agents)
         self._text = TextPool()
-        self._gateway = Gateway(self._from_gateway, self._text, self._state.generation, gateway_options(config))
-        self._controller = Controller(
+        self._gateway = Gateway(self._to_head, self._text, self._state.generation, gateway_options(config))
+        self._head = Head(
+            self._state,
             Machine(Policy(abandon_after=config.abandon_after)),
-            self._state.generation,
-            state.agent_token(config.state_dir),
+            self._agents,
             self._gateway.receive,
             [lambda note: observe(self._gateway.metrics, note)],
+            config.keep_alive,
+            config.model_roots,
         )
-        self._registry = Registry(
-            self._controller, self._state, self._gateway.receive, config.keep_alive, config.model_roots
-        )
-        self._asked: set[asyncio.Task[None]] = set()
         self._signal: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def run(self, announce: Callable[[str], None]) -> int:
@@ -76,7 +70,7 @@ class Head:
         try:
             await self._deploy()  # before agents of a former head can dial in: what they hold must have a name
             url = await self._open(runner)
-            background = [asyncio.create_task(part) for part in (self._supervisor.run(), self._sample())]
+            background = [asyncio.create_task(part) for part in (self._head.run(), self._sample())]
             await self._text.start()
             announce(url)
             await self._signalled_or(background)
@@ -85,12 +79,15 @@ class Head:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
-            await self._end_agents()
+            await self._head.shut_down()
             await runner.cleanup()
             await self._text.close()
             (self._config.state_dir / "head.json").unlink(missing_ok=True)
             self._state.close()
         return await self._signal
+
+    def _to_head(self, message: wire.Message) -> None:
+        self._head.receive(message)
 
     async def _signalled_or(self, background: Sequence[asyncio.Future[None]]) -> None:
         """Waits for a signal; raises what ended a background task, which should have gone on for ever."""
@@ -101,7 +98,7 @@ class Head:
 
     def _application(self) -> web.Application:
         app = self._gateway.application()
-        app.router.add_get("/agents/connect", self._controller.agent_handler)
+        app.add_routes(self._head.routes())
         return app
 
     async def _open(self, runner: web.AppRunner) -> str:
@@ -115,29 +112,21 @@ class Head:
         port = runner.addresses[0][1]
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
         url = f"http://{f'[{local}]' if ':' in local else local}:{port}"
-        state.write_head(config.state_dir, state.HeadAddress(url, self._state.generation, os.getpid()))
+        self._head.listening(url)
         return url
 
     async def _deploy(self) -> None:
         wanted = {name: deploy_body(entry) for name, entry in self._config.models.items()}
         try:
-            await self._registry.restore(wanted)
+            await self._head.restore(wanted)
         except RequestError as error:
             raise ConfigurationError(f"models: {error.message}") from error
-
-    def _from_gateway(self, message: wire.Message) -> None:
-        if isinstance(message, wire.Ask):
-            task = asyncio.get_running_loop().create_task(self._registry.ask(message))
-            self._asked.add(task)
-            task.add_done_callback(self._asked.discard)
-        else:
-            self._controller.receive(message)
 
     async def _sample(self) -> None:
         """Metrics that agents report and no event carries."""
         metrics = self._gateway.metrics
         while True:
-            for node, peer in self._controller.peers.items():
+            for node, peer in self._head.controller.peers.items():
                 for link, total in peer.link_bytes.items():
                     metrics.bytes_moved(node, link, total)
             await asyncio.sleep(SAMPLE_SECONDS)
@@ -162,13 +151,6 @@ class Head:
         except TimeoutError:
             self._gateway.abort("the server is stopping")
             await asyncio.wait([asyncio.create_task(self._gateway.idle())], timeout=ABORT_SECONDS)
-
-    async def _end_agents(self) -> None:
-        self._controller.shut_down()
-        try:
-            await asyncio.wait_for(self._supervisor.ended(), AGENTS_SECONDS)
-        except TimeoutError:
-            self._kill_agents()
 
     def _kill_agents(self) -> None:
         for options in self._agents:
