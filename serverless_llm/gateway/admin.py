@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 
 from aiohttp import web
@@ -11,10 +10,7 @@ from aiohttp import web
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway import openai
-from serverless_llm.gateway.failure import invalid
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*(?:(?:/|%2[Ff])[A-Za-z0-9_.-]+)?"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
 ACTIONS = ("load", "unload", "pin")
 
 
@@ -46,22 +42,21 @@ class Admin:
         return await self._ask("status", "", b"{}")
 
     async def deploy(self, request: web.Request) -> web.Response:
-        name = _name(request)
         raw = await request.read()
         openai.decode(raw)
-        return await self._ask("deploy", name, raw)
+        return await self._ask("deploy", request.match_info["name"], raw)
 
     async def show(self, request: web.Request) -> web.Response:
-        return await self._ask("show", _name(request), b"{}")
+        return await self._ask("show", request.match_info["name"], b"{}")
 
     async def delete(self, request: web.Request) -> web.Response:
-        return await self._ask("delete", _name(request), b"{}")
+        return await self._ask("delete", request.match_info["name"], b"{}")
 
     def _acting(self, action: str) -> Callable[[web.Request], asyncio.Future[web.Response]]:
         async def act(request: web.Request) -> web.Response:
             raw = await request.read() or b"{}"
             openai.decode(raw)
-            return await self._ask(action, _name(request), raw)
+            return await self._ask(action, request.match_info["name"], raw)
 
         return act  # type: ignore[return-value]  # aiohttp types handlers as awaitables
 
@@ -78,10 +73,3 @@ class Admin:
         finally:
             del self._asked[number]
         return web.Response(status=answer.status, body=answer.body, content_type="application/json")
-
-
-def _name(request: web.Request) -> str:
-    name = request.match_info["name"]
-    if not _NAME.fullmatch(name):
-        raise invalid(f"{name!r} is not a model name: letters, digits, '_', '.', '-' and at most one '/'", "name")
-    return name

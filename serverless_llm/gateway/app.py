@@ -16,7 +16,7 @@ from aiohttp import web
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway import access, failure, openai
-from serverless_llm.gateway.admin import NAME, Admin
+from serverless_llm.gateway.admin import Admin
 from serverless_llm.gateway.completions import Completions
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
@@ -25,6 +25,7 @@ from serverless_llm.gateway.text import TextPool
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+NAME = r"[A-Za-z0-9][\w.-]*(?:(?:/|%2[Ff])[\w.-]+)?"  # as config.NAME, in a path
 REQUEST_ID = web.RequestKey("request_id", str)
 _VALID_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _log = logging.getLogger("serverless_llm.gateway")

@@ -206,11 +206,7 @@ def _phases(live: LiveRequest) -> dict[str, float]:
     if not live.cold:
         return {}
     prefill = {"prefill_ms": _ms(live.prefill)} if live.first else {}
-    return {_named(phase): round(value, 3) for phase, value in live.cold.items()} | prefill
-
-
-def _named(phase: str) -> str:
-    return phase if phase.endswith("_ms") else f"{phase}_ms"
+    return {phase: round(value, 3) for phase, value in live.cold.items()} | prefill
 
 
 def _metrics(live: LiveRequest) -> dict[str, Any]:
@@ -227,7 +223,7 @@ def _metrics(live: LiveRequest) -> dict[str, Any]:
 def _timing(live: LiveRequest) -> dict[str, str]:
     """`Server-Timing`: the phases known now."""
     phases = {"queue_ms": round(live.queue_ms, 3)} if live.attached else {}
-    phases |= {f"load_{name}" if name == "queue_ms" else name: value for name, value in _phases(live).items()}
+    phases |= _phases(live)
     if live.first:
         phases["first_token_ms"] = _ms(live.first - live.arrived)
     value = ", ".join(f"{name.removesuffix('_ms')};dur={duration:g}" for name, duration in phases.items())

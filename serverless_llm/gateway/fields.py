@@ -14,6 +14,7 @@ Check = Callable[[Any, str], Any]
 
 MAX_STOPS = 16  # arbitrary; the official API takes 4
 MAX_STOP = 1024  # characters of one stop string; bounds what a stream holds back
+LONGEST = 1e12  # seconds; a longer keep-alive is a mistake, -1 is for ever
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -39,9 +40,9 @@ def number(least: float, most: float, above: bool = False) -> Check:
     """A finite number from `least` (or above it) to `most`."""
 
     def check(value: Any, name: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise invalid(f"{name} must be a number", name)
-        if value < least or value > most or (above and value == least):
+        if not least <= value <= most or (above and value == least):
             start = "above" if above else "from"
             raise invalid(f"{name} must be {start} {least:g} to {most:g}", name)
         return float(value)
@@ -73,7 +74,7 @@ def _is_token(value: Any) -> bool:
 def keep_alive(value: Any, name: str) -> float:
     """Seconds: a number, or a duration such as "5m" or "1h30m"; negative means for ever."""
     seconds = _duration(value) if isinstance(value, str) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds):
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not -math.inf < seconds < LONGEST:
         raise invalid(f'{name} must be seconds or a duration such as "5m"', name)
     return FOREVER if seconds < 0 else float(seconds)
 
@@ -112,13 +113,13 @@ def variables(value: Any, name: str) -> dict[str, Any]:
 
 def prompt(value: Any, name: str) -> str | tuple[int, ...]:
     """A text or token ids, one prompt a request."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(_is_token(token) for token in value):
-        return tuple(value)
-    if isinstance(value, list) and len(value) == 1:
-        return prompt(value[0], name)
-    if isinstance(value, list) and value:
+    listed = isinstance(value, list) and len(value) > 0
+    one = value[0] if listed and len(value) == 1 and isinstance(value[0], str | list) else value
+    if isinstance(one, str):
+        return one
+    if isinstance(one, list) and one and all(_is_token(token) for token in one):
+        return tuple(one)
+    if listed:
         raise invalid(f"{name}: one prompt a request; lists of prompts are not supported", name)
     raise invalid(f"{name} must be a string or a list of token ids, not empty", name)
 

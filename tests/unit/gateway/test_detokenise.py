@@ -1,0 +1,190 @@
+"""Joined deltas equal the whole decode, for any text, any bytes and any cutting into frames."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from serverless_llm.demo.tokenizer import ASSISTANT, END, tokenizer_json
+from serverless_llm.gateway.detokenise import (
+    REPLACEMENT,
+    Detokeniser,
+    StopStrings,
+    TableVocabulary,
+    Vocabulary,
+    WholeVocabulary,
+)
+from serverless_llm.gateway.tables import token_table
+
+BYTE_LEVEL = Tokenizer.from_str(json.dumps(tokenizer_json()))
+
+
+def sentencepiece(decoder: dict[str, Any]) -> Tokenizer:
+    """A byte-fallback vocabulary as Llama 2's: three markers, 256 bytes, some pieces."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁a",
+        "b",
+        "▁▁",
+        "é",
+        "世",
+        "a▁b",
+    ]
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    model = {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True, "merges": []}
+    return Tokenizer.from_str(
+        json.dumps(
+            {
+                "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
+                "post_processor": None, "decoder": decoder,
+                "added_tokens": [{"id": number, "content": pieces[number], **special} for number in range(3)],
+                "model": model | {"vocab": {piece: number for number, piece in enumerate(pieces)}},
+            }
+        )
+    )  # fmt: skip
+
+
+CHAIN = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+LLAMA = sentencepiece({"type": "Sequence", "decoders": [*CHAIN, STRIP]})
+GEMMA = sentencepiece({"type": "Sequence", "decoders": CHAIN})
+METASPACE = sentencepiece({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True})
+
+
+def tabled(tokenizer: Tokenizer) -> Vocabulary:
+    table = token_table(tokenizer)
+    assert table.offsets
+    return TableVocabulary(table.blob, table.offsets, table.strip)
+
+
+def deltas(detokeniser: Detokeniser, frames: Sequence[Sequence[int]]) -> list[str]:
+    return [*(detokeniser.feed(frame) for frame in frames), detokeniser.finish()]
+
+
+def frames_of(ids: list[int], sizes: list[int]) -> list[list[int]]:
+    """`ids` cut into frames of these sizes, the rest one by one."""
+    frames, at = [], 0
+    for size in sizes:
+        frames.append(ids[at : at + size])
+        at += size
+    return frames + [[number] for number in ids[at:]]
+
+
+CUTS = st.lists(st.integers(0, 5), max_size=10)
+WINDOW = WholeVocabulary(BYTE_LEVEL, 0)
+
+
+@pytest.mark.parametrize("vocabulary", [tabled(BYTE_LEVEL), WINDOW], ids=["table", "window"])
+@given(text=st.text(max_size=40), sizes=CUTS)
+def test_any_text(vocabulary: Vocabulary, text: str, sizes: list[int]) -> None:
+    pieces = deltas(vocabulary.detokeniser(), frames_of([*text.encode(), END], sizes))
+    assert "".join(pieces) == text
+    assert REPLACEMENT in text or not any(REPLACEMENT in piece for piece in pieces)
+
+
+@given(ids=st.lists(st.integers(0, 300), max_size=40), sizes=CUTS)
+def test_any_tokens_of_a_byte_level_vocabulary(ids: list[int], sizes: list[int]) -> None:
+    pieces = deltas(tabled(BYTE_LEVEL).detokeniser(), frames_of(ids, sizes))
+    assert "".join(pieces) == BYTE_LEVEL.decode(ids)
+
+
+PIECES = st.integers(0, 2) | st.integers(259, 265) | st.sampled_from(list(range(3, 131)))  # bytes: ASCII only
+
+
+@pytest.mark.parametrize("tokenizer", [LLAMA, GEMMA], ids=["llama", "gemma"])
+@given(ids=st.lists(PIECES, max_size=30), tail=st.text(max_size=4), sizes=CUTS)
+def test_any_tokens_of_a_byte_fallback_vocabulary(
+    tokenizer: Tokenizer, ids: list[int], tail: str, sizes: list[int]
+) -> None:
+    whole = ids + [3 + byte for byte in tail.encode()]
+    for vocabulary in (tabled(tokenizer), WholeVocabulary(tokenizer, 0)):
+        assert "".join(deltas(vocabulary.detokeniser(), frames_of(whole, sizes))) == tokenizer.decode(whole)
+
+
+@given(ids=st.lists(st.integers(259, 265), max_size=30), sizes=CUTS)
+def test_a_decoder_without_a_table(ids: list[int], sizes: list[int]) -> None:
+    assert not token_table(METASPACE).offsets
+    pieces = deltas(WholeVocabulary(METASPACE, 0).detokeniser(), frames_of(ids, sizes))
+    assert "".join(pieces) == METASPACE.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"type": "Sequence", "decoders": [*CHAIN[:2]]},
+        {"type": "Sequence", "decoders": [*CHAIN, STRIP | {"stop": 1}]},
+        {"type": "Sequence", "decoders": [*CHAIN, STRIP | {"content": "x"}]},
+        {"type": "Sequence", "decoders": [CHAIN[0] | {"pattern": {"Regex": "▁"}}, *CHAIN[1:]]},
+        None,
+    ],
+)  # fmt: skip
+def test_decoders_that_no_table_describes(decoder: Any) -> None:
+    assert not token_table(sentencepiece(decoder)).offsets
+
+
+def test_an_incomplete_character_waits_for_its_last_byte() -> None:
+    smile = "😀".encode()
+    for vocabulary in (tabled(BYTE_LEVEL), WINDOW):
+        assert deltas(vocabulary.detokeniser(), [[byte] for byte in smile]) == ["", "", "", "😀", ""]
+
+
+def test_bytes_that_make_no_character_do_not_wait_for_ever() -> None:
+    detokeniser = WINDOW.detokeniser()
+    assert REPLACEMENT in "".join(detokeniser.feed([0x80]) for _ in range(40))
+
+
+def test_special_tokens_are_no_text() -> None:
+    assert deltas(tabled(BYTE_LEVEL).detokeniser(), [[ASSISTANT, ord("a"), END, 5000]]) == ["a", ""]
+
+
+# --- stop strings ---
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """By definition: before the stop string that ends first, the longest of those."""
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    return text[: min(ends)[1]] if ends else text
+
+
+ALPHABET = st.text(alphabet="ab", max_size=12)
+
+
+@given(
+    text=ALPHABET,
+    stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),
+    sizes=st.lists(st.integers(1, 4), max_size=12),
+)
+def test_the_text_ends_before_the_first_stop_string(text: str, stops: list[str], sizes: list[int]) -> None:
+    strings = StopStrings(stops)
+    sent, at = "", 0
+    for size in [*sizes, len(text)]:
+        sent += strings.feed(text[at : at + size])
+        at += size
+        assert cut(text, stops).startswith(sent)
+    assert sent + strings.finish() == cut(text, stops)
+    assert strings.found == (cut(text, stops) != text or any(stop in text for stop in stops))
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+    strings = StopStrings(["END"])
+    assert [strings.feed(piece) for piece in ("xE", "N", "x", "E")] == ["x", "", "ENx", ""]
+    assert strings.finish() == "E"
+
+
+def test_nothing_follows_a_stop_string() -> None:
+    strings = StopStrings(["."])
+    assert [strings.feed("a.b"), strings.feed("c"), strings.finish()] == ["a", "", ""]

@@ -1,0 +1,138 @@
+"""Single request fields: what is taken, and what is a 400 that names the field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from serverless_llm.errors import RequestError
+from serverless_llm.gateway import fields
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("5m", 300.0), ("1h30m", 5400.0), ("250ms", 0.25), ("90", 90.0), (0, 0.0), ("0", 0.0), (1.5, 1.5), ("2d", 172800.0),
+        (-1, math.inf), ("-1", math.inf), ("-1m", math.inf), ("-1s", math.inf),
+    ],
+)  # fmt: skip
+def test_keep_alive(value: Any, seconds: float) -> None:
+    assert fields.keep_alive(value, "keep_alive") == seconds
+
+
+@pytest.mark.parametrize(
+    "value", ["", "m", "5x", "5m!", "m5", True, [], {}, math.nan, math.inf, -math.inf, 10**400, "--1"]
+)
+def test_keep_alive_that_is_none(value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        fields.keep_alive(value, "keep_alive")
+    assert (caught.value.status, caught.value.param) == (400, "keep_alive")
+
+
+@pytest.mark.parametrize(
+    ("check", "value"),
+    [
+        (fields.boolean, 1),
+        (fields.whole(1, 9), True),
+        (fields.whole(1, 9), 1.0),
+        (fields.whole(1, 9), 0),
+        (fields.whole(1, 9), 10),
+        (fields.number(0, 2), True),
+        (fields.number(0, 2), "1"),
+        (fields.number(0, 2), -0.1),
+        (fields.number(0, 2), 2.1),
+        (fields.number(0, 1, above=True), 0),
+        (fields.number(0, 2), 10**400),
+        (fields.stop_strings, ""),
+        (fields.stop_strings, ["a", ""]),
+        (fields.stop_strings, ["a", 1]),
+        (fields.stop_strings, ["a"] * 17),
+        (fields.stop_strings, "a" * 1025),
+        (fields.token_ids, [1, -1]),
+        (fields.token_ids, [True]),
+        (fields.token_ids, [2**31]),
+        (fields.token_ids, 5),
+        (fields.stream_options, []),
+        (fields.stream_options, {"include_usage": 1}),
+        (fields.stream_options, {"other": None}),
+        (fields.stream_options, {"include_obfuscation": True}),
+        (fields.variables, []),
+        (fields.variables, {"chat_template": "x"}),
+        (fields.variables, {"messages": []}),
+        (fields.prompt, []),
+        (fields.prompt, ["a", "b"]),
+        (fields.prompt, [[1], [2]]),
+        (fields.prompt, [[[1]]]),
+        (fields.prompt, [1, "a"]),
+        (fields.prompt, 5),
+        (fields.messages, []),
+        (fields.messages, {}),
+        (fields.messages, ["hi"]),
+        (fields.messages, [{"role": "tool", "content": "x"}]),
+        (fields.messages, [{"content": "x"}]),
+        (fields.messages, [{"role": "user"}]),
+        (fields.messages, [{"role": "user", "content": None}]),
+        (fields.messages, [{"role": "user", "content": 5}]),
+        (fields.messages, [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        (fields.messages, [{"role": "user", "content": [{"type": "text"}]}]),
+        (fields.messages, [{"role": "user", "content": ["x"]}]),
+        (fields.messages, [{"role": "user", "content": "x", "colour": "red"}]),
+        (fields.messages, [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]),
+        (fields.messages, [{"role": "user", "content": "x", "name": 5}]),
+    ],
+)  # fmt: skip
+def test_a_bad_value_names_its_field(check: fields.Check, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        check(value, "field")
+    assert caught.value.status == 400
+    assert caught.value.param is not None
+    assert caught.value.param.startswith("field")
+
+
+def test_the_message_at_fault_is_named() -> None:
+    good = {"role": "user", "content": "x"}
+    with pytest.raises(RequestError) as caught:
+        fields.messages(
+            [good, {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "audio"}]}], "messages"
+        )
+    assert caught.value.param == "messages[1].content[1]"
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "expected"),
+    [
+        (fields.boolean, False, False),
+        (fields.whole(1, 9), 9, 9),
+        (fields.number(0, 1, above=True), 1, 1.0),
+        (fields.number(0, 2), 0, 0.0),
+        (fields.stop_strings, "END", ("END",)),
+        (fields.stop_strings, [], ()),
+        (fields.stop_strings, ["a", "b"], ("a", "b")),
+        (fields.token_ids, [0, 5], (0, 5)),
+        (fields.stream_options, {}, False),
+        (fields.stream_options, {"include_usage": None, "include_obfuscation": False}, False),
+        (fields.stream_options, {"include_usage": True}, True),
+        (fields.variables, {"enable_thinking": False}, {"enable_thinking": False}),
+        (fields.prompt, "a", "a"),
+        (fields.prompt, ["a"], "a"),
+        (fields.prompt, [3, 4], (3, 4)),
+        (fields.prompt, [[3, 4]], (3, 4)),
+    ],
+)  # fmt: skip
+def test_a_good_value(check: fields.Check, value: Any, expected: Any) -> None:
+    assert check(value, "field") == expected
+
+
+def test_messages_keep_what_templates_read() -> None:
+    given = [
+        {"role": "developer", "content": "a", "name": "ops"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "annotations": [], "audio": None},
+    ]
+    assert fields.messages(given, "messages") == [
+        {"role": "developer", "content": "a", "name": "ops"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c"},
+    ]

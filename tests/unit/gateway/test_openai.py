@@ -1,0 +1,132 @@
+"""Whole request bodies: every field is honoured, without effect, or refused by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serverless_llm.errors import RequestError
+from serverless_llm.gateway import openai
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+
+def refused(body: dict[str, Any], chat: bool = True) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        openai.parse(body, chat)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_a_chat_with_everything() -> None:
+    body = CHAT | {
+        "max_completion_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": -1, "stop": "\n", "stream": True,
+        "stream_options": {"include_usage": True}, "keep_alive": "-1", "ignore_eos": True, "stop_token_ids": [4],
+        "chat_template_kwargs": {"a": 1},
+    }  # fmt: skip
+    assert openai.parse(body, chat=True) == openai.CompletionRequest(
+        chat=True, model="m", messages=[{"role": "user", "content": "x"}], prompt=None, max_tokens=9, temperature=0.0,
+        top_p=0.5, top_k=3, seed=2**63 - 1, stop=("\n",), stop_token_ids=(4,), ignore_eos=True, stream=True,
+        include_usage=True, keep_alive=math.inf, variables={"a": 1},
+    )  # fmt: skip
+
+
+def test_defaults() -> None:
+    chat, text = openai.parse(dict(CHAT), chat=True), openai.parse({"prompt": "x"}, chat=False)
+    assert (chat.max_tokens, chat.temperature, chat.stream, chat.keep_alive) == (None, None, False, None)
+    assert (text.max_tokens, text.model, text.prompt) == (16, None, "x")
+
+
+def test_a_seed_is_drawn_for_each_request() -> None:
+    seeds = {openai.parse(dict(CHAT), chat=True).seed for _ in range(8)}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True},
+        {"prompt_cache_key": "k", "safety_identifier": "s"},
+        {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "n": 1, "logprobs": False},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "min_p": 0.0},
+        {
+            "tools": None,
+            "anything": None,
+            "temperature": None,
+            "stop": None,
+            "stream_options": None,
+            "keep_alive": None,
+        },
+    ],
+)
+def test_accepted_without_effect(body: dict[str, Any]) -> None:
+    parsed = openai.parse(CHAT | body | {"seed": 1}, chat=True)
+    assert parsed == openai.parse(CHAT | {"seed": 1}, chat=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2), ("n", True), ("logprobs", True), ("top_logprobs", 2), ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"), ("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1}),
+        ("presence_penalty", 0.5), ("echo", True), ("chat_template", "{{ x }}"), ("temprature", 1), ("prompt", "x"),
+        ("reasoning_effort", "low"), ("messages_", []),
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_by_name(name: str, value: Any) -> None:
+    error = refused(CHAT | {name: value})
+    assert (error.code, error.param) == ("unsupported_parameter", name)
+
+
+def test_fields_of_one_route_only() -> None:
+    assert refused({"prompt": "x", "messages": []}, chat=False).param == "messages"
+    assert refused({"prompt": "x", "max_completion_tokens": 5}, chat=False).param == "max_completion_tokens"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": "m"}, "messages"),
+        (CHAT | {"model": 5}, "model"),
+        (CHAT | {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+        (CHAT | {"stream_options": {"include_usage": True}}, "stream_options"),
+        (CHAT | {"max_tokens": 0}, "max_tokens"),
+        (CHAT | {"temperature": 2.5}, "temperature"),
+        (CHAT | {"seed": 2**63}, "seed"),
+    ],
+)
+def test_what_contradicts_or_is_missing(body: dict[str, Any], param: str) -> None:
+    assert refused(body).param == param
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b'"x"', b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\xff"}', b'{"a": "\\ud800"}', b"[" * 100_000],
+)
+def test_a_body_that_is_no_json_object(raw: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        openai.decode(raw)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_request_error")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = st.sampled_from(sorted({*openai._CHAT, *openai._NEUTRAL, "other"}))
+
+
+@given(st.dictionaries(NAMES, JSON, max_size=4), st.booleans())
+def test_no_body_does_worse_than_400(body: dict[str, Any], chat: bool) -> None:
+    try:
+        parsed = openai.parse(body, chat)
+    except RequestError as error:
+        assert error.status == 400
+    else:
+        assert parsed.messages is not None or parsed.prompt is not None

@@ -1,0 +1,177 @@
+"""The pool of text processes: real ones, with checkpoints that mean harm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serverless_llm.demo.tokenizer import chat_tokens, tokenizer_json, write_tokenizer
+from serverless_llm.errors import RequestError
+from serverless_llm.gateway.text import TextLimits, TextPool
+from serverless_llm.gateway.text_process import TextCache
+from serverless_llm.gateway.text_wire import Call
+
+pytestmark = pytest.mark.slow
+
+ENDLESS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+HUNGRY = "{{ ('x' * 1000000000) | length }}"
+
+
+def checkpoint(directory: Path, template: str | None = None, decoder: Any = None) -> Path:
+    directory.mkdir()
+    write_tokenizer(directory, 99)
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    if decoder is not None:
+        (directory / "tokenizer.json").write_text(json.dumps(tokenizer_json() | {"decoder": decoder}))
+    return directory
+
+
+def chat(directory: Path, content: str = "Hi") -> Call:
+    return Call("demo", str(directory), "c", [{"role": "user", "content": content}])
+
+
+async def ids(pool: TextPool, call: Call) -> list[int]:
+    return array("i", (await pool.prompt(call)).ids).tolist()
+
+
+def test_many_calls_share_few_processes_and_one_table(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(2)
+        await pool.start()
+        call = chat(checkpoint(tmp_path / "a"))
+        before = set(pool.pids)
+        prompts = await asyncio.gather(*(pool.prompt(call) for _ in range(20)))
+        again = await pool.prompt(call)
+        assert all(array("i", prompt.ids).tolist() == chat_tokens("Hi") for prompt in prompts)
+        assert again.vocabulary is prompts[-1].vocabulary
+        assert set(pool.pids) == before
+        await pool.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("template", [ENDLESS, HUNGRY], ids=["endless", "hungry"])
+def test_a_hostile_template_fails_its_own_request_only(tmp_path: Path, template: str) -> None:
+    async def main() -> None:
+        pool = TextPool(1, TextLimits(seconds=0.4, memory=600 << 20))
+        await pool.start()
+        bad, good = chat(checkpoint(tmp_path / "bad", template)), chat(checkpoint(tmp_path / "good"))
+        answers = await asyncio.gather(pool.prompt(bad), ids(pool, good), return_exceptions=True)
+        assert isinstance(answers[0], RequestError)
+        assert answers[0].status == 500
+        assert "'demo'" in answers[0].message
+        assert "template" in answers[0].message
+        assert answers[1] == chat_tokens("Hi")
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        (pid,) = pool.pids
+        bad = chat(checkpoint(tmp_path / "bad", ENDLESS))
+        running = asyncio.create_task(pool.prompt(bad))
+        await asyncio.sleep(0)  # the call is on its way
+        subprocess.run(["kill", "-9", str(pid)], check=True)
+        with pytest.raises(RequestError):
+            await running
+        assert await ids(pool, chat(checkpoint(tmp_path / "good"))) == chat_tokens("Hi")
+        assert pid not in pool.pids
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_call_leaves_no_answer_for_the_next(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        good = checkpoint(tmp_path / "good")
+        first = asyncio.create_task(pool.prompt(chat(good, "first")))
+        waiting = asyncio.create_task(pool.prompt(chat(good, "waiting")))
+        last = asyncio.create_task(ids(pool, chat(good, "last")))
+        await asyncio.sleep(0)
+        first.cancel()
+        waiting.cancel()
+        assert await last == chat_tokens("last")
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_decoder_without_a_table_is_loaded_here(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(1, TextLimits(tables=1))
+        await pool.start()
+        odd = {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "ByteLevel", **dict.fromkeys(("trim_offsets", "use_regex"), True), "add_prefix_space": True}
+            ],
+        }
+        first = await pool.prompt(chat(checkpoint(tmp_path / "odd", decoder=odd)))
+        detokeniser = first.vocabulary.detokeniser()
+        assert detokeniser.feed([*"é".encode()]) + detokeniser.finish() == "é"
+        await pool.prompt(chat(checkpoint(tmp_path / "other")))  # over the budget of tables: the first one leaves
+        assert (await pool.prompt(chat(tmp_path / "odd"))).vocabulary is not first.vocabulary
+        await pool.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "status"),
+    [
+        ("tokenizer.json", "{}", 500),
+        ("tokenizer.json", "nonsense", 500),
+        ("tokenizer_config.json", "nonsense", 500),
+        ("chat_template.jinja", "{% if %}", 400),
+    ],
+)
+def test_a_broken_file_is_named_with_its_model(tmp_path: Path, name: str, contents: str, status: int) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        directory = checkpoint(tmp_path / "broken")
+        (directory / name).write_text(contents)
+        with pytest.raises(RequestError, match="model 'demo'") as caught:
+            await pool.prompt(chat(directory))
+        assert caught.value.status == status
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_processes_end_with_the_pool_and_with_their_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serverless_llm.gateway.text_process", "5", str(4 << 30), "1000"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def test_a_text_process_imports_little() -> None:
+    script = "import sys, serverless_llm.gateway.text_process; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "aiohttp", "asyncio", "transformers"} & set(output.stdout.split())
+
+
+def test_the_cache_keeps_the_newest(tmp_path: Path) -> None:
+    cache = TextCache(limit=1)
+    first = cache.get(str(checkpoint(tmp_path / "a")), "c")
+    assert cache.get(str(tmp_path / "a"), "c") is first
+    cache.get(str(checkpoint(tmp_path / "b")), "c")
+    assert cache.get(str(tmp_path / "a"), "c") is not first
+    large = TextCache(limit=1 << 30)
+    assert large.get(str(tmp_path / "a"), "old") is not large.get(str(tmp_path / "a"), "new")
