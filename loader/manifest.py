@@ -187,11 +187,8 @@ def check_tensors(files: list[FileEntry], weight_map: dict[str, str] | None) -> 
             home[entry.name] = file.name
     if weight_map is None or home == weight_map:
         return
-    for name in sorted(home.keys() | weight_map.keys()):
-        if home.get(name) != weight_map.get(name):
-            raise CheckpointError(
-                f"tensor {name!r}: {INDEX} says {weight_map.get(name)}, found in {home.get(name, 'no file')}"
-            )
+    name = min(name for name in home.keys() | weight_map.keys() if home.get(name) != weight_map.get(name))
+    raise CheckpointError(f"tensor {name!r}: {INDEX} says {weight_map.get(name)}, found in {home.get(name, 'no file')}")
 
 
 def identify(directory: str, files: list[FileEntry], heads: list[bytes]) -> CheckpointId:

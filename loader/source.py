@@ -99,7 +99,7 @@ class OpenFile:
 
     def _fill(self, descriptor: int, buffers: Sequence[memoryview], offset: int, length: int) -> None:
         done = 0
-        while done < length:
+        while True:
             count = os.preadv(descriptor, _after(buffers, done), offset + done)
             if done + count >= length:
                 return

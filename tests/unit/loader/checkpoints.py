@@ -29,7 +29,7 @@ def write(directory: Path, *shards: dict[str, torch.Tensor]) -> Path:
     if len(shards) == 1:
         save_file(shards[0], directory / manifest.SINGLE)
         return directory
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, directory / name)

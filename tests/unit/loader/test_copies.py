@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +35,7 @@ def test_every_byte_arrives(cuts: set[int], file: int) -> None:
     assert copies.total == 12
     content, arena = bytes(range(100, 116)), bytearray(50)
     edges = [0, *sorted(cuts), 16]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         for source, target, length in copies.of(Landed(file, start, stop - start, 1000 + start)):
             assert start <= source - 1000 and source - 1000 + length <= stop
             arena[target : target + length] = content[source - 1000 : source - 1000 + length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from hypothesis import given
@@ -83,6 +84,6 @@ def test_every_byte_is_read_once_in_calls_of_the_size(sizes: list[int], piece: i
     seen: list[tuple[int, int]] = []
     for spans in plan.reads(plan.pieces(files, (), piece), call):
         assert sum(span.length for span in spans) <= call
-        assert all(one.stop == two.offset and one.file == two.file for one, two in zip(spans, spans[1:], strict=False))
+        assert all(one.stop == two.offset and one.file == two.file for one, two in pairwise(spans))
         seen += [(span.file, byte) for span in spans for byte in range(span.offset, span.stop)]
     assert sorted(seen) == [(number, byte) for number, size in enumerate(sizes) for byte in range(size)]

@@ -1,0 +1,52 @@
+"""Address ranges: what is placed is seen; they live as long as anything refers to them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.loader.memory import Range
+from serverless_llm.loader.pool import HUGE_PAGE, Pool
+
+
+def mapped(address: int) -> bool:
+    spans = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(stop, 16) for start, stop in spans)
+
+
+def test_slots_in_any_order_make_one_range() -> None:
+    pool = Pool(4 << 20)
+    for slot, letter in enumerate(b"abcd"):
+        pool.range(pool.offset(slot), 8)[:] = bytes([letter]) * 8
+    home = Range(3 << 20, HUGE_PAGE)
+    assert home.address % HUGE_PAGE == 0
+    for place, slot in ((0, 3), (2, 0), (1, 1)):
+        home.place(place << 20, 1 << 20, pool.fd, pool.offset(slot))
+        home.populate(place << 20, 1 << 20)
+    view = memoryview(home.buffer)
+    assert [bytes(view[n << 20 : (n << 20) + 2]) for n in range(3)] == [b"dd", b"bb", b"aa"]
+    del view
+    assert home.close()
+    pool.close()
+
+
+def test_it_is_unmapped_with_the_last_reference() -> None:
+    home = Range(1 << 20)
+    address = home.address
+    view = memoryview(home.buffer)
+    assert not home.close()
+    assert mapped(address)
+    del view
+    assert not mapped(address)
+    assert home.close()
+
+
+def test_the_systems_refusal_is_an_error() -> None:
+    home = Range(1 << 20)
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    with pytest.raises(OSError, match="Permission denied"):
+        home.place(0, 4096, descriptor, 0)
+    os.close(descriptor)
+    assert home.close()

@@ -1,0 +1,213 @@
+"""Loads through tier, reader and pool, as an agent's store drives them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.errors import CapacityError, CheckpointError
+from serverless_llm.loader import manifest
+from serverless_llm.loader.manifest import Manifest
+from tests.unit.loader.checkpoints import Node, Told, random, write
+
+SLOW = 20e6  # bytes per second: a call is 50 ms
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    node = Node()
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def slow() -> Iterator[Node]:
+    node = Node(rate=SLOW)
+    yield node
+    node.close()
+
+
+def checkpoint(path: Path, megabytes: float, seed: int = 0) -> Manifest:
+    return manifest.build(write(path, random(megabytes, seed), random(0.1, seed + 1)))
+
+
+def check(node: Node, source: Manifest, told: Told) -> None:
+    assert sum(span.length for span in told.spans) == told.load.done == told.load.total == source.file_bytes
+    for number, file in enumerate(source.files):
+        assert node.bytes_of(told, number, file.size) == (source.directory / file.name).read_bytes()
+
+
+def test_cold_then_from_dram(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path, 2.5)
+    told = node.fetch(source)
+    check(node, source, told)
+    load = told.load
+    assert load.disk_bytes + load.cache_bytes == source.file_bytes
+    assert load.dram_bytes == 0
+    assert load.queue_s >= 0
+    assert load.disk_s > 0
+    again = node.fetch(source, 2)
+    check(node, source, again)
+    assert (again.load.dram_bytes, again.load.disk_s) == (source.file_bytes, 0)
+    assert again.calls == [len(again.spans)]
+    assert node.tier.holders(source.checkpoint) == {1, 2}
+
+
+def test_a_cap_makes_progress_visible_and_teaches_the_link(tmp_path: Path, slow: Node) -> None:
+    source = checkpoint(tmp_path, 2.5)
+    told = slow.fetch(source)
+    check(slow, source, told)
+    assert len(told.calls) >= 3
+    assert slow.pipeline.disk.bandwidth == pytest.approx(SLOW, rel=0.3)
+    assert slow.pipeline.disk.bytes == source.file_bytes
+
+
+def test_two_loads_share_one_read(tmp_path: Path, slow: Node) -> None:
+    source = checkpoint(tmp_path, 2.5)
+    first = slow.load(source, 1)
+    first.load.start()
+    slow.turn()
+    second = slow.load(source, 2)
+    second.load.start()
+    assert second.spans == first.spans
+    slow.finish(first)
+    for told in (first, second):
+        assert told.last == 1
+        check(slow, source, told)
+    assert second.load.dram_bytes + second.load.disk_bytes + second.load.cache_bytes == source.file_bytes
+    assert slow.pipeline.disk.bytes == source.file_bytes
+
+
+def test_one_of_two_loads_may_go(tmp_path: Path, slow: Node) -> None:
+    source = checkpoint(tmp_path, 1.5)
+    first, second = slow.load(source, 1), slow.load(source, 2)
+    first.load.start()
+    second.load.start()
+    first.load.cancel()
+    first.load.cancel()
+    check(slow, source, slow.finish(second))
+    assert first.spans == []
+
+
+def test_a_listener_may_cancel_another(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path, 1.5)
+    second = Told()
+    first = node.pipeline.load(source, 1, lambda spans, last: second.load.cancel(), second.failures.append)
+    second.load = node.pipeline.load(source, 2, second.landed, second.failures.append)
+    first.start()
+    second.load.start()
+    while first.done < first.total:
+        node.turn()
+    assert second.spans == []
+
+
+def test_a_cancelled_load_keeps_whole_pieces_and_its_lease(tmp_path: Path, slow: Node) -> None:
+    source = checkpoint(tmp_path, 4)
+    told = slow.load(source)
+    told.load.start()
+    while not slow.tier.residents():
+        slow.turn()
+    told.load.cancel()
+    while source.checkpoint in slow.pipeline._fills:
+        slow.turn()
+    before = len(told.spans)
+    reserved = len(told.load._slots)
+    assert len(slow.tier.free_slots) == 8 - reserved  # all stay while the worker may refer to them
+    slow.pipeline.release(source.checkpoint, 1)
+    kept = dict(slow.tier.residents())[source.checkpoint]
+    assert 0 < kept < source.file_bytes
+    assert slow.tier.used_bytes <= kept + (1 << 20)
+    assert len(told.spans) == before
+    again = slow.fetch(source, 2)
+    check(slow, source, again)
+    assert again.load.dram_bytes == kept
+
+
+def test_joining_what_was_just_cancelled(tmp_path: Path, slow: Node) -> None:
+    source = checkpoint(tmp_path, 3)
+    first = slow.load(source, 1)
+    first.load.start()
+    slow.turn()
+    first.load.cancel()
+    second = slow.load(source, 2)
+    second.load.start()
+    assert second.spans == []
+    check(slow, source, slow.finish(second))
+
+
+def test_joining_what_was_cancelled_when_all_had_landed(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path, 1)
+    first = node.load(source, 1)
+    first.load.start()
+    news = node.posts.get(timeout=30)  # all in two calls, since there are two files
+    other = node.posts.get(timeout=30)
+    first.load.cancel()
+    second = node.load(source, 2)
+    second.load.start()
+    news()
+    other()
+    check(node, source, second)
+    assert second.load.dram_bytes == source.file_bytes
+    assert first.spans == []
+
+
+def test_eviction_takes_tails_and_only_they_are_read_again(tmp_path: Path, node: Node) -> None:
+    first, second = checkpoint(tmp_path / "a", 4, seed=0), checkpoint(tmp_path / "b", 4, seed=10)
+    for source in (first, second):
+        check(node, source, node.fetch(source))
+        node.pipeline.release(source.checkpoint, 1)
+    kept = dict(node.tier.residents())[first.checkpoint]
+    assert 0 < kept < first.file_bytes
+    told = node.fetch(first, 2)
+    check(node, first, told)
+    assert told.load.dram_bytes == kept
+
+
+def test_too_large_and_too_large_now(tmp_path: Path, node: Node) -> None:
+    huge, first, second = (checkpoint(tmp_path / name, size) for name, size in (("h", 9), ("a", 5), ("b", 4)))
+    assert not node.pipeline.fits(huge)
+    with pytest.raises(CapacityError, match="11534336 bytes of DRAM are needed"):
+        node.load(huge)
+    node.fetch(first)
+    assert node.pipeline.fits(second)
+    with pytest.raises(CapacityError):
+        node.load(second, 2)
+    assert node.tier.holders(second.checkpoint) == frozenset()
+    node.pipeline.release(first.checkpoint, 1)
+    check(node, second, node.fetch(second, 2))
+
+
+def test_a_changed_file_fails_all_who_wait_and_leaves_nothing(tmp_path: Path, slow: Node) -> None:
+    source = checkpoint(tmp_path, 3)
+    first, second = slow.load(source, 1), slow.load(source, 2)
+    first.load.start()
+    second.load.start()
+    slow.turn()
+    os.utime(source.directory / source.files[0].name, ns=(0, 0))
+    slow.finish(first)
+    assert [str(error) for error in first.failures] == [str(error) for error in second.failures]
+    assert "changed after it was deployed" in str(first.failures[0])
+    for holder in (1, 2):
+        slow.pipeline.release(source.checkpoint, holder)
+    assert slow.tier.used_bytes == 0
+
+
+def test_a_missing_file_fails_before_anything_is_reserved(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path, 1)
+    (source.directory / source.files[1].name).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        node.load(source)
+    assert node.tier.used_bytes == 0
+
+
+def test_memory_of_free_slots_goes_back(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path, 2)
+    node.fetch(source)
+    node.pipeline.release(source.checkpoint, 1)
+    node.tier.forget(source.checkpoint)
+    assert node.pool.memory > 0
+    node.pipeline.trim()
+    assert node.pool.memory == 0

@@ -1,0 +1,57 @@
+"""The pool: its slots, its sharing by descriptor, and its memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.errors import CapacityError
+from serverless_llm.loader.pool import MAX_SLOT, MIN_SLOT, Pool, slot_size
+
+
+@pytest.mark.parametrize(
+    ("capacity", "size"),
+    [(1, MIN_SLOT), (2 << 30, 2 << 20), (12 << 30, 8 << 20), (100 << 30, MAX_SLOT), (1 << 40, MAX_SLOT)],
+)
+def test_slots_follow_the_capacity(capacity: int, size: int) -> None:
+    assert slot_size(capacity) == size
+
+
+def test_capacity_is_whole_slots() -> None:
+    pool = Pool((5 << 20) - 1)
+    assert (pool.slots, pool.capacity, pool.offset(3)) == (4, 4 << 20, 3 << 20)
+    pool.close()
+    with pytest.raises(CapacityError, match="no slot"):
+        Pool(MIN_SLOT - 1)
+
+
+def test_what_is_written_is_seen_through_the_descriptor() -> None:
+    pool = Pool(4 << 20)
+    pool.range(pool.offset(2), 4)[:] = b"abcd"
+    with mmap.mmap(pool.fd, pool.capacity, prot=mmap.PROT_READ) as other:
+        assert other[2 << 20 : (2 << 20) + 4] == b"abcd"
+    pool.close()
+
+
+def test_memory_comes_with_writing_and_goes_with_punching() -> None:
+    pool = Pool(8 << 20)
+    assert pool.memory == 0
+    for slot in range(3):
+        pool.range(pool.offset(slot), pool.slot_bytes)[:] = bytes(pool.slot_bytes)
+    assert pool.memory >= 3 << 20
+    pool.punch([0, 2])
+    assert pool.memory < 3 << 20
+    os.close(os.dup(pool.fd))
+    with pytest.raises(OSError, match="fallocate"):
+        pool.punch([-1])
+    pool.close()
+
+
+def test_the_kind_of_page_is_what_the_system_offers() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
+    pool = Pool(4 << 20)
+    assert pool.pages == ("small" if "[never]" in setting or "[deny]" in setting else "huge")
+    pool.close()

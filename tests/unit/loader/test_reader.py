@@ -1,0 +1,118 @@
+"""The reader's queue: order, priorities, cancellation, errors. Files are real."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.loader import plan
+from serverless_llm.loader.plan import Piece
+from serverless_llm.loader.pool import Pool
+from serverless_llm.loader.reader import Batch, Reader, Transfer
+from serverless_llm.loader.source import SourceFile
+
+MB = 1 << 20
+SLOW = 20e6  # bytes per second: a call is 50 ms
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    pool = Pool(8 * MB)
+    yield pool
+    pool.close()
+
+
+def transfer(path: Path, nbytes: int, slots: list[int], news: queue.SimpleQueue[Batch], priority: int = 0) -> Transfer:
+    path.write_bytes(bytes([slots[0] + 1]) * nbytes)
+    stat = path.stat()
+    pieces = plan.cut(Piece(0, 0, nbytes), MB)
+    files = [SourceFile(path, stat.st_size, stat.st_mtime_ns)]
+    return Transfer(files, dict(zip(pieces, slots, strict=True)), pieces, news.put, priority)
+
+
+def until_last(news: queue.SimpleQueue[Batch]) -> list[Batch]:
+    batches = [news.get(timeout=30)]
+    while not batches[-1].last:
+        batches.append(news.get(timeout=30))
+    return batches
+
+
+@pytest.mark.parametrize(("rate", "calls"), [(0.0, 1), (2e7, 4)])
+def test_slots_are_filled_in_calls_of_the_size(tmp_path: Path, pool: Pool, rate: float, calls: int) -> None:
+    reader, news = Reader(pool, rate=rate), queue.SimpleQueue[Batch]()
+    read = transfer(tmp_path / "a", 2 * MB + 5, [5, 1, 3], news)
+    reader.submit(read)
+    batches = until_last(news)
+    assert len(batches) == calls
+    assert sum(batch.disk_bytes + batch.cache_bytes for batch in batches) == 2 * MB + 5
+    assert [pool.range(slot * MB, MB).tobytes() for slot in (5, 1)] == [b"\6" * MB] * 2
+    assert pool.range(3 * MB, 6) == b"\6" * 5 + b"\0"
+    assert 0 < read.started <= read.ended
+    reader.close()
+
+
+def test_nothing_to_read_ends_at_once(tmp_path: Path, pool: Pool) -> None:
+    reader, news = Reader(pool), queue.SimpleQueue[Batch]()
+    reader.submit(Transfer([], {}, [], news.put))
+    assert until_last(news) == [Batch((), 0, 0, True, None)]
+    reader.close()
+
+
+def test_priority_then_first_come(tmp_path: Path, pool: Pool) -> None:
+    reader, order = Reader(pool, threads=1, rate=SLOW), queue.SimpleQueue[Batch]()
+    first = transfer(tmp_path / "first", 2 * MB, [0, 1], order)
+    reader.submit(first)
+    for name, slot, priority in (("late", 2, 1), ("urgent", 3, -1), ("equal", 4, 0)):
+        reader.submit(transfer(tmp_path / name, 1, [slot], order, priority))
+    ends = [until_last(order)[-1].landed[0].pool_offset // MB for _ in range(4)]
+    assert ends == [3, 1, 4, 2]
+    reader.close()
+
+
+def test_cancelled_ends_before_others_and_reads_no_more(tmp_path: Path, pool: Pool) -> None:
+    reader, news, other = Reader(pool, threads=1, rate=SLOW), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    read = transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], news)
+    reader.submit(transfer(tmp_path / "b", 2 * MB, [4, 5], other, -1))
+    reader.submit(read)
+    reader.cancel(read)
+    batch = until_last(news)[-1]
+    assert batch == Batch((), 0, 0, True, None)
+    assert read.started == 0
+    until_last(other)
+    reader.cancel(read)
+    reader.close()
+
+
+def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, pool: Pool) -> None:
+    reader, news, other = Reader(pool), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    bad = transfer(tmp_path / "a", 2 * MB, [0, 1], news)
+    (tmp_path / "a").unlink()
+    reader.submit(bad)
+    reader.submit(transfer(tmp_path / "b", 1, [2], other))
+    batches = until_last(news)
+    assert len(batches) == 1
+    assert "No such file" in str(batches[0].error)
+    assert until_last(other)[-1].error is None
+    assert news.empty()
+    reader.close()
+
+
+def test_a_file_changed_while_it_is_read_is_an_error(tmp_path: Path, pool: Pool) -> None:
+    reader, news = Reader(pool, rate=SLOW), queue.SimpleQueue[Batch]()
+    reader.submit(transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], news))
+    news.get(timeout=30)
+    with (tmp_path / "a").open("r+b") as file:
+        file.write(b"changed")
+    assert "changed after it was deployed" in str(until_last(news)[-1].error)
+    reader.close()
+
+
+def test_close_drops_the_queue(tmp_path: Path, pool: Pool) -> None:
+    reader, news = Reader(pool, rate=SLOW), queue.SimpleQueue[Batch]()
+    reader.submit(transfer(tmp_path / "a", 7 * MB, list(range(7)), news))
+    news.get(timeout=30)
+    reader.close()
+    assert news.qsize() <= 2
