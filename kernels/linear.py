@@ -2,8 +2,9 @@
 
 A float32 product of M rows takes another path through the maths library at M = 1 than at M = 16, with other rounding.
 Here every product has exactly `TILE` rows, the last ones padding, so that one token's result is the same bit by bit
-alone and in any batch. Measured on MKL (AVX512) for inner sizes 8 ... 2048: rows of a 16-row product depend neither on
-their place, nor on other rows, nor on the alignment of the weights.
+alone and in any batch. Measured on MKL (AVX512) for inner sizes 4 ... 2048 that are multiples of 4: rows of a 16-row
+product depend neither on their place, nor on other rows, nor on the alignment of the weights. (With other inner sizes
+and at most ten columns they do depend on their place.)
 """
 
 from __future__ import annotations

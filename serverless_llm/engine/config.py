@@ -119,8 +119,12 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json: num_attention_heads {self.heads} is no multiple of num_key_value_heads {self.kv_heads}"
             )
-        if self.head_dim % 2:
-            raise CheckpointError(f"config.json: head_dim {self.head_dim} is odd, rotary embedding needs pairs")
+        # Deterministic mode needs it, see kernels.linear; rotary embedding needs pairs.
+        for key, size in (
+            ("head_dim", self.head_dim), ("hidden_size", self.hidden), ("intermediate_size", self.intermediate)
+        ):  # fmt: skip
+            if size % 4:
+                raise CheckpointError(f"config.json: {key} {size} is no multiple of 4, which is not supported")
 
     @property
     def item_bytes(self) -> int:

@@ -119,6 +119,8 @@ class Model:
             self._store(k, v, step, number)
             x = self._linear(step.attend(q, self._kv, number), *layer.output).add_(x)
             x = self._mlp(rms_norm(x, layer.post_norm, config.rms_eps), layer).add_(x)
+        if not step.drawn.numel():
+            return x.new_empty(0, config.vocab, dtype=torch.float32)
         last = rms_norm(x.index_select(0, step.drawn), self._norm, config.rms_eps)
         return self._linear(last, *self._head).float()
 

@@ -13,7 +13,6 @@ import serverless_llm.demo
 from serverless_llm.domain import Sampling
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
-
 from tests.unit.engine.tiny import (
     VARIANTS,
     assert_near_oracle,
