@@ -105,7 +105,8 @@ def _commands_have_deadlines(state: State) -> Iterator[object]:
     """Whatever awaits an answer awaits it for a limited time."""
     awaiting = {ReplicaState.RESERVING, ReplicaState.LOADING, ReplicaState.UNLOADING}
     for replica in state.replicas.values():
-        if (replica.state in awaiting) != (("replica", replica.id) in state.timers):
+        armed = ("replica", replica.id) in state.timers or state.devices[replica.device].killing
+        if replica.state in awaiting and not armed:
             yield replica
     for sequence in state.sequences.values():
         if (sequence.state in ON_WORKER) != (("mention", sequence.id) in state.timers):
