@@ -94,13 +94,13 @@ def _until(spec: ModelSpec, replicas: list[Replica], clocks: Clocks) -> float | 
     if spec.pinned or not ready or any(one.running for one in ready):
         return None
     expiry = max(one.idle_since + one.keep_alive for one in ready)
-    return None if math.isinf(expiry) else clocks.unix_of(expiry)
+    return None if math.isinf(expiry) else round(clocks.unix_of(expiry), 1)  # so that clock jitter is no change
 
 
 def _estimate_s(footprint: Footprint, state: State) -> float:
-    """Seconds until a replica would serve if it were started now on the best device, nothing in its way; 0: no device."""
-    return min((_startup_s(footprint, node, device) for node in state.nodes.values() for device in node.devices.values()),
-               default=0.0)  # fmt: skip
+    """Seconds until a replica would serve on the best device, started now, nothing in its way; 0: no device."""
+    places = ((node, device) for node in state.nodes.values() for device in node.devices.values())
+    return min((_startup_s(footprint, node, device) for node, device in places), default=0.0)
 
 
 def _startup_s(footprint: Footprint, node: Node, device: Device) -> float:
@@ -148,17 +148,17 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
         "kv_used": used,
         "kv_free": free,
         "replicas": [_replica(one) for one in device.replicas.values()],
-        "sequences": [
-            {
-                "sequence": one.id,
-                "epoch": one.epoch,
-                "model": one.model,
-                "state": one.state.value,
-                "tokens": one.generated,
-            }
-            for replica in device.replicas.values()
-            for one in replica.running.values()
-        ],
+        "sequences": [_sequence(one) for replica in device.replicas.values() for one in replica.running.values()],
+    }
+
+
+def _sequence(one: Sequence) -> dict[str, Any]:
+    return {
+        "sequence": one.id,
+        "epoch": one.epoch,
+        "model": one.model,
+        "state": one.state.value,
+        "tokens": one.generated,
     }
 
 

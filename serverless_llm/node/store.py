@@ -205,11 +205,8 @@ class Store:
         now = time.monotonic()
         if last:
             replica.landed = now
-        self._slot(replica.order.device).send(
-            wire.Landed(
-                replica.order.replica, [(one.file, one.offset, one.length, one.pool_offset) for one in spans], last
-            )
-        )
+        pieces = [(one.file, one.offset, one.length, one.pool_offset) for one in spans]
+        self._slot(replica.order.device).send(wire.Landed(replica.order.replica, pieces, last))
         done, total = replica.load.done, replica.load.total
         if now - replica.told >= PROGRESS_S or done - replica.told_bytes >= PROGRESS_SHARE * total or last:
             replica.told, replica.told_bytes = now, done
