@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from serverless_llm.cli.run import PHASES
 from serverless_llm.demo import tasks
 
 MODELS = ("demo-count", "demo-add", "demo-reverse")
@@ -172,7 +173,7 @@ class Server:
     def disk_bytes(self) -> float:
         """Weight bytes that the agents moved from disk since they started; stands still for two heartbeats."""
         time.sleep(2.2)
-        return self.metric("link_bytes", link="disk")
+        return self.metric("bytes_moved_total", link="disk")
 
     def ask(self, model: str, prompt: str, answer: Answer | None = None, **options: Any) -> Answer:
         """One streamed chat answer; `answer` is filled while it comes."""
@@ -248,9 +249,11 @@ class Story:
             read >= size, f"/proc/{agent}/io shows the {size} bytes of the weights read from storage (it shows {read})"
         )
         phases = cold_phases(answer)
-        prove({"queue", "disk", "upload", "prefill"} <= set(phases), f"the phases of the start are known ({phases})")
-        return f"{shown(answer)}; {how}, {read / 1e6:.1f} MB read; " + ", ".join(
-            f"{WORDS.get(name, name)} {value:.1f} ms" for name, value in phases.items()
+        prove(set(phases) == set(PHASES.values()), f"the phases of the start are known ({phases})")
+        prove(phases["disk -> DRAM"] > 0, f"bytes took time from disk to DRAM ({phases})")
+        spent = ", ".join(f"{name} {value:.1f} ms" for name, value in phases.items())
+        return (
+            f"{shown(answer)}; {how}, {read / 1e6:.1f} MB read; first token {1000 * answer.moments[0]:.0f} ms: {spent}"
         )
 
     def warm(self) -> str:
@@ -261,13 +264,13 @@ class Story:
         return f"{shown(answer)}; first token after {1000 * answer.moments[0]:.1f} ms"
 
     def eviction(self) -> str:
-        before = self.server.metric("evictions_total", reason="room")
+        before = self.server.metric("evictions_total", reason="memory")
         self.ask("demo-add")
         prove(self.server.loaded() == {"demo-count", "demo-add"}, "the two devices hold one model each")
         answer = self.ask("demo-reverse")
         loaded = self.server.loaded()
         prove("demo-reverse" in loaded and len(loaded) == 2, "the third model took the place of another")
-        prove(self.server.metric("evictions_total", reason="room") == before + 1, "/metrics counts one eviction")
+        prove(self.server.metric("evictions_total", reason="memory") == before + 1, "/metrics counts one eviction")
         (gone,) = set(MODELS) - loaded
         return f"{shown(answer)}; {gone} made room"
 
@@ -365,7 +368,6 @@ class Story:
 
 
 AGENT_GONE = "another agent's worker has the model now"
-WORDS = {"disk": "disk -> DRAM", "upload": "DRAM -> device"}
 STEPS: dict[str, Callable[[Story], str]] = {
     "disk start": Story.disk_start,
     "warm answer": Story.warm,
@@ -382,7 +384,7 @@ STEPS: dict[str, Callable[[Story], str]] = {
 def cold_phases(answer: Answer) -> dict[str, float]:
     """Phase -> ms of a cold start, as the answer's metrics give them."""
     found = answer.metrics.get("cold_start_phases") or {}
-    return {name.removesuffix("_ms"): float(value) for name, value in found.items()}
+    return {word: float(found[name]) for name, word in PHASES.items() if name in found}
 
 
 def shown(answer: Answer) -> str:

@@ -22,6 +22,12 @@ from serverless_llm.config import PREFIX
 START_SECONDS = 60.0  # for a server of its own to accept requests
 STOP_SECONDS = 15.0
 POLL = 0.01
+PHASES = {
+    "load_queue_ms": "queue",
+    "load_disk_ms": "disk -> DRAM",
+    "load_upload_ms": "DRAM -> device",
+    "prefill_ms": "prefill",
+}
 
 
 @click.command()
@@ -163,12 +169,12 @@ def _print_answer(events: Iterator[dict[str, Any]], began: float) -> str:
 
 
 def phases(first: float | None, metrics: dict[str, Any]) -> str:
-    """Times as one line: `first token 2.81 s after the command | cold start 31 ms: queue 0 ms, ...`."""
+    """Times as one line: `first token 2.81 s after the command | cold start 31 ms: queue 0.4 ms, ...`."""
     parts = ["no token" if first is None else f"first token {first:.2f} s after the command"]
     cold = {name: value for name, value in metrics.items() if name.startswith("cold_start")}
     if cold.get("cold_start_ms"):
         inner = cold.get("cold_start_phases") or {}
-        shown = ", ".join(f"{name.removesuffix('_ms')} {value:.1f} ms" for name, value in inner.items())
+        shown = ", ".join(f"{word} {inner[name]:.1f} ms" for name, word in PHASES.items() if name in inner)
         parts.append(f"cold start {cold['cold_start_ms']:.0f} ms" + (f": {shown}" if shown else ""))
     elif metrics:
         parts.append("warm")

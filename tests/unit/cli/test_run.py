@@ -16,7 +16,7 @@ from serverless_llm.demo import tasks
 from tests.unit.cli.conftest import CommandLine, Scripted, events
 
 CHAT = ("POST", "/v1/chat/completions")
-METRICS = {"time_to_first_token_ms": 41.26, "cold_start_ms": 31.0, "cold_start_phases": {"queue_ms": 1.0, "disk_ms": 9}}
+METRICS = {"time_to_first_token_ms": 41.26, "cold_start_ms": 31.0, "cold_start_phases": {"load_disk_ms": 9, "load_queue_ms": 1.0}}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def known(running: Scripted) -> Scripted:
 def test_answer_on_stdout_phases_on_stderr(cli: CommandLine, known: Scripted) -> None:
     outcome = cli("run", "m", "43", "--seed", "3", "--max-tokens", "2")
     assert (outcome.status, outcome.out) == (0, "44 45\n")
-    assert outcome.err.endswith("cold start 31 ms: queue 1.0 ms, disk 9.0 ms | time to first token 41.3 ms\n")
+    assert outcome.err.endswith("cold start 31 ms: queue 1.0 ms, disk -> DRAM 9.0 ms | time to first token 41.3 ms\n")
     assert known.seen[-1][2] == {
         "model": "m", "stream": True, "seed": 3, "max_tokens": 2, "messages": [{"role": "user", "content": "43"}],
     }  # fmt: skip
