@@ -9,6 +9,7 @@ as its last block is free, so an idle model holds nothing, and its floor is only
 from __future__ import annotations
 
 from itertools import pairwise
+from math import gcd
 from typing import NamedTuple
 
 from serverless_llm.domain import ReplicaId
@@ -17,6 +18,7 @@ from serverless_llm.errors import InvariantError
 
 SLAB_STEP = 64 << 10  # bytes; a multiple of the page size, so that a freed slab can go back to the system
 SLAB_MOST = 32 << 20
+RUNS = 4  # lengths of a span that are tried for one that blocks fill to 7/8
 SLABS = 256  # aimed at per device: rounding costs each model at most 0.4 % of the budget
 
 
@@ -54,12 +56,15 @@ class _Span:
 class _Pool:
     """The blocks of one model."""
 
-    def __init__(self, block: int, layer: int, floor: int, slab: int) -> None:
+    def __init__(self, block: int, layer: int, floor: int, slab: int, budget: int) -> None:
         self.block = block
         self.layer = layer
         self.floor = floor  # bytes
-        self.run = max(1, -(-(block + layer - 1) // slab))  # slabs in a span
-        self.span_blocks = (self.run * slab - layer + 1) // block  # in a span, at least
+        lost = layer - gcd(layer, slab, budget)  # before a span's first block, at most
+        least = -(-(block + lost) // slab)
+        fits = {run: (run * slab - lost) // block for run in range(least, least + RUNS)}
+        self.run = min(fits, key=lambda run: (fits[run] * block * 8 < run * slab * 7, run))  # slabs in a span
+        self.span_blocks = fits[self.run]  # in a span, at least
         self.spans: list[_Span] = []
         self.of: dict[int, _Span] = {}  # taken block -> its span
 
@@ -111,7 +116,7 @@ class Memory:
             placed.append(place)
         self._extents[replica] = placed
         self._pinned[replica] = pinned
-        self._pools[replica] = _Pool(block, layer, floor, self.slab)
+        self._pools[replica] = _Pool(block, layer, floor, self.slab, self.budget)
         self._open -= {slab for slab in self._open if any(self._place(slab, 1).overlaps(other) for other in placed)}
         return [place.offset for place in placed]
 

@@ -1,0 +1,159 @@
+"""The plan of a device's memory."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from serverless_llm.engine.blocks import SLAB_STEP, Memory, Range, slab_size
+from serverless_llm.errors import InvariantError
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("budget", "slab"), [(MIB, SLAB_STEP), (64 * MIB, MIB // 4), (1 << 30, 4 * MIB), (80 << 30, 32 * MIB)]
+)
+def test_slab_size(budget: int, slab: int) -> None:
+    assert slab_size(budget) == slab
+
+
+def test_weights_come_from_below_and_slabs_from_above() -> None:
+    memory = Memory(4 * MIB)
+    assert memory.place(1, [1000, 5000], 0, 0, 8192, 1024) == [0, 1024]
+    assert memory.allocate(1) == 4 * MIB - memory.slab
+    assert memory.fresh == [Range(4 * MIB - memory.slab, 8192)]
+    memory.check_invariants()
+
+
+def test_viewed_weights_only_count() -> None:
+    memory = Memory(4 * MIB)
+    assert memory.place(1, [], 3 * MIB, 0, 65536, 65536) == []
+    assert memory.free_bytes == MIB
+    assert [memory.allocate(1) is not None for _ in range(17)] == [True] * 16 + [False]
+
+
+def test_blocks_begin_on_multiples_of_a_layer() -> None:
+    memory = Memory(4 * MIB)
+    memory.place(1, [], 0, 0, 9000, 3000)
+    blocks = [memory.allocate(1) for _ in range(20)]
+    assert all(block is not None and block % 3000 == 0 for block in blocks)
+    memory.check_invariants()
+
+
+def test_a_block_larger_than_a_slab() -> None:
+    memory = Memory(4 * MIB)
+    memory.place(1, [], 0, 0, 3 * SLAB_STEP, SLAB_STEP)
+    blocks = [memory.allocate(1) for _ in range(memory.capacity(1))]
+    assert len(blocks) == 16
+    assert None not in blocks
+    memory.check_invariants()
+
+
+def test_a_floor_is_kept_from_others_and_costs_no_bytes_before_use() -> None:
+    memory = Memory(MIB)
+    memory.place(1, [], 0, MIB // 2, SLAB_STEP, SLAB_STEP)
+    memory.place(2, [], 0, 0, SLAB_STEP, SLAB_STEP)
+    assert memory.used() == 0
+    assert [memory.allocate(2) is not None for _ in range(9)] == [True] * 8 + [False]
+    assert memory.capacity(2) == memory.capacity(1) - 8 == 8
+    assert [memory.allocate(1) is not None for _ in range(9)] == [True] * 8 + [False]
+    assert memory.above_floor(2)
+    assert not memory.above_floor(1)
+
+
+def test_place_refuses_what_does_not_fit() -> None:
+    memory = Memory(MIB)
+    assert memory.place(1, [MIB // 2], 0, MIB // 4, 4096, 4096) == [0]
+    assert memory.place(2, [MIB // 2], 0, 0, 4096, 4096) is None
+    assert memory.place(2, [], MIB // 4 + 1, 0, 4096, 4096) is None
+    assert memory.place(2, [], MIB // 4, 0, 4096, 4096) == []
+    memory.check_invariants()
+
+
+def test_a_gap_between_weights_is_used_again() -> None:
+    memory = Memory(4 * MIB)
+    for replica in (1, 2):
+        memory.place(replica, [MIB], 0, 0, 4096, 4096)
+    memory.remove(1)
+    assert Range(0, MIB) in memory.released
+    assert memory.place(3, [MIB // 2, MIB], 0, 0, 4096, 4096) == [0, 2 * MIB]
+
+
+def test_slabs_in_the_way_of_weights() -> None:
+    memory = Memory(MIB)
+    memory.place(1, [], 0, 0, SLAB_STEP, SLAB_STEP)
+    blocks = [memory.allocate(1) for _ in range(16)]
+    memory.free(1, [block for block in blocks[:-1] if block is not None])
+    assert memory.place(2, [MIB // 2], 0, 0, 4096, 4096) == [SLAB_STEP]
+    assert memory.place(3, [MIB - MIB // 2 - SLAB_STEP + 1], 0, 0, 4096, 4096) is None
+
+
+def test_removing_a_replica_that_holds_blocks_is_a_bug() -> None:
+    memory = Memory(MIB)
+    memory.place(1, [], 0, 0, 4096, 4096)
+    memory.allocate(1)
+    with pytest.raises(InvariantError):
+        memory.remove(1)
+
+
+class Use(RuleBasedStateMachine):
+    """Any order of placing, allocating, freeing and removing keeps the plan sound and the floors honoured."""
+
+    @initialize(budget=st.sampled_from([MIB, 3 * MIB + SLAB_STEP, 20 * MIB]))
+    def begin(self, budget: int) -> None:
+        self.memory = Memory(budget)
+        self.blocks: dict[int, list[int]] = {}
+        self.floors: dict[int, int] = {}
+        self.count = 0
+
+    @rule(
+        extents=st.lists(st.integers(1, MIB // 2), max_size=4),
+        pinned=st.integers(0, MIB),
+        floor=st.integers(0, MIB),
+        layer=st.sampled_from([512, 3000, 40000]),
+        layers=st.integers(1, 6),
+    )
+    def place(self, extents: list[int], pinned: int, floor: int, layer: int, layers: int) -> None:
+        self.count += 1
+        if self.memory.place(self.count, extents, pinned, floor, layer * layers, layer) is not None:
+            self.blocks[self.count] = []
+
+    @precondition(lambda self: self.blocks)
+    @rule(data=st.data(), count=st.integers(1, 12))
+    def allocate(self, data: st.DataObject, count: int) -> None:
+        replica = data.draw(st.sampled_from(sorted(self.blocks)))
+        available = self.memory.available(replica)
+        for _ in range(count):
+            block = self.memory.allocate(replica)
+            if block is None:
+                break
+            self.blocks[replica].append(block)
+            available -= 1
+            assert self.memory.available(replica) >= available or available < 0
+
+    @precondition(lambda self: self.blocks)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        replica = data.draw(st.sampled_from(sorted(self.blocks)))
+        gone = data.draw(st.sets(st.sampled_from(self.blocks[replica]))) if self.blocks[replica] else set()
+        self.memory.free(replica, sorted(gone))
+        self.blocks[replica] = [block for block in self.blocks[replica] if block not in gone]
+
+    @precondition(lambda self: self.blocks)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        replica = data.draw(st.sampled_from(sorted(self.blocks)))
+        self.memory.free(replica, self.blocks.pop(replica))
+        self.memory.remove(replica)
+
+    @invariant()
+    def sound(self) -> None:
+        if hasattr(self, "memory"):
+            self.memory.check_invariants()
+            if not any(self.blocks.values()):
+                assert self.memory.used() == 0
+
+
+TestUse = pytest.mark.slow(Use.TestCase)
