@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import aiohttp
 import msgspec
@@ -77,7 +78,8 @@ class Agent:
         self._spawner.start()
         tasks = [asyncio.ensure_future(part) for part in (self._dial(), self._beat())]
         try:
-            return await self._end
+            done, _ = await asyncio.wait([self._end, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
         finally:
             for task in tasks:
                 task.cancel()
@@ -91,7 +93,8 @@ class Agent:
 
     # --- the head ---
 
-    async def _dial(self) -> None:
+    async def _dial(self) -> str:
+        """Serves one head after another; returns when there was none for too long."""
         clock = asyncio.get_running_loop().time
         served = clock()
         async with aiohttp.ClientSession() as session:
@@ -101,11 +104,11 @@ class Agent:
                         socket = await self._connect(session)
                 except (aiohttp.ClientError, OSError, TimeoutError, ServerlessLLMError) as error:
                     log.debug("no head: %s", error)
-                    await asyncio.sleep(RETRY)
-                    continue
-                if await self._serve(socket):
-                    served = clock()
-        self.stop(f"no head for {self.options.orphan_grace:g} s")
+                else:
+                    if await self._serve(socket):
+                        served = clock()
+                await asyncio.sleep(RETRY)
+        return f"no head for {self.options.orphan_grace:g} s"
 
     async def _connect(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse:
         directory = Path(self.options.state_dir)
@@ -141,8 +144,6 @@ class Agent:
             for slot in self._slots:
                 slot.send(CANCEL_ALL)
         log.warning("link to the head ended: %s", cause)
-        if not welcomed:
-            await asyncio.sleep(RETRY)
         return welcomed
 
     def _hello(self) -> wire.Hello:
@@ -171,7 +172,7 @@ class Agent:
             for slot in self._slots
         ]
 
-    async def _beat(self) -> None:
+    async def _beat(self) -> NoReturn:
         while True:
             await asyncio.sleep(HEARTBEAT)
             for slot in self._slots:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -85,8 +86,10 @@ class Head:
     async def shut_down(self) -> None:
         """Has the agents free everything and exit; `run` must have been cancelled before."""
         self.controller.shut_down()
+        self._supervisor.signal(signal.SIGTERM, without=self.controller.peers)
         try:
             async with asyncio.timeout(SHUTDOWN_LIMIT):
                 await self._supervisor.ended()
         except TimeoutError:
-            log.warning("agents still run after %g s", SHUTDOWN_LIMIT)
+            log.warning("agents still run after %g s: killed", SHUTDOWN_LIMIT)
+            self._supervisor.signal(signal.SIGKILL)

@@ -16,6 +16,8 @@ from serverless_llm.node.processes import command, environment
 
 log = logging.getLogger(__name__)
 
+BACK_OFF = 1.0  # seconds before the next try after a forkserver that died before it was up
+
 
 class Spawner:
     """Keeps one forkserver alive. All callbacks come from the loop.
@@ -40,6 +42,7 @@ class Spawner:
         self._lost = lost
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._starting: asyncio.TimerHandle | None = None
         self.up = False
 
     def start(self) -> None:
@@ -69,6 +72,8 @@ class Spawner:
 
     def stop(self) -> None:
         """Ends the forkserver and with it all workers."""
+        if self._starting is not None:
+            self._starting.cancel()
         if self._control is not None:
             asyncio.get_running_loop().remove_reader(self._control)
             self._control.close()
@@ -98,6 +103,7 @@ class Spawner:
                 self._ready()
 
     def _restart(self) -> None:
+        delay = 0.0 if self.up else BACK_OFF
         self.stop()
         self._lost()
-        self.start()
+        self._starting = asyncio.get_running_loop().call_later(delay, self.start)

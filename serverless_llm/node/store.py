@@ -122,6 +122,7 @@ class Store:
 
     def forget(self, checkpoint: str) -> None:
         self._tier.forget(checkpoint)
+        self._pipeline.trim()
         self._manifests.pop(checkpoint, None)
 
     # --- what there is ---

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import subprocess
-from collections.abc import Sequence
+import os
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,6 +32,13 @@ class Supervisor:
             for options in self._agents:
                 group.create_task(self._keep(options))
 
+    def signal(self, number: int, without: Container[str] = ()) -> None:
+        """Sends a signal to every agent that lives and is not among the nodes `without`."""
+        for options in self._agents:
+            pid = state.holder(options.lock_path)
+            if pid and options.node not in without:
+                os.kill(pid, number)
+
     async def ended(self) -> None:
         """Returns when no agent lives (after `Shutdown`)."""
         for options in self._agents:
@@ -57,14 +64,10 @@ class Supervisor:
     async def _spawn(self, options: AgentOptions) -> None:
         path = Path(options.state_dir) / "logs" / f"agent-{options.node}.log"
         arguments = command("serverless_llm.node.agent", msgspec.json.encode(options).decode())
-        with path.open("ab") as log_file:
-            process = subprocess.Popen(
-                arguments,
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                start_new_session=True,
-            )
-        await exit_of(process.pid)
-        process.wait()
+        with path.open("ab") as log_file, Path(os.devnull).open("rb") as nothing:
+            streams = [(os.POSIX_SPAWN_DUP2, source.fileno(), target)
+                       for target, source in enumerate((nothing, log_file, log_file))]  # fmt: skip
+            # Not subprocess: the agent is meant to outlive this process and its objects.
+            pid = os.posix_spawn(arguments[0], arguments, environment(), file_actions=streams, setsid=True)
+        await exit_of(pid)
+        os.waitpid(pid, 0)

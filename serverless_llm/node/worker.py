@@ -129,6 +129,9 @@ class Worker:
         if header.epoch > self._generation:
             self._cancel([])
         self._address, self._generation = header.destination, header.epoch
+        owner = self._owners.get(run.sequence)
+        if owner is not None and owner.epoch >= run.epoch:
+            return
         sampling = Sampling(run.temperature, run.top_k, run.top_p, run.seed, run.max_tokens, tuple(run.stop_ids))
         prompt, generated = np.frombuffer(run.prompt, np.int32), np.frombuffer(run.generated, np.int32)
         try:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from serverless_llm.cli.make_checkpoint import make_checkpoint
@@ -31,7 +30,7 @@ from tests.integration.cluster import MIB, Cluster, Stream, agent, ended, servin
 pytestmark = pytest.mark.slow
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
-LONG = 1200  # tokens; about a second
+LONG = 500  # tokens; half a second and more
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +59,7 @@ async def deployed(cluster: Cluster, checkpoint: Path, name: str = "tiny", **opt
 async def midstream(cluster: Cluster, expected: list[int]) -> Stream:
     """A stream that has said something and has much left to say."""
     stream = cluster.gateway.start("tiny", PROMPT, len(expected))
-    await cluster.gateway.until(lambda: len(stream.log) > 20, "tokens")
+    await cluster.gateway.until(lambda: len(stream.log) > 8, "tokens")
     assert not stream.finish
     return stream
 
@@ -118,20 +117,22 @@ def test_streams_survive_every_death_below_the_head(tmp_path: Path, checkpoint: 
     story(tell, options)
 
 
+def next_worker(incarnation: int) -> Callable[[list[dict[str, Any]]], bool]:
+    return lambda devices: bool(devices[0]["worker_pid"]) and devices[0]["incarnation"] > incarnation
+
+
 def test_a_killed_worker_is_back_in_a_moment(tmp_path: Path) -> None:
     options = agent(tmp_path)
 
     async def tell() -> None:
         async with serving(tmp_path, options) as cluster:
             took = []
-            for _ in range(5):
+            for incarnation in range(1, 6):
                 (device,) = await cluster.gateway.devices()
+                assert device["incarnation"] == incarnation
                 began = time.monotonic()
                 os.kill(device["worker_pid"], signal.SIGKILL)
-                await cluster.gateway.seen(
-                    lambda now, old=device: now[0]["incarnation"] > old["incarnation"] and now[0]["worker_pid"],
-                    "the next worker",
-                )
+                await cluster.gateway.seen(next_worker(incarnation), "the next worker")
                 took.append(time.monotonic() - began)
             assert sorted(took)[2] < 0.3, took
 
@@ -215,7 +216,7 @@ def zombie(device: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("weights", ["view", "copy"])
 def test_two_devices_share_one_read_and_caps_hold(tmp_path: Path, checkpoint: Path, weights: str) -> None:
     size = (checkpoint / "model.safetensors").stat().st_size
-    options = agent(tmp_path, devices=2, weights=weights, disk_rate=size / 1.0)
+    options = agent(tmp_path, devices=2, weights=weights, disk_rate=size / 1.0, budget=MIB)  # one replica fits
 
     async def tell() -> None:
         async with serving(tmp_path, options) as cluster:
@@ -295,7 +296,3 @@ def test_strangers_do_not_join(tmp_path: Path) -> None:
             assert refused.value.status == 401
 
     story(tell, options)
-
-
-def test_nothing_here_needs_a_gpu() -> None:
-    assert torch.get_num_threads() >= 1
