@@ -134,7 +134,8 @@ class Reader:
         try:
             cached = _opened(transfer, call[0].file).read(self._buffers(transfer, call), call[0].offset, nbytes)
         except CheckpointError as error:
-            return nothing._replace(error=error)
+            # a new error: the traceback of this one would keep the pool's buffers
+            return nothing._replace(error=CheckpointError(str(error)))
         landed = tuple(Landed(span.file, span.offset, span.length, self._place(transfer, span)) for span in call)
         return Batch(landed, 0 if cached else nbytes, nbytes if cached else 0, False, None)
 
@@ -150,8 +151,8 @@ class Reader:
                 self._queue.remove(transfer)
         if last:
             transfer.ended = time.monotonic()
-            error = transfer._error or _verify(transfer)
-            transfer.deliver(batch._replace(last=True, error=error))
+            changed = _close(transfer)
+            transfer.deliver(batch._replace(last=True, error=transfer._error or changed))
         elif batch.landed:
             transfer.deliver(batch)
 
@@ -173,7 +174,7 @@ def _opened(transfer: Transfer, number: int) -> OpenFile:
         return transfer._opened[number]
 
 
-def _verify(transfer: Transfer) -> CheckpointError | None:
+def _close(transfer: Transfer) -> CheckpointError | None:
     """Closes the files; the error of one that was changed while it was read."""
     error = None
     for file in transfer._opened.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,7 @@ def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, pool: Pool) 
     reader, news, other = Reader(pool), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     bad = transfer(tmp_path / "a", 2 * MB, [0, 1], news)
     (tmp_path / "a").unlink()
+    opened = len(list(Path("/proc/self/fd").iterdir()))
     reader.submit(bad)
     reader.submit(transfer(tmp_path / "b", 1, [2], other))
     batches = until_last(news)
@@ -97,6 +99,7 @@ def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, pool: Pool) 
     assert "No such file" in str(batches[0].error)
     assert until_last(other)[-1].error is None
     assert news.empty()
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
     reader.close()
 
 
@@ -107,6 +110,17 @@ def test_a_file_changed_while_it_is_read_is_an_error(tmp_path: Path, pool: Pool)
     with (tmp_path / "a").open("r+b") as file:
         file.write(b"changed")
     assert "changed after it was deployed" in str(until_last(news)[-1].error)
+    reader.close()
+
+
+def test_a_file_cut_while_it_is_read_is_closed(tmp_path: Path, pool: Pool) -> None:
+    reader, news = Reader(pool, rate=SLOW), queue.SimpleQueue[Batch]()
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    reader.submit(transfer(tmp_path / "a", 6 * MB, list(range(6)), news))
+    news.get(timeout=30)
+    os.truncate(tmp_path / "a", MB)
+    assert "it was cut" in str(until_last(news)[-1].error)
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
     reader.close()
 
 
