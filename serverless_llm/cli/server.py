@@ -23,6 +23,7 @@ from serverless_llm.cluster import commands
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.config import LOOPBACK, Config, ModelEntry
+from serverless_llm.domain import NodeId
 from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway.app import Gateway
 from serverless_llm.gateway.metrics import Metrics
@@ -31,6 +32,7 @@ from serverless_llm.gateway.text import TextPool
 from serverless_llm.node import state
 from serverless_llm.node.head import Head
 from serverless_llm.node.options import local_agents
+from serverless_llm.node.peers import Peer
 
 log = logging.getLogger(__name__)
 
@@ -123,13 +125,20 @@ class Server:
             raise ConfigurationError(f"models: {error.message}") from error
 
     async def _sample(self) -> None:
-        """Metrics that agents report and no event carries."""
-        metrics = self._gateway.metrics
+        """Metrics that agents and workers report and no event carries."""
         while True:
             for node, peer in self._head.controller.peers.items():
-                for link, total in peer.link_bytes.items():
-                    metrics.bytes_moved(node, link, total)
+                self._sample_node(node, peer)
             await asyncio.sleep(SAMPLE_SECONDS)
+
+    def _sample_node(self, node: NodeId, peer: Peer) -> None:
+        metrics = self._gateway.metrics
+        for link, total in peer.link_bytes.items():
+            metrics.bytes_moved(node, link, total)
+        for device in self._head.controller.machine.state.nodes[node].devices.values():
+            used, free = peer.kv.get(device.id.number, (0, 0))
+            for replica in device.replicas.values():
+                metrics.kv_usage(replica.model, str(device.id), used / (used + free or 1))
 
     # --- the end ---
 
