@@ -68,14 +68,18 @@ def storage_bytes(pid: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
-def processes_with(text: str) -> list[int]:
-    """Living processes whose command line holds `text`."""
-    found = []
+def family(text: str) -> list[int]:
+    """Living processes whose command line holds `text`, and all that they started."""
+    parents, found = {}, set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if text in (folder / "cmdline").read_bytes().decode(errors="replace") and alive(int(folder.name)):
-                found.append(int(folder.name))
-    return sorted(set(found) - {os.getpid()})
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if text in (folder / "cmdline").read_bytes().decode(errors="replace"):
+                found.add(int(folder.name))
+    found.discard(os.getpid())
+    while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
+        found |= more
+    return sorted(filter(alive, found))
 
 
 def forget_cached(folders: list[Path]) -> str:
@@ -365,11 +369,11 @@ class Story:
         return f"back after {back:.2f} s with {', '.join(sorted(held))} loaded, 0 bytes read; {shown(answer)}"
 
     def stopped(self) -> str:
-        pids = processes_with(str(self.server.state))
+        pids = family(str(self.server.state))
         began = time.monotonic()
         self.server.stop()
-        until(lambda: not processes_with(str(self.server.state)), "every process has ended")
-        return f"{len(pids)} processes and their children ended in {time.monotonic() - began:.1f} s"
+        until(lambda: not any(map(alive, pids)), "every process has ended")
+        return f"{len(pids)} processes ended in {time.monotonic() - began:.1f} s"
 
 
 AGENT_GONE = "another agent's worker has the model now"

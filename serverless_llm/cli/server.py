@@ -22,8 +22,8 @@ from serverless_llm import wire
 from serverless_llm.cluster import commands
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
+from serverless_llm.cluster.state import Node
 from serverless_llm.config import LOOPBACK, Config, ModelEntry
-from serverless_llm.domain import NodeId
 from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway.app import Gateway
 from serverless_llm.gateway.metrics import Metrics
@@ -127,15 +127,16 @@ class Server:
     async def _sample(self) -> None:
         """Metrics that agents and workers report and no event carries."""
         while True:
-            for node, peer in self._head.controller.peers.items():
-                self._sample_node(node, peer)
+            controller = self._head.controller
+            for name in controller.peers.keys() & controller.machine.state.nodes.keys():
+                self._sample_node(controller.machine.state.nodes[name], controller.peers[name])
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    def _sample_node(self, node: NodeId, peer: Peer) -> None:
+    def _sample_node(self, node: Node, peer: Peer) -> None:
         metrics = self._gateway.metrics
         for link, total in peer.link_bytes.items():
-            metrics.bytes_moved(node, link, total)
-        for device in self._head.controller.machine.state.nodes[node].devices.values():
+            metrics.bytes_moved(peer.hello.node, link, total)
+        for device in node.devices.values():
             used, free = peer.kv.get(device.id.number, (0, 0))
             for replica in device.replicas.values():
                 metrics.kv_usage(replica.model, str(device.id), used / (used + free or 1))
