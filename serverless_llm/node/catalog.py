@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from serverless_llm import wire
+from serverless_llm.cluster import views
 from serverless_llm.cluster.policy import Policy
-from serverless_llm.cluster.state import PLANNED, Device, Model, Node, Replica, Sequence, State
-from serverless_llm.cluster.transitions import ReplicaState
-from serverless_llm.domain import CheckpointId, Footprint, ModelSpec, Tier
+from serverless_llm.cluster.state import Device, Model, Node, Replica, Sequence, State
+from serverless_llm.domain import ModelSpec, Tier
 from serverless_llm.node.peers import Peer
-from serverless_llm.placement.estimate import Links, Start, startup_s
-
-POLICY = Policy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +34,11 @@ class Entry:
     error: str = ""
 
 
-def info(entry: Entry, model: Model | None, state: State, clocks: Clocks) -> wire.ModelInfo:
+def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks: Clocks) -> wire.ModelInfo:
     """One model, as the surface shows it; `model`: None where it could not be deployed."""
+    view = views.model(state, policy, model, clocks.now) if model else None
+    footprint = model.footprint if model else None
     spec = entry.spec
-    replicas = [] if model is None else [one for one in model.replicas.values() if one.state in PLANNED]
-    footprint = None if model is None else model.footprint
     return wire.ModelInfo(
         name=spec.name,
         source=spec.source,
@@ -50,67 +46,19 @@ def info(entry: Entry, model: Model | None, state: State, clocks: Clocks) -> wir
         dtype=spec.dtype,
         context=footprint.context if footprint else spec.context or 0,
         created=entry.created,
-        state=_state(model, replicas, clocks.now),
-        tier=_tier(footprint.checkpoint if footprint else "", replicas, state),
-        progress=_progress(replicas),
-        error=entry.error or (model.error if model else ""),
-        devices=sorted(str(one.device) for one in replicas),
+        state=view.state if view else "failed",
+        tier=view.tier if view else Tier.DISK,
+        progress=view.progress if view else 0.0,
+        error=view.error if view else entry.error,
+        devices=[str(device) for device in view.devices] if view else [],
         bytes=footprint.file_bytes if footprint else 0,
         keep_alive=spec.keep_alive,
         pinned=spec.pinned,
-        until=_until(spec, replicas, clocks),
-        estimate_s=_estimate_s(footprint, state) if footprint else 0.0,
-        waiting=model.demand if model else 0,
-        running=sum(len(one.running) for one in replicas),
+        until=round(clocks.unix_of(view.until), 1) if view and view.until else None,  # clocks' jitter is no change
+        estimate_s=min(view.estimate_s, policy.retry_cap_s) if view else 0.0,
+        waiting=view.waiting if view else 0,
+        running=view.running if view else 0,
     )
-
-
-def _state(model: Model | None, replicas: list[Replica], now: float) -> str:
-    if model is None:
-        return "failed"
-    states = {one.state for one in replicas}
-    if ReplicaState.READY in states:
-        return "loaded"
-    if states:
-        return "loading"
-    return "failed" if model.error and model.cool_until > now else "unloaded"
-
-
-def _tier(checkpoint: CheckpointId, replicas: list[Replica], state: State) -> str:
-    if any(one.state is ReplicaState.READY for one in replicas):
-        return Tier.DEVICE
-    return Tier.DRAM if any(checkpoint in node.resident for node in state.nodes.values()) else Tier.DISK
-
-
-def _progress(replicas: list[Replica]) -> float:
-    if any(one.state is ReplicaState.READY for one in replicas):
-        return 1.0
-    return max((one.progress_done / one.progress_total for one in replicas if one.progress_total), default=0.0)
-
-
-def _until(spec: ModelSpec, replicas: list[Replica], clocks: Clocks) -> float | None:
-    """When the last replica expires; None while one is in use, or is to stay."""
-    ready = [one for one in replicas if one.state is ReplicaState.READY]
-    if spec.pinned or not ready or any(one.running for one in ready):
-        return None
-    expiry = max(one.idle_since + one.keep_alive for one in ready)
-    return None if math.isinf(expiry) else round(clocks.unix_of(expiry), 1)  # so that clock jitter is no change
-
-
-def _estimate_s(footprint: Footprint, state: State) -> float:
-    """Seconds until a replica would serve on the best device, started now, nothing in its way; 0: no device."""
-    places = ((node, device) for node in state.nodes.values() for device in node.devices.values())
-    return min((_startup_s(footprint, node, device) for node, device in places), default=0.0)
-
-
-def _startup_s(footprint: Footprint, node: Node, device: Device) -> float:
-    missing = footprint.file_bytes - node.resident.get(footprint.checkpoint, 0)
-    links = Links(
-        disk=node.bandwidth.get("disk", POLICY.disk_bps),
-        upload=node.bandwidth.get("upload", POLICY.upload_bps),
-        overhead_s=POLICY.overhead_s if node.overhead_s is None else node.overhead_s,
-    )
-    return startup_s(Start(queued=0, missing=missing, upload=0 if device.view else footprint.weight_bytes), links)
 
 
 def nodes(state: State, peers: Mapping[str, Peer]) -> list[dict[str, Any]]:

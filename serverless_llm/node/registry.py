@@ -198,9 +198,9 @@ class Registry:
     def _infos(self) -> list[wire.ModelInfo]:
         controller = self._controller
         clocks = Clocks(controller.now(), time.time())
-        machine = controller.machine.state
+        machine = controller.machine
         return [
-            catalog.info(entry, machine.models.get(name), machine, clocks)
+            catalog.info(entry, machine.state.models.get(name), machine.state, machine.policy, clocks)
             for name, entry in sorted(self._entries.items())
         ]
 

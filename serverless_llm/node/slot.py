@@ -100,7 +100,7 @@ class Slot:
         self._link.send(raw)
 
     def kill(self, cause: str) -> None:
-        """Kills the worker; `lost` follows when it was reaped."""
+        """Kills the worker; `lost` follows when it was reaped. `cause`: what to say of it, "" how it died."""
         if self._pidfd >= 0:
             self._verdict = self._verdict or cause
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -177,7 +177,7 @@ class Slot:
     def _ended(self, incarnation: int) -> None:
         # A worker that closed its socket has nothing left to live for; usually it is dead already.
         if incarnation == self.incarnation and self._link is not None:
-            self.kill("the worker closed its link")
+            self.kill("")
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -180,7 +180,7 @@ def test_both_ends_of_a_websocket_learn_of_its_end() -> None:
 
 def test_pings_keep_a_quiet_websocket_alive() -> None:
     async def story() -> None:
-        async with websocket_pair(beat=0.01, silence=0.08) as (client, near, server, _):
+        async with websocket_pair(beat=0.01, silence=0.08) as (_client, near, server, _):
             assert server is not None
             asyncio.get_running_loop().call_later(0.2, server.send, cancel(1))
             await near.until(lambda: bool(near.frames or near.causes))
