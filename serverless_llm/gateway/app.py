@@ -124,8 +124,9 @@ class Gateway:
             return _refused(error)
         except web.HTTPException as error:
             return _refused(_from_http(error, request))
-        except (ConnectionError, TimeoutError):
-            raise  # the client is gone or does not read: nobody to answer
+        except ConnectionError:
+            _abort(request)
+            return _refused(RequestError(499, "client_gone", "nobody reads this"))
         except Exception:  # noqa: BLE001  the edge: whatever it was, the client gets an error body
             _log.exception("%s: %s %s failed", request[REQUEST_ID], request.method, request.path)
             return _refused(RequestError(500, "engine_error", "an internal error; the log tells more"))
@@ -173,6 +174,11 @@ class Gateway:
         zero = {(name, ""): 0 for name in self._models}
         self.metrics.occupancy(zero | running, zero | waiting)
         return web.Response(body=self.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _abort(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
 
 
 async def _mark(request: web.Request, response: web.StreamResponse) -> None:

@@ -139,8 +139,15 @@ class Completions:
         return sse.PING if self._options.heartbeat == "comment" else chunks.heartbeat()
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
-        async with asyncio.timeout(self._options.write_stall):
-            await response.write(data)
+        """
+        Raises:
+            ConnectionError: the client is gone, or takes nothing for too long.
+        """
+        try:
+            async with asyncio.timeout(self._options.write_stall):
+                await response.write(data)
+        except TimeoutError:
+            raise ConnectionAbortedError("the client does not read") from None
 
     # --- afterwards ---
 

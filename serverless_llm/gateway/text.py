@@ -107,11 +107,12 @@ class TextPool:
             RequestError: the checkpoint's files or the messages are at fault, or a limit was overrun.
         """
         key = (call.directory, call.checkpoint)
-        known = self._vocabularies.get(key)
-        reply = await self._call(call if known else msgspec.structs.replace(call, table=True))
+        process = await self._acquire()
+        known = self._vocabularies.get(key)  # not before: of many first calls only those that run send a table
+        reply = await self._call(process, call if known else msgspec.structs.replace(call, table=True))
         if isinstance(reply, Fault):
             raise RequestError(reply.status, reply.code, reply.message, reply.param)
-        vocabulary = known or await self._vocabulary(call.directory, reply.table)
+        vocabulary = self._vocabularies.get(key) or known or await self._vocabulary(call.directory, reply.table)
         self._remember(key, vocabulary)
         return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, tuple(reply.stop_ids))
 
@@ -131,8 +132,8 @@ class TextPool:
     def _cached(self) -> int:
         return sum(vocabulary.nbytes for vocabulary in self._vocabularies.values())
 
-    async def _call(self, call: Call) -> Reply:
-        process = await self._acquire()
+    async def _call(self, process: _Process, call: Call) -> Reply:
+        """The answer of an acquired process, which is free again or replaced afterwards."""
         try:
             async with asyncio.timeout(self._limits.seconds):
                 reply = await process.call(call)

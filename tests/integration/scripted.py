@@ -103,6 +103,13 @@ def attaches(controller: Controller, message: wire.Message) -> None:
         controller.attach(message.sequence)
 
 
+def begins(controller: Controller, message: wire.Message) -> None:
+    """Dispatches every sequence and sends an "A"; the test sends the rest."""
+    attaches(controller, message)
+    if isinstance(message, wire.Run):
+        controller.tokens(message.sequence, [65], epoch=message.epoch)
+
+
 def silent(_controller: Controller, _message: wire.Message) -> None:
     """As while a load takes long."""
 

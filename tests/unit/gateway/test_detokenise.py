@@ -54,12 +54,12 @@ def sentencepiece(decoder: dict[str, Any]) -> Tokenizer:
     )  # fmt: skip
 
 
-CHAIN = [
+CHAIN: list[dict[str, Any]] = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
-STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+STRIP: dict[str, Any] = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 LLAMA = sentencepiece({"type": "Sequence", "decoders": [*CHAIN, STRIP]})
 GEMMA = sentencepiece({"type": "Sequence", "decoders": CHAIN})
 METASPACE = sentencepiece({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True})

@@ -14,8 +14,8 @@ from serverless_llm.gateway import fields
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
-        ("5m", 300.0), ("1h30m", 5400.0), ("250ms", 0.25), ("90", 90.0), (0, 0.0), ("0", 0.0), (1.5, 1.5), ("2d", 172800.0),
-        (-1, math.inf), ("-1", math.inf), ("-1m", math.inf), ("-1s", math.inf),
+        ("5m", 300.0), ("1h30m", 5400.0), ("250ms", 0.25), ("90", 90.0), (0, 0.0), ("0", 0.0), (1.5, 1.5),
+        ("2d", 172800.0), (-1, math.inf), ("-1", math.inf), ("-1m", math.inf), ("-1s", math.inf),
     ],
 )  # fmt: skip
 def test_keep_alive(value: Any, seconds: float) -> None:

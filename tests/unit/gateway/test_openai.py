@@ -24,9 +24,9 @@ def refused(body: dict[str, Any], chat: bool = True) -> RequestError:
 
 def test_a_chat_with_everything() -> None:
     body = CHAT | {
-        "max_completion_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": -1, "stop": "\n", "stream": True,
-        "stream_options": {"include_usage": True}, "keep_alive": "-1", "ignore_eos": True, "stop_token_ids": [4],
-        "chat_template_kwargs": {"a": 1},
+        "max_completion_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": -1, "stop": "\n",
+        "stream": True, "stream_options": {"include_usage": True}, "keep_alive": "-1", "ignore_eos": True,
+        "stop_token_ids": [4], "chat_template_kwargs": {"a": 1},
     }  # fmt: skip
     assert openai.parse(body, chat=True) == openai.CompletionRequest(
         chat=True, model="m", messages=[{"role": "user", "content": "x"}], prompt=None, max_tokens=9, temperature=0.0,

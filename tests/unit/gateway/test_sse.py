@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -49,7 +51,12 @@ def test_with_usage_every_chunk_has_it_null_and_a_last_one_carries_it(identity: 
 def test_the_first_event_carries_the_role_once_whichever_it_is() -> None:
     for opening in ("heartbeat", "delta", "last"):
         chunks = sse.Chunks(CHAT, include_usage=False)
-        raw = {"heartbeat": chunks.heartbeat, "delta": lambda c=chunks: c.delta("x"), "last": lambda: b""}[opening]()
+        openings: dict[str, Callable[[], bytes]] = {
+            "heartbeat": chunks.heartbeat,
+            "delta": partial(chunks.delta, "x"),
+            "last": bytes,
+        }
+        raw = openings[opening]()
         seen = events(raw + chunks.last("stop", USAGE, {}))[:-1]
         assert [event["choices"][0]["delta"].get("role") for event in seen] == ["assistant"] + [None] * (len(seen) - 1)
         assert len(seen) == 2

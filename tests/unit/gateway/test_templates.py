@@ -17,7 +17,8 @@ from serverless_llm.gateway.templates import CheckpointText
 from serverless_llm.gateway.text_wire import Call, Prompt
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content']}}"
+    "{{'<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LLAMA3 = (
@@ -34,7 +35,8 @@ BLOCKS = """{%- if tools is none and documents is not defined or documents is no
     {% generation %}
     <{{ message | tojson }}> {{ ['é', '<b>'] | tojson(indent=2) }}
     {% endgeneration %}
-    {%- if message.content is string %}S{% else %}{% for part in message.content %}P{{ part.text }}{% endfor %}{% endif %}
+    {%- if message.content is string %}S
+    {%- else %}{% for part in message.content %}P{{ part.text }}{% endfor %}{% endif %}
 {% endfor %}
 {% set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }} {{ strftime_now('%Y') | length }} {{ eos_token }}
 """
@@ -104,7 +106,9 @@ def test_text_parts_reach_a_template_that_reads_them(write: Write, source: str) 
     assert ids(directory, chat) == reference(directory, chat)
 
 
-DROPS = "{% for m in messages %}{% if m.content is string and '</think>' not in m.content %}{{ m.content }}{% endif %}{% endfor %}"
+DROPS = (
+    "{% for m in messages %}{% if m.content is string and 'x' not in m.content %}{{ m.content }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("source", [CHATML, DROPS], ids=["chatml", "drops"])
@@ -213,7 +217,8 @@ def test_stop_ids_are_the_union(
 @pytest.mark.parametrize(
     ("generation", "defaults"),
     [
-        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True}, {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
+        ({"temperature": 0.6, "top_p": 0.95, "do_sample": True}, {"temperature": 0.6, "top_p": 0.95}),
+        ({"top_k": 20, "do_sample": None}, {"top_k": 20}),
         ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
         ({"temperature": None}, {}),
     ],

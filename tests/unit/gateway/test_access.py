@@ -1,0 +1,75 @@
+"""Who may speak to this server."""
+
+from __future__ import annotations
+
+import pytest
+from aiohttp.test_utils import make_mocked_request
+
+from serverless_llm.errors import RequestError
+from serverless_llm.gateway.access import check, is_local
+from serverless_llm.gateway.options import GatewayOptions
+
+KEYED = GatewayOptions(api_keys=("k1", "k2"))
+OPEN = GatewayOptions(hosts=("gpu-box.lan",))
+
+
+def refusal(options: GatewayOptions, path: str = "/v1/models", **headers: str) -> int:
+    """The status, 0 where the request may pass."""
+    try:
+        check(make_mocked_request("GET", path, headers=headers), options)
+    except RequestError as error:
+        return error.status
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost:8000", None, 0),
+        ("127.0.0.1", None, 0),
+        ("127.1.2.3:1", None, 0),
+        ("[::1]:8000", None, 0),
+        ("gpu-box.lan:8000", None, 0),
+        ("LOCALHOST", "http://localhost:3000", 0),
+        ("localhost", "http://gpu-box.lan", 0),
+        ("evil.example", None, 403),
+        ("localhost.evil.example", None, 403),
+        ("10.0.0.1", None, 403),
+        ("", None, 403),
+        ("[::1", None, 403),
+        ("localhost@evil.example", None, 403),
+        ("localhost", "https://evil.example", 403),
+        ("localhost", "null", 403),
+    ],
+)
+def test_without_a_key_only_local_names(host: str, origin: str | None, status: int) -> None:
+    headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+    assert refusal(OPEN, **headers) == status
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("Bearer k1", 0),
+        ("bearer  k2", 0),
+        ("Bearer k3", 401),
+        ("Basic k1", 401),
+        ("k1", 401),
+        ("", 401),
+        ("Bearer é", 401),
+    ],
+)
+def test_with_keys_one_of_them(header: str, status: int) -> None:
+    assert refusal(KEYED, Host="evil.example", Authorization=header) == status
+    assert refusal(KEYED, path="/admin/status", Host="x", Authorization=header) == status
+
+
+def test_what_needs_no_key() -> None:
+    closed = GatewayOptions(api_keys=("k",), open_metrics=False)
+    assert [refusal(KEYED, path=path) for path in ("/health", "/ready", "/metrics", "/agents/connect")] == [0, 0, 0, 0]
+    assert [refusal(closed, path=path) for path in ("/health", "/ready", "/metrics")] == [0, 0, 401]
+    assert [refusal(OPEN, path=path, Host="10.0.0.7") for path in ("/health", "/ready", "/metrics")] == [0, 0, 403]
+
+
+def test_a_url_without_a_host_is_not_local() -> None:
+    assert not is_local("file:///x", ("",))

@@ -1,0 +1,35 @@
+"""Error bodies and when to retry."""
+
+from __future__ import annotations
+
+import pytest
+
+from serverless_llm import wire
+from serverless_llm.errors import RequestError
+from serverless_llm.gateway import failure
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, "invalid_request_error"), (404, "invalid_request_error"), (429, "rate_limit_error"), (503, "server_error")],
+)
+def test_a_body_has_all_four_fields(status: int, kind: str) -> None:
+    shown = failure.body(RequestError(status, "code", "message", "param"))
+    assert shown == {"error": {"message": "message", "type": kind, "param": "param", "code": "code"}}
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(0.0, "1"), (0.2, "1"), (7.2, "8"), (60.0, "60"), (900.0, "60")])
+def test_retry_after_is_whole_seconds_up_to_a_minute(seconds: float, header: str) -> None:
+    assert failure.headers(RequestError(503, "x", "x", retry_after=seconds)) == {"Retry-After": header}
+
+
+def test_a_useless_retry_is_said_to_be() -> None:
+    assert failure.headers(RequestError(500, "x", "x")) == {"x-should-retry": "false"}
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "retry", "shown"), [(3.0, True, 3.0), (None, True, 1.0), (3.0, False, None), (None, False, None)]
+)
+def test_what_the_controller_refuses(retry_after: float | None, retry: bool, shown: float | None) -> None:
+    error = failure.from_rejection(wire.Rejected(1, 503, "overloaded", "m", retry_after, retry))
+    assert (error.status, error.code, error.message, error.retry_after) == (503, "overloaded", "m", shown)
