@@ -75,9 +75,7 @@ def _charge_sequence(turn: Turn, sequence: Sequence, trial: tuple[str, int] | No
 
 
 def _charge_load(turn: Turn, replica: Replica, trial: tuple[str, int] | None) -> None:
-    model = turn.state.models.get(replica.model)
-    if model is None or model.revision != replica.revision:
-        return
+    model = turn.state.models[replica.model]
     model.load_deaths += 1
     if trial == ("load", replica.id):
         convict(turn, model, model.load_deaths)

@@ -14,7 +14,7 @@ from serverless_llm.cluster.commands import (
 from serverless_llm.cluster.events import LoadFailed, LoadProgress, Refused, ReplicaReady, Reserved, Unloaded
 from serverless_llm.cluster.failures import fail, forgive
 from serverless_llm.cluster.sequences import end_trial, recall, requeue
-from serverless_llm.cluster.state import ACTUAL, PLANNED, STARTING, Device, Model, Node, Replica
+from serverless_llm.cluster.state import ACTUAL, PLANNED, STARTING, Device, Node, Replica
 from serverless_llm.cluster.transitions import REPLICA, ReplicaState, move
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import DeviceId, LoadPhases, ReplicaId
@@ -114,9 +114,9 @@ def reserved(turn: Turn, event: Reserved) -> None:
     replica = turn.state.replicas.get(event.replica)
     if replica is None or replica.state is not ReplicaState.RESERVING:
         return
-    turn.device(replica.device).shortfall = 0
-    turn.disarm("short", replica.device)
     shift(turn, replica, "reserved")
+    turn.disarm("short", replica.device)
+    sated(turn, replica.device)
     turn.arm("replica", replica.id, _load_deadline(turn, replica))
     turn.emit(
         StartLoad(
@@ -169,9 +169,7 @@ def ready(turn: Turn, event: ReplicaReady) -> None:
     actual_s = turn.now - replica.decided_at
     _learn(turn, replica, event.phases, actual_s)
     turn.emit(Outcome(replica.id, replica.model, replica.device, replica.predicted_s, actual_s, event.phases))
-    model = _model(turn, replica)
-    if model is not None:
-        forgive(turn, model)
+    forgive(turn, turn.state.models[replica.model])
     turn.room = True
     turn.touch(replica.model)
 
@@ -182,9 +180,7 @@ def load_failed(turn: Turn, event: LoadFailed) -> None:
     if replica is None or replica.state is not ReplicaState.LOADING:
         return
     _depart(turn, replica, "failed")
-    model = _model(turn, replica)
-    if model is not None:
-        fail(turn, model, event.message, event.permanent)
+    fail(turn, turn.state.models[replica.model], event.message, event.permanent)
 
 
 def unloaded(turn: Turn, event: Unloaded) -> None:
@@ -208,6 +204,7 @@ def overdue(turn: Turn, replica_id: ReplicaId) -> None:
 def sated(turn: Turn, device_id: DeviceId) -> None:
     """What a device refused some time ago says nothing about now."""
     turn.device(device_id).shortfall = 0
+    claim(turn, turn.state.nodes[device_id.node])
     turn.room = True
 
 
@@ -241,22 +238,15 @@ def _depart(turn: Turn, replica: Replica, cause: str) -> None:
 
 def _load_overdue(turn: Turn, replica: Replica) -> None:
     _depart(turn, replica, "expired")
-    model = _model(turn, replica)
-    if model is not None:
-        model.expiries += 1
-        if model.expiries >= turn.policy.load_expiries:
-            fail(turn, model, f"loading got stuck {model.expiries} times, last on {replica.device}", permanent=False)
-
-
-def _model(turn: Turn, replica: Replica) -> Model | None:
-    """The model that this replica serves, unless it was deleted or deployed anew since."""
-    model = turn.state.models.get(replica.model)
-    return model if model is not None and model.revision == replica.revision else None
+    model = turn.state.models[replica.model]
+    model.expiries += 1
+    if model.expiries >= turn.policy.load_expiries:
+        fail(turn, model, f"loading got stuck {model.expiries} times, last on {replica.device}", permanent=False)
 
 
 def _has_room(device: Device, node: Node, replica: Replica) -> bool:
     dram = device.view and node.actual_dram.missing(replica.checkpoint, replica.footprint.file_bytes) > 0
-    return replica.grant <= device.actual.free and not dram
+    return replica.grant <= device.actual.free - device.shortfall and not dram
 
 
 def _load_deadline(turn: Turn, replica: Replica) -> float:

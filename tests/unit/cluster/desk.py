@@ -1,0 +1,70 @@
+"""A machine with nobody around it: a test says what happens, and reads the commands as values."""
+
+from __future__ import annotations
+
+from serverless_llm.cluster import commands as c
+from serverless_llm.cluster import events as e
+from serverless_llm.cluster.invariants import check_invariants
+from serverless_llm.cluster.machine import Machine
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.domain import DeviceId, DeviceSpec, Footprint, LoadPhases, ModelSpec, NodeSpec
+
+D0, D1 = DeviceId("n0", 0), DeviceId("n0", 1)
+KV = 10  # bytes of a block; a floor is one block, because a device has 100
+PHASES = LoadPhases(total_s=1.0)
+
+
+def node(name: str = "n0", devices: int = 1, weights: str = "copy", dram: int = 1000) -> NodeSpec:
+    return NodeSpec(name, dram, tuple(DeviceSpec(number, "cpu", 100, weights) for number in range(devices)))
+
+
+def deploy(name: str, size: int = 80, checkpoint: str = "", context: int = 1024, **spec: object) -> e.Deploy:
+    footprint = Footprint(checkpoint or f"sha-{name}", size, size, KV, context)
+    return e.Deploy(ModelSpec(name, f"/{name}", **spec), footprint)  # type: ignore[arg-type]
+
+
+class Desk:
+    """`tell` lets `after` seconds pass, then the event happens; `WakeAt`s are left out of what it returns."""
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.machine = Machine(policy or Policy())
+        self.now = 0.0
+        self.wake = 0.0
+
+    def tell(self, event: e.Event, after: float = 0.0) -> list[c.Command]:
+        self.now += after
+        out = self.machine.handle(event, self.now)
+        check_invariants(self.machine.state)
+        self.wake = max([self.wake, *(one.at for one in out if isinstance(one, c.WakeAt))])
+        return [one for one in out if not isinstance(one, c.WakeAt)]
+
+    def tick(self, after: float) -> list[c.Command]:
+        return self.tell(e.Tick(), after)
+
+    def join(self, spec: NodeSpec | None = None, held: tuple[e.HeldReplica, ...] = ()) -> list[c.Command]:
+        spec = spec or node()
+        workers = tuple((DeviceId(spec.node, device.number), 1) for device in spec.devices)
+        return self.tell(e.NodeJoined(spec, workers, held, ()))
+
+    def ask(self, sequence: int, model: str, keep_alive: float | None = None) -> list[c.Command]:
+        """A request of 10 + 10 tokens, its prompt ready."""
+        arrived = self.tell(e.RequestArrived(sequence, model, keep_alive=keep_alive))
+        return arrived + self.tell(e.PromptReady(sequence, 10, 10))
+
+    def bring_up(self, replica: int, device: DeviceId = D0) -> list[c.Command]:
+        """The worker makes room and the load succeeds."""
+        self.tell(e.Reserved(device, replica))
+        return self.tell(e.ReplicaReady(replica, PHASES))
+
+    def serve(self, name: str, sequence: int, **spec: object) -> None:
+        """Deploy `name` and have it serve a sequence."""
+        self.tell(deploy(name, **spec))  # type: ignore[arg-type]
+        replica = self.machine.state.next_replica
+        self.ask(sequence, name)
+        self.bring_up(replica)
+        assert sequence in self.machine.state.replicas[replica].running
+
+    def beat(self, *replicas: int, after: float = 0.0, node: str = "n0", incarnation: int = 1) -> list[c.Command]:
+        """One heartbeat of a node with one device."""
+        workers = ((DeviceId(node, 0), incarnation, replicas),) if incarnation else ()
+        return self.tell(e.Heartbeat(node, workers, (), ()), after)

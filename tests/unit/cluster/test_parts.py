@@ -1,0 +1,89 @@
+"""Deadlines, ledgers and tables."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+
+from serverless_llm.cluster.ledger import Ledger
+from serverless_llm.cluster.timers import Timers
+from serverless_llm.cluster.transitions import NODE, REPLICA, SEQUENCE, ReplicaState, SequenceState, move
+from serverless_llm.errors import InvariantError
+
+
+def test_deadlines_fire_in_order_of_time_then_of_arming() -> None:
+    timers = Timers()
+    for name, at in (("late", 3.0), ("b", 1.0), ("a", 1.0), ("never", 9.0)):
+        timers.arm((name, 0), at)
+    assert list(timers.due(3.0)) == [("b", 0), ("a", 0), ("late", 0)]
+    assert timers.earliest() == 9.0
+    assert len(timers) == 1
+
+
+def test_a_deadline_armed_again_replaces_the_earlier_one() -> None:
+    timers = Timers()
+    timers.arm(("x", 1), 1.0)
+    timers.arm(("x", 1), 5.0)
+    assert list(timers.due(4.0)) == []
+    assert timers.at(("x", 1)) == 5.0
+    timers.disarm(("x", 1))
+    assert timers.earliest() is None
+    assert timers.at(("x", 1)) is None
+    assert ("x", 1) not in timers
+
+
+def test_replaced_deadlines_do_not_pile_up() -> None:
+    timers = Timers()
+    for number in range(10_000):
+        timers.arm(("x", 1), float(number))
+    assert len(timers._heap) < 100
+    assert list(timers.due(1e9)) == [("x", 1)]
+
+
+def test_a_deadline_armed_while_others_fire_waits_for_its_time() -> None:
+    timers = Timers()
+    timers.arm(("x", 1), 1.0)
+    for _ in timers.due(2.0):
+        timers.arm(("x", 1), 3.0)
+    assert timers.earliest() == 3.0
+
+
+def test_a_ledger_counts_a_shared_key_once() -> None:
+    ledger = Ledger(100)
+    ledger.add("sha", 60)
+    ledger.add("sha", 60)
+    assert (ledger.used, ledger.free) == (60, 40)
+    assert (ledger.missing("sha", 60), ledger.missing("other", 60)) == (-40, 20)
+    ledger.remove("sha")
+    assert ledger.used == 60
+    ledger.remove("sha")
+    assert (ledger.used, ledger.held) == (0, {})
+
+
+@dataclass
+class Thing:
+    state: ReplicaState
+    history: deque[tuple[float, str]] = field(default_factory=lambda: deque([(0.5, "room")]))
+
+
+def test_an_illegal_step_raises_with_the_life_so_far() -> None:
+    thing = Thing(ReplicaState.RESERVING)
+    move(REPLICA, thing, "reserved", 1.0)
+    assert thing.state is ReplicaState.LOADING
+    with pytest.raises(InvariantError, match=r"loading knows no 'room' at 2.0.*\(1.0, 'reserved'\)"):
+        move(REPLICA, thing, "room", 2.0)
+
+
+@pytest.mark.parametrize("table", [REPLICA, SEQUENCE, NODE])
+def test_every_state_but_the_last_has_a_way_out_and_a_way_in(table: dict[tuple[str, str], str]) -> None:
+    ends = {"gone", "done"}
+    starts = {"claiming", "tokenising", "up"}
+    states = set(type(next(iter(table))[0]))  # type: ignore[call-overload]
+    assert {state for state, _ in table} == states - ends
+    assert {*table.values()} | starts >= states
+
+
+def test_every_sequence_can_end() -> None:
+    assert all((state, "done") in SEQUENCE for state in SequenceState if state is not SequenceState.DONE)

@@ -1,0 +1,332 @@
+"""Loads and their failures, deadlines and compensations; keep-alive and scale to zero."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from serverless_llm.cluster import commands as c
+from serverless_llm.cluster import events as e
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.cluster.transitions import ReplicaState
+from serverless_llm.domain import FinishReason, LoadPhases
+from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, node
+
+QUIET = Policy(silent_after=1e9)  # no heartbeats in these tests
+DONE = FinishReason.STOP
+
+
+@pytest.fixture
+def desk() -> Desk:
+    """One device, and one deployed model."""
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a"))
+    return desk
+
+
+def kinds(out: list[c.Command]) -> list[str]:
+    return [type(one).__name__ for one in out]
+
+
+def test_fifty_waiters_of_one_model_share_one_load(desk: Desk) -> None:
+    out = [one for number in range(50) for one in desk.ask(number, "a")]
+    assert kinds(out) == ["Decided", "Reserve"]
+    assert kinds(desk.bring_up(1)) == ["Outcome", *["Dispatch"] * 50]
+
+
+def test_answers_nobody_waits_for_change_nothing(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.Reserved(D0, 1))
+    before = str(desk.machine.state)
+    for event in (
+        e.Reserved(D0, 1),
+        e.Reserved(D0, 77),
+        e.Refused(D0, 1, 5),
+        e.Refused(D0, 77, 5),
+        e.LoadProgress(77, 1, 2),
+        e.ReplicaReady(77, PHASES),
+        e.LoadFailed(77, "no", False),
+        e.Unloaded(1),
+        e.Unloaded(77),
+    ):
+        assert desk.tell(event) == []
+    assert str(desk.machine.state) == before
+
+
+def test_a_load_told_ready_twice_is_ready_once(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    assert desk.tell(e.ReplicaReady(1, PHASES)) == []
+    assert desk.tell(e.LoadFailed(1, "late", False)) == []
+    assert desk.tell(e.LoadProgress(1, 1, 2)) == []
+
+
+def test_a_failed_load_tells_its_waiters_and_cools_down_twice_as_long_each_time(desk: Desk) -> None:
+    pauses = []
+    for sequence in range(1, 9):
+        desk.ask(sequence, "a")
+        desk.tell(e.Reserved(D0, sequence))
+        evict, reject = desk.tell(e.LoadFailed(sequence, "model.safetensors: bad header", False))
+        assert evict == c.Unload(sequence, D0)
+        assert isinstance(reject, c.Reject)
+        assert (reject.status, reject.code, reject.retry) == (503, "model_load_failed", True)
+        assert reject.message == "model.safetensors: bad header"
+        pauses.append(reject.retry_after)
+        desk.tell(e.Unloaded(sequence))
+        desk.tick(reject.retry_after or 0.0)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+
+
+def test_arrivals_in_the_cool_down_are_told_at_once(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.LoadFailed(1, "why", False))
+    assert desk.tell(e.RequestArrived(2, "a"), after=0.5) == [c.Reject(2, 503, "model_load_failed", "why", 1.0, True)]
+
+
+def test_a_permanent_failure_lasts_until_the_next_deploy(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.LoadFailed(1, "why", True))
+    desk.tell(e.Unloaded(1))
+    reject = c.Reject(2, 503, "model_load_failed", "why", None, False)
+    assert desk.tell(e.RequestArrived(2, "a"), after=1e6) == [reject]
+    desk.tell(deploy("a"))
+    assert kinds(desk.ask(3, "a")) == ["Decided", "Reserve"]
+
+
+def test_a_load_that_fails_beside_a_replica_that_serves_rejects_nobody() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2))
+    desk.serve("a", 1, max_replicas=2, max_concurrency=1)
+    desk.ask(2, "a")
+    desk.tell(e.Reserved(D1, 2))
+    assert kinds(desk.tell(e.LoadFailed(2, "why", False))) == ["Unload"]
+    assert kinds(desk.tell(e.SequenceDone(1, 1, DONE, 3))) == ["Dispatch"]
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_the_bytes(desk: Desk) -> None:
+    desk.tell(deploy("big", size=95))
+    (reject,) = desk.tell(e.RequestArrived(1, "big"))
+    assert reject == c.Reject(
+        1,
+        503,
+        "model_load_failed",
+        "big fits on no device: it takes 105 bytes (weights and least KV) of a device that has at most 100,"
+        " and 95 bytes of a node's DRAM that has at most 1000",
+        None,
+        False,
+    )
+
+
+def test_a_stuck_load_is_placed_anew_once_then_the_model_has_failed(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.LoadProgress(1, 40, 80), after=9.0)
+    desk.tell(e.LoadProgress(1, 40, 80), after=5.0)  # no news
+    out = desk.tick(5.0)
+    assert kinds(out) == ["Unload", "Decided"]
+    late = desk.tell(e.ReplicaReady(1, PHASES))
+    assert late == [c.Unload(1, D0)]
+    assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 2, 90)]
+    desk.tell(e.Reserved(D0, 2))
+    unload, reject = desk.tick(10.0)
+    assert unload == c.Unload(2, D0)
+    assert isinstance(reject, c.Reject)
+    assert reject.message == "loading got stuck 2 times, last on n0/0"
+
+
+def test_a_reserve_without_answer_kills_the_worker_then_the_node_is_dropped(desk: Desk) -> None:
+    desk.ask(1, "a")
+    assert desk.tick(30.0) == [c.KillWorker(D0, 1)]
+    assert desk.tick(10.0) == [c.DropNode("n0")]
+    desk.tick(5.0)
+    assert desk.machine.state.nodes == {}
+
+
+def test_an_unload_without_answer_kills_the_worker(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert kinds(desk.tell(e.UnloadModel("a"))) == ["Evicted", "Unload"]
+    assert desk.tick(30.0) == [c.KillWorker(D0, 1)]
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    assert desk.machine.state.replicas == {}
+
+
+def test_nothing_is_started_on_a_worker_that_is_being_killed() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", size=30))
+    desk.tell(deploy("b", size=30))
+    desk.ask(1, "a")
+    desk.tick(29.0)
+    desk.ask(2, "b")
+    desk.bring_up(2)
+    assert desk.tick(1.0) == [c.KillWorker(D0, 1)]
+    assert desk.ask(3, "b") == []
+    assert desk.tell(e.UnloadModel("a")) == []
+    assert desk.tick(10.0) == [c.DropNode("n0")]
+
+
+def test_a_worker_that_refuses_is_left_alone_and_believed_to_be_short() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", size=30))
+    desk.tell(deploy("b", size=30))
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.ask(2, "b")
+    assert desk.tell(e.Refused(D0, 2, 25)) == []
+    again = desk.tick(1.0)
+    assert kinds(again) == ["Decided", "Evicted", "Unload"]  # 100 - 25 do not hold both
+    assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 3, 40)]
+    desk.tell(e.Reserved(D0, 3))
+    assert desk.machine.state.devices[D0].shortfall == 0
+
+
+def test_a_shortfall_is_forgotten_after_a_while(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Refused(D0, 1, 25))
+    assert desk.tick(1.0) == []
+    assert kinds(desk.tick(29.0)) == ["Decided", "Reserve"]
+
+
+@pytest.mark.parametrize(("spec", "override", "left"), [(5.0, None, 5.0), (5.0, 2.0, 2.0), (math.inf, 1.0, 1.0)])
+def test_an_idle_replica_leaves_after_its_keep_alive(spec: float, override: float | None, left: float) -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", keep_alive=spec))
+    desk.ask(1, "a", keep_alive=override)
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3), after=60.0)
+    assert desk.tick(left - 0.1) == []
+    assert desk.tick(0.1) == [c.Evicted(1, "a", D0, "keep-alive"), c.Unload(1, D0)]
+    desk.tell(e.Unloaded(1))
+    assert desk.machine.state.replicas == {}
+    assert desk.machine.state.devices[D0].actual.used == 0
+
+
+def test_keep_alive_zero_unloads_with_the_last_sequence() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, keep_alive=0.0)
+    desk.ask(2, "a")
+    assert desk.tell(e.SequenceDone(1, 1, DONE, 3)) == []
+    assert kinds(desk.tell(e.SequenceDone(2, 1, DONE, 3))) == ["Evicted", "Unload"]
+
+
+@pytest.mark.parametrize("spec", [{"keep_alive": math.inf}, {"pinned": True}, {"min_replicas": 1}])
+def test_some_replicas_stay_for_ever(spec: dict[str, object]) -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", **{"keep_alive": 1.0, **spec}))  # type: ignore[arg-type]
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert desk.tick(1e6) == []
+
+
+def test_a_replica_with_a_request_on_its_way_stays() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, keep_alive=1.0)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(e.RequestArrived(2, "a"), after=0.9)
+    assert desk.tick(5.0) == []
+    assert kinds(desk.tell(e.ClientGone(2))) == ["Evicted", "Unload"]
+
+
+def test_a_use_puts_the_keep_alive_off() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, keep_alive=5.0)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tick(4.0)
+    desk.ask(2, "a")
+    assert desk.tick(4.0) == []
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    assert desk.tick(4.9) == []
+
+
+def test_a_load_nobody_waits_for_goes_on_for_a_minute(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ClientGone(1))
+    desk.tell(e.RequestArrived(2, "nope"))
+    for second in range(1, 60):
+        assert desk.tell(e.LoadProgress(1, second, 80), after=1.0) == []
+    assert desk.tick(1.0) == [c.Evicted(1, "a", D0, "abandoned"), c.Unload(1, D0)]
+
+
+def test_an_abandoned_load_that_somebody_wants_again_goes_on(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ClientGone(1))
+    assert desk.tell(e.RequestArrived(2, "a"), after=5.0) == []
+    assert ("abandon", 1) not in desk.machine.state.timers
+
+
+def test_a_request_at_the_last_moment_saves_the_load() -> None:
+    desk = Desk(Policy(silent_after=1e9, load_floor_s=1e9))
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ClientGone(1))
+    assert desk.tell(e.RequestArrived(2, "a"), after=60.0) == []
+    assert desk.machine.state.replicas[1].state is ReplicaState.LOADING
+
+
+def test_an_abandoned_load_that_ends_stays_by_its_keep_alive(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ClientGone(1))
+    assert kinds(desk.tell(e.ReplicaReady(1, PHASES))) == ["Outcome"]
+    assert kinds(desk.tick(300.0)) == ["Evicted", "Unload"]
+
+
+def test_an_abandoned_load_makes_way_at_once(desk: Desk) -> None:
+    desk.tell(deploy("b"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ClientGone(1))
+    decided, evicted, unload = desk.tell(e.RequestArrived(2, "b"))
+    assert isinstance(decided, c.Decided)
+    assert decided.victims == (1,)
+    assert (evicted, unload) == (c.Evicted(1, "a", D0, "abandoned"), c.Unload(1, D0))
+    assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 2, 90)]
+
+
+def test_an_abandoned_claim_makes_way_without_a_word(desk: Desk) -> None:
+    desk.tell(deploy("b"))
+    desk.tell(deploy("x"))
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tick(1.0)
+    desk.tell(e.RequestArrived(2, "b"))
+    desk.tell(e.ClientGone(2))
+    out = desk.tell(e.RequestArrived(3, "x"))
+    assert out[1:] == [c.Evicted(2, "b", D0, "abandoned")]
+    assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 3, 90)]
+
+
+def test_a_node_learns_its_speed_and_its_overhead(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ReplicaReady(1, LoadPhases(disk_s=4.0, total_s=5.0, disk_bytes=80)), after=5.0)
+    known = desk.machine.state.nodes["n0"]
+    assert known.bandwidth == {"disk": 20.0}
+    assert known.overhead_s == pytest.approx(5.0)
+
+
+def test_weights_in_dram_are_no_sample_of_the_disk(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ReplicaReady(1, LoadPhases(dram_bytes=80)))
+    assert desk.machine.state.nodes["n0"].bandwidth == {}

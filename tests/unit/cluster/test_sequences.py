@@ -1,0 +1,216 @@
+"""Requests: arrival, queue, dispatch, end."""
+
+from __future__ import annotations
+
+import pytest
+
+from serverless_llm.cluster import commands as c
+from serverless_llm.cluster import events as e
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.domain import FinishReason
+from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, node
+
+DONE = FinishReason.STOP
+
+
+@pytest.fixture
+def desk() -> Desk:
+    """One device that serves `a` to sequence 1; nobody minds that its node says nothing."""
+    desk = Desk(Policy(silent_after=1e9))
+    desk.join()
+    desk.serve("a", 1)
+    return desk
+
+
+def test_a_cold_request_starts_a_load_before_its_prompt_is_known() -> None:
+    desk = Desk()
+    desk.join()
+    desk.tell(deploy("a"))
+    decided, reserve = desk.tell(e.RequestArrived(1, "a"))
+    assert isinstance(decided, c.Decided)
+    assert (decided.replica, decided.device, decided.victims) == (1, D0, ())
+    assert reserve == c.Reserve(D0, 1, 90)
+    assert desk.tell(e.PromptReady(1, 10, 10)) == []
+    assert desk.tell(e.Reserved(D0, 1)) == [c.StartLoad(1, D0, "a", "/a", "sha-a", "auto", 10, 1024)]
+    outcome, dispatch = desk.tell(e.ReplicaReady(1, PHASES), after=2.0)
+    assert outcome == c.Outcome(1, "a", D0, decided.predicted_s, 2.0, PHASES)
+    assert dispatch == c.Dispatch(1, 1, 1, D0, 2.0, PHASES)
+
+
+def test_a_warm_request_is_dispatched_at_once_and_has_no_load_to_tell_of(desk: Desk) -> None:
+    assert desk.tell(e.RequestArrived(2, "a"), after=1.0) == []
+    assert desk.tell(e.PromptReady(2, 10, 10), after=0.5) == [c.Dispatch(2, 1, 1, D0, 0.5, None)]
+
+
+def test_a_load_that_ends_before_the_prompt_is_ready_waits_for_it() -> None:
+    desk = Desk()
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.tell(e.RequestArrived(1, "a"))
+    desk.bring_up(1)
+    assert desk.tell(e.PromptReady(1, 10, 10)) == [c.Dispatch(1, 1, 1, D0, 0.0, None)]
+
+
+def test_a_model_nobody_deployed_is_not_found(desk: Desk) -> None:
+    (reject,) = desk.tell(e.RequestArrived(2, "nope"))
+    assert reject == c.Reject(2, 404, "model_not_found", "the model 'nope' does not exist", None, False)
+
+
+def test_an_arrival_told_twice_counts_once(desk: Desk) -> None:
+    assert desk.tell(e.RequestArrived(1, "a")) == []
+    assert desk.tell(e.PromptReady(1, 10, 10)) == []
+    assert desk.tell(e.PromptReady(99, 10, 10)) == []
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
+    desk = Desk()
+    desk.tell(deploy("a", max_queue=2, max_concurrency=1))
+    desk.ask(1, "a")
+    desk.ask(2, "a")
+    assert desk.tell(e.RequestArrived(3, "a")) == [
+        c.Reject(3, 503, "overloaded", "2 requests already wait for a", 2.0, True)
+    ]
+
+
+def test_retry_after_knows_of_the_start_under_way() -> None:
+    desk = Desk()
+    desk.join(node(devices=1))
+    desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (("disk", 10.0),)))
+    desk.tell(deploy("a", max_queue=1))
+    desk.ask(1, "a")
+    (reject,) = desk.tell(e.RequestArrived(2, "a"))
+    assert isinstance(reject, c.Reject)
+    assert reject.retry_after == 10.0  # 80 bytes at 10 per second, and a round of the queue
+
+
+def test_without_any_device_requests_wait() -> None:
+    desk = Desk()
+    desk.tell(deploy("a"))
+    assert desk.ask(1, "a") == []
+    assert [type(one) for one in desk.join()] == [c.Decided, c.Reserve]
+
+
+def test_sequences_are_dispatched_in_order_of_arrival_within_the_concurrency() -> None:
+    desk = Desk()
+    desk.join()
+    desk.tell(deploy("a", max_concurrency=2))
+    for sequence in (1, 2, 3):
+        desk.tell(e.RequestArrived(sequence, "a"))
+    for sequence in (3, 2, 1):
+        desk.tell(e.PromptReady(sequence, 10, 10))
+    dispatched = [one.sequence for one in desk.bring_up(1) if isinstance(one, c.Dispatch)]
+    assert dispatched == [1, 2]
+    assert desk.tell(e.SequenceDone(2, 1, DONE, 10)) == [c.Dispatch(3, 1, 1, D0, 0.0, None)]
+
+
+def test_the_replica_with_the_fewest_sequences_is_chosen() -> None:
+    desk = Desk()
+    desk.join(node(devices=2))
+    desk.tell(deploy("a", max_replicas=2, min_replicas=2, max_concurrency=4))
+    desk.bring_up(1, D0)
+    desk.bring_up(2, D1)
+    places = [one.device for number in range(4) for one in desk.ask(number, "a") if isinstance(one, c.Dispatch)]
+    assert places == [D0, D1, D0, D1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "says"),
+    [
+        (1000, 25, "1025 tokens (prompt and max_tokens) are more than the 1024 of the context"),
+        (300, 21, "the KV of 321 tokens takes 210 bytes; beside the weights at most 20 are available"),
+    ],
+)
+def test_a_request_whose_kv_can_never_fit_is_refused(desk: Desk, prompt: int, most: int, says: str) -> None:
+    desk.tell(e.RequestArrived(2, "a"))
+    assert desk.tell(e.PromptReady(2, prompt, most)) == [c.Reject(2, 400, "context_length_exceeded", says, None, False)]
+
+
+def test_a_client_that_leaves_ends_its_sequence_wherever_it_is(desk: Desk) -> None:
+    desk.tell(deploy("b"))
+    assert desk.tell(e.ClientGone(1)) == [c.Cancel(D0, 1, 1)]
+    assert desk.tell(e.ClientGone(1)) == []
+    desk.tell(e.RequestArrived(2, "b"))
+    assert desk.tell(e.ClientGone(2)) == []
+    desk.ask(3, "b")
+    assert desk.tell(e.ClientGone(3)) == []
+    assert desk.machine.state.sequences == {}
+
+
+def test_what_a_worker_says_of_an_older_epoch_is_ignored(desk: Desk) -> None:
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    assert desk.tell(e.SequenceDone(1, 1, DONE, 10)) == []
+    assert desk.tell(e.FirstToken(1, 1, 0.1)) == []
+    assert desk.tell(e.SequenceRefused(1, 1, "why")) == []
+    assert 1 in desk.machine.state.sequences
+
+
+def test_lost_sequences_come_back_in_their_old_order_with_a_new_epoch() -> None:
+    desk = Desk()
+    desk.join()
+    desk.tell(deploy("a", max_concurrency=2))
+    for sequence in (1, 2, 3):
+        desk.ask(sequence, "a")
+    desk.bring_up(1)
+    desk.tell(e.FirstToken(1, 1, 0.1))
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    desk.tell(e.WorkerUp(D0, 2))
+    out = desk.bring_up(2)
+    assert [(one.sequence, one.epoch) for one in out if isinstance(one, c.Dispatch)] == [(1, 2), (2, 2)]
+
+
+def test_a_refused_sequence_is_tried_again_after_a_rest_and_rejected_in_the_end(desk: Desk) -> None:
+    for epoch, rest in enumerate([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], start=1):
+        assert desk.tell(e.SequenceRefused(1, epoch, "no such replica")) == []
+        assert desk.tick(rest - 0.05) == []
+        assert [type(one) for one in desk.tick(0.06)] == [c.Dispatch]
+    assert desk.tell(e.SequenceRefused(1, 7, "no such replica")) == [
+        c.Reject(1, 503, "overloaded", "the engine refused it 7 times: no such replica", 1.0, True)
+    ]
+
+
+def test_a_resting_sequence_may_leave(desk: Desk) -> None:
+    desk.tell(e.SequenceRefused(1, 1, "no room"))
+    desk.tell(e.ClientGone(1))
+    assert desk.tick(60.0) == []
+
+
+def test_a_sequence_nobody_speaks_of_is_taken_back() -> None:
+    desk = Desk()
+    desk.join()
+    desk.serve("a", 1)
+    for _ in range(29):
+        desk.beat(1, after=1.0)
+    assert desk.beat(1, after=1.0) == [c.Cancel(D0, 1, 1), c.Dispatch(1, 2, 1, D0, 30.0, None)]
+
+
+def test_news_of_a_sequence_puts_its_deadline_off() -> None:
+    desk = Desk()
+    desk.join()
+    desk.serve("a", 1)
+    for second in range(57):
+        if second == 28:
+            desk.tell(e.FirstToken(1, 1, 0.1))
+        assert desk.beat(1, after=1.0) == []
+    assert c.Cancel(D0, 1, 1) in desk.beat(1, after=1.0)
+
+
+def test_a_worker_that_leaves_a_sequence_out_for_two_seconds_does_not_have_it(desk: Desk) -> None:
+    assert desk.tell(e.Progress(D0, 1, ()), after=1.0) == []
+    assert desk.tell(e.Progress(D0, 1, ((1, 1, 3, 1),)), after=1.9) == []
+    assert desk.tell(e.Progress(D0, 1, ()), after=1.0) == []
+    again = desk.tell(e.Progress(D0, 1, ()), after=2.0)
+    assert again == [c.Cancel(D0, 1, 1), c.Dispatch(1, 2, 1, D0, 5.9, None)]
+
+
+def test_a_worker_that_runs_what_it_should_not_is_told_to_stop(desk: Desk) -> None:
+    desk.tell(e.SequenceRefused(1, 1, "no room"))
+    out = desk.tell(e.Progress(D0, 1, ((1, 1, 3, 1), (77, 4, 3, 1), (1, 2, 0, 0))))
+    assert out == [c.Cancel(D0, 1, 1), c.Cancel(D0, 77, 4)]
+    assert desk.tell(e.Progress(D0, 9, ((77, 4, 3, 1),))) == []
+    assert desk.tell(e.Progress(D1, 1, ((77, 4, 3, 1),))) == []
+
+
+def test_a_clock_that_steps_back_stands_still(desk: Desk) -> None:
+    desk.tick(1.0)
+    desk.tell(e.RequestArrived(2, "a"), after=-5.0)
+    assert desk.machine.state.sequences[2].arrived == 1.0

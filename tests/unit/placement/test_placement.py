@@ -1,0 +1,136 @@
+"""Where work goes and what leaves for it: arithmetic on frozen values."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serverless_llm.domain import DeviceId, DeviceSpec, Footprint
+from serverless_llm.placement import choose, estimate, evict, fit, scale
+from serverless_llm.placement.evict import Candidate
+
+FOOTPRINT = Footprint("sha", file_bytes=1000, weight_bytes=900, kv_block_bytes=10, context=64)
+
+
+def test_the_floor_holds_one_sequence_of_the_context() -> None:
+    assert fit.kv_floor(FOOTPRINT, budget=10_000, tokens=2048, share=0.1) == 40
+    assert fit.kv_floor(FOOTPRINT, budget=10_000, tokens=17, share=0.1) == 20
+
+
+def test_the_floor_takes_no_more_than_its_share_but_at_least_a_block() -> None:
+    assert fit.kv_floor(FOOTPRINT, budget=399, tokens=2048, share=0.1) == 30
+    assert fit.kv_floor(FOOTPRINT, budget=50, tokens=2048, share=0.1) == 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "budget", "dram", "holds"),
+    [("copy", 940, 0, True), ("copy", 939, 9999, False), ("view", 940, 1000, True), ("view", 940, 999, False)],
+)
+def test_weights_and_floor_must_fit_and_in_view_mode_the_files_too(
+    weights: str, budget: int, dram: int, holds: bool
+) -> None:
+    assert fit.holds_weights(FOOTPRINT, DeviceSpec(0, "cpu", budget, weights), dram, floor=40) is holds
+
+
+def test_a_sequence_fits_beside_the_weights_alone() -> None:
+    assert fit.holds_sequence(FOOTPRINT, budget=920, tokens=32)
+    assert not fit.holds_sequence(FOOTPRINT, budget=920, tokens=33)
+
+
+LINKS = estimate.Links(disk=100.0, upload=1000.0, overhead_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("start", "seconds"),
+    [
+        (estimate.Start(queued=0, missing=0, upload=0), 0.5),
+        (estimate.Start(queued=300, missing=0, upload=500), 1.0),  # nothing to read: no queue
+        (estimate.Start(queued=300, missing=200, upload=500), 5.5),
+        (estimate.Start(queued=0, missing=10, upload=2000), 2.5),  # the upload is the slower link
+    ],
+)
+def test_a_start_takes_its_slowest_link_and_the_overhead(start: estimate.Start, seconds: float) -> None:
+    assert estimate.startup_s(start, LINKS) == pytest.approx(seconds)
+
+
+def test_reuse_halves_at_half_time() -> None:
+    assert estimate.reuse(0.0, 60.0) == 1.0
+    assert estimate.reuse(60.0, 60.0) == 0.5
+
+
+def test_learning_starts_with_the_first_sample() -> None:
+    assert estimate.learn(None, 4.0, 0.3) == 4.0
+    assert estimate.learn(4.0, 14.0, 0.3) == 7.0
+
+
+def test_victims_are_cheap_to_bring_back_and_long_idle() -> None:
+    fresh, stale, dear = Candidate((1,), 10, 1.0, 1.0), Candidate((2,), 10, 1.0, 9.0), Candidate((3,), 10, 99.0, 9.0)
+    assert evict.victims([fresh, stale, dear], 10) == (stale,)
+    assert evict.victims([fresh, stale, dear], 11) == (stale, fresh)
+
+
+def test_equal_victims_go_by_id() -> None:
+    assert evict.victims([Candidate((2,), 10, 1.0, 1.0), Candidate((1,), 10, 1.0, 1.0)], 5) == (
+        Candidate((1,), 10, 1.0, 1.0),
+    )
+
+
+def test_a_victim_that_a_larger_one_makes_needless_stays() -> None:
+    small, large = Candidate((1,), 10, 1.0, 9.0), Candidate((2,), 90, 5.0, 9.0)
+    assert evict.victims([small, large], 80) == (large,)
+
+
+def test_no_room_even_without_all() -> None:
+    assert evict.victims([Candidate((1,), 10, 1.0, 1.0)], 11) is None
+    assert evict.victims([], 0) == ()
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 50), st.floats(0, 9), st.floats(0, 9)), max_size=8)
+
+
+@given(SIZES, st.integers(-5, 200))
+def test_victims_suffice_and_each_is_needed(sizes: list[tuple[int, float, float]], needed: int) -> None:
+    candidates = [Candidate((number,), *values) for number, values in enumerate(sizes)]
+    chosen = evict.victims(candidates, needed)
+    if chosen is None:
+        assert sum(candidate.bytes for candidate in candidates) < needed
+        return
+    freed = sum(candidate.bytes for candidate in chosen)
+    assert freed >= needed
+    assert all(freed - candidate.bytes < needed for candidate in chosen)
+
+
+def test_holds_are_as_long_as_bringing_back_takes() -> None:
+    assert [evict.hold_s(seconds, 0.25, 10.0) for seconds in (0.1, 3.0, 60.0)] == [0.25, 3.0, 10.0]
+
+
+def test_patience_doubles_with_every_switch_up_to_its_cap() -> None:
+    assert [evict.patience_s(0.1, 2.0, 16.0, switches) for switches in (0, 1, 2, 9)] == [2.0, 4.0, 8.0, 16.0]
+    assert evict.patience_s(5.0, 2.0, 16.0, 1) == 10.0
+
+
+def test_the_least_sum_wins_then_the_device_id() -> None:
+    a = choose.Option(DeviceId("n0", 0), 3.0, 0.0, ())
+    b = choose.Option(DeviceId("n0", 1), 1.0, 1.0, (7,))
+    c = choose.Option(DeviceId("n1", 0), 2.0, 0.0, ())
+    assert choose.best([c, a, b]) == b
+    assert choose.best([]) is None
+
+
+@pytest.mark.parametrize(
+    ("demand", "want"),
+    [
+        (scale.Demand(0, False, 0, 0, 0, 0, 1), scale.Want.NOTHING),
+        (scale.Demand(1, False, 0, 0, 0, 0, 1), scale.Want.FIRST),
+        (scale.Demand(0, True, 0, 0, 0, 0, 1), scale.Want.FIRST),
+        (scale.Demand(0, False, 0, 0, 0, 1, 1), scale.Want.MORE),
+        (scale.Demand(0, False, 1, 4, 1, 2, 2), scale.Want.MORE),  # min_replicas does not wait for the first
+        (scale.Demand(9, False, 1, 0, 1, 0, 4), scale.Want.NOTHING),  # waiters of one model share one load
+        (scale.Demand(4, False, 1, 4, 0, 0, 4), scale.Want.NOTHING),
+        (scale.Demand(5, False, 1, 4, 0, 0, 4), scale.Want.MORE),
+        (scale.Demand(5, False, 4, 4, 0, 0, 4), scale.Want.NOTHING),
+    ],
+)
+def test_one_more_replica(demand: scale.Demand, want: scale.Want) -> None:
+    assert scale.wanted(demand) is want
