@@ -20,6 +20,7 @@ from serverless_llm.gateway.requests import LiveRequest, LiveRequests
 from serverless_llm.gateway.text import TextPool
 from serverless_llm.gateway.text_wire import Call
 
+SURE_BYTES = 32 << 10  # into an empty buffer: a write that never waits (asyncio's transports pause at 64 KiB)
 _log = logging.getLogger("serverless_llm.request")
 
 
@@ -110,10 +111,10 @@ class Completions:
             raise live.error
         response = web.StreamResponse(headers=sse.HEADERS | _timing(live))
         await response.prepare(http)
-        await self._pump(live, response)
+        await self._pump(live, http, response)
         return response
 
-    async def _pump(self, live: LiveRequest, response: web.StreamResponse) -> None:
+    async def _pump(self, live: LiveRequest, http: web.Request, response: web.StreamResponse) -> None:
         """Every piece of text, heartbeats in between, and the end; one write for all that is there."""
         chunks = sse.Chunks(_identity(live), live.request.include_usage)
         loop, every = asyncio.get_running_loop(), self._options.heartbeat_every
@@ -122,11 +123,11 @@ class Completions:
             done, text = live.done, live.take()
             out = chunks.delta(text) if text else b""
             if done:
-                await self._write(response, out + self._end(live, chunks))
+                await self._write(http, response, out + self._end(live, chunks))
                 return
             out = out or (self._heartbeat(chunks) if loop.time() >= beat else b"")
             if out:
-                await self._write(response, out)
+                await self._write(http, response, out)
                 beat = loop.time() + every
             await live.news(beat)
 
@@ -138,11 +139,14 @@ class Completions:
     def _heartbeat(self, chunks: sse.Chunks) -> bytes:
         return sse.PING if self._options.heartbeat == "comment" else chunks.heartbeat()
 
-    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+    async def _write(self, http: web.Request, response: web.StreamResponse, data: bytes) -> None:
         """
         Raises:
             ConnectionError: the client is gone, or takes nothing for too long.
         """
+        if len(data) < SURE_BYTES and http.transport is not None and not http.transport.get_write_buffer_size():
+            await response.write(data)
+            return
         try:
             async with asyncio.timeout(self._options.write_stall):
                 await response.write(data)

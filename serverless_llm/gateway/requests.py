@@ -63,19 +63,42 @@ class LiveRequest:
         self._stops = StopStrings(request.stop)
         self._stop_ids: frozenset[int] = frozenset()
         self._event = asyncio.Event()
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def done(self) -> bool:
         return bool(self.finish) or self.error is not None
 
     async def news(self, deadline: float | None) -> None:
-        """Sleep until there is a first token, text, an end, or it is `deadline` (loop time)."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._event.wait()
-        except TimeoutError:
-            return
+        """Sleep until there is a first token, text, an end, or it is `deadline` (loop time).
+
+        Deadlines move on with every token, so one timer follows them at leisure instead of one being armed each time.
+        """
+        self._deadline = deadline
+        if deadline is not None and (self._timer is None or self._timer.when() > deadline):
+            self._rearm(deadline)
+        await self._event.wait()
         self._event.clear()
+
+    def _rearm(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._deadline is None:
+            return
+        if asyncio.get_running_loop().time() < self._deadline:
+            self._rearm(self._deadline)
+        else:
+            self._event.set()
+
+    def forget(self) -> None:
+        """The handler is through: no timer outlives it."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def take(self) -> str:
         """The text that came since the last call."""
@@ -200,6 +223,7 @@ class LiveRequests:
     def close(self, live: LiveRequest, cause: str) -> None:
         """The handler is through with it; a sequence that may still run is stopped."""
         del self._live[live.sequence]
+        live.forget()
         self._stop(live, cause)
 
     def _stop(self, live: LiveRequest, cause: str) -> None:
