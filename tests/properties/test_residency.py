@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -103,4 +104,4 @@ class Residency(RuleBasedStateMachine):
             assert all(self.content[slots[piece]] == (checkpoint, piece) for piece in landed)
 
 
-TestResidency = Residency.TestCase
+TestResidency = pytest.mark.slow(Residency.TestCase)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serverless_llm.loader.copies import Copies
@@ -26,6 +26,7 @@ def test_a_dest_of_no_tensor_is_an_error() -> None:
         Copies([HEADER], [Dest("c", 0, 1, 0)])
 
 
+@settings(max_examples=50)
 @given(cuts=st.sets(st.integers(1, 15)), file=st.integers(0, 1))
 def test_every_byte_arrives(cuts: set[int], file: int) -> None:
     other = Header((TensorEntry("c", "U8", (11,), 5, 16),), {}, HEAD)

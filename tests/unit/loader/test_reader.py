@@ -82,6 +82,7 @@ def test_cancelled_ends_before_others_and_reads_no_more(tmp_path: Path, pool: Po
     batch = until_last(news)[-1]
     assert batch == Batch((), 0, 0, True, None)
     assert read.started == 0
+    assert other.qsize() <= 2  # of four
     until_last(other)
     reader.cancel(read)
     reader.close()

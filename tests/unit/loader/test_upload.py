@@ -96,6 +96,7 @@ def tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(content=tensors(), shards=st.integers(1, 3), order=st.integers(0, 99), gap=st.sampled_from([0, 7]))
 def test_any_checkpoint_comes_through(
