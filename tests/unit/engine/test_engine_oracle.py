@@ -26,6 +26,9 @@ from tests.unit.engine.tiny import (
     tensors_of,
 )
 
+transformers = pytest.importorskip("transformers")
+MODELS = (transformers.LlamaForCausalLM, transformers.Qwen3ForCausalLM)  # imported here: it takes seconds
+
 DEMOS = sorted(path.parent for path in Path(serverless_llm.demo.__file__).parent.glob("demo-*/model.safetensors"))
 LENGTHS = (1, 15, 33, 70, 130)
 

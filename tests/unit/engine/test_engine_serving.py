@@ -1,0 +1,321 @@
+"""The engine's verbs, on tiny random models."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from serverless_llm.domain import FinishReason, Sampling
+from serverless_llm.engine.config import ModelConfig
+from serverless_llm.engine.engine import Engine
+from serverless_llm.engine.sequence import SequenceState
+from serverless_llm.errors import CapacityError, CheckpointError
+from tests.unit.engine.tiny import GREEDY, Tensors, config_json, drain, entries_of, prompt, serve, start, tensors_of
+
+CONFIG = ModelConfig.parse(config_json())
+TENSORS = tensors_of(CONFIG)
+OTHER = ModelConfig.parse(config_json("Qwen3ForCausalLM", num_hidden_layers=1, hidden_size=32))
+MIB = 1 << 20
+
+
+def engine(weights: str = "view", budget: int = 16 * MIB, kv_floor: int = 0) -> Engine:
+    made = Engine(budget=budget, weights=weights)
+    serve(made, CONFIG, TENSORS, kv_floor=kv_floor)
+    return made
+
+
+def spoken(tokens: list[int], sampling: Sampling = GREEDY) -> list[int]:
+    """What a sequence says alone."""
+    alone = engine()
+    alone.add(start(1, tokens, sampling))
+    return drain(alone)[1][0]
+
+
+def test_a_step_tells_tokens_and_first_tokens() -> None:
+    ticks = itertools.count()
+    made = Engine(budget=16 * MIB, clock=lambda: float(next(ticks)))
+    serve(made, CONFIG, TENSORS)
+    made.add(start(5, prompt(20), epoch=3))
+    first = made.step()
+    assert first.first == [(5, 3, 1.0)]
+    assert [(sequence, epoch, len(tokens)) for sequence, epoch, tokens, _ in first.tokens] == [(5, 3, 1)]
+    assert made.sequences() == [SequenceState(5, 3, 1, 2)]
+    assert made.kv_used == 2 * CONFIG.kv_block_bytes
+    second = made.step()
+    assert second.first == []
+    assert second.tokens[0].finish is None
+    assert made.steps == 2
+
+
+def test_length_and_stop() -> None:
+    made = engine()
+    said = spoken(prompt(10))
+    made.add(start(1, prompt(10)))
+    made.add(start(2, prompt(10), replace(GREEDY, stop_ids=(159, said[4]))))
+    told = drain(made)
+    assert told[1] == (said, FinishReason.LENGTH)
+    assert told[2] == (said[: said.index(said[4]) + 1], FinishReason.STOP)
+    assert made.kv_used == 0
+    assert not made.runnable
+
+
+def test_the_context_is_the_last_token() -> None:
+    made = engine()
+    made.add(start(1, prompt(CONFIG.context - 3), replace(GREEDY, max_tokens=100)))
+    tokens, finish = drain(made)[1]
+    assert (len(tokens), finish) == (3, FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("generated", "sampling", "finish"),
+    [
+        ([4, 5, 6], replace(GREEDY, max_tokens=3), FinishReason.LENGTH),
+        ([4, 5, 6], replace(GREEDY, stop_ids=(6,)), FinishReason.STOP),
+    ],
+)
+def test_resumed_at_its_end(generated: list[int], sampling: Sampling, finish: FinishReason) -> None:
+    made = engine()
+    made.add(start(1, prompt(5), sampling, generated=generated, epoch=2))
+    assert made.runnable
+    assert made.step().tokens == [(1, 2, [], finish)]
+    assert not made.runnable
+
+
+def test_a_stop_id_in_the_prompt_stops_nothing() -> None:
+    made = engine()
+    made.add(start(1, [7, 7, 7], replace(GREEDY, stop_ids=(7,), max_tokens=1)))
+    assert len(drain(made)[1][0]) == 1
+
+
+def test_cancel_within_a_step() -> None:
+    made = engine()
+    for number in (1, 2):
+        made.add(start(number, prompt(20, number), epoch=1))
+    made.step()
+    made.cancel(1, 0)
+    assert len(made.sequences()) == 2
+    made.cancel(1, 1)
+    made.cancel(77, 1)
+    assert set(drain(made)) == {2}
+    assert made.kv_used == 0
+
+
+def test_an_ended_resume_can_be_cancelled() -> None:
+    made = engine()
+    made.add(start(1, prompt(5), replace(GREEDY, max_tokens=1), generated=[3]))
+    made.cancel(1, 0)
+    assert not made.runnable
+
+
+def test_epochs() -> None:
+    made = engine()
+    said = spoken(prompt(10))
+    made.add(start(1, prompt(10), epoch=1))
+    made.step()
+    made.add(start(1, prompt(99), epoch=0))
+    made.add(start(1, prompt(99), epoch=1))
+    made.add(start(1, prompt(10), generated=said[:5], epoch=2))
+    result = made.step()
+    assert [(emission.epoch, emission.tokens) for emission in result.tokens] == [(2, [said[5]])]
+
+
+def test_refusals() -> None:
+    made = engine(budget=MIB // 2)
+    with pytest.raises(KeyError):
+        made.add(start(1, prompt(5), replica=9))
+    for tokens in ([], [-1], [160], prompt(513)):
+        with pytest.raises(CapacityError):
+            made.add(start(1, tokens))
+    with pytest.raises(CapacityError, match="bytes of KV"):
+        made.add(start(1, prompt(200), replace(GREEDY, max_tokens=300)))
+    assert not made.runnable
+
+
+def test_a_replica_that_is_placed_but_not_active() -> None:
+    made = Engine(budget=MIB)
+    made.place(1, CONFIG, entries_of(TENSORS), 0)
+    with pytest.raises(KeyError):
+        made.add(start(1, prompt(5)))
+    made.drop(1)
+
+
+def test_placing_refuses() -> None:
+    made = engine(budget=MIB)
+    entries = entries_of(TENSORS)
+    with pytest.raises(CapacityError):
+        made.place(2, CONFIG, entries, MIB)
+    with pytest.raises(CheckpointError, match="lm_head"):
+        made.place(2, CONFIG, {name: entry for name, entry in entries.items() if name != "lm_head.weight"}, 0)
+    made.place(2, CONFIG, entries, 0)
+
+
+@pytest.mark.parametrize("weights", ["view", "copy"])
+def test_several_models_interleave(weights: str) -> None:
+    made = engine(weights)
+    other = tensors_of(OTHER, seed=4)
+    serve(made, OTHER, other, replica=2)
+    made.add(start(1, prompt(20)))
+    made.add(start(2, prompt(9), replica=2))
+    turns = [emission.sequence for _ in range(6) for emission in made.step().tokens]
+    assert turns == [1, 2, 1, 2, 1, 2]
+    alone = Engine(budget=4 * MIB)
+    serve(alone, OTHER, other, replica=2)
+    alone.add(start(2, prompt(9), replica=2))
+    expected = drain(alone)[2][0]
+    assert drain(made)[2][0] == expected[3:]
+
+
+@pytest.mark.parametrize("weights", ["view", "copy"])
+def test_drop_frees_everything(weights: str) -> None:
+    made = engine(weights)
+    free = made.kv_free
+    serve(made, OTHER, tensors_of(OTHER), replica=2)
+    made.add(start(1, prompt(20), replica=2, epoch=4))
+    made.step()
+    assert made.drop(2) == [SequenceState(1, 4, 1, 2)]
+    assert made.kv_free == free
+    assert not made.runnable
+    made.check_invariants()
+
+
+def test_a_replica_placed_where_another_was() -> None:
+    """The arena's bytes are given back and used again, and no one sees what was there."""
+    made = engine("copy", budget=2 * MIB)
+    said = spoken(prompt(30))
+    for replica in range(2, 8):
+        serve(made, OTHER, tensors_of(OTHER, seed=replica), replica=replica)
+        made.add(start(replica, prompt(50), replica=replica))
+        made.add(start(1, prompt(30)))
+        assert drain(made)[1][0] == said
+        made.drop(replica)
+
+
+def test_reserve_preempts_and_the_sequence_goes_on() -> None:
+    made = engine()
+    made.add(start(1, prompt(40)))
+    made.step()
+    assert made.kv_used
+    assert made.reserve(made.arena.numel() - CONFIG.weight_bytes()) == 0
+    assert made.kv_used == 0
+    assert made.sequences() == [SequenceState(1, 0, 1, 0)]
+    assert drain(made)[1][0] == spoken(prompt(40))[1:]
+
+
+def test_reserve_says_what_is_missing() -> None:
+    made = engine(kv_floor=MIB)
+    assert made.reserve(made.arena.numel() - CONFIG.weight_bytes() - MIB + 5) == 5
+    assert made.reserve(MIB) == 0
+
+
+def test_reserve_leaves_floors_alone() -> None:
+    made = engine(kv_floor=MIB)
+    made.add(start(1, prompt(40)))
+    made.step()
+    assert made.reserve(made.arena.numel() - CONFIG.weight_bytes() - MIB) == 0
+    assert made.kv_used
+
+
+def test_weights_push_kv_out_of_their_way() -> None:
+    """In copy mode a buffer that finds only KV in its place takes it; the sequences run again."""
+    made = engine("copy", budget=MIB, kv_floor=MIB // 4)
+    said = {number: spoken(prompt(100, number)) for number in range(3)}
+    for number in said:
+        made.add(start(number, prompt(100, number)))
+    got = {number: list(made.step().tokens[0].tokens) if not number else [] for number in said}
+    for emission in made.step().tokens:
+        got[emission.sequence] += emission.tokens
+    serve(made, OTHER, tensors_of(OTHER), replica=2)
+    for number, (tokens, _) in drain(made).items():
+        got[number] += tokens
+    assert {number: tokens[-5:] for number, tokens in got.items()} == {n: tokens[-5:] for n, tokens in said.items()}
+
+
+def test_a_sequence_stranded_by_weights_ends_in_error() -> None:
+    made = engine(budget=MIB)
+    made.add(start(1, prompt(200), replace(GREEDY, max_tokens=40)))
+    blocker = ModelConfig.parse(config_json("Qwen3ForCausalLM", vocab_size=1800, tie_word_embeddings=True))
+    made.place(2, blocker, entries_of(tensors_of(blocker)), 0)
+    assert drain(made, steps=50)[1][1] is FinishReason.ERROR
+    assert not made.runnable
+
+
+def test_nan_ends_its_sequence_alone() -> None:
+    poisoned: Tensors = {name: tensor.clone() for name, tensor in TENSORS.items()}
+    poisoned["model.embed_tokens.weight"][150] = torch.nan
+    made = Engine(budget=16 * MIB)
+    serve(made, CONFIG, poisoned)
+    good, bad = [token % 150 for token in prompt(20)], [3, 150, 4]
+    for rounds in range(3):
+        made.add(start(1, good))
+        made.add(start(2, bad, Sampling(temperature=rounds, max_tokens=5)))
+        told = drain(made)
+        assert told[2] == ([], FinishReason.ERROR)
+        assert len(told[1][0]) == 12
+
+
+@pytest.mark.parametrize("weights", ["view", "copy"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_conversion(weights: str, stored: torch.dtype) -> None:
+    """Tensors stored in another dtype are converted into the arena, and not referred to afterwards."""
+    served = ModelConfig.parse(config_json(), "float32" if stored is torch.bfloat16 else "bfloat16")
+    tensors = tensors_of(served, dtype=stored)
+    made = Engine(budget=16 * MIB, weights=weights)
+    assert made.place(1, served, entries_of(tensors), 0) is None
+    assert made.activate(1, tensors) is False
+    for tensor in tensors.values():
+        tensor.fill_(torch.nan)
+    made.add(start(1, prompt(10)))
+    assert drain(made)[1][1] is FinishReason.LENGTH
+    assert made.kv_free <= made.arena.numel() - served.weight_bytes()
+
+
+def test_a_checkpoint_of_mixed_dtypes() -> None:
+    mixed = {name: tensor.bfloat16() if "norm" in name else tensor for name, tensor in TENSORS.items()}
+    results = []
+    for weights, refers in (("view", True), ("copy", False)):
+        made = Engine(budget=16 * MIB, weights=weights)
+        assert made.place(1, CONFIG, entries_of(mixed), 0) is None
+        assert made.activate(1, mixed) is refers
+        made.add(start(1, prompt(10)))
+        results.append(drain(made)[1])
+    assert results[0] == results[1]
+
+
+def test_view_mode_refers_to_the_tensors() -> None:
+    made = Engine(budget=16 * MIB)
+    assert made.place(1, CONFIG, entries_of(TENSORS), 0) is None
+    assert made.activate(1, TENSORS) is True
+
+
+def test_dests_cover_each_tensor_in_its_place() -> None:
+    made = Engine(budget=16 * MIB, weights="copy")
+    planned = made.place(1, CONFIG, entries_of(TENSORS), 0)
+    assert planned is not None
+    assert {dest.tensor: dest.stop - dest.start for dest in planned} == {n: t.nbytes for n, t in TENSORS.items()}
+    at = {dest.tensor: dest for dest in planned}
+    q, k, v = (at[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv")
+    assert q.offset % 256 == 0
+    assert (k.offset, v.offset) == (q.offset + q.stop, q.offset + q.stop + k.stop)
+    ranges = sorted((dest.offset, dest.offset + dest.stop) for dest in planned)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(ranges))
+
+
+def test_steps_get_shorter_as_the_model_shows_to_be_slow() -> None:
+    """A clock on which each step takes ten seconds: prefill goes on in the smallest chunks."""
+    ticks = itertools.count(step=10)
+    made = Engine(budget=16 * MIB, clock=lambda: float(next(ticks)))
+    serve(made, CONFIG, TENSORS)
+    made.add(start(1, prompt(500), replace(GREEDY, max_tokens=1)))
+    made.add(start(2, prompt(60, 2), replace(GREEDY, max_tokens=1)))
+    assert drain(made)[1][0] == spoken(prompt(500), replace(GREEDY, max_tokens=1))
+    assert made.steps == 4  # 500 + 12 tokens at first, then 16 at a time
+
+
+def test_warm_and_identity() -> None:
+    made = engine()
+    made.warm()
+    assert made.numerics_id == engine("copy").numerics_id
+    assert "threads-1" in made.numerics_id

@@ -1,0 +1,161 @@
+"""Each kernel against a plain computation, and against itself in another company of rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serverless_llm.kernels.attention import (
+    BLOCK,
+    CHUNK,
+    CHUNK_BLOCKS,
+    Span,
+    Tile,
+    TileGroup,
+    gathered_attention,
+    hidden_keys,
+    tile_tokens,
+    tiled_attention,
+)
+from serverless_llm.kernels.linear import TILE, padded, silu_gate, tiled_linear
+from serverless_llm.kernels.norm import rms_norm
+from serverless_llm.kernels.rope import frequencies, rotate, table
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(0, 0), (1, TILE), (TILE, TILE), (TILE + 1, 2 * TILE)])
+def test_padded(rows: int, expected: int) -> None:
+    assert padded(rows) == expected
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_tiled_linear(tiles: int) -> None:
+    x, weight, bias = random(tiles * TILE, 40), random(24, 40, seed=1), random(24, seed=2)
+    torch.testing.assert_close(tiled_linear(x, weight.t(), bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(tiled_linear(x, weight.t(), None), F.linear(x, weight))
+
+
+@given(
+    st.integers(1, 90).map(lambda size: 4 * size),
+    st.integers(1, 200),
+    st.integers(0, TILE - 1),
+    st.integers(0, 2 * TILE - 1),
+    st.integers(0, 9),
+)
+def test_a_linear_row_is_its_own(inner: int, outer: int, here: int, there: int, shift: int) -> None:
+    """Same bits at any place, in any tile, beside any rows, from weights at any address."""
+    weight, row = random(outer, inner), random(inner, seed=1)
+    one, two = random(TILE, inner, seed=2), random(2 * TILE, inner, seed=3)
+    one[here] = two[there] = row
+    moved = torch.empty(outer * inner + 16)[shift : shift + outer * inner].view(outer, inner).copy_(weight)
+    assert torch.equal(tiled_linear(one, weight.t(), None)[here], tiled_linear(two, moved.t(), None)[there])
+
+
+@given(st.integers(1, 40), st.integers(1, 70), st.data())
+def test_elementwise_rows_are_their_own(rows: int, width: int, data: st.DataObject) -> None:
+    x, y = random(rows, width) * 4, random(rows, width, seed=1)
+    first = data.draw(st.integers(0, rows - 1))
+    expected = silu_gate(x.clone(), y)[first:]
+    assert torch.equal(silu_gate(x[first:].clone(), y[first:]), expected)
+    assert torch.equal(rms_norm(x[first:], y[0], 1e-6), rms_norm(x, y[0], 1e-6)[first:])
+
+
+def test_silu_gate() -> None:
+    gate, up = torch.tensor([-200.0, -5.0, 0.0, 3.0, 200.0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    torch.testing.assert_close(silu_gate(gate.clone(), up), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, weight = random(5, 3, 32).to(dtype), random(32, seed=1).to(dtype)
+    expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    out = rms_norm(x, weight, 1e-5)
+    assert out.dtype is dtype
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=1e-6)
+
+
+def test_rotate_turns_pairs_by_position_times_frequency() -> None:
+    frequency = frequencies(100.0, 8)
+    cosine, sine = table(frequency, 5, 3)
+    x = random(3, 2, 8)
+    turned = rotate(x, cosine[:, None], sine[:, None])
+    for token, head, pair in ((0, 0, 0), (1, 1, 2), (2, 0, 3)):
+        angle = (5 + token) * 100.0 ** (-2 * pair / 8)
+        a, b = float(x[token, head, pair]), float(x[token, head, pair + 4])
+        assert float(turned[token, head, pair]) == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-5)
+        assert float(turned[token, head, pair + 4]) == pytest.approx(
+            b * math.cos(angle) + a * math.sin(angle), abs=1e-5
+        )
+
+
+def test_scaled_frequencies() -> None:
+    plain = frequencies(10000.0, 64)
+    torch.testing.assert_close(frequencies(10000.0, 64, "linear", factor=4.0), plain / 4)
+    stretched = frequencies(10000.0, 64, "llama3", 8.0, 1.0, 4.0, 1024)
+    wavelength = 2 * math.pi / plain
+    assert torch.equal(stretched[wavelength < 256], plain[wavelength < 256])
+    torch.testing.assert_close(stretched[wavelength > 1024], plain[wavelength > 1024] / 8)
+    middle = (wavelength > 256) & (wavelength < 1024)
+    assert bool(((stretched < plain) & (stretched > plain / 8))[middle].all())
+
+
+class Paged:
+    """Sequences of random K and V in an arena with garbage between their blocks."""
+
+    def __init__(self, lengths: list[int], heads: int, kv_heads: int, size: int) -> None:
+        self.heads, self.group = heads, heads // kv_heads
+        self.k = [random(length, kv_heads, size, seed=10 + n) for n, length in enumerate(lengths)]
+        self.v = [random(length, kv_heads, size, seed=50 + n) for n, length in enumerate(lengths)]
+        blocks = sum(-(-length // BLOCK) for length in lengths)
+        self.kv = torch.full((2 * blocks + 2, 2, BLOCK, kv_heads, size), 1e6)
+        free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
+        self.rows: list[list[int]] = []
+        for k, v in zip(self.k, self.v, strict=True):
+            self.rows.append([2 * free.pop() for _ in range(0, len(k), BLOCK)])
+            for token in range(len(k)):
+                row = self.rows[-1][token // BLOCK] + 1  # layer 1
+                self.kv[row, 0, token % BLOCK], self.kv[row, 1, token % BLOCK] = k[token], v[token]
+
+    def expected(self, sequence: int, q: torch.Tensor) -> torch.Tensor:
+        """`q`: [n, A, D], the sequence's last n tokens."""
+        k, v = (x[sequence].repeat_interleave(self.group, 1).double() for x in (self.k, self.v))
+        scores = torch.einsum("tad,kad->atk", q.double(), k) * q.shape[-1] ** -0.5
+        position = torch.arange(len(k) - len(q), len(k))
+        scores.masked_fill_(torch.arange(len(k))[None, :] > position[:, None], -torch.inf)
+        return torch.einsum("atk,kad->tad", scores.softmax(-1), v).flatten(1).float()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (4, 4, 8), (6, 1, 24), (40, 2, 8)])
+def test_tiled_attention(heads: int, kv_heads: int, size: int) -> None:
+    paged = Paged([1, 40, 200], heads, kv_heads, size)
+    width, chunks = tile_tokens(heads, kv_heads), -(-200 // CHUNK)
+    table = [[*paged.rows[n], *[paged.rows[n][0]] * (chunks * CHUNK_BLOCKS - len(paged.rows[n]))] for n in range(3)]
+    position = torch.tensor([[0] * width, [39] * width, [199] * width])
+    tile = Tile(torch.arange(3).repeat_interleave(width), chunks, hidden_keys(position, chunks, paged.group))
+    q = random(3, heads, size)
+    out = tiled_attention(q, paged.kv, 1, [TileGroup(torch.tensor(table).ravel(), 3, [tile])])
+    for n in range(3):
+        torch.testing.assert_close(out[n : n + 1], paged.expected(n, q[n : n + 1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 30])
+def test_gathered_attention(n: int) -> None:
+    paged = Paged([50, 33], 4, 2, 16)
+    q = random(2 * n, 4, 16)
+    spans = []
+    for number, length in enumerate((50, 33)):
+        visible = torch.arange(length)[None, :] <= torch.arange(length - n, length)[:, None]
+        rows = torch.tensor(paged.rows[number])
+        spans.append(Span(number * n, number * n + n, rows, length, None if n == 1 else visible))
+    out = gathered_attention(q, paged.kv, 1, spans)
+    for number in range(2):
+        part = slice(number * n, number * n + n)
+        torch.testing.assert_close(out[part], paged.expected(number, q[part]), rtol=1e-4, atol=1e-5)
