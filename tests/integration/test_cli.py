@@ -1,0 +1,184 @@
+"""`serve`, `run` and `stop` as a user calls them: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.node.processes import command, environment
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 60.0
+
+
+class Serve:
+    """`serverless-llm serve` with a state directory of its own, ready when made."""
+
+    def __init__(self, state: Path, *options: str) -> None:
+        self.state = state
+        self.environment = environment() | {"SERVERLESS_LLM_STATE_DIR": str(state)}
+        small = ["--port", "0", "--devices", "cpu:1", "--device-memory", "16MiB", "--dram", "32MiB"]
+        self.process = subprocess.Popen(
+            command("serverless_llm", "serve", *small, *options),
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def url(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert "serves on http://127.0.0.1:" in line
+        return line.split()[-1]
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command("serverless_llm", *arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=PATIENCE)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Serve]:
+    serve = Serve(tmp_path / "state", "--model", "demo-reverse")
+    yield serve
+    serve.end()
+
+
+def agents(state: Path) -> list[int]:
+    return [int((path.read_text() or "0").strip() or 0) for path in (state / "agents").glob("*.lock")]
+
+
+def test_serve_run_list_and_stop(served: Serve) -> None:
+    url = served.url()
+    assert json.loads((served.state / "head.json").read_text())["url"] == url
+    answer = served.cli("run", "demo-reverse", "hello")
+    assert (answer.returncode, answer.stdout) == (0, "olleh\n")
+    assert "cold start" in answer.stderr
+    assert "warm" in served.cli("run", "demo-reverse", "abc").stderr
+    (row,) = json.loads(served.cli("ps", "--json").stdout)
+    assert (row["name"], row["state"], row["devices"]) == ("demo-reverse", "loaded", ["node0/0"])
+    assert served.cli("rm", "demo-reverse").returncode == 0
+    assert json.loads(served.cli("ls", "--json").stdout) == []
+    (agent,) = agents(served.state)
+    assert served.cli("stop").returncode == 0
+    assert served.process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert not is_alive(agent)
+    assert served.cli("ls").returncode == 69
+
+
+def test_interrupt_is_130(served: Serve) -> None:
+    served.url()
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(PATIENCE) == 130
+
+
+def test_second_signal_ends_at_once(served: Serve) -> None:
+    url = served.url()
+    body = {"model": "demo-reverse", "prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=PATIENCE) as stream:
+        assert stream.readline().startswith(b"data: ")
+        (agent,) = agents(served.state)
+        assert served.cli("stop", "--now").returncode == 0
+    assert served.process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert not is_alive(agent)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_two_servers_on_one_state_directory(served: Serve) -> None:
+    served.url()
+    second = served.cli("serve", "--port", "0")
+    assert second.returncode == 78
+    assert f"(pid {served.process.pid}) already uses" in second.stderr
+
+
+def test_a_taken_port_is_a_bad_configuration(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        serve = Serve(tmp_path / "state", "--port", str(taken.getsockname()[1]))
+        _, errors = serve.process.communicate(timeout=PATIENCE)
+    assert serve.process.returncode == 78
+    assert "cannot listen on 127.0.0.1" in errors
+
+
+def test_a_model_that_cannot_be_served_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    serve = Serve(tmp_path / "state", "--model", f"bad={tmp_path / 'empty'}")
+    _, errors = serve.process.communicate(timeout=PATIENCE)
+    assert serve.process.returncode == 78
+    assert str(tmp_path / "empty") in errors
+
+
+def test_off_loopback_a_key_is_made_and_found(tmp_path: Path) -> None:
+    serve = Serve(tmp_path / "state", "--host", "0.0.0.0", "--model", "demo-reverse")
+    try:
+        url = serve.url()
+        key_file = tmp_path / "state" / "api-key"
+        assert key_file.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{url}/v1/models", timeout=PATIENCE)
+        assert serve.cli("run", "demo-reverse", "key", "-q").stdout == "yek\n"
+        assert key_file.read_text() not in Path(f"/proc/{serve.process.pid}/cmdline").read_text()
+    finally:
+        serve.end()
+
+
+def test_run_without_a_server_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    surroundings = environment() | {"SERVERLESS_LLM_STATE_DIR": str(tmp_path / "state"), "TMPDIR": str(folder)}
+    surroundings |= {"SERVERLESS_LLM_DRAM": "32MiB", "SERVERLESS_LLM_DEVICES": "cpu:1"}
+    done = subprocess.run(
+        command("serverless_llm", "run", "demo-reverse", "stressed"),
+        env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "desserts\n")
+    assert "cold start" in done.stderr
+    assert list(folder.iterdir()) == []
+    assert not any(str(folder) in line for line in command_lines())
+
+
+def command_lines() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_text())
+        except OSError:
+            continue
+    return found
+
+
+def test_module_runs_as_the_script_does() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "serverless_llm", "--help"], capture_output=True, text=True, env=os.environ, check=True
+    )
+    assert done.stdout.startswith("Usage: serverless-llm")
