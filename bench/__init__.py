@@ -1,0 +1,1 @@
+"""One question a file; results as JSON under results/."""

@@ -1,0 +1,1 @@
+"""Tests of the product: real processes, sockets and files."""
