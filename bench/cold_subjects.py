@@ -154,10 +154,9 @@ class Ours:
 
 def options(device: str, weights: str, nbytes: int) -> list[str]:
     """How the server is started for one model of `nbytes`."""
-    chosen = ["--devices", f"{device}:1", "--dram", str(math.ceil(1.25 * nbytes) + GIB)]
-    if device == "cpu":
-        chosen += ["--weights", weights, "--device-memory", str(math.ceil(1.25 * nbytes) + GIB)]
-    return chosen
+    room = str(math.ceil(1.25 * nbytes) + GIB)
+    chosen = ["--devices", f"{device}:1", "--device-memory", room, "--dram", room]
+    return [*chosen, "--weights", weights] if device == "cpu" else chosen
 
 
 def forward(metrics: Mapping[str, Any]) -> float:
@@ -243,11 +242,12 @@ class Peer:
     def __exit__(self, *_: object) -> None: ...
 
     def sample(self, case: str, prompts: Sequence[str]) -> Sample:
-        """The peer's libraries are in the page cache in both cases: only its model is cold."""
+        """The peer's libraries are in the page cache in both cases, only its model is cold; `dram` follows `disk`."""
         if self._fresh:
             self._page(case)
-            with Child(self._command, self._environ) as libraries:
-                libraries.hear()
+            if case == "disk":
+                with Child(self._command, self._environ) as libraries:
+                    libraries.hear()
             with Child(self._command, self._environ) as child:
                 return self._start(case, child, prompts, child.began)
         with Child(self._command, self._environ) as child:

@@ -37,6 +37,7 @@ PEERS = {
         settings={
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes much of the machine and longer to make
             "VLLM_CPU_OMP_THREADS_BIND": "auto",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else one core is kept for an API server that does not run here
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no second process that imports everything again
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",

@@ -106,10 +106,9 @@ def test_a_start_from_the_right_tier_counts(case: str, storage: int) -> None:
 
 def test_the_server_gets_room_for_the_model() -> None:
     gib = 1 << 30
-    on_cpu = cold_subjects.options("cpu", "copy", 4 * gib)
-    assert on_cpu[:4] == ["--devices", "cpu:1", "--dram", str(6 * gib)]
-    assert on_cpu[4:] == ["--weights", "copy", "--device-memory", str(6 * gib)]
-    assert cold_subjects.options("cuda", "view", 4 * gib) == ["--devices", "cuda:1", "--dram", str(6 * gib)]
+    room = ["--device-memory", str(6 * gib), "--dram", str(6 * gib)]
+    assert cold_subjects.options("cpu", "copy", 4 * gib) == ["--devices", "cpu:1", *room, "--weights", "copy"]
+    assert cold_subjects.options("cuda", "view", 4 * gib) == ["--devices", "cuda:1", *room]
 
 
 def test_a_forward_is_what_follows_the_queue() -> None:
