@@ -1,0 +1,63 @@
+"""The head's parts that need no process: options, keys, deploys, observations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.cli.server import deploy_body, gateway_options, kept_key, observe
+from serverless_llm.cluster.commands import Decided, Evicted, Outcome
+from serverless_llm.config import Config, ModelEntry, load
+from serverless_llm.domain import DeviceId, LoadPhases
+from serverless_llm.gateway.metrics import Metrics
+
+DEVICE = DeviceId("node0", 0)
+
+
+def configured(state: Path, **flags: object) -> Config:
+    return load({"state_dir": state, "devices": "cpu:1", **flags}, {"HOME": "/nowhere"}, memory=1 << 30)
+
+
+def test_loopback_needs_no_key(tmp_path: Path) -> None:
+    options = gateway_options(configured(tmp_path, hosts=("gpu.example",), hold="5s", heartbeat="comment"))
+    assert (options.api_keys, options.open_metrics, options.hosts) == ((), True, ("gpu.example",))
+    assert (options.hold, options.heartbeat) == (5.0, "comment")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_elsewhere_a_key_is_made_and_kept(tmp_path: Path) -> None:
+    options = gateway_options(configured(tmp_path, host="0.0.0.0"))
+    assert options.api_keys == (kept_key(tmp_path),)
+    assert not options.open_metrics
+    assert len(options.api_keys[0]) >= 32
+    assert (tmp_path / "api-key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_given_key_is_taken(tmp_path: Path, host: str) -> None:
+    assert gateway_options(configured(tmp_path, host=host, api_key="mine")).api_keys == ("mine",)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configured_model_is_a_deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = json.loads(deploy_body(ModelEntry(source="m", context=512)))
+    assert body["source"] == str(tmp_path / "m")
+    assert body["context"] == 512
+    assert "keep_alive" not in body
+    assert json.loads(deploy_body(ModelEntry(source="m", keep_alive=float("inf"))))["keep_alive"] == -1
+    assert json.loads(deploy_body(ModelEntry(source="m", keep_alive=5.0)))["keep_alive"] == 5.0
+
+
+def test_decisions_and_outcomes_are_counted() -> None:
+    metrics = Metrics()
+    observe(metrics, Decided(1, "m", DEVICE, 0.5, ()))
+    observe(metrics, Outcome(1, "m", DEVICE, 0.5, 1.0, LoadPhases(disk_s=0.75, total_s=0.8, disk_bytes=10)))
+    observe(metrics, Evicted(1, "m", DEVICE, "memory"))
+    lines = metrics.page().decode().splitlines()
+    assert 'serverless_llm_cold_starts_total{model_name="m",source="disk"} 1.0' in lines
+    assert 'serverless_llm_load_seconds_sum{model_name="m",phase="disk"} 0.75' in lines
+    assert 'serverless_llm_estimate_ratio_sum{model_name="m"} 2.0' in lines
+    assert 'serverless_llm_evictions_total{reason="memory"} 1.0' in lines
