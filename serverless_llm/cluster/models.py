@@ -10,7 +10,6 @@ from serverless_llm.cluster.replicas import unload
 from serverless_llm.cluster.sequences import refuse_oversized, reject_not_found
 from serverless_llm.cluster.starts import drain
 from serverless_llm.cluster.state import STARTING, Model, Replica
-from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import ModelName
 
@@ -93,5 +92,5 @@ def _send_off(turn: Turn, replica: Replica, reason: str) -> None:
     """Unload what is idle or on its way; what runs something leaves when that has ended."""
     if replica.running:
         replica.retiring = reason
-    elif replica.state is not ReplicaState.UNLOADING:
+    else:
         unload(turn, replica, reason)

@@ -180,9 +180,9 @@ def suspect(turn: Turn, sequence: Sequence) -> None:
 
 def recall(turn: Turn, sequence: Sequence) -> None:
     """Requeue a sequence whose worker lives: should it run there after all, it ends."""
-    if sequence.replica is not None:
-        turn.emit(Cancel(sequence.replica.device, sequence.id, sequence.epoch))
-        requeue(turn, sequence)
+    assert sequence.replica is not None
+    turn.emit(Cancel(sequence.replica.device, sequence.id, sequence.epoch))
+    requeue(turn, sequence)
 
 
 def reject(

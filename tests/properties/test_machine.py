@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
-from tests.unit.cluster.driver import GIB, Agent, Faults, Worker, World
+from tests.unit.cluster.cast import Agent, Faults, Worker
+from tests.unit.cluster.driver import GIB, World
 
 MODELS = ("a", "b", "c", "d", "e")
 NODES = ("n0", "n1")
@@ -36,7 +38,9 @@ def build(seed: int, weights: str) -> World:
         world.add_node(name, devices=2, budget=GIB, weights=weights, dram=2 * GIB)
     for number, name in enumerate(MODELS):
         size = (200 + 150 * number) << 20
-        world.deploy(name, size=size, max_replicas=1 + number % 2, max_concurrency=3, keep_alive=(0.0, 2.0, 60.0)[number % 3])
+        world.deploy(
+            name, size=size, max_replicas=1 + number % 2, max_concurrency=3, keep_alive=(0.0, 2.0, 60.0)[number % 3]
+        )
     return world
 
 
@@ -144,12 +148,32 @@ def operate(world: World, model: str, what: str) -> None:
         spec = {} if known is None else {"min_replicas": 1 - known.spec.min_replicas if model == "a" else 0}
         world.deploy(model, size=size, checkpoint=f"sha-{model}-{size}", max_concurrency=3, **spec)
     else:
-        world.handle({"load": e.Load, "unload": e.UnloadModel, "delete": e.Delete}[what](model))
+        verbs: dict[str, type[e.Load] | type[e.UnloadModel] | type[e.Delete]]
+        verbs = {"load": e.Load, "unload": e.UnloadModel, "delete": e.Delete}
+        world.handle(verbs[what](model))
 
 
 TestStorm = Storm.TestCase
 TestStorm.settings = settings(max_examples=25, stateful_step_count=60)
 TestStorm = pytest.mark.slow(TestStorm)
+
+
+def make_trouble(trouble: Storm, chance: random.Random) -> None:
+    number = chance.randrange(4)
+    what = chance.choice(["load", "unload", "pin", "redeploy"])
+    actions: list[Callable[[], object]] = [
+        lambda: trouble.hang_up(number),
+        lambda: trouble.kill_worker(number),
+        lambda: trouble.kill_node(number, 2.0),
+        lambda: trouble.break_link(number, 0.2),
+        lambda: trouble.partition(number, number > 1),
+        lambda: trouble.change_weather(number < 2),
+        lambda: trouble.shrink_device(number, number % 2 << 26),
+        lambda: trouble.jam_loads(MODELS[number], number > 2),
+        lambda: trouble.ask_poisonously(number, MODELS[number]),
+        lambda: operate(trouble.world, MODELS[number], what),
+    ]
+    chance.choice(actions)()
 
 
 def storm(seed: int, steps: int) -> World:
@@ -162,21 +186,7 @@ def storm(seed: int, steps: int) -> World:
         world.run(chance.expovariate(4.0))
         world.request(chance.choice(MODELS), tokens=chance.randrange(1, 120))
         if chance.random() < 0.12:
-            number = chance.randrange(4)
-            chance.choice(
-                [
-                    lambda: trouble.hang_up(number),
-                    lambda: trouble.kill_worker(number),
-                    lambda: trouble.kill_node(number, 2.0),
-                    lambda: trouble.break_link(number, 0.2),
-                    lambda: trouble.partition(number, number > 1),
-                    lambda: trouble.change_weather(number < 2),
-                    lambda: trouble.shrink_device(number, number % 2 << 26),
-                    lambda: trouble.jam_loads(MODELS[number], number > 2),
-                    lambda: trouble.ask_poisonously(number, MODELS[number]),
-                    lambda: operate(world, MODELS[number], chance.choice(["load", "unload", "pin", "redeploy"])),
-                ]
-            )()
+            make_trouble(trouble, chance)
     return world
 
 
@@ -200,6 +210,8 @@ def test_one_seed_gives_one_command_log() -> None:
     digests = set()
     for hash_seed in ("1", "4242"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
+        )
         digests.add(done.stdout)
     assert len(digests) == 1

@@ -10,7 +10,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
@@ -28,83 +28,24 @@ from serverless_llm.domain import (
     ModelSpec,
     NodeId,
     NodeSpec,
-    ReplicaId,
     SequenceId,
 )
+from tests.unit.cluster.cast import Agent, Client, Faults, Run, Worker
 
 GIB = 1 << 30
+CALM = Faults()
 BLOCK = 1 << 16
-
-
-@dataclass(frozen=True)
-class Faults:
-    """Chances per frame, and the longest extra delay in seconds (which reorders)."""
-
-    drop: float = 0.0
-    duplicate: float = 0.0
-    delay_s: float = 0.0
-
-
-@dataclass(eq=False)
-class Run:
-    """A sequence on a worker: a token at `begun + prefill_s`, and one each `token_s` after it."""
-
-    sequence: SequenceId
-    epoch: int
-    replica: ReplicaId
-    base: int
-    begun: float
-    live: bool = True
-
-
-@dataclass(eq=False)
-class Worker:
-    device: DeviceId
-    budget: int
-    incarnation: int
-    replicas: dict[ReplicaId, e.HeldReplica] = field(default_factory=dict)
-    loading: set[ReplicaId] = field(default_factory=set)
-    taken: dict[ReplicaId, int] = field(default_factory=dict)
-    runs: dict[SequenceId, Run] = field(default_factory=dict)
-    up: bool = True
-
-
-@dataclass(eq=False)
-class Agent:
-    spec: NodeSpec
-    workers: dict[int, Worker]
-    resident: dict[CheckpointId, int] = field(default_factory=dict)
-    link: int = 0  # 0: not connected
-    up: bool = True
-    cut: bool = False
-
-
-@dataclass(eq=False)
-class Client:
-    """One request at the gateway: its token log, its current epoch, and how it ended."""
-
-    model: ModelName
-    prompt: int
-    tokens: int
-    arrived: float
-    then: Callable[[], None] | None
-    log: int = 0
-    epoch: int = 0
-    end: str = ""
-    ended: float = 0.0
-    reject: c.Reject | None = None
-    dispatches: list[c.Dispatch] = field(default_factory=list)
 
 
 class World:
     """Everything outside the machine. `now` only moves in `run`."""
 
-    def __init__(self, policy: Policy | None = None, faults: Faults = Faults(), seed: int = 0) -> None:
+    def __init__(self, policy: Policy | None = None, faults: Faults = CALM, seed: int = 0) -> None:
         self.machine = Machine(policy or Policy())
         self.faults = faults
         self.chance = random.Random(seed)
         self.now = 0.0
-        self.queue: list[tuple[float, int, Callable[[], None]]] = []
+        self.queue: list[tuple[float, int, Callable[[], object]]] = []
         self.serial = 0
         self.agents: dict[NodeId, Agent] = {}
         self.clients: dict[SequenceId, Client] = {}
@@ -127,11 +68,11 @@ class World:
 
     # --- time ---
 
-    def at(self, when: float, action: Callable[[], None]) -> None:
+    def at(self, when: float, action: Callable[[], object]) -> None:
         self.serial += 1
         heapq.heappush(self.queue, (max(when, self.now), self.serial, action))
 
-    def after(self, seconds: float, action: Callable[[], None]) -> None:
+    def after(self, seconds: float, action: Callable[[], object]) -> None:
         self.at(self.now + seconds, action)
 
     def run(self, seconds: float) -> None:
@@ -223,7 +164,7 @@ class World:
         tokens: int = 5,
         prompt: int = 10,
         keep_alive: float | None = None,
-        then: Callable[[], None] | None = None,
+        then: Callable[[], object] | None = None,
         tokenise_s: float | None = 0.002,
     ) -> SequenceId:
         """A client asks now. `then` is called when it has its answer. `tokenise_s` None: its prompt never is."""
@@ -282,7 +223,7 @@ class World:
         if agent.cut or not link:
             return
         for _ in range(self._frames()):
-            self.after(self._lag(), lambda: self.handle(event) and None if agent.link == link else None)
+            self.after(self._lag(), lambda: self.handle(event) if agent.link == link else None)
 
     def down_link(self, device: DeviceId, command: c.Command, action: Callable[[Agent, Worker], None]) -> None:
         """Head -> agent."""
@@ -530,7 +471,7 @@ class World:
         self.agents[command.node].resident.pop(command.checkpoint, None)
 
 
-OBEY: dict[type, Callable[[World, c.Command], None]] = {
+OBEY: dict[type, Callable[[World, Any], None]] = {
     c.Reserve: World.reserve,
     c.StartLoad: World.start_load,
     c.Unload: World.unload,
@@ -544,4 +485,4 @@ OBEY: dict[type, Callable[[World, c.Command], None]] = {
     c.Decided: World.note,
     c.Outcome: World.note,
     c.Evicted: World.note,
-}  # type: ignore[dict-item]
+}

@@ -172,6 +172,16 @@ def test_nothing_is_started_on_a_worker_that_is_being_killed() -> None:
     assert desk.tick(10.0) == [c.DropNode("n0")]
 
 
+def test_a_worker_is_killed_once_however_much_it_leaves_unanswered() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", size=30))
+    desk.tell(deploy("b", size=30))
+    desk.ask(1, "a")
+    desk.ask(2, "b")
+    assert desk.tick(30.0) == [c.KillWorker(D0, 1)]
+
+
 def test_a_worker_that_refuses_is_left_alone_and_believed_to_be_short() -> None:
     desk = Desk(QUIET)
     desk.join()

@@ -1,0 +1,70 @@
+"""Who plays in the driver's world: what a worker, an agent and a client remember."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serverless_llm.cluster import commands as c
+from serverless_llm.cluster import events as e
+from serverless_llm.domain import CheckpointId, DeviceId, ModelName, NodeSpec, ReplicaId, SequenceId
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Chances per frame, and the longest extra delay in seconds (which reorders)."""
+
+    drop: float = 0.0
+    duplicate: float = 0.0
+    delay_s: float = 0.0
+
+
+@dataclass(eq=False)
+class Run:
+    """A sequence on a worker: a token at `begun + prefill_s`, and one each `token_s` after it."""
+
+    sequence: SequenceId
+    epoch: int
+    replica: ReplicaId
+    base: int
+    begun: float
+    live: bool = True
+
+
+@dataclass(eq=False)
+class Worker:
+    device: DeviceId
+    budget: int
+    incarnation: int
+    replicas: dict[ReplicaId, e.HeldReplica] = field(default_factory=dict)
+    loading: set[ReplicaId] = field(default_factory=set)
+    taken: dict[ReplicaId, int] = field(default_factory=dict)
+    runs: dict[SequenceId, Run] = field(default_factory=dict)
+    up: bool = True
+
+
+@dataclass(eq=False)
+class Agent:
+    spec: NodeSpec
+    workers: dict[int, Worker]
+    resident: dict[CheckpointId, int] = field(default_factory=dict)
+    link: int = 0  # 0: not connected
+    up: bool = True
+    cut: bool = False
+
+
+@dataclass(eq=False)
+class Client:
+    """One request at the gateway: its token log, its current epoch, and how it ended."""
+
+    model: ModelName
+    prompt: int
+    tokens: int
+    arrived: float
+    then: Callable[[], object] | None
+    log: int = 0
+    epoch: int = 0
+    end: str = ""
+    ended: float = 0.0
+    reject: c.Reject | None = None
+    dispatches: list[c.Dispatch] = field(default_factory=list)

@@ -1,0 +1,225 @@
+"""Nodes and workers: joining, adoption, silence, loss, and the correction of beliefs by reports."""
+
+from __future__ import annotations
+
+import pytest
+
+from serverless_llm.cluster import commands as c
+from serverless_llm.cluster import events as e
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.cluster.transitions import ReplicaState
+from serverless_llm.domain import DeviceId, FinishReason
+from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, node
+
+QUIET = Policy(silent_after=1e9)
+DONE = FinishReason.STOP
+
+
+@pytest.fixture
+def desk() -> Desk:
+    """One device that serves `a` to sequence 1; nobody minds that its node says nothing."""
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    return desk
+
+
+def kinds(out: list[c.Command]) -> list[str]:
+    return [type(one).__name__ for one in out]
+
+
+def test_a_new_head_adopts_what_the_agents_hold() -> None:
+    desk = Desk()
+    desk.tell(deploy("a", size=30))
+    desk.ask(1, "a")
+    out = desk.join(held=(e.HeldReplica(41, D0, "a", "sha-a", "auto"),))
+    assert out == [c.Dispatch(1, 1, 41, D0, 0.0, None)]
+    desk.tell(deploy("b", size=30))
+    desk.ask(2, "b")
+    assert 42 in desk.machine.state.replicas  # ids of former heads are never given again
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        e.HeldReplica(5, D0, "a", "sha-other", "auto"),
+        e.HeldReplica(5, D0, "a", "sha-a", "float32"),
+        e.HeldReplica(5, D0, "gone", "sha-a", "auto"),
+        e.HeldReplica(5, D0, "big", "sha-big", "auto"),
+        e.HeldReplica(5, D1, "a", "sha-a", "auto"),
+    ],
+)
+def test_what_no_model_wants_is_unloaded(held: e.HeldReplica) -> None:
+    desk = Desk()
+    desk.tell(deploy("a"))
+    desk.tell(deploy("big", size=99))
+    out = desk.tell(e.NodeJoined(node(devices=2), ((D0, 3), (D1, 0)), (held,), ()))
+    assert out == [c.Unload(5, held.device)]
+    assert desk.machine.state.replicas == {}
+
+
+def test_no_more_is_adopted_than_a_model_may_have() -> None:
+    desk = Desk()
+    desk.tell(deploy("a", size=30))
+    held = tuple(e.HeldReplica(number, D0, "a", "sha-a", "auto") for number in (1, 2))
+    assert desk.join(held=held) == [c.Unload(2, D0)]
+
+
+def test_adopted_views_must_fit_the_dram() -> None:
+    desk = Desk()
+    desk.tell(deploy("a", size=30))
+    desk.tell(deploy("b", size=30))
+    held = tuple(e.HeldReplica(number, D0, name, f"sha-{name}", "auto") for number, name in ((1, "a"), (2, "b")))
+    assert desk.join(node(weights="view", dram=50), held) == [c.Unload(2, D0)]
+
+
+def test_a_lost_worker_gives_its_sequences_and_its_memory_back(desk: Desk) -> None:
+    assert kinds(desk.tell(e.WorkerLost(D0, 1, "killed"))) == []
+    assert desk.machine.state.replicas == {}
+    assert kinds(desk.tell(e.WorkerUp(D0, 2))) == ["Decided", "Reserve"]
+    _, dispatch = desk.bring_up(2)
+    assert dispatch == c.Dispatch(1, 2, 2, D0, 0.0, None)
+
+
+def test_a_new_worker_tells_of_the_old_ones_death(desk: Desk) -> None:
+    assert kinds(desk.tell(e.WorkerUp(D0, 2))) == ["Decided", "Reserve"]
+    assert desk.tell(e.WorkerLost(D0, 1, "killed")) == []
+    assert desk.machine.state.devices[D0].incarnation == 2
+
+
+def test_late_news_of_former_workers_is_ignored(desk: Desk) -> None:
+    desk.tell(e.WorkerLost(D0, 3, "killed"))
+    assert desk.machine.state.devices[D0].incarnation == 0
+    assert desk.tell(e.WorkerUp(D0, 3)) == []
+    assert desk.tell(e.WorkerUp(D0, 1)) == []
+    assert desk.tell(e.WorkerUp(D1, 1)) == []
+    assert desk.tell(e.WorkerLost(D1, 1, "killed")) == []
+    assert desk.tell(e.WorkerLost(D0, 3, "killed")) == []
+    assert kinds(desk.tell(e.WorkerUp(D0, 4))) == ["Decided", "Reserve"]
+
+
+def test_a_lost_node_is_forgotten_and_its_sequences_go_elsewhere(desk: Desk) -> None:
+    desk.tell(e.NodeJoined(node("n1"), ((DeviceId("n1", 0), 1),), (), ()))
+    out = desk.tell(e.NodeLost("n0"))
+    assert kinds(out) == ["Decided", "Reserve"]
+    assert list(desk.machine.state.nodes) == ["n1"]
+    assert desk.machine.state.sequences[1].deaths == 0
+    assert desk.tell(e.NodeLost("n0")) == []
+    assert desk.tell(e.Heartbeat("n0", (), (), ())) == []
+
+
+def test_a_node_that_joins_again_was_lost_first(desk: Desk) -> None:
+    out = desk.join(held=(e.HeldReplica(1, D0, "a", "sha-a", "auto"),))
+    assert out == [c.Dispatch(1, 2, 1, D0, 0.0, None)]
+
+
+def test_a_silent_node_is_dropped_after_five_seconds_and_may_come_back() -> None:
+    desk = Desk()
+    desk.join()
+    desk.serve("a", 1)
+    for _ in range(10):
+        assert desk.beat(1, after=1.0) == []
+    assert desk.tick(4.9) == []
+    assert desk.tick(0.1) == [c.DropNode("n0")]
+    assert desk.machine.state.replicas == {}
+    for late in (e.Heartbeat("n0", ((D0, 1, (1,)),), (), ()), e.WorkerUp(D0, 2), e.Progress(D0, 1, ((1, 1, 3, 1),))):
+        assert desk.tell(late) == []
+    held = (e.HeldReplica(1, D0, "a", "sha-a", "auto"),)
+    assert desk.join(held=held) == [c.Dispatch(1, 2, 1, D0, 14.9 + 0.1, None)]
+
+
+def test_a_node_that_cannot_be_dropped_is_taken_for_lost() -> None:
+    desk = Desk()
+    desk.join()
+    desk.tick(5.0)
+    assert list(desk.machine.state.nodes) == ["n0"]
+    desk.tick(5.0)
+    assert desk.machine.state.nodes == {}
+    assert desk.machine.state.devices == {}
+
+
+def test_a_replica_that_heartbeats_leave_out_is_gone(desk: Desk) -> None:
+    assert desk.beat(after=1.0) == []
+    assert desk.beat(1, after=1.0) == []
+    assert desk.beat(after=1.0) == []
+    out = desk.beat(after=2.0)
+    assert kinds(out) == ["Cancel", "Decided", "Reserve"]
+    assert list(desk.machine.state.replicas) == [2]
+
+
+def test_a_load_is_not_missed_in_heartbeats() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    for _ in range(9):
+        assert desk.beat(after=1.0) == []
+
+
+def test_a_replica_nobody_knows_is_unloaded(desk: Desk) -> None:
+    assert desk.beat(1, 9, 4) == [c.Unload(4, D0), c.Unload(9, D0)]
+
+
+def test_an_unload_that_got_lost_is_told_again(desk: Desk) -> None:
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(e.UnloadModel("a"))
+    assert desk.beat(1, after=1.0) == []
+    assert desk.beat(1, after=1.0) == [c.Unload(1, D0)]
+
+
+def test_an_answer_to_unload_that_got_lost_is_seen_in_heartbeats(desk: Desk) -> None:
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(e.UnloadModel("a"))
+    desk.beat(after=1.0)
+    desk.beat(after=2.0)
+    assert desk.machine.state.replicas == {}
+
+
+def test_a_worker_that_heartbeats_leave_out_is_lost(desk: Desk) -> None:
+    assert desk.beat(incarnation=0, after=1.0) == []
+    desk.beat(incarnation=0, after=2.0)
+    assert desk.machine.state.replicas == {}
+    assert desk.beat(incarnation=0, after=3.0) == []
+    assert kinds(desk.beat(incarnation=2, after=1.0)) == ["Decided", "Reserve"]
+
+
+def test_a_heartbeat_of_an_older_worker_says_nothing(desk: Desk) -> None:
+    desk.tell(e.WorkerUp(D0, 2))
+    assert desk.beat(1, incarnation=1) == []
+
+
+def test_heartbeats_tell_speeds_and_dram(desk: Desk) -> None:
+    desk.tell(e.Heartbeat("n0", ((D0, 1, (1,)),), (("sha-a", 80),), (("disk", 7.0),)))
+    known = desk.machine.state.nodes["n0"]
+    assert (known.resident, known.bandwidth) == ({"sha-a": 80}, {"disk": 7.0})
+
+
+def test_checkpoints_nobody_names_leave_the_dram(desk: Desk) -> None:
+    resident = (("sha-a", 80), ("sha-old", 80))
+    assert desk.tell(e.Heartbeat("n0", ((D0, 1, (1,)),), resident, ())) == [c.Forget("n0", "sha-old")]
+    desk.tell(e.Delete("a"))
+    still = desk.tell(e.Heartbeat("n0", ((D0, 1, (1,)),), resident, ()))
+    assert still == [c.Forget("n0", "sha-old")]  # a replica serves its last sequence
+
+
+def test_a_load_on_a_lost_worker_starts_elsewhere() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2))
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    _, reserve = desk.tell(e.WorkerLost(D0, 1, "killed"))
+    assert reserve == c.Reserve(D1, 2, 90)
+    assert desk.tell(e.ReplicaReady(1, PHASES)) == []
+
+
+def test_a_claim_on_a_lost_worker_is_not_reserved_there() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, keep_alive=0.0)
+    desk.tell(deploy("b"))
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert kinds(desk.ask(2, "b")) == ["Decided"]
+    assert desk.machine.state.replicas[2].state is ReplicaState.CLAIMING
+    assert desk.tell(e.WorkerLost(D0, 1, "killed")) == []
+    assert desk.machine.state.replicas == {}

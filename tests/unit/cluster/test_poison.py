@@ -1,0 +1,302 @@
+"""Requests and checkpoints that end workers: charged, tried alone, convicted; whoever is beside them is served."""
+
+from __future__ import annotations
+
+import pytest
+
+from serverless_llm.cluster import commands as c
+from serverless_llm.cluster import events as e
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.cluster.transitions import SequenceState
+from serverless_llm.domain import FinishReason
+from tests.unit.cluster.desk import D0, PHASES, Desk, deploy
+from tests.unit.cluster.driver import GIB, World
+
+DONE = FinishReason.STOP
+
+
+def kinds(out: list[c.Command]) -> list[str]:
+    return [type(one).__name__ for one in out]
+
+
+class Court(Desk):
+    """One device; its worker can die, and comes back at once."""
+
+    def __init__(self) -> None:
+        super().__init__(Policy(silent_after=1e9, mention_s=1e9))
+        self.incarnation = 1
+        self.join()
+
+    def die(self) -> list[c.Command]:
+        out = self.tell(e.WorkerLost(D0, self.incarnation, "SIGSEGV"))
+        self.incarnation += 1
+        return out + self.tell(e.WorkerUp(D0, self.incarnation))
+
+    def reload(self) -> list[c.Command]:
+        """Every start under way succeeds."""
+        out: list[c.Command] = []
+        for replica in sorted(self.machine.state.replicas):
+            out += self.tell(e.Reserved(D0, replica))
+        for replica in sorted(self.machine.state.replicas):
+            out += self.tell(e.ReplicaReady(replica, PHASES))
+        return out
+
+    def progress(self, *sequences: tuple[int, int]) -> list[c.Command]:
+        """(sequence, tokens) at their current epochs."""
+        state = self.machine.state
+        held = tuple((sequence, state.sequences[sequence].epoch, tokens, 1) for sequence, tokens in sequences)
+        return self.tell(e.Progress(D0, self.incarnation, held))
+
+
+def dispatched(out: list[c.Command]) -> list[int]:
+    return [one.sequence for one in out if isinstance(one, c.Dispatch)]
+
+
+@pytest.fixture
+def court() -> Court:
+    """Sequences 1, 2 and 3 of `a` were there when two workers died; the model is loaded again."""
+    court = Court()
+    court.tell(deploy("a", size=30))
+    for sequence in (1, 2, 3):
+        court.ask(sequence, "a")
+    court.reload()
+    court.die()
+    assert dispatched(court.reload()) == [1, 2, 3]
+    court.die()
+    return court
+
+
+def test_one_death_makes_nobody_a_suspect() -> None:
+    court = Court()
+    court.tell(deploy("a", size=30))
+    court.ask(1, "a")
+    court.reload()
+    court.die()
+    assert court.machine.state.suspects == {}
+
+
+def test_progress_between_two_deaths_acquits() -> None:
+    court = Court()
+    court.tell(deploy("a", size=30))
+    court.ask(1, "a")
+    court.reload()
+    for tokens in (5, 7, 9):
+        court.progress((1, tokens))
+        court.die()
+        assert dispatched(court.reload()) == [1]
+    assert court.machine.state.sequences[1].deaths == 1
+    court.progress((1, 10))
+    court.die()
+    assert list(court.machine.state.suspects) == [1]
+
+
+def test_suspects_are_tried_one_at_a_time_in_order_of_arrival(court: Court) -> None:
+    assert dispatched(court.reload()) == [1]
+    assert court.ask(4, "a") == []  # the device belongs to the trial
+    assert court.progress((1, 1)) == []
+    out = court.progress((1, 2))  # acquitted, and set aside while the others are tried
+    assert out[0] == c.Cancel(D0, 1, 3)
+    assert dispatched(out) == [2]
+    out = court.tell(e.SequenceDone(2, 3, DONE, 9))
+    assert dispatched(out) == [3]
+    assert dispatched(court.progress((3, 2))) == [1, 4]
+    assert court.machine.state.devices[D0].trial is None
+
+
+def test_a_suspect_that_ends_its_worker_alone_is_guilty(court: Court) -> None:
+    court.reload()
+    out = court.die()
+    assert out[0] == c.Reject(
+        1, 500, "engine_error", "the request ended the engine process 3 times; last: SIGSEGV", None, False
+    )
+    assert dispatched(court.reload()) == [2]
+    assert court.machine.state.sequences[3].deaths == 2
+
+
+def test_a_suspect_that_moved_on_before_the_worker_died_is_not_guilty(court: Court) -> None:
+    court.reload()
+    court.machine.state.sequences[1].generated = 2  # reported in the step that the worker died in
+    assert "Reject" not in kinds(court.die())
+
+
+def test_a_client_that_leaves_ends_the_trial(court: Court) -> None:
+    court.reload()
+    assert dispatched(court.tell(e.ClientGone(1))) == [2]
+    assert dispatched(court.tell(e.ClientGone(3))) == []
+    assert dispatched(court.tell(e.ClientGone(2))) == []
+    assert court.machine.state.devices[D0].trial is None
+
+
+def test_a_trial_waits_for_loads_to_end_and_holds_new_ones_up(court: Court) -> None:
+    court.tell(deploy("b", size=30))
+    court.ask(4, "b")
+    court.tell(deploy("x", size=10))
+    replica_a, replica_b = sorted(court.machine.state.replicas)
+    court.tell(e.Reserved(D0, replica_a))
+    court.tell(e.Reserved(D0, replica_b))
+    assert dispatched(court.tell(e.ReplicaReady(replica_a, PHASES))) == []
+    assert court.ask(5, "x") == []
+    assert dispatched(court.tell(e.ReplicaReady(replica_b, PHASES))) == [1]
+    for sequence in (1, 2):
+        court.tell(e.ClientGone(sequence))
+    out = court.tell(e.ClientGone(3))
+    assert dispatched(out) == [4]
+    assert kinds(out)[-2:] == ["Decided", "Reserve"]
+
+
+def test_an_armed_trial_ends_with_its_client(court: Court) -> None:
+    court.tell(deploy("b", size=30))
+    court.ask(4, "b")
+    replica_a = min(court.machine.state.replicas)
+    court.tell(e.Reserved(D0, replica_a))
+    court.tell(e.ReplicaReady(replica_a, PHASES))
+    assert court.machine.state.devices[D0].trial == ("sequence", 1)
+    for sequence in (1, 2, 3):
+        court.tell(e.ClientGone(sequence))
+    assert court.machine.state.devices[D0].trial is None
+
+
+def test_an_armed_trial_ends_with_its_replica(court: Court) -> None:
+    court.tell(deploy("b", size=30))
+    court.ask(4, "b")
+    replica_a = min(court.machine.state.replicas)
+    court.tell(e.Reserved(D0, replica_a))
+    court.tell(e.ReplicaReady(replica_a, PHASES))
+    out = court.tell(e.UnloadModel("a"))
+    assert court.machine.state.devices[D0].trial is None
+    assert kinds(out) == ["Evicted", "Unload", "Decided"]
+
+
+def test_a_trial_that_cannot_begin_makes_way(court: Court) -> None:
+    court.tell(deploy("b", size=30))
+    court.ask(4, "b")
+    replica_a, replica_b = sorted(court.machine.state.replicas)
+    court.tell(e.Reserved(D0, replica_a))
+    court.tell(e.Reserved(D0, replica_b))
+    court.tell(e.ReplicaReady(replica_a, PHASES))
+    for step in range(1, 10):
+        court.tell(e.LoadProgress(replica_b, step, 30), after=7.0)
+    assert court.machine.state.sequences[1].state is SequenceState.SUSPECT
+
+
+def test_a_trial_of_a_minute_acquits(court: Court) -> None:
+    court.reload()
+    out = court.tick(60.0)
+    assert dispatched(out) == [2]
+    assert 1 not in court.machine.state.suspects
+
+
+def test_a_suspect_that_is_taken_back_is_still_one(court: Court) -> None:
+    court.reload()
+    court.tell(e.Progress(D0, court.incarnation, ()))
+    out = court.tell(e.Progress(D0, court.incarnation, ()), after=2.0)
+    assert dispatched(out) == [1]
+    assert 1 in court.machine.state.suspects
+
+
+def test_a_deleted_models_suspects_are_told() -> None:
+    court = Court()
+    court.tell(deploy("a", size=30))
+    court.ask(1, "a")
+    court.reload()
+    court.die()
+    court.reload()
+    court.tell(e.Delete("a"))
+    assert kinds(court.die()) == ["Reject"]
+    assert court.machine.state.suspects == {}
+
+
+def test_a_load_that_ends_three_workers_is_guilty_and_cools_down_for_long() -> None:
+    court = Court()
+    court.tell(deploy("a", size=30))
+    court.tell(deploy("bad", size=30))
+    court.ask(1, "a")
+    court.reload()
+    court.ask(2, "bad")
+    for _ in range(2):
+        court.tell(e.Reserved(D0, max(court.machine.state.replicas)))
+        court.die()
+    assert court.machine.state.models["bad"].load_deaths == 2
+    assert [one.model for one in court.machine.state.replicas.values()] == ["a"]  # alone means: not beside a load
+    out = court.reload()
+    assert dispatched(out) == [1]
+    assert c.Cancel(D0, 1, 2) in out  # the trial of the load begins: nothing runs beside it
+    court.tell(e.Reserved(D0, max(court.machine.state.replicas)))
+    assert court.ask(3, "a") == []
+    reject = court.die()[0]
+    message = "loading bad ended the engine process 3 times"
+    assert reject == c.Reject(2, 503, "model_load_failed", message, 60.0, True)
+    assert dispatched(court.reload()) == [1, 3]
+    assert court.tell(e.RequestArrived(4, "bad"), after=30.0) == [
+        c.Reject(4, 503, "model_load_failed", message, 30.0, True)
+    ]
+    assert court.machine.state.models["bad"].error == message
+
+
+def test_a_load_that_succeeds_alone_is_innocent() -> None:
+    court = Court()
+    court.tell(deploy("a", size=30))
+    court.ask(1, "a")
+    for _ in range(2):
+        court.tell(e.Reserved(D0, max(court.machine.state.replicas)))
+        court.die()
+    assert court.machine.state.devices[D0].trial == ("load", 3)
+    court.tick(3.0)
+    court.tell(e.Reserved(D0, 3))
+    for step in range(1, 20):
+        court.tell(e.LoadProgress(3, step, 30), after=5.0)  # longer than a sequence's trial may last
+    assert court.machine.state.devices[D0].trial == ("load", 3)
+    assert dispatched(court.tell(e.ReplicaReady(3, PHASES))) == [1]
+    assert court.machine.state.models["a"].load_deaths == 0
+    assert court.machine.state.devices[D0].trial is None
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_request_that_always_kills_costs_three_workers_and_no_healthy_stream(devices: int) -> None:
+    world = World()
+    world.add_node(devices=devices, budget=GIB)
+    world.deploy("a", max_replicas=2)
+    world.deploy("b", size=100 << 20)
+    healthy = [world.request(name, tokens=400) for name in "aaaaaaab"]
+    world.run(1.0)
+    poison = world.request("a", tokens=50)
+    world.poison.add(poison)
+    world.run(0.1)
+    healthy += [world.request(name, tokens=40) for name in "aabb"]
+    world.run_until_answered(60.0)
+    assert world.deaths == 3
+    assert {world.clients[sequence].end for sequence in healthy} == {"done"}
+    assert world.clients[poison].end == "500 engine_error"
+
+
+def test_a_checkpoint_that_always_kills_costs_three_workers_and_no_healthy_stream() -> None:
+    world = World()
+    world.add_node(budget=GIB)
+    world.deploy("a")
+    world.deploy("bad", size=100 << 20)
+    world.poison_models.add("bad")
+    healthy = [world.request("a", tokens=400) for _ in range(8)]
+    world.run(1.0)
+    asked = [world.request("bad") for _ in range(3)]
+    world.run_until_answered(60.0)
+    assert world.deaths == 3
+    assert {world.clients[sequence].end for sequence in healthy} == {"done"}
+    assert {world.clients[sequence].end for sequence in asked} == {"503 model_load_failed"}
+    assert world.machine.state.models["bad"].error == "loading bad ended the engine process 3 times"
+    assert {world.clients[world.request("a")].end for _ in range(3)} == {""}
+    world.run_until_answered(5.0)
+
+
+def test_a_poisonous_request_and_checkpoint_at_once() -> None:
+    world = World()
+    world.add_node(budget=GIB)
+    world.deploy("a")
+    world.deploy("bad", size=100 << 20)
+    world.poison_models.add("bad")
+    healthy = [world.request("a", tokens=300) for _ in range(4)]
+    world.run(1.0)
+    world.poison.add(world.request("a"))
+    world.request("bad")
+    world.run_until_answered(60.0)
+    assert {world.clients[sequence].end for sequence in healthy} == {"done"}
+    assert world.deaths <= 6

@@ -1,0 +1,267 @@
+"""Where a replica starts, and who leaves for it."""
+
+from __future__ import annotations
+
+from serverless_llm.cluster import commands as c
+from serverless_llm.cluster import events as e
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
+from tests.unit.cluster.desk import D0, D1, Desk, deploy, node
+
+QUIET = Policy(silent_after=1e9, mention_s=1e9)
+DONE = FinishReason.STOP
+OTHER = DeviceId("n1", 0)
+
+
+def kinds(out: list[c.Command]) -> list[str]:
+    return [type(one).__name__ for one in out]
+
+
+def decided(out: list[c.Command]) -> c.Decided:
+    (one,) = (one for one in out if isinstance(one, c.Decided))
+    return one
+
+
+def idle(desk: Desk, name: str, sequence: int, **spec: object) -> int:
+    """Deploy a model and leave it loaded and idle; its replica."""
+    replica = desk.machine.state.next_replica
+    desk.tell(deploy(name, **spec))  # type: ignore[arg-type]
+    desk.ask(sequence, name)
+    desk.bring_up(replica, desk.machine.state.replicas[replica].device)
+    desk.tell(e.SequenceDone(sequence, 1, DONE, 3))
+    return replica
+
+
+def join(desk: Desk, name: str, resident: tuple[tuple[str, int], ...] = (), **bandwidth: float) -> None:
+    desk.tell(e.NodeJoined(node(name), ((DeviceId(name, 0), 1),), (), resident))
+    desk.machine.state.nodes[name].bandwidth.update(bandwidth)
+
+
+def test_a_start_goes_where_the_bytes_are() -> None:
+    desk = Desk(QUIET)
+    join(desk, "n0", disk=10.0)
+    join(desk, "n1", (("sha-a", 80),), disk=10.0)
+    desk.tell(deploy("a"))
+    assert decided(desk.tell(e.RequestArrived(1, "a"))).device == OTHER
+
+
+def test_a_start_goes_to_the_faster_disk() -> None:
+    desk = Desk(QUIET)
+    join(desk, "n0", disk=10.0)
+    join(desk, "n1", disk=20.0)
+    desk.tell(deploy("a"))
+    one = decided(desk.tell(e.RequestArrived(1, "a")))
+    assert (one.device, round(one.predicted_s, 6)) == (OTHER, 4.05)
+
+
+def test_a_start_avoids_the_busy_link() -> None:
+    desk = Desk(QUIET)
+    desk.join(node("n0", devices=2))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    join(desk, "n1", disk=8.0)
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b"))
+    assert decided(desk.tell(e.RequestArrived(1, "a"))).device == D0
+    assert decided(desk.tell(e.RequestArrived(2, "b"))).device == OTHER
+
+
+def test_what_a_load_has_read_is_no_queue_any_more() -> None:
+    desk = Desk(QUIET)
+    desk.join(node("n0", devices=2))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    join(desk, "n1", disk=8.0)
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.LoadProgress(1, 79, 80))
+    assert decided(desk.tell(e.RequestArrived(2, "b"))).device == D1
+
+
+def test_replicas_of_one_checkpoint_share_its_reading() -> None:
+    desk = Desk(QUIET)
+    desk.join(node("n0", devices=2))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    join(desk, "n1", disk=10.0)
+    desk.tell(deploy("a", checkpoint="same"))
+    desk.tell(deploy("b", checkpoint="same"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.LoadProgress(1, 70, 80))
+    one = decided(desk.tell(e.RequestArrived(2, "b")))
+    assert (one.device, round(one.predicted_s, 6)) == (D1, 1.05)
+
+
+def test_free_room_is_better_than_anothers() -> None:
+    desk = Desk(QUIET)
+    desk.join(node("n0", devices=2))
+    idle(desk, "a", 1)
+    desk.tick(10.0)
+    desk.tell(deploy("b"))
+    assert decided(desk.tell(e.RequestArrived(2, "b"))).device == D1
+
+
+def test_a_slow_device_with_room_loses_against_a_fast_one_with_a_stale_replica() -> None:
+    desk = Desk(QUIET)
+    join(desk, "n0", (("sha-a", 80), ("sha-b", 80)))
+    idle(desk, "a", 1)
+    join(desk, "n1", disk=10.0)
+    desk.tell(deploy("b"))
+    desk.tick(250.0)
+    one = decided(desk.tell(e.RequestArrived(2, "b")))
+    assert (one.device, one.victims) == (D0, (1,))
+
+
+def test_the_victim_is_the_one_idle_longest() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    first = idle(desk, "a", 1, size=30)
+    desk.tick(5.0)
+    idle(desk, "b", 2, size=30)
+    desk.tick(5.0)
+    desk.tell(deploy("x", size=40))
+    out = desk.tell(e.RequestArrived(3, "x"))
+    assert decided(out).victims == (first,)
+    assert out[1:] == [c.Evicted(first, "a", D0, "memory"), c.Unload(first, D0)]
+    assert desk.tell(e.Unloaded(first)) == [c.Reserve(D0, 3, 50)]
+
+
+def test_a_start_waits_for_all_that_leave() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    a, b = idle(desk, "a", 1, size=30), idle(desk, "b", 2, size=30)
+    desk.tell(deploy("x"))
+    desk.tick(1.0)
+    assert decided(desk.tell(e.RequestArrived(3, "x"))).victims == (a, b)
+    assert desk.tell(e.Unloaded(b)) == []
+    assert desk.tell(e.Unloaded(a)) == [c.Reserve(D0, 3, 90)]
+
+
+def test_room_that_is_being_freed_needs_no_further_victim() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    idle(desk, "a", 1)
+    desk.tell(e.UnloadModel("a"))
+    desk.tell(deploy("b"))
+    assert decided(desk.tell(e.RequestArrived(2, "b"))).victims == ()
+    assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 2, 90)]
+
+
+def test_a_busy_replica_is_no_victim() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    assert desk.tick(1000.0) == []
+
+
+def test_one_of_min_replicas_is_no_victim_but_a_further_one_is() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2))
+    desk.tell(deploy("a", min_replicas=1, max_replicas=2, max_concurrency=1))
+    desk.bring_up(1)
+    desk.ask(1, "a")
+    desk.ask(2, "a")
+    desk.bring_up(2, D1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    desk.tick(1.0)
+    desk.tell(deploy("b"))
+    assert decided(desk.ask(3, "b")).victims == (2,)
+    desk.tell(deploy("x"))
+    assert desk.ask(4, "x") == []
+
+
+def test_scaling_out_needs_waiters_that_nobody_can_take() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=3))
+    desk.serve("a", 1, max_replicas=2, max_concurrency=1)
+    assert kinds(desk.tell(e.RequestArrived(2, "a"))) == ["Decided", "Reserve"]
+    assert desk.tell(e.RequestArrived(3, "a")) == []
+    desk.bring_up(2, D1)
+    assert desk.tell(e.RequestArrived(4, "a")) == []
+
+
+def test_scaling_out_does_not_take_a_place_in_use() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2))
+    desk.serve("a", 1)
+    desk.serve("b", 2, max_replicas=2, max_concurrency=1)
+    desk.ask(3, "b")
+    assert desk.tick(1000.0) == []
+
+
+def view(dram: int, devices: int = 2) -> NodeSpec:
+    return node(devices=devices, weights="view", dram=dram)
+
+
+def test_in_view_mode_one_checkpoint_is_pinned_once() -> None:
+    desk = Desk(QUIET)
+    desk.join(view(dram=80))
+    desk.serve("a", 1, max_replicas=2, max_concurrency=1)
+    assert kinds(desk.ask(2, "a")) == ["Decided", "Reserve"]
+    assert desk.machine.state.nodes["n0"].actual_dram.used == 80
+
+
+def test_in_view_mode_dram_is_freed_by_all_that_pin_a_checkpoint() -> None:
+    desk = Desk(QUIET)
+    desk.join(view(dram=100))
+    desk.tell(deploy("a", size=30, min_replicas=0, max_replicas=2, max_concurrency=1))
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.ask(2, "a")
+    second = desk.machine.state.replicas[2].device
+    desk.bring_up(2, second)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(deploy("b", size=80))
+    desk.ask(3, "b")
+    assert desk.tick(1.0) == []  # one pin of `a` is in use: its bytes stay
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    out = desk.tick(1.0)
+    assert sorted(decided(out).victims) == [1, 2]
+    assert desk.tell(e.Unloaded(1)) == []
+    assert kinds(desk.tell(e.Unloaded(2))) == ["Reserve"]
+
+
+def test_in_view_mode_what_leaves_the_device_frees_its_dram() -> None:
+    desk = Desk(QUIET)
+    desk.join(view(dram=100, devices=1))
+    idle(desk, "a", 1)
+    desk.tell(deploy("b"))
+    desk.tick(1.0)
+    assert decided(desk.ask(2, "b")).victims == (1,)
+
+
+def test_nodes_may_mix_views_and_copies() -> None:
+    desk = Desk(QUIET)
+    spec = NodeSpec("n0", 80, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cpu", 100, "view")))
+    desk.join(spec)
+    desk.serve("a", 1, pinned=True)
+    desk.serve("b", 2)
+    assert desk.machine.state.nodes["n0"].actual_dram.used == 80
+    desk.tell(deploy("x"))
+    desk.ask(3, "x")
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    assert decided(desk.tick(1.0)).device == D1
+
+
+def test_a_start_under_way_is_no_victim() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b"))
+    desk.ask(1, "a")
+    assert desk.ask(2, "b") == []
+    assert desk.tick(9.0) == []
+
+
+def test_a_replica_that_is_about_to_leave_is_nobodys_victim() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    desk.tell(e.UnloadModel("a"))
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    assert desk.tick(500.0) == []
+    assert kinds(desk.tell(e.SequenceDone(1, 1, DONE, 3))) == ["Evicted", "Unload", "Decided"]
