@@ -230,6 +230,21 @@ def test_a_stop_string_ends_the_sequence_and_is_not_sent(tmp_path: Path, stream:
     run(tmp_path, attaches, scenario)
 
 
+@pytest.mark.parametrize(("ignore_eos", "stops"), [(False, [33, END]), (True, [33])])
+def test_a_stop_id_is_counted_and_not_shown(tmp_path: Path, ignore_eos: bool, stops: list[int]) -> None:
+    async def scenario(server: Served) -> None:
+        asking = asyncio.create_task(server.chat(stop_token_ids=[33], ignore_eos=ignore_eos).__aenter__())
+        sent = await server.controller.saw(wire.Run)
+        server.controller.tokens(sent.sequence, [*b"hi!"], "stop")
+        async with await asking as response:
+            answer = await response.json()
+        assert sent.stop_ids == stops
+        assert answer["choices"][0]["message"]["content"] == "hi"
+        assert answer["usage"]["completion_tokens"] == 3
+
+    run(tmp_path, attaches, scenario)
+
+
 async def collect(ai: openai.AsyncOpenAI, stream: bool, **options: Any) -> tuple[str, str | None]:
     """Text and finish reason of one chat, streaming or not."""
     ask: Any = ai.chat.completions.create
@@ -266,6 +281,25 @@ def test_a_silent_stream_sends_its_headers_and_heartbeats(tmp_path: Path, style:
         assert rest[-1] == "data: [DONE]"
 
     run(tmp_path, silent, scenario, GatewayOptions(commit_after=0.02, heartbeat_every=0.02, heartbeat=style))
+
+
+def test_heartbeats_keep_their_distance(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True) as response:
+            seen = events(response)
+            await anext(seen)
+            for _ in range(3):  # time enough for more of them
+                async with server.http.get("/health") as health:
+                    assert health.status == 200
+            sequence = (await server.controller.saw(wire.Prompted)).sequence
+            server.controller.attach(sequence)
+            server.controller.tokens(sequence, [65], "length")
+            assert [event["choices"][0]["delta"] async for event in seen if "DONE" not in event] == [
+                {"content": "A"},
+                {},
+            ]
+
+    run(tmp_path, silent, scenario, GatewayOptions(commit_after=0.01, heartbeat_every=1000.0))
 
 
 def test_headers_wait_for_the_first_token_and_carry_the_phases(tmp_path: Path) -> None:
