@@ -3,6 +3,7 @@
 A storm is a list of segments. Each starts a server of its own, records what every request answers undisturbed,
 then keeps `STREAMS` streams running while it kills -9 workers and agents in a wanted phase (load, prefill, decode,
 or whatever is there), and at times the head. At the end nothing may be lost, doubled, different or leaked.
+A device on trial is spared: a request whose worker dies three times without a token in between is guilty by design.
 Segments are seeded and independent: `--json FILE` skips those already in FILE, so that a storm resumes.
 """
 
@@ -33,7 +34,8 @@ STREAMS = 10
 KILLS = 25  # a segment's
 MODELS = ("count-a", "count-b", "count-c", "add-a")
 PHASES = ("load", "prefill", "decode")
-OPTIONS = ("--nodes", "2", "--devices", "cpu:1", "--device-memory", "14MiB", "--dram", "32MiB")
+DEVICES = {"cpu": ("--nodes", "2", "--devices", "cpu:1"), "cuda": ("--nodes", "1", "--devices", "cuda:1")}
+MEMORY = ("--device-memory", "14MiB", "--dram", "32MiB")
 LIMITS = ("--limit", "disk=16MB/s", "--limit", "upload=24MB/s")  # so that a load lasts long enough to be hit
 
 
@@ -48,6 +50,14 @@ class Reply:
     text: str
     finish: str
     usage: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    seed: int
+    weights: str
+    kills: int
+    head_kills: int
 
 
 @dataclass(slots=True)
@@ -122,11 +132,12 @@ async def ask(session: aiohttp.ClientSession, url: str, request: Request) -> Rep
 class Storm:
     """One segment: streams and kills over one server."""
 
-    def __init__(self, seed: int, weights: str, kills: int, head_kills: int, folder: Path) -> None:
+    def __init__(self, segment: Segment, device: str, folder: Path) -> None:
+        seed, weights = segment.seed, segment.weights
         self.rng = random.Random(seed)
         self.tally = Tally(seed, weights)
-        self.kills, self.head_kills = kills, head_kills
-        self.server = Server(folder, *OPTIONS, *LIMITS, "--weights", weights, *models())
+        self.kills, self.head_kills = segment.kills, segment.head_kills
+        self.server = Server(folder, *DEVICES[device], *MEMORY, *LIMITS, "--weights", weights, *models())
         self.requests = draw_requests(self.rng, 24)
         self.expected: list[Reply] = []
         self.stopping = False
@@ -202,7 +213,8 @@ class Storm:
         """A device in the wanted phase; after a while any busy one, then any."""
         begin = time.monotonic()
         while True:
-            devices = [device for device in await asyncio.to_thread(self.server.devices) if device["worker_pid"]]
+            seen = await asyncio.to_thread(self.server.devices)
+            devices = [device for device in seen if device["worker_pid"] and not device["trial"]]
             phases = [(device, phase_of(device)) for device in devices]
             waited = time.monotonic() - begin
             fitting = [
@@ -250,10 +262,10 @@ def phase_of(device: dict[str, Any]) -> str:
     return "prefill" if "dispatched" in states else "decode" if "running" in states else "idle"
 
 
-def run_segment(seed: int, weights: str, kills: int, head_kills: int) -> Tally:
+def run_segment(segment: Segment, device: str) -> Tally:
     folder = Path(tempfile.mkdtemp(prefix="serverless-llm-soak-"))
     try:
-        return asyncio.run(Storm(seed, weights, kills, head_kills, folder / "state").run())
+        return asyncio.run(Storm(segment, device, folder / "state").run())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -267,12 +279,15 @@ def faults(tally: Tally) -> list[str]:
     return [*tally.lost, *tally.wrong, *grown]
 
 
-def plan(seed: int, kills: int, head_kills: int) -> list[tuple[int, str, int, int]]:
-    """Segments of (seed, weights, kills, head kills), half in copy mode."""
+def plan(seed: int, kills: int, head_kills: int) -> list[Segment]:
+    """Segments of about `KILLS` kills, half in copy mode."""
     count = -(-kills // KILLS)
     shares = [(number + 1) * head_kills // count - number * head_kills // count for number in range(count)]
     sizes = [(number + 1) * kills // count - number * kills // count for number in range(count)]
-    return [(seed + number, "view" if number % 2 else "copy", sizes[number], shares[number]) for number in range(count)]
+    return [
+        Segment(seed + number, "view" if number % 2 else "copy", sizes[number], shares[number])
+        for number in range(count)
+    ]
 
 
 def as_json(tally: Tally) -> dict[str, Any]:
@@ -315,15 +330,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--head-kills", type=int, default=20)
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     done = json.loads(arguments.json.read_text())["segments"] if arguments.json and arguments.json.exists() else []
     for segment in plan(arguments.seed, arguments.kills, arguments.head_kills):
-        if any(old["seed"] == segment[0] for old in done):
+        if any(old["seed"] == segment.seed for old in done):
             continue
         began = time.monotonic()
-        done.append(as_json(run_segment(*segment)) | {"seconds": round(time.monotonic() - began, 1)})
+        done.append(as_json(run_segment(segment, arguments.device)) | {"seconds": round(time.monotonic() - began, 1)})
         print(json.dumps(done[-1], indent=None)[:2000], flush=True)
         if arguments.json:
             write_results(arguments.json, "soak", vars(arguments), rows(done), segments=done)
