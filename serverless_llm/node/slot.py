@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -103,7 +104,8 @@ class Slot:
         """Kills the worker; `lost` follows when it was reaped. `cause`: what to say of it, "" how it died."""
         if self._pidfd >= 0:
             self._verdict = self._verdict or cause
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # reaped already, the report is on its way
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def check(self) -> None:
         """Kills a worker that owes a sign of life; to be called every second or so."""

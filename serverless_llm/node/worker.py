@@ -8,6 +8,7 @@ A `Cancel` without sequences ends all of them, and so does a `Run` of a newer he
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -209,7 +210,8 @@ def main(link: socket.socket, pool: int) -> int:
     boot = wire.decode(header.kind, _exactly(link, header.length))
     if not isinstance(boot, wire.Boot):
         raise ProtocolError(f"{type(boot).__name__} instead of Boot")
-    Worker(link, boot, pool).run()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent is gone: so is this worker's work
+        Worker(link, boot, pool).run()
     return 0
 
 
