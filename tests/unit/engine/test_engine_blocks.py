@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -90,6 +91,22 @@ def test_slabs_in_the_way_of_weights() -> None:
     assert memory.place(3, [MIB - MIB // 2 - SLAB_STEP + 1], 0, 0, 4096, 4096) is None
 
 
+def test_slabs_keep_off_weights_in_the_middle() -> None:
+    memory = Memory(MIB)
+    memory.place(1, [MIB // 2], 0, 0, 4096, 4096)
+    memory.place(2, [MIB // 4], 0, 0, 4096, 4096)
+    memory.remove(1)
+    memory.place(3, [], 0, 0, SLAB_STEP, SLAB_STEP)
+    blocks = []
+    while (block := memory.allocate(3)) is not None:
+        blocks.append(block)
+        memory.check_invariants()
+    assert len(blocks) == 12
+    memory.free(3, blocks)
+    memory.remove(2)
+    assert memory.available(3) == 16
+
+
 def test_removing_a_replica_that_holds_blocks_is_a_bug() -> None:
     memory = Memory(MIB)
     memory.place(1, [], 0, 0, 4096, 4096)
@@ -156,4 +173,5 @@ class Use(RuleBasedStateMachine):
                 assert self.memory.used() == 0
 
 
+Use.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
 TestUse = pytest.mark.slow(Use.TestCase)

@@ -16,7 +16,7 @@ from serverless_llm.engine.sampler import draw, greedy, uniform
 LOGITS = torch.tensor([0.0, 2.0, 1.0, 2.0, -3.0])
 
 
-def drawn(sampling: Sampling, logits: torch.Tensor = LOGITS, count: int = 1500) -> dict[int, float]:
+def drawn(sampling: Sampling, logits: torch.Tensor = LOGITS, count: int = 600) -> dict[int, float]:
     counts = Counter(draw(logits, sampling, position) for position in range(count))
     return {token: number / count for token, number in counts.items()}
 
@@ -48,7 +48,7 @@ def test_temperature_shapes_the_distribution() -> None:
     for temperature in (0.5, 1.0, 2.0):
         expected = torch.softmax(LOGITS / temperature, dim=0)
         for token, share in drawn(Sampling(temperature=temperature, seed=1)).items():
-            assert math.isclose(share, float(expected[token]), abs_tol=0.03)
+            assert math.isclose(share, float(expected[token]), abs_tol=0.05)
 
 
 def test_top_k_prefers_lower_ids_among_equals() -> None:

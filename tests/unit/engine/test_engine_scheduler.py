@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serverless_llm.domain import Sampling
 from serverless_llm.engine.blocks import SLAB_STEP, Memory
-from serverless_llm.engine.scheduler import Batch, Scheduler
+from serverless_llm.engine.scheduler import Batch, Chunk, Scheduler
 from serverless_llm.engine.sequence import Sequence
 
 BLOCK = SLAB_STEP // 4  # bytes; four blocks in a slab
@@ -135,6 +135,7 @@ def test_preempting_for_a_reservation_spares_floors() -> None:
     assert [bool(one.blocks) for one in schedule] == [True, False, False]
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(1, 120), st.integers(1, 60), st.integers(1, 2)), min_size=1, max_size=12),
     st.integers(16, 200),
@@ -171,4 +172,4 @@ def test_batches_are_values() -> None:
     one = sequence(1, 3)
     schedule.add(one)
     batch = schedule.next_batch(lambda _: 64)
-    assert batch == Batch(1, [(one, 3)])
+    assert batch == Batch(1, [Chunk(one, 3)])

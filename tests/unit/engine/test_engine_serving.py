@@ -11,6 +11,7 @@ import torch
 from serverless_llm.domain import FinishReason, Sampling
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
+from serverless_llm.engine.sampler import uniform
 from serverless_llm.engine.sequence import SequenceState
 from serverless_llm.errors import CapacityError, CheckpointError
 from tests.unit.engine.tiny import GREEDY, Tensors, config_json, drain, entries_of, prompt, serve, start, tensors_of
@@ -254,6 +255,22 @@ def test_nan_ends_its_sequence_alone() -> None:
         told = drain(made)
         assert told[2] == ([], FinishReason.ERROR)
         assert len(told[1][0]) == 12
+
+
+def test_what_lay_in_a_block_does_not_matter() -> None:
+    made = engine()
+    made.arena.fill_(0xFF)  # NaN in every dtype
+    made.add(start(1, prompt(30)))
+    made.add(start(2, prompt(100)))
+    assert drain(made)[1] == (spoken(prompt(30)), FinishReason.LENGTH)
+
+
+def test_draws_follow_seed_and_position() -> None:
+    """A model to which all tokens are alike says what the random numbers say."""
+    made = Engine(budget=16 * MIB)
+    serve(made, CONFIG, TENSORS | {"lm_head.weight": torch.zeros(160, 64)})
+    made.add(start(1, prompt(10), Sampling(temperature=1.0, seed=42, max_tokens=20)))
+    assert drain(made)[1][0] == [int(160 * uniform(42, position)) for position in range(10, 30)]
 
 
 @pytest.mark.parametrize("weights", ["view", "copy"])

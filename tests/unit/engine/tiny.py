@@ -88,7 +88,7 @@ def serve(engine: Engine, config: ModelConfig, tensors: Tensors, replica: int = 
 
 
 def prompt(length: int, seed: int = 0, vocab: int = 160) -> list[int]:
-    return np.random.default_rng(seed).integers(0, vocab, length).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(0, vocab, length)]
 
 
 def start(

@@ -90,10 +90,9 @@ def test_rotate_turns_pairs_by_position_times_frequency() -> None:
     for token, head, pair in ((0, 0, 0), (1, 1, 2), (2, 0, 3)):
         angle = (5 + token) * 100.0 ** (-2 * pair / 8)
         a, b = float(x[token, head, pair]), float(x[token, head, pair + 4])
-        assert float(turned[token, head, pair]) == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-5)
-        assert float(turned[token, head, pair + 4]) == pytest.approx(
-            b * math.cos(angle) + a * math.sin(angle), abs=1e-5
-        )
+        real, imaginary = float(turned[token, head, pair]), float(turned[token, head, pair + 4])
+        expected = complex(a, b) * complex(math.cos(angle), math.sin(angle))
+        assert complex(real, imaginary) == pytest.approx(expected, abs=1e-5)
 
 
 def test_scaled_frequencies() -> None:
@@ -144,6 +143,24 @@ def test_tiled_attention(heads: int, kv_heads: int, size: int) -> None:
     out = tiled_attention(q, paged.kv, 1, [TileGroup(torch.tensor(table).ravel(), 3, [tile])])
     for n in range(3):
         torch.testing.assert_close(out[n : n + 1], paged.expected(n, q[n : n + 1]), rtol=1e-4, atol=1e-5)
+
+
+def attended(paged: Paged, sequences: list[int], chunks: int) -> torch.Tensor:
+    """The last token of each sequence, their tables filled up to so many chunks; [N, A * D]."""
+    width, count = tile_tokens(4, 2), len(sequences)
+    rows = [[*paged.rows[n], *[paged.rows[n][0]] * (chunks * CHUNK_BLOCKS - len(paged.rows[n]))] for n in sequences]
+    position = torch.tensor([[len(paged.k[n]) - 1] * width for n in sequences])
+    tile = Tile(torch.arange(count).repeat_interleave(width), chunks, hidden_keys(position, chunks, paged.group))
+    q = torch.stack([random(4, 16, seed=n) for n in sequences])
+    return tiled_attention(q, paged.kv, 1, [TileGroup(torch.tensor(rows).ravel(), count, [tile])])
+
+
+def test_company_does_not_change_a_long_sequence() -> None:
+    """Bit by bit the same alone, beside others, and with tables filled up to any length."""
+    paged = Paged([1300, 700, 3, 2100], 4, 2, 16)
+    together = attended(paged, [0, 1, 2, 3], 40)
+    for n, chunks in ((0, 21), (1, 11), (2, 1), (3, 33)):
+        assert torch.equal(attended(paged, [n], chunks)[0], together[n])
 
 
 @pytest.mark.parametrize("n", [1, 30])
