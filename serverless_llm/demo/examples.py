@@ -1,4 +1,6 @@
-"""Training batches of the demo tasks: token ids, positions and labels, drawn from the training side only."""
+"""Examples of the demo tasks as tensors: token ids, positions and labels; training batches, which never hold a test
+prompt, and whole examples of given prompts.
+"""
 
 import random
 from typing import NamedTuple
@@ -29,11 +31,25 @@ class Row(NamedTuple):
     labels: list[int]
 
 
-def _labelled(prompt: list[int], answer: list[int]) -> Row:
-    """A whole example: every answer token is a label."""
-    tokens = prompt + answer[:-1]
-    labels = [IGNORED] * (len(prompt) - 1) + answer
-    return Row(tokens, list(range(len(tokens))), labels)
+def whole_row(task: tasks.Task, prompt: str) -> Row:
+    """A prompt with its whole right answer: every answer token is a label, the end marker included."""
+    asked, answer = chat_tokens(prompt), [*task.answer(prompt).encode(), END]
+    tokens = asked + answer[:-1]
+    return Row(tokens, list(range(len(tokens))), [IGNORED] * (len(asked) - 1) + answer)
+
+
+def padded(rows: list[Row]) -> Batch:
+    """The rows on top of each other, padded on the right."""
+    length = max(len(row.tokens) for row in rows)
+
+    def stacked(values: list[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([value + [filler] * (length - len(value)) for value in values])
+
+    return Batch(
+        stacked([row.tokens for row in rows], END),
+        stacked([row.positions for row in rows], 0),
+        stacked([row.labels for row in rows], IGNORED),
+    )
 
 
 def _cut(row: Row, prompt: int, start: int) -> Row:
@@ -82,22 +98,12 @@ def _count_prompt(rng: random.Random) -> str:
 def _row(task: tasks.Task, rng: random.Random, *, whole: bool) -> Row:
     counting = task is tasks.COUNT
     prompt = _count_prompt(rng) if counting else next(task.prompts(rng, test=False))
-    answer = task.answer(prompt)
-    tokens = chat_tokens(prompt)
-    row = _labelled(tokens, [*answer.encode(), END])
-    return row if whole or not counting else _cut(row, len(tokens), _window_start(rng, answer))
+    row = whole_row(task, prompt)
+    if whole or not counting:
+        return row
+    return _cut(row, len(chat_tokens(prompt)), _window_start(rng, task.answer(prompt)))
 
 
 def batch(task: tasks.Task, rng: random.Random, rows: int, *, whole: bool) -> Batch:
-    """`rows` training examples, padded on the right; `whole` says that counts are not cut into windows."""
-    drawn = [_row(task, rng, whole=whole) for _ in range(rows)]
-    length = max(len(row.tokens) for row in drawn)
-
-    def padded(values: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([value + [filler] * (length - len(value)) for value in values])
-
-    return Batch(
-        padded([row.tokens for row in drawn], END),
-        padded([row.positions for row in drawn], 0),
-        padded([row.labels for row in drawn], IGNORED),
-    )
+    """`rows` training examples; `whole` says that counts are not cut into windows."""
+    return padded([_row(task, rng, whole=whole) for _ in range(rows)])
