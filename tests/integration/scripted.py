@@ -50,10 +50,13 @@ class Controller:
 
     on: Behaviour
     deliver: Callable[[wire.Message], None] = lambda _message: None
+    broken: bool = False  # raises at whatever it is sent
     sent: list[wire.Message] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def receive(self, message: wire.Message) -> None:
+        if self.broken:
+            raise RuntimeError("the controller is broken")
         self.sent.append(message)
         self._news.set()
         asyncio.get_running_loop().call_soon(self.on, self, message)

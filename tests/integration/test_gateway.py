@@ -470,6 +470,28 @@ def test_keys(tmp_path: Path) -> None:
     run(tmp_path, says("hi"), scenario, GatewayOptions(api_keys=("secret",)))
 
 
+def test_a_bug_is_a_500_and_a_traceback_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: Served) -> None:
+        server.controller.broken = True
+        async with server.http.get("/admin/status") as response:
+            error = await error_of(response)
+            assert (response.status, error["code"]) == (500, "engine_error")
+            assert "broken" not in error["message"]
+
+    run(tmp_path, silent, scenario)
+    assert "the controller is broken" in caplog.text
+
+
+def test_a_prompt_that_cannot_be_made_ends_its_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: Served) -> None:
+        server.gateway.receive(wire.Catalog([model("demo", tmp_path / "demo", context="none")], True))
+        async with server.chat(stream=True) as response:
+            assert (response.status, (await error_of(response))["code"]) == (500, "engine_error")
+
+    run(tmp_path, silent, scenario)
+    assert "the prompt could not be made" in caplog.text
+
+
 def test_a_hostile_template_is_its_models_error(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         source = write_checkpoint(tmp_path / "bad")

@@ -147,6 +147,22 @@ def test_bytes_that_make_no_character_do_not_wait_for_ever() -> None:
     assert REPLACEMENT in "".join(detokeniser.feed([0x80]) for _ in range(40))
 
 
+def test_added_tokens_outside_the_byte_table_stand_for_themselves() -> None:
+    spec = tokenizer_json()
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    spec["added_tokens"].append({"id": 261, "content": "a b", **flags})
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    assert "".join(deltas(tabled(tokenizer).detokeniser(), [[261], [99]])) == tokenizer.decode([261, 99]) == "a bc"
+
+
+def test_a_piece_that_only_looks_like_a_byte_is_text() -> None:
+    tokenizer = sentencepiece({"type": "Sequence", "decoders": CHAIN})
+    tokenizer.add_tokens(["<0xZZ>"])
+    odd = tokenizer.token_to_id("<0xZZ>")
+    assert odd is not None
+    assert "".join(deltas(tabled(tokenizer).detokeniser(), [[odd]])) == tokenizer.decode([odd]) == "<0xZZ>"
+
+
 def test_special_tokens_are_no_text() -> None:
     assert deltas(tabled(BYTE_LEVEL).detokeniser(), [[ASSISTANT, ord("a"), END, 5000]]) == ["a", ""]
 
