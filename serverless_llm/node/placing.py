@@ -59,6 +59,11 @@ class Placing:
         self._complete: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
+    def close(self) -> None:
+        """Ends the uploader's thread. What is placed stays mapped until the process ends."""
+        self._uploader.close()
+        os.close(self.wakeup)
+
     @property
     def busy(self) -> bool:
         return any(not one.active for one in self._placements.values())

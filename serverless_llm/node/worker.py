@@ -8,7 +8,6 @@ A `Cancel` without sequences ends all of them, and so does a `Run` of a newer he
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -66,11 +65,17 @@ class Worker:
         self._poll.register(self._placing.wakeup, select.POLLIN)
 
     def run(self) -> None:
-        self._send(wire.Booted(os.getpid(), self._engine.numerics_id))
-        while self._take():
-            if self._engine.runnable:
-                self._step()
-            self._report(time.monotonic())
+        try:
+            self._send(wire.Booted(os.getpid(), self._engine.numerics_id))
+            while self._take():
+                if self._engine.runnable:
+                    self._step()
+                self._report(time.monotonic())
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the agent was gone before all was said
+        finally:
+            self._placing.close()
+            self._link.close()
 
     # --- the agent's socket ---
 
@@ -210,8 +215,7 @@ def main(link: socket.socket, pool: int) -> int:
     boot = wire.decode(header.kind, _exactly(link, header.length))
     if not isinstance(boot, wire.Boot):
         raise ProtocolError(f"{type(boot).__name__} instead of Boot")
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent is gone: so is this worker's work
-        Worker(link, boot, pool).run()
+    Worker(link, boot, pool).run()
     return 0
 
 
