@@ -93,6 +93,13 @@ def test_gpus_keep_their_own_memory() -> None:
     assert loaded({"devices": "cuda:2", "device_memory": "10GiB"}).device_memory == 10 * GIB
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (9, 2), (64, 15)])
+def test_one_core_is_left_to_the_gateway(monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert loaded({"nodes": 2, "devices": "cpu:2"}).threads == threads
+    assert loaded({"threads": 3}).threads == 3
+
+
 def test_state_directory(tmp_path: Path) -> None:
     assert loaded().state_dir == Path("/home/someone/.local/state/serverless-llm")
     assert loaded(XDG_STATE_HOME=str(tmp_path)).state_dir == tmp_path / "serverless-llm"
