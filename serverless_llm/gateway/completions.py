@@ -83,7 +83,7 @@ class Completions:
     # --- not streaming ---
 
     async def _whole(self, live: LiveRequest) -> web.Response:
-        hold = live.arrived + self._options.hold
+        hold = live.opened + self._options.hold
         loop = asyncio.get_running_loop()
         while not live.done:
             await live.news(None if live.first else hold)
@@ -106,7 +106,7 @@ class Completions:
     async def _stream(self, http: web.Request, live: LiveRequest) -> web.StreamResponse:
         live.unread_limit = self._options.unread_limit
         live.overrun = lambda: http.transport.abort() if http.transport else None
-        await live.news(live.arrived + self._options.commit_after)
+        await live.news(live.opened + self._options.commit_after)
         if live.error is not None and not live.first:
             raise live.error
         response = web.StreamResponse(headers=sse.HEADERS | _timing(live))

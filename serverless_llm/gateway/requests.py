@@ -31,7 +31,8 @@ class LiveRequest:
         error: why there is no (more) text.
         told: the controller knows that this sequence is over.
         overrun: called when the client does not read what waits for it.
-        arrived, attached, first, last: loop time in seconds, 0 before it happened; `first`, `last`: of tokens.
+        opened: loop time of the arrival, for deadlines; uvloop's clock ticks in milliseconds.
+        arrived, attached, first, last: monotonic seconds, 0 before it happened; `first`, `last`: of tokens.
         prefill: seconds from the attachment to the first token.
     """
 
@@ -41,7 +42,8 @@ class LiveRequest:
         self.info = info
         self.request = request
         self.created = int(time.time())
-        self.arrived = asyncio.get_running_loop().time()
+        self.opened = asyncio.get_running_loop().time()
+        self.arrived = time.monotonic()
         self.attached = self.first = self.last = self.prefill = 0.0
         self.prompt: TokenisedPrompt | None = None
         self.max_tokens = 0
@@ -136,7 +138,7 @@ class LiveRequest:
         else:
             self.restarts += 1
         self.epoch, self.device = attach.epoch, attach.device
-        self.attached = asyncio.get_running_loop().time()
+        self.attached = time.monotonic()
         request, defaults = self.request, self.prompt.defaults
         top_k = int(defaults.get("top_k", 0)) if request.top_k is None else request.top_k
         return wire.Run(
@@ -245,7 +247,7 @@ class LiveRequests:
             live.series = self._metrics.served(live.info.name, message.device)
 
     def tokens(self, message: wire.Tokens) -> None:
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for sequence, epoch, tokens, finish in message.entries:
             live = self._live.get(sequence)
             if live is not None and live.epoch == epoch and not live.done:
