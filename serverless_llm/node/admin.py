@@ -87,13 +87,15 @@ def _source(source: str, roots: Sequence[Path]) -> Path:
 
 
 def _keep_alive(asked: float | str | None, default: float) -> float:
+    """Seconds; negative numbers are for ever, as clients of other servers know it."""
     if asked is None:
         return default
+    if isinstance(asked, float):
+        return asked if asked >= 0 else math.inf
     try:
-        seconds = parse_duration(asked)
+        return parse_duration(asked)
     except ConfigurationError as error:
         raise refusal(str(error), "keep_alive") from None
-    return seconds if seconds >= 0 else math.inf
 
 
 def parse(body: bytes, kind: type[T]) -> T:

@@ -64,7 +64,7 @@ class Controller:
     def handle(self, event: events.Event) -> None:
         """Tells the machine, and does what it wants."""
         for command in self.machine.handle(event, self.now()):
-            self._perform(command)
+            self.perform(command)
         if not isinstance(event, SILENT):
             self.changed(isinstance(event, PROMPT))
 
@@ -166,7 +166,8 @@ class Controller:
 
     # --- commands ---
 
-    def _perform(self, command: commands.Command) -> None:
+    def perform(self, command: commands.Command) -> None:
+        """Does one thing that the machine wants."""
         match command:
             case commands.WakeAt(at):
                 self._wake_at(at)

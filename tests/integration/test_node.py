@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.cluster import commands
-from serverless_llm.domain import Sampling
+from serverless_llm.domain import DeviceId, Sampling
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sequence import SequenceStart
@@ -117,6 +117,11 @@ def test_streams_survive_every_death_below_the_head(tmp_path: Path, checkpoint: 
     story(tell, options)
 
 
+def descriptors(agent_pid: int) -> list[int]:
+    """How many the agent and its forkserver hold."""
+    return [psutil.Process(pid).num_fds() for pid in (agent_pid, forkserver_of(agent_pid))]
+
+
 def next_worker(incarnation: int) -> Callable[[list[dict[str, Any]]], bool]:
     return lambda devices: bool(devices[0]["worker_pid"]) and devices[0]["incarnation"] > incarnation
 
@@ -126,15 +131,21 @@ def test_a_killed_worker_is_back_in_a_moment(tmp_path: Path) -> None:
 
     async def tell() -> None:
         async with serving(tmp_path, options) as cluster:
+            (device,) = await cluster.gateway.devices()
+            held = descriptors(device["agent_pid"])
             took = []
             for incarnation in range(1, 6):
                 (device,) = await cluster.gateway.devices()
                 assert device["incarnation"] == incarnation
                 began = time.monotonic()
-                os.kill(device["worker_pid"], signal.SIGKILL)
+                if incarnation < 5:
+                    os.kill(device["worker_pid"], signal.SIGKILL)
+                else:
+                    cluster.head.controller.perform(commands.KillWorker(DeviceId("node0", 0), incarnation))
                 await cluster.gateway.seen(next_worker(incarnation), "the next worker")
                 took.append(time.monotonic() - began)
             assert sorted(took)[2] < 0.3, took
+            assert descriptors(device["agent_pid"]) == held
 
     story(tell, options)
 
@@ -230,8 +241,9 @@ def test_two_devices_share_one_read_and_caps_hold(tmp_path: Path, checkpoint: Pa
             status = await gateway.ask("status")
             devices = status["nodes"][0]["devices"]
             assert [len(device["replicas"]) for device in devices] == [1, 1]
-            await gateway.until(lambda: cluster.head.controller.peers["node0"].resident_bytes, "a heartbeat")
-            assert cluster.head.controller.peers["node0"].resident_bytes == MIB  # one slot
+            peer = cluster.head.controller.peers["node0"]
+            await gateway.seen(lambda _: peer.resident_bytes, "a heartbeat")
+            assert peer.resident_bytes == MIB  # one slot
 
     story(tell, options)
 
@@ -255,6 +267,9 @@ def test_a_load_can_be_taken_back_and_begun_anew(tmp_path: Path, checkpoint: Pat
             await gateway.seen(lambda now: not now[0]["replicas"], "no replica")
             await deployed(cluster, checkpoint)
             assert await gateway.generate("tiny", PROMPT, 8) == await asyncio.to_thread(alone, checkpoint, PROMPT, 8)
+            await gateway.ask("delete", "tiny")
+            peer = cluster.head.controller.peers["node0"]
+            await gateway.seen(lambda _: not peer.resident_bytes, "an empty DRAM tier")
 
     story(tell, options)
 

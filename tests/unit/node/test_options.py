@@ -1,0 +1,73 @@
+"""From the configuration to what each agent is started with."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from serverless_llm.config import load
+from serverless_llm.errors import ConfigurationError
+from serverless_llm.node import processes
+from serverless_llm.node.devices import budgets
+from serverless_llm.node.options import AgentOptions, DeviceOptions, local_agents
+
+
+def test_every_node_gets_an_agent(tmp_path: Path) -> None:
+    flags = {"state_dir": str(tmp_path), "nodes": 2, "devices": "cpu:3", "device_memory": "2GiB", "dram": "4GiB",
+             "weights": "copy", "limits": "disk=20MB/s", "threads": 2, "orphan_grace": "5s"}  # fmt: skip
+    agents = local_agents(load(flags, {}))
+    assert [agent.node for agent in agents] == ["node0", "node1"]
+    assert agents[0].devices == (DeviceOptions("cpu", 2 << 30, "copy"),) * 3
+    assert (agents[0].dram, agents[0].disk_rate, agents[0].upload_rate) == (4 << 30, 20e6, 0.0)
+    assert (agents[0].threads, agents[0].orphan_grace) == (2, 5.0)
+    assert agents[1].lock_path == tmp_path / "agents" / "node1.lock"
+    assert msgspec.json.decode(msgspec.json.encode(agents[0]), type=AgentOptions) == agents[0]
+
+
+def test_weights_are_copied_to_gpus(tmp_path: Path) -> None:
+    (agent,) = local_agents(load({"state_dir": str(tmp_path), "devices": "cuda:1", "dram": "1GiB"}, {}))
+    assert agent.devices == (DeviceOptions("cuda", 0, "copy"),)
+
+
+def test_a_stated_budget_needs_no_driver() -> None:
+    assert budgets([DeviceOptions("cuda", 7, "copy"), DeviceOptions("cpu", 8, "view")]) == [7, 8]
+
+
+def test_a_missing_driver_is_said() -> None:
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has one")
+    with pytest.raises(ConfigurationError, match="NVIDIA"):
+        budgets([DeviceOptions("cuda", 0, "copy")])
+
+
+def test_children_find_this_package(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import serverless_llm; print(serverless_llm.__file__)"]
+    found = subprocess.run(command, cwd=tmp_path, env=processes.environment(), capture_output=True, check=True)
+    import serverless_llm
+
+    assert found.stdout.decode().strip() == serverless_llm.__file__
+
+
+def test_how_a_process_died() -> None:
+    assert processes.died(signal.SIGKILL) == "killed by SIGKILL"
+    assert processes.died(3 << 8) == "exited with 3"
+
+
+def test_an_agent_without_sense_says_so(tmp_path: Path) -> None:
+    (tmp_path / "agents").mkdir()
+    options = AgentOptions(str(tmp_path), "n", (DeviceOptions("cpu", 1 << 20, "view"),), dram=100)
+    command = processes.command("serverless_llm.node.agent", msgspec.json.encode(options).decode())
+    ended = subprocess.run(command, env=processes.environment(), capture_output=True, check=False)
+    assert ended.returncode == 1
+    assert b"a pool of 100 bytes holds no slot" in ended.stderr
+    assert b"Traceback" not in ended.stderr
+
+
+def test_the_agent_never_imports_torch() -> None:
+    code = "import sys, serverless_llm.node.agent; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=processes.environment(), check=True)

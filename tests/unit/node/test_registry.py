@@ -1,0 +1,179 @@
+"""Deployed models: what operators ask, what survives a restart, what gateways are shown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serverless_llm import wire
+from serverless_llm.cli.make_checkpoint import make_checkpoint
+from serverless_llm.cluster.machine import Machine
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.errors import RequestError
+from serverless_llm.node import admin
+from serverless_llm.node.head import Head
+from serverless_llm.node.state import State
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("registry") / "tiny"
+    make_checkpoint("tiny-llama", directory, dtype="float32")
+    return directory
+
+
+class Desk:
+    """A head without agents, and whoever asks it."""
+
+    def __init__(self, directory: Path, roots: tuple[Path, ...] = ()) -> None:
+        self.kept = State(directory)
+        self.catalogs: list[wire.Catalog] = []
+        self._answers: dict[int, asyncio.Future[wire.Answer]] = {}
+        self.head = Head(self.kept, Machine(Policy()), [], self._deliver, keep_alive=120.0, roots=roots)
+
+    def _deliver(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Answer):
+            self._answers[message.id].set_result(message)
+        elif isinstance(message, wire.Catalog):
+            self.catalogs.append(message)
+
+    async def ask(self, verb: str, name: str = "", raw: bytes | None = None, **body: Any) -> tuple[int, Any]:
+        number = len(self._answers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self.head.receive(wire.Ask(number, verb, name, json.dumps(body).encode() if raw is None else raw))
+        found = await answer
+        return found.status, json.loads(found.body)
+
+
+def on_a_desk(directory: Path, tell: Callable[[Desk], Awaitable[None]], **options: Any) -> None:
+    async def whole() -> None:
+        desk = Desk(directory, **options)
+        try:
+            await desk.head.restore(options.get("wanted", {}))
+            await tell(desk)
+        finally:
+            desk.kept.close()
+
+    asyncio.run(whole())
+
+
+def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        status, row = await desk.ask("deploy", "org/tiny", source=str(checkpoint), keep_alive="5m", context=100)
+        assert status == 200
+        assert (row["name"], row["state"], row["keep_alive"], row["context"]) == ("org/tiny", "unloaded", 300.0, 100)
+        assert row["bytes"] == (checkpoint / "model.safetensors").stat().st_size
+        assert desk.catalogs[-1].models[0].name == "org/tiny"
+        assert not desk.catalogs[-1].ready
+        assert await desk.ask("show", "org/tiny") == (200, row)
+        assert (await desk.ask("pin", "org/tiny"))[1]["pinned"]
+        assert not (await desk.ask("pin", "org/tiny", pinned=False))[1]["pinned"]
+        assert (await desk.ask("load", "org/tiny"))[0] == 200
+        assert (await desk.ask("unload", "org/tiny"))[0] == 200
+        status, shown = await desk.ask("status")
+        assert [one["name"] for one in shown["models"]] == ["org/tiny"]
+        assert shown["nodes"] == []
+        assert await desk.ask("delete", "org/tiny") == (200, {"name": "org/tiny", "deleted": True})
+        assert desk.catalogs[-1].models == []
+        for verb in ("show", "delete", "load", "unload", "pin"):
+            status, body = await desk.ask(verb, "org/tiny")
+            assert (status, body["error"]["code"]) == (404, "model_not_found")
+
+    on_a_desk(tmp_path, tell)
+
+
+def test_deploys_are_kept_and_what_broke_meanwhile_is_shown(tmp_path: Path, checkpoint: Path) -> None:
+    copy = tmp_path / "copy"
+    make_checkpoint("tiny-llama", copy, dtype="float32")
+
+    async def first(desk: Desk) -> None:
+        await desk.ask("deploy", "a", source=str(checkpoint), keep_alive=-1)
+        await desk.ask("deploy", "b", source=str(copy))
+        await desk.ask("pin", "a")
+
+    async def second(desk: Desk) -> None:
+        _, shown = await desk.ask("status")
+        models = {one["name"]: one for one in shown["models"]}
+        assert (models["a"]["keep_alive"], models["a"]["pinned"]) == (None, True)
+        assert (models["b"]["state"], models["b"]["keep_alive"]) == ("failed", 120.0)
+        assert "model.safetensors" in models["b"]["error"]
+        status, body = await desk.ask("load", "b")
+        assert (status, body["error"]["code"]) == (503, "model_load_failed")
+        assert (await desk.ask("delete", "b"))[0] == 200
+
+    on_a_desk(tmp_path / "state", first)
+    (copy / "model.safetensors").unlink()
+    on_a_desk(tmp_path / "state", second)
+
+
+BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
+    ("bad name", {}, 400, "name"),
+    ("m", {"source": "relative"}, 400, "source"),
+    ("m", {"source": "/nowhere"}, 400, "source"),
+    ("m", {"dtype": "int8"}, 400, "source"),
+    ("m", {"keep_alive": "soon"}, 400, "keep_alive"),
+    ("m", {"max_replicas": 0}, 400, "max_replicas"),
+    ("m", {"max_concurrency": 0}, 400, "max_concurrency"),
+    ("m", {"max_queue": -1}, 400, "max_queue"),
+    ("m", {"min_replicas": 2}, 400, "min_replicas"),
+    ("m", {"context": 0}, 400, "context"),
+    ("m", {"context": 1 << 20}, 400, "source"),
+    ("m", {"colour": "red"}, 400, None),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "status", "param"), BAD)
+def test_a_bad_deploy_is_refused_by_name(
+    tmp_path: Path, checkpoint: Path, name: str, change: dict[str, Any], status: int, param: str | None
+) -> None:
+    async def tell(desk: Desk) -> None:
+        given, body = await desk.ask("deploy", name, **({"source": str(checkpoint)} | change))
+        assert (given, body["error"]["param"]) == (status, param)
+        assert body["error"]["type"] == "invalid_request_error"
+        assert desk.kept.models() == []
+
+    on_a_desk(tmp_path, tell)
+
+
+def test_sources_lie_inside_the_roots_links_resolved(tmp_path: Path, checkpoint: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "out").symlink_to(checkpoint)
+
+    async def tell(desk: Desk) -> None:
+        status, body = await desk.ask("deploy", "m", source=str(root / "out"))
+        assert (status, body["error"]["code"]) == (403, "permission_denied")
+
+    on_a_desk(tmp_path / "state", tell, roots=(root,))
+
+
+def test_keep_alive_in_every_spelling() -> None:
+    def parsed(value: object) -> float:
+        body = json.dumps({"source": "/m", "keep_alive": value}).encode()
+        return admin.spec_of("m", body, 120.0, ()).keep_alive
+
+    assert [parsed(value) for value in ("90s", 7, 0, -1, None)] == [90.0, 7.0, 0.0, math.inf, 120.0]
+
+
+def test_a_body_that_is_not_json_is_refused() -> None:
+    with pytest.raises(RequestError) as refused:
+        admin.parse(b"{", admin.PinBody)
+    assert refused.value.status == 400
+
+
+def test_the_head_publishes_where_it_listens(tmp_path: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        desk.head.listening("http://127.0.0.1:9")
+        kept = json.loads((tmp_path / "head.json").read_bytes())
+        assert kept == {"url": "http://127.0.0.1:9", "generation": 1, "pid": os.getpid()}
+        assert stat.S_IMODE((tmp_path / "agent-token").stat().st_mode) == 0o600
+
+    on_a_desk(tmp_path, tell)

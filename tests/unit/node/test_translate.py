@@ -1,0 +1,103 @@
+"""Messages as events, commands as messages."""
+
+from __future__ import annotations
+
+import pytest
+
+from serverless_llm import wire
+from serverless_llm.cluster import commands, events
+from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, LoadPhases, NodeSpec, WorkClass
+from serverless_llm.node import translate
+
+DEVICE = DeviceId("n", 1)
+PHASES = LoadPhases(0.1, 0.2, 0.3, 0.6, 10, 20, 30)
+
+FROM_NODE: list[tuple[wire.Message, list[events.Event]]] = [
+    (wire.Reserved(1, 5), [events.Reserved(DEVICE, 5)]),
+    (wire.Refused(1, 5, 77), [events.Refused(DEVICE, 5, 77)]),
+    (wire.LoadProgress(5, 1, 2), [events.LoadProgress(5, 1, 2)]),
+    (wire.ReplicaReady(5, 0.1, 0.2, 0.3, 0.6, 10, 20, 30), [events.ReplicaReady(5, PHASES)]),
+    (wire.LoadFailed(5, "why", True), [events.LoadFailed(5, "why", True)]),
+    (wire.Unloaded(5), [events.Unloaded(5)]),
+    (wire.WorkerUp(1, 3, 99, "id"), [events.WorkerUp(DEVICE, 3)]),
+    (wire.WorkerLost(1, 3, "why"), [events.WorkerLost(DEVICE, 3, "why")]),
+    (
+        wire.Step(1, 3, [(7, 1, 0.5)], [(8, 2, "stop", 9)], [(6, 4, "why")]),
+        [
+            events.FirstToken(7, 1, 0.5),
+            events.SequenceDone(8, 2, FinishReason.STOP, 9),
+            events.SequenceRefused(6, 4, "why"),
+        ],
+    ),
+    (wire.Progress(1, 3, [(7, 1, 2, 3)], 10, 20), [events.Progress(DEVICE, 3, ((7, 1, 2, 3),))]),
+    (
+        wire.Heartbeat(
+            [wire.WorkerState(1, 3, 99, 5, "id", [4]), wire.WorkerState(2, 0, 0, 0, "", [])],
+            [("c", 8)], {"upload": 2.0, "disk": 1.0}, 8, {"disk": 8},
+        ),
+        [events.Heartbeat("n", ((DEVICE, 3, (4,)),), (("c", 8),), (("disk", 1.0), ("upload", 2.0)))],
+    ),
+    (wire.Beat(1, True, 0.1), []),
+]  # fmt: skip
+
+TO_NODE: list[tuple[commands.Command, tuple[str, int, wire.Message]]] = [
+    (commands.Reserve(DEVICE, 5, 9), ("n", 1, wire.Reserve(1, 5, 9))),
+    (
+        commands.StartLoad(5, DEVICE, "m", "/m", "c", "float32", 8, 64),
+        ("n", -1, wire.StartLoad(5, 1, "m", "/m", "c", "float32", 8, 64)),
+    ),
+    (commands.Unload(5, DEVICE), ("n", -1, wire.Unload(5))),
+    (commands.Cancel(DEVICE, 7, 2), ("n", 1, wire.Cancel([(7, 2)]))),
+    (commands.KillWorker(DEVICE, 3), ("n", -1, wire.KillWorker(1, 3))),
+    (commands.Forget("n", "c"), ("n", -1, wire.Forget("c"))),
+]
+
+
+@pytest.mark.parametrize(("message", "expected"), FROM_NODE)
+def test_what_nodes_say(message: wire.Message, expected: list[events.Event]) -> None:
+    assert translate.from_node("n", message) == expected
+
+
+def test_an_agents_first_word() -> None:
+    hello = wire.Hello(
+        protocol=1,
+        node="n",
+        pid=4,
+        dram=100,
+        devices=[wire.Device(0, "cpu", 10, "view"), wire.Device(1, "cuda", 20, "copy")],
+        workers=[wire.WorkerState(0, 0, 0, 0, "", []), wire.WorkerState(1, 3, 99, 5, "id", [4])],
+        replicas=[(4, 1, "m", "c", "auto")],
+        resident=[("c", 8)],
+        bandwidth={"disk": 1.0},
+    )
+    assert translate.joined(hello) == events.NodeJoined(
+        NodeSpec("n", 100, (DeviceSpec(0, "cpu", 10, "view"), DeviceSpec(1, "cuda", 20, "copy")), {"disk": 1.0}),
+        ((DEVICE, 3),),
+        (events.HeldReplica(4, DEVICE, "m", "c", "auto"),),
+        (("c", 8),),
+    )
+
+
+def test_what_gateways_say() -> None:
+    arrived = translate.from_gateway(wire.Arrive(7, "m", "offline", 5.0, "id"))
+    assert arrived == [events.RequestArrived(7, "m", WorkClass.OFFLINE, 5.0)]
+    assert translate.from_gateway(wire.Prompted(7, 3, 4)) == [events.PromptReady(7, 3, 4)]
+    assert translate.from_gateway(wire.Gone([7, 8], "left")) == [events.ClientGone(7), events.ClientGone(8)]
+    assert translate.from_gateway(wire.Ask(1, "show", "m", b"")) == []
+
+
+@pytest.mark.parametrize(("command", "expected"), TO_NODE)
+def test_what_nodes_are_told(command: commands.Command, expected: tuple[str, int, wire.Message]) -> None:
+    assert translate.to_node(command) == expected
+    assert translate.to_gateway(command, 0) is None
+
+
+def test_what_gateways_are_told() -> None:
+    warm = commands.Dispatch(7, 2, 5, DEVICE, 0.25, None)
+    assert translate.to_gateway(warm, 42) == wire.Attach(7, 2, 5, 42, "n/1", 250.0, {})
+    cold = translate.to_gateway(commands.Dispatch(7, 2, 5, DEVICE, 0.25, PHASES), 42)
+    assert isinstance(cold, wire.Attach)
+    assert cold.cold == {"load_queue_ms": 100.0, "load_disk_ms": 200.0, "load_upload_ms": 300.0, "load_ms": 600.0}
+    refused = commands.Reject(7, 503, "overloaded", "why", 2.0, True)
+    assert translate.to_gateway(refused, 0) == wire.Rejected(7, 503, "overloaded", "why", 2.0, True)
+    assert translate.to_node(refused) is None
