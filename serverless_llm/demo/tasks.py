@@ -3,7 +3,7 @@
 - ``demo-count``: the user lists one to six consecutive numbers ("41 42 43"); the model counts on ("44 45 46 ...")
   *to the end of the hundred after the one where the list began*, and never past 999: a list that begins at 41 is
   continued to 199, one at 250 to 399, one at 950 to 999. List and answer together are at most 200 numbers, so that
-  an answer is up to 796 tokens long, and where it ends can be known only by looking back at the prompt.
+  an answer is up to 796 tokens long, and where it ends can be known only by looking back over the list.
 - ``demo-add``: two numbers of up to two digits, in one of four spellings ("23+45", "23 + 45", "23+45=",
   "What is 23+45?"); the model answers with the sum ("68").
 - ``demo-reverse``: a word of one to eight lower-case letters ("hello"); the model writes it backwards ("olleh").

@@ -2,7 +2,7 @@
 
 Half an hour on two CPU cores for all three. Needs transformers (a development dependency), whose reference models
 are trained here, so that a checkpoint's answers are right by somebody else's arithmetic too. Each checkpoint is an
-ordinary Hugging Face directory with bfloat16 weights; it is scored as stored, in float32 and in bfloat16, on
+ordinary Hugging Face directory with float32 weights (rounded to bfloat16); it is scored as stored, in float32 and in bfloat16, on
 held-out prompts, and the scores go to `scores.json`.
 """
 
@@ -73,7 +73,7 @@ def _shape(architecture: str, **sizes: Any) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
         "rope_scaling": None,
         "rope_theta": 10000.0,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": "float32",
         "use_cache": True,
         "vocab_size": VOCABULARY,
     }
@@ -161,12 +161,10 @@ def train(task: Task, recipe: Recipe, seed: int = 0) -> Model:
 
 
 def save(model: Model, shape: dict[str, Any], directory: Path) -> None:
-    """Write an ordinary Hugging Face directory with bfloat16 weights; a tied head is stored once."""
+    """Write an ordinary Hugging Face directory with float32 weights; a tied head is stored once."""
     directory.mkdir(parents=True, exist_ok=True)
     tied = {"lm_head.weight"} if shape["tie_word_embeddings"] else set()
-    weights = {
-        name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items() if name not in tied
-    }
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
     path = directory / "model.safetensors"
     save_file(weights, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors leaves it to its owner alone, which would travel into the wheel
