@@ -2,8 +2,8 @@
 
 Half an hour on two CPU cores for all three. Needs transformers (a development dependency), whose reference models
 are trained here, so that a checkpoint's answers are right by somebody else's arithmetic too. Each checkpoint is an
-ordinary Hugging Face directory with float32 weights (rounded to bfloat16); it is scored as stored, in float32 and in bfloat16, on
-held-out prompts, and the scores go to `scores.json`.
+ordinary Hugging Face directory with float32 weights (rounded to bfloat16's numbers); it is scored as stored, in float32
+and in bfloat16, on held-out prompts, and the scores go to `scores.json`.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def accuracy(model: Model, task: Task, prompts: list[str], rows: int = 50) -> fl
     return right / len(prompts)
 
 
-def score(directory: Path, task: Task, cpu_seconds: float, count: int = SCORED_PROMPTS) -> Score:
+def score(directory: Path, task: Task, cpu_seconds: float, count: int) -> Score:
     """Score a written checkpoint in both dtypes."""
     prompts = task.held_out(count)
     shares = []
@@ -221,7 +221,7 @@ def main() -> None:
         model = train(TASKS[name], RECIPES[name])
         seconds = time.process_time() - start
         save(model, RECIPES[name].shape, arguments.out / name)
-        result = score(arguments.out / name, TASKS[name], seconds)
+        result = score(arguments.out / name, TASKS[name], seconds, SCORED_PROMPTS)
         _record(arguments.out, name, result)
         print(name, result, flush=True)
 
