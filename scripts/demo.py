@@ -249,7 +249,7 @@ class Story:
         self.mistakes = 0
 
     def right(self, model: str, answer: Answer, **options: Any) -> Answer:
-        """The answer, proved to be the right one; or the model's own mistake, which is the same when it is asked again."""
+        """The answer, proved to be right, or the model's own mistake: one that is the same when it is asked again."""
         wanted = tasks.TASKS[model].answer(answer.prompt)
         prove(not answer.error, f"{model} on {answer.prompt!r} ends without an error (it said {answer.error!r})")
         if (answer.text, answer.finish) != (wanted, "stop"):
