@@ -77,6 +77,8 @@ class Machine:
     def handle(self, event: e.Event, now: float) -> list[Command]:
         """What is to be done now that `event` has happened. `now`: seconds of any clock that does not run back."""
         self._now = max(self._now, now)
+        if isinstance(event, e.Tick) or (self._wake is not None and self._wake <= self._now):
+            self._wake = None
         turn = Turn(self.state, self.policy, self._now)
         HANDLERS[type(event)](turn, event)
         for kind, key in self.state.timers.due(self._now):
@@ -86,10 +88,8 @@ class Machine:
         return turn.commands
 
     def _ask_for_tick(self, turn: Turn) -> None:
-        """An earlier tick that was asked for and is needed no more may come: it does nothing but ask again."""
+        """A tick that is needed no more, or comes a moment early (timers round), does nothing but ask again."""
         earliest = self.state.timers.earliest()
-        if self._wake is not None and self._wake <= self._now:
-            self._wake = None
         if earliest is not None and (self._wake is None or earliest < self._wake):
             self._wake = earliest
             turn.emit(WakeAt(earliest))

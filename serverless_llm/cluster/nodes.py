@@ -28,6 +28,7 @@ def joined(turn: Turn, event: NodeJoined) -> None:
         turn.now,
         Ledger(event.node.dram),
         Ledger(event.node.dram),
+        turn.policy.overhead_s,
         resident=dict(event.resident),
         bandwidth=dict(event.node.bandwidth),
     )
@@ -35,6 +36,7 @@ def joined(turn: Turn, event: NodeJoined) -> None:
     for spec in event.node.devices:
         device = Device(DeviceId(event.node.node, spec.number), spec, Ledger(spec.budget), Ledger(spec.budget))
         node.devices[spec.number] = turn.state.devices[device.id] = device
+    _measure(turn)
     for device_id, incarnation in event.workers:
         turn.device(device_id).incarnation = incarnation
     turn.state.next_replica = max([turn.state.next_replica, *(held.replica + 1 for held in event.held)])
@@ -142,6 +144,11 @@ def _forget(turn: Turn, node: Node) -> None:
     for device in node.devices.values():
         del turn.state.devices[device.id]
     del turn.state.nodes[node.spec.node]
+    _measure(turn)
+
+
+def _measure(turn: Turn) -> None:
+    turn.state.largest = max((device.spec.budget for device in turn.state.devices.values()), default=0)
 
 
 def _vacate(turn: Turn, node: Node) -> None:

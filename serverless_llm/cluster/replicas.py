@@ -163,7 +163,6 @@ def ready(turn: Turn, event: ReplicaReady) -> None:
         return
     shift(turn, replica, "ready")
     turn.disarm("replica", replica.id)
-    turn.disarm("abandon", replica.id)
     replica.ready_at = replica.idle_since = turn.now
     replica.phases = event.phases
     actual_s = turn.now - replica.decided_at

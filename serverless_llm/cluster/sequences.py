@@ -214,12 +214,12 @@ def end(turn: Turn, sequence: Sequence) -> None:
 def refuse_oversized(turn: Turn, model: Model, sequence: Sequence) -> None:
     """Reject a waiting sequence whose KV can never fit. While no device is known, nothing is known to be too small."""
     tokens = sequence.prompt_tokens + sequence.max_tokens
-    budgets = [device.spec.budget for device in turn.state.devices.values()]
+    most = turn.state.largest
     if tokens > model.footprint.context:
         problem = f"{tokens} tokens (prompt and max_tokens) are more than the {model.footprint.context} of the context"
-    elif budgets and not any(fit.holds_sequence(model.footprint, budget, tokens) for budget in set(budgets)):
-        needed, most = model.footprint.kv_bytes(tokens), max(budgets) - model.footprint.weight_bytes
-        problem = f"the KV of {tokens} tokens takes {needed} bytes; beside the weights at most {most} are available"
+    elif most and not fit.holds_sequence(model.footprint, most, tokens):
+        needed, left = model.footprint.kv_bytes(tokens), most - model.footprint.weight_bytes
+        problem = f"the KV of {tokens} tokens takes {needed} bytes; beside the weights at most {left} are available"
     else:
         return
     reject(turn, sequence, 400, "context_length_exceeded", problem, None, retry=False)

@@ -13,6 +13,7 @@ and, where k models wait for the same place, k times that: they get it in the or
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from serverless_llm.cluster.failures import reject_waiters
@@ -54,7 +55,6 @@ def consider(turn: Turn, model: Model) -> None:
     devices = [device for device in fitting if _open(turn, model, device)]
     option = choose.best(o for o in (_option(turn, claim, device, False) for device in devices) if o)
     if option is not None:
-        drain(turn, name, ())
         _start(turn, claim, option)
         return
     turn.state.hungry[name] = None
@@ -126,15 +126,17 @@ def _open(turn: Turn, model: Model, device: Device) -> bool:
 def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Option | None:
     """What a start on `device` costs. `in_use`: reckon with the room of replicas that still run something."""
     footprint = claim.model.footprint
-    node = turn.state.nodes[device.id.node]
-    leaving = [r for r in _residents(node) if _leaves_at(turn, claim, r) <= turn.now and (in_use or not r.running)]
+
+    def leaves(replica: Replica) -> bool:
+        return (in_use or not replica.running) and _leaves_at(turn, claim, replica) <= turn.now
+
     short = footprint.weight_bytes + _floor(turn, claim.model, device) - device.planned.free + device.shortfall
-    here = [_candidate(turn, (r,), r.grant) for r in leaving if r.device == device.id]
-    chosen = evict.victims(here, short)
+    residents = _residents(device) if short > 0 else []
+    chosen = evict.victims([_candidate(turn, (r,), r.grant) for r in residents if leaves(r)], short)
     if chosen is None:
         return None
     if device.view:
-        pinned = _dram_victims(turn, footprint, node, leaving, chosen)
+        pinned = _dram_victims(turn, footprint, turn.state.nodes[device.id.node], leaves, chosen)
         if pinned is None:
             return None
         chosen += pinned
@@ -144,23 +146,28 @@ def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Op
 
 
 def _dram_victims(
-    turn: Turn, footprint: Footprint, node: Node, leaving: list[Replica], chosen: tuple[evict.Candidate, ...]
+    turn: Turn,
+    footprint: Footprint,
+    node: Node,
+    leaves: Callable[[Replica], bool],
+    chosen: tuple[evict.Candidate, ...],
 ) -> tuple[evict.Candidate, ...] | None:
     """Who must leave besides `chosen` so that DRAM holds the files: all pins of a checkpoint, or none."""
-    gone = {replica for candidate in chosen for replica in candidate.replicas}
-    may_leave = {replica.id for replica in leaving}
-    pins: dict[CheckpointId, list[Replica]] = {}
-    for replica in _residents(node):
-        if node.devices[replica.device.number].view and replica.checkpoint != footprint.checkpoint:
-            pins.setdefault(replica.checkpoint, []).append(replica)
     short = node.planned_dram.missing(footprint.checkpoint, footprint.file_bytes)
+    if short <= 0:
+        return ()
+    gone = {replica for candidate in chosen for replica in candidate.replicas}
+    pins: dict[CheckpointId, list[Replica]] = {}
+    for device in node.devices.values():
+        for replica in _residents(device) if device.view else ():
+            pins.setdefault(replica.checkpoint, []).append(replica)
     groups = []
     for replicas in pins.values():
         size = replicas[0].footprint.file_bytes
         left = tuple(replica for replica in replicas if replica.id not in gone)
         if not left:
             short -= size
-        elif all(replica.id in may_leave for replica in left):
+        elif all(leaves(replica) for replica in left):
             groups.append(_candidate(turn, left, size))
     return evict.victims(groups, short)
 
@@ -247,7 +254,8 @@ def drain(turn: Turn, name: str, victims: tuple[ReplicaId, ...]) -> None:
 def _look_again(turn: Turn, claim: Claim, devices: list[Device]) -> None:
     """When the next hold or patience is over; other news of room comes by itself."""
     nodes = {device.id.node: turn.state.nodes[device.id.node] for device in devices}
-    times = [_leaves_at(turn, claim, replica) for node in nodes.values() for replica in _residents(node)]
+    residents = (r for node in nodes.values() for device in node.devices.values() for r in _residents(device))
+    times = [_leaves_at(turn, claim, replica) for replica in residents]
     ahead = [at for at in times if turn.now < at < math.inf]
     if ahead:
         turn.state.timers.arm(("hungry", claim.model.spec.name), min(ahead))
@@ -277,20 +285,20 @@ def _floor(turn: Turn, model: Model, device: Device) -> int:
     return fit.kv_floor(model.footprint, device.spec.budget, policy.kv_floor_tokens, policy.kv_floor_share)
 
 
-def _residents(node: Node) -> list[Replica]:
-    return [r for device in node.devices.values() for r in device.replicas.values() if r.state in PLANNED]
+def _residents(device: Device) -> list[Replica]:
+    return [replica for replica in device.replicas.values() if replica.state in PLANNED]
 
 
 def _links(turn: Turn, node: Node) -> Links:
-    overhead = turn.policy.overhead_s if node.overhead_s is None else node.overhead_s
     disk = node.bandwidth.get("disk", turn.policy.disk_bps)
-    return Links(disk, node.bandwidth.get("upload", turn.policy.upload_bps), overhead)
+    return Links(disk, node.bandwidth.get("upload", turn.policy.upload_bps), node.overhead_s)
 
 
 def _remaining(node: Node) -> dict[CheckpointId, int]:
     """Bytes that starts on this node still read, by checkpoint: replicas of one checkpoint share its reading."""
     remaining: dict[CheckpointId, int] = {}
-    for replica in _residents(node):
+    residents = (replica for device in node.devices.values() for replica in device.replicas.values())
+    for replica in residents:
         if replica.state in STARTING:
             held = max(replica.progress_done, node.resident.get(replica.checkpoint, 0))
             left = max(0, replica.footprint.file_bytes - held)

@@ -152,7 +152,13 @@ class Device:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One node. The DRAM ledgers hold each checkpoint that view mode pins once."""
+    """One node.
+
+    Attributes:
+        heard: when its last heartbeat came.
+        planned_dram, actual_dram: as of a device; each checkpoint that view mode pins counts once.
+        overhead_s: what a start here takes beside moving bytes, learned.
+    """
 
     spec: NodeSpec
     state: NodeState
@@ -160,10 +166,10 @@ class Node:
     heard: float
     planned_dram: Ledger
     actual_dram: Ledger
+    overhead_s: float
     devices: dict[int, Device] = field(default_factory=dict, repr=False)
     resident: dict[CheckpointId, int] = field(default_factory=dict)
     bandwidth: dict[str, float] = field(default_factory=dict)
-    overhead_s: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -230,6 +236,7 @@ class State:
     devices: dict[DeviceId, Device] = field(default_factory=dict)
     suspects: dict[SequenceId, Sequence] = field(default_factory=dict)  # to be tried alone, or on trial
     hungry: dict[ModelName, None] = field(default_factory=dict)  # want a replica, found no room
+    largest: int = 0  # budget of the largest device
     timers: Timers = field(default_factory=Timers)
     next_replica: int = 1
     next_revision: int = 1

@@ -62,7 +62,7 @@ class World:
         self.stuck: set[ModelName] = set()  # loads never end
         self.mute: set[type] = set()  # commands that nobody answers
         self.refusing: dict[DeviceId, int] = {}
-        self.wakes: dict[float, None] = {}
+        self.wake = 0.0
         self.rtt_s, self.load_s, self.prefill_s, self.token_s = 0.001, 0.08, 0.02, 0.01
         self.disk_bps, self.restart_s, self.progress_s = 2.0 * GIB, 0.3, 0.1
 
@@ -461,8 +461,13 @@ class World:
             self.after(0.0, lambda: self.disconnect(agent))
 
     def wake_at(self, command: c.WakeAt) -> None:
-        self.wakes[command.at] = None
-        self.at(command.at, lambda: self.tell(e.Tick()))
+        self.wake = command.at
+
+        def ring() -> None:
+            if self.wake == command.at:
+                self.tell(e.Tick())
+
+        self.at(command.at, ring)
 
     def note(self, command: c.Command) -> None:
         """For logs and metrics alone."""

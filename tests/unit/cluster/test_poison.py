@@ -83,6 +83,7 @@ def test_progress_between_two_deaths_acquits() -> None:
     for tokens in (5, 7, 9):
         court.progress((1, tokens))
         court.die()
+        assert court.machine.state.suspects == {}
         assert dispatched(court.reload()) == [1]
     assert court.machine.state.sequences[1].deaths == 1
     court.progress((1, 10))
@@ -117,6 +118,7 @@ def test_a_suspect_that_moved_on_before_the_worker_died_is_not_guilty(court: Cou
     court.reload()
     court.machine.state.sequences[1].generated = 2  # reported in the step that the worker died in
     assert "Reject" not in kinds(court.die())
+    assert 1 not in court.machine.state.suspects
 
 
 def test_a_client_that_leaves_ends_the_trial(court: Court) -> None:

@@ -199,6 +199,33 @@ def test_a_worker_that_refuses_is_left_alone_and_believed_to_be_short() -> None:
     assert desk.machine.state.devices[D0].shortfall == 0
 
 
+def test_a_device_that_refused_is_left_alone_for_a_second() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", size=30))
+    desk.ask(1, "a")
+    assert desk.tell(e.Refused(D0, 1, 5)) == []
+    assert desk.ask(2, "a") == []
+    assert kinds(desk.tick(1.0)) == ["Decided", "Reserve"]
+
+
+def test_a_claim_waits_until_the_shortfall_is_forgotten() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    for name in ("a", "b", "x"):
+        desk.tell(deploy(name, size=30))
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.ask(2, "b")
+    desk.tick(1.0)
+    assert kinds(desk.ask(3, "x")) == ["Decided", "Evicted", "Unload"]
+    desk.tell(e.Refused(D0, 2, 70))
+    assert desk.tell(e.Unloaded(1)) == []
+    desk.tell(e.RequestArrived(4, "nope"), after=29.0)
+    assert desk.tick(1.0)[0] == c.Reserve(D0, 3, 40)
+
+
 def test_a_shortfall_is_forgotten_after_a_while(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Refused(D0, 1, 25))
@@ -332,7 +359,7 @@ def test_a_node_learns_its_speed_and_its_overhead(desk: Desk) -> None:
     desk.tell(e.ReplicaReady(1, LoadPhases(disk_s=4.0, total_s=5.0, disk_bytes=80)), after=5.0)
     known = desk.machine.state.nodes["n0"]
     assert known.bandwidth == {"disk": 20.0}
-    assert known.overhead_s == pytest.approx(5.0)
+    assert known.overhead_s == pytest.approx(0.7 * 0.05 + 0.3 * 5.0)
 
 
 def test_weights_in_dram_are_no_sample_of_the_disk(desk: Desk) -> None:

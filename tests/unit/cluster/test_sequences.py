@@ -144,6 +144,15 @@ def test_what_a_worker_says_of_an_older_epoch_is_ignored(desk: Desk) -> None:
     assert 1 in desk.machine.state.sequences
 
 
+def test_the_end_of_an_older_epoch_does_not_end_a_newer_one(desk: Desk) -> None:
+    desk.tell(e.SequenceRefused(1, 1, "no room"))
+    desk.tick(0.1)
+    assert desk.tell(e.SequenceDone(1, 1, DONE, 10)) == []
+    assert desk.machine.state.sequences[1].epoch == 2
+    desk.tell(e.SequenceDone(1, 2, DONE, 10))
+    assert desk.machine.state.sequences == {}
+
+
 def test_lost_sequences_come_back_in_their_old_order_with_a_new_epoch() -> None:
     desk = Desk()
     desk.join()

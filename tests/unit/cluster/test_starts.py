@@ -190,6 +190,7 @@ def test_scaling_out_does_not_take_a_place_in_use() -> None:
     desk.serve("b", 2, max_replicas=2, max_concurrency=1)
     desk.ask(3, "b")
     assert desk.tick(1000.0) == []
+    assert [replica.draining_for for replica in desk.machine.state.replicas.values()] == ["", ""]
 
 
 def view(dram: int, devices: int = 2) -> NodeSpec:

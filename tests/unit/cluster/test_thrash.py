@@ -158,6 +158,35 @@ def test_a_model_in_use_is_drained_when_patience_ends(desk: Desk) -> None:
     assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 2, 90)]
 
 
+def test_patience_begins_when_the_other_is_loaded() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b"))
+    desk.ask(1, "a")
+    desk.ask(2, "b")
+    desk.tick(3.0)
+    desk.bring_up(1)
+    desk.tick(1.9)
+    assert desk.machine.state.replicas[1].draining_for == ""
+    desk.tick(0.1)
+    assert desk.machine.state.replicas[1].draining_for == "b"
+
+
+def test_whoever_is_drained_stays_chosen() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    desk.join()
+    desk.serve("a", 1, size=30)
+    desk.serve("b", 2, size=30)
+    desk.tell(deploy("x", size=30))
+    desk.ask(3, "x")
+    desk.tick(2.0)
+    assert [replica.draining_for for replica in desk.machine.state.replicas.values()] == ["x", ""]
+    desk.tell(e.Heartbeat("n0", ((D0, 1, (1, 2)),), (("sha-b", 30),), ()))  # now `b` is cheaper to bring back
+    desk.ask(4, "x")
+    assert [replica.draining_for for replica in desk.machine.state.replicas.values()] == ["x", ""]
+
+
 def test_whoever_made_room_for_nothing_serves_again(desk: Desk) -> None:
     desk.tick(2.0)
     assert desk.ask(3, "a") == []
