@@ -16,7 +16,8 @@ from serverless_llm.demo import tasks
 from tests.unit.cli.conftest import CommandLine, Scripted, events
 
 CHAT = ("POST", "/v1/chat/completions")
-METRICS = {"time_to_first_token_ms": 41.26, "cold_start_ms": 31.0, "cold_start_phases": {"load_disk_ms": 9, "load_queue_ms": 1.0}}
+PHASES = {"load_disk_ms": 9, "load_queue_ms": 1.0}
+METRICS = {"time_to_first_token_ms": 41.26, "cold_start_ms": 31.0, "cold_start_phases": PHASES}
 
 
 @pytest.fixture
