@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 1.0  # seconds
 RETRY = 0.1  # seconds between tries to reach a head
+FIRST_GRACE = 10.0  # seconds that a young agent waits for its head, however short `orphan_grace` is
 DIAL_LIMIT = 5.0  # seconds for one try
 RELAYED = frozenset(wire.KIND[kind] for kind in (wire.Tokens, wire.Step, wire.Progress, wire.Reserved, wire.Refused))
 CANCEL_ALL = wire.Cancel([])  # to a worker: stop every sequence
@@ -96,9 +97,9 @@ class Agent:
     async def _dial(self) -> str:
         """Serves one head after another; returns when there was none for too long."""
         clock = asyncio.get_running_loop().time
-        served = clock()
+        deadline = clock() + max(self.options.orphan_grace, FIRST_GRACE)
         async with aiohttp.ClientSession() as session:
-            while clock() - served < self.options.orphan_grace:
+            while clock() < deadline:
                 try:
                     async with asyncio.timeout(DIAL_LIMIT):
                         socket = await self._connect(session)
@@ -106,7 +107,7 @@ class Agent:
                     log.debug("no head: %s", error)
                 else:
                     if await self._serve(socket):
-                        served = clock()
+                        deadline = clock() + self.options.orphan_grace
                 await asyncio.sleep(RETRY)
         return f"no head for {self.options.orphan_grace:g} s"
 

@@ -126,7 +126,9 @@ class Placing:
                 self._complete.put(order.replica)
                 os.eventfd_write(self.wakeup, 1)
 
-        return self._uploader.mapping(sizes, progress) if view else self._uploader.upload(sizes, progress)
+        if view:
+            return self._uploader.mapping(order.checkpoint, sizes, progress)
+        return self._uploader.upload(sizes, progress)
 
     def _reserve(self, placement: Placement) -> None:
         """Makes room in the engine as soon as the headers are there."""
