@@ -9,7 +9,7 @@ from serverless_llm.cluster.poison import charge
 from serverless_llm.cluster.replicas import enter, leave, vanish
 from serverless_llm.cluster.sequences import mentioned, recall
 from serverless_llm.cluster.state import Device, Model, Node, Replica, Sequence
-from serverless_llm.cluster.transitions import NODE, NodeState, ReplicaState, move
+from serverless_llm.cluster.transitions import NODE, NodeState, ReplicaState, SequenceState, move
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import CheckpointId, DeviceId, NodeId, ReplicaId
 from serverless_llm.placement import fit
@@ -98,7 +98,7 @@ def progress(turn: Turn, event: Progress) -> None:
         for sequence in list(replica.running.values()):
             if sequence.id in there:
                 _moves(turn, sequence, there[sequence.id])
-            elif _overdue(turn, sequence):
+            elif _overdue(turn, sequence, _patience(turn, sequence)):
                 recall(turn, sequence)
 
 
@@ -198,7 +198,7 @@ def _reconcile(turn: Turn, device: Device, incarnation: int, replicas: tuple[Rep
     if incarnation > max(device.incarnation, device.lost):
         _renew(turn, device, incarnation)
     if device.incarnation and incarnation != device.incarnation:
-        if _overdue(turn, device):
+        if _overdue(turn, device, turn.policy.absent_s):
             _bury(turn, device, "its agent does not know it")
         return
     device.absent_since = None
@@ -217,15 +217,21 @@ def _correct(turn: Turn, device: Device, there: set[ReplicaId]) -> None:
             replica.absent_since = None
             if leaving and replica.history[-1][0] + turn.policy.absent_s <= turn.now:
                 turn.emit(Unload(replica.id, device.id))
-        elif _overdue(turn, replica):
+        elif _overdue(turn, replica, turn.policy.absent_s):
             vanish(turn, replica)
 
 
-def _overdue(turn: Turn, thing: Device | Replica | Sequence) -> bool:
+def _overdue(turn: Turn, thing: Device | Replica | Sequence, limit: float) -> bool:
     """Left out of a report; for the first time, or for long enough that it is not there?"""
     if thing.absent_since is None:
         thing.absent_since = turn.now
-    return turn.now - thing.absent_since >= turn.policy.absent_s
+    return turn.now - thing.absent_since >= limit
+
+
+def _patience(turn: Turn, sequence: Sequence) -> float:
+    """A worker that never had it may still get it."""
+    known = sequence.state is SequenceState.RUNNING
+    return turn.policy.absent_s if known else turn.policy.dispatch_s
 
 
 def _moves(turn: Turn, sequence: Sequence, tokens: int) -> None:

@@ -26,6 +26,8 @@ class Policy:
     load_expiries: int = 2
     # A running sequence is mentioned every 100 ms; steps of many seconds exist (a long prefill on a CPU).
     mention_s: float = 30.0
+    # From Dispatch to the worker's first word of it: the gateway sends the prompt, and the worker may be in a step.
+    dispatch_s: float = 10.0
     # A sequence or replica that its owner's reports leave out for this long is not there: reports come at least each
     # second, and one may have been on its way when the sequence was.
     absent_s: float = 2.0

@@ -29,7 +29,9 @@ NODES = ("n0", "n1")
 ROUGH = Faults(drop=0.03, duplicate=0.05, delay_s=1.5)
 CALM_S = 400.0  # after the last fault every request has ended within this, deadlines of 30 s on the way included
 # Deadlines short enough that many expire in a run; their order stays that of the defaults.
-POLICY = Policy(reserve_s=8.0, unload_s=8.0, kill_s=3.0, mention_s=8.0, load_floor_s=4.0, abandon_after=5.0)
+POLICY = Policy(
+    dispatch_s=4.0, reserve_s=8.0, unload_s=8.0, kill_s=3.0, mention_s=8.0, load_floor_s=4.0, abandon_after=5.0
+)
 
 
 def build(seed: int, weights: str) -> World:

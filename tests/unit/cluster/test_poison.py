@@ -191,7 +191,7 @@ def test_a_trial_of_a_minute_acquits(court: Court) -> None:
 def test_a_suspect_that_is_taken_back_is_still_one(court: Court) -> None:
     court.reload()
     court.tell(e.Progress(D0, court.incarnation, ()))
-    out = court.tell(e.Progress(D0, court.incarnation, ()), after=2.0)
+    out = court.tell(e.Progress(D0, court.incarnation, ()), after=10.0)
     assert dispatched(out) == [1]
     assert 1 in court.machine.state.suspects
 

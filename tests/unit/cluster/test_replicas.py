@@ -300,6 +300,17 @@ def test_a_load_nobody_waits_for_goes_on_for_a_minute(desk: Desk) -> None:
     assert desk.tick(1.0) == [c.Evicted(1, "a", D0, "abandoned"), c.Unload(1, D0)]
 
 
+def test_other_news_does_not_prolong_an_abandoned_load() -> None:
+    desk = Desk(Policy(silent_after=1e9, load_floor_s=1e9))
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ClientGone(1))
+    desk.tell(e.Pin("a", False), after=59.0)
+    assert kinds(desk.tick(1.0)) == ["Evicted", "Unload"]
+
+
 def test_an_abandoned_load_that_somebody_wants_again_goes_on(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))

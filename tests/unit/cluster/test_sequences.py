@@ -211,6 +211,12 @@ def test_a_worker_that_leaves_a_sequence_out_for_two_seconds_does_not_have_it(de
     assert again == [c.Cancel(D0, 1, 1), c.Dispatch(1, 2, 1, D0, 5.9, None)]
 
 
+def test_a_dispatch_that_does_not_arrive_is_made_again_after_ten_seconds(desk: Desk) -> None:
+    for _ in range(10):
+        assert desk.tell(e.Progress(D0, 1, ()), after=1.0) == []
+    assert desk.tell(e.Progress(D0, 1, ()), after=1.0)[0] == c.Cancel(D0, 1, 1)
+
+
 def test_a_worker_that_runs_what_it_should_not_is_told_to_stop(desk: Desk) -> None:
     desk.tell(e.SequenceRefused(1, 1, "no room"))
     out = desk.tell(e.Progress(D0, 1, ((1, 1, 3, 1), (77, 4, 3, 1), (1, 2, 0, 0))))

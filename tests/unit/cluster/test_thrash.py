@@ -112,6 +112,7 @@ def test_a_hundred_names_on_two_devices_are_all_answered() -> None:
     assert max(world.took(sequence) for sequence in world.clients) < 5.0
 
 
+@pytest.mark.slow
 def test_an_idle_server_of_a_hundred_models_only_hears_its_agents() -> None:
     world = World()
     world.add_node(devices=2)
