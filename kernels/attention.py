@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-BLOCK = 16  # tokens, domain.BLOCK_TOKENS
+from serverless_llm.domain import BLOCK_TOKENS
+
 CHUNK_BLOCKS = 4
-CHUNK = BLOCK * CHUNK_BLOCKS  # keys that are reduced together
+CHUNK = BLOCK_TOKENS * CHUNK_BLOCKS  # keys that are reduced together
 TILE_ROWS = 16  # rows of a product, at most, where a KV head has no more heads than that
 
 
@@ -79,7 +80,7 @@ def tiled_attention(q_TAD: torch.Tensor, kv: torch.Tensor, layer: int, groups: l
 def _gather(kv: torch.Tensor, layer: int, group: TileGroup) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V, [N * C, G, CHUNK, D] each."""
     _, _, _, kv_heads, size = kv.shape
-    blocks = kv.index_select(0, group.rows + layer).view(-1, CHUNK_BLOCKS, 2, BLOCK, kv_heads, size)
+    blocks = kv.index_select(0, group.rows + layer).view(-1, CHUNK_BLOCKS, 2, BLOCK_TOKENS, kv_heads, size)
     both = blocks.permute(2, 0, 4, 1, 3, 5).reshape(2, -1, kv_heads, CHUNK, size)
     return both[0], both[1]
 

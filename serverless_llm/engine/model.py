@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from serverless_llm.domain import BLOCK_TOKENS
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.config import EMBEDDING, HEAD, ModelConfig
-from serverless_llm.kernels.attention import BLOCK
 from serverless_llm.kernels.linear import silu_gate, tiled_linear
 from serverless_llm.kernels.norm import rms_norm
 from serverless_llm.kernels.rope import frequencies, rotate, table
@@ -97,7 +97,7 @@ class Model:
         self._norm = tensors["model.norm.weight"]
         self._layers = [_bind(config, tensors, f"model.layers.{n}.", fused) for n in range(config.layers)]
         dtype, width = DTYPES[config.dtype], config.kv_heads * config.head_dim
-        self._kv = arena.rows(dtype, 2, BLOCK, config.kv_heads, config.head_dim)
+        self._kv = arena.rows(dtype, 2, BLOCK_TOKENS, config.kv_heads, config.head_dim)
         self._kv_tokens = self._kv.view(-1, width)
         rope = config.rope
         self._frequency = frequencies(
@@ -143,9 +143,9 @@ class Model:
 
     def _store(self, k: torch.Tensor, v: torch.Tensor, step: StepInput, layer: int) -> None:
         width = self._kv_tokens.shape[1]
-        slots = step.slots + 2 * BLOCK * layer
+        slots = step.slots + 2 * BLOCK_TOKENS * layer
         self._kv_tokens.index_copy_(0, slots, k[: step.tokens].reshape(-1, width))
-        self._kv_tokens.index_copy_(0, slots + BLOCK, v[: step.tokens].reshape(-1, width))
+        self._kv_tokens.index_copy_(0, slots + BLOCK_TOKENS, v[: step.tokens].reshape(-1, width))
 
     def _angles(self, position: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and signed sine, [T, 1, D]."""

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from serverless_llm.domain import BLOCK_TOKENS
 from serverless_llm.engine.model import Model, StepInput
 from serverless_llm.engine.scheduler import Chunk
 from serverless_llm.kernels.attention import (
-    BLOCK,
     CHUNK,
     CHUNK_BLOCKS,
     Span,
@@ -65,7 +65,7 @@ def _step(model: Model, chunks: list[Chunk], ends: list[int], device: torch.devi
     starts = np.cumsum([0, *(n for _, n in chunks)])
     slots = np.concatenate(
         [
-            row[at // BLOCK] * (2 * BLOCK) + at % BLOCK
+            row[at // BLOCK_TOKENS] * (2 * BLOCK_TOKENS) + at % BLOCK_TOKENS
             for row, at in zip(rows, np.split(position, starts[1:-1]), strict=True)
         ]
     )
@@ -104,7 +104,7 @@ def _span(chunk: Chunk, rows: Integers, start: int, device: torch.device) -> Spa
     if chunk.tokens > 1:
         query = torch.arange(first, keys, device=device)
         visible = torch.arange(keys, device=device)[None, :] <= query[:, None]
-    return Span(start, start + chunk.tokens, _move(rows[: -(-keys // BLOCK)], device), keys, visible)
+    return Span(start, start + chunk.tokens, _move(rows[: -(-keys // BLOCK_TOKENS)], device), keys, visible)
 
 
 def _groups(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serverless_llm.domain import BLOCK_TOKENS, Sampling
+from serverless_llm.domain import Sampling
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
@@ -173,9 +173,3 @@ def test_a_killed_worker_changes_nothing(at: int, sampling: Sampling) -> None:
     engine.step()
     engine.add(start(number, prompt(3, number), sampling, generated=expected[:at], epoch=1))
     assert expected[:at] + drain(engine)[number][0] == expected
-
-
-def test_block_size_is_the_domains() -> None:
-    from serverless_llm.kernels.attention import BLOCK
-
-    assert BLOCK == BLOCK_TOKENS

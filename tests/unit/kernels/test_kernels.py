@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serverless_llm.domain import BLOCK_TOKENS
 from serverless_llm.kernels.attention import (
-    BLOCK,
     CHUNK,
     CHUNK_BLOCKS,
     Span,
@@ -113,15 +113,15 @@ class Paged:
         self.heads, self.group = heads, heads // kv_heads
         self.k = [random(length, kv_heads, size, seed=10 + n) for n, length in enumerate(lengths)]
         self.v = [random(length, kv_heads, size, seed=50 + n) for n, length in enumerate(lengths)]
-        blocks = sum(-(-length // BLOCK) for length in lengths)
-        self.kv = torch.full((2 * blocks + 2, 2, BLOCK, kv_heads, size), 1e6)
+        blocks = sum(-(-length // BLOCK_TOKENS) for length in lengths)
+        self.kv = torch.full((2 * blocks + 2, 2, BLOCK_TOKENS, kv_heads, size), 1e6)
         free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.rows: list[list[int]] = []
         for k, v in zip(self.k, self.v, strict=True):
-            self.rows.append([2 * free.pop() for _ in range(0, len(k), BLOCK)])
+            self.rows.append([2 * free.pop() for _ in range(0, len(k), BLOCK_TOKENS)])
             for token in range(len(k)):
-                row = self.rows[-1][token // BLOCK] + 1  # layer 1
-                self.kv[row, 0, token % BLOCK], self.kv[row, 1, token % BLOCK] = k[token], v[token]
+                row = self.rows[-1][token // BLOCK_TOKENS] + 1  # layer 1
+                self.kv[row, 0, token % BLOCK_TOKENS], self.kv[row, 1, token % BLOCK_TOKENS] = k[token], v[token]
 
     def expected(self, sequence: int, q: torch.Tensor) -> torch.Tensor:
         """`q`: [n, A, D], the sequence's last n tokens."""
