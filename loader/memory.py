@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import weakref
 
 _NORESERVE, _FIXED = 0x4000, 0x10
@@ -40,6 +41,14 @@ class Range:
     def populate(self, offset: int, length: int) -> None:
         """Takes the page faults of whole pages now, off the GIL. Older kernels refuse; the first reader pays there."""
         _LIBC.madvise(self.address + offset, length, _POPULATE_READ)
+
+    def release(self, offset: int, length: int) -> None:
+        """Undoes `populate`, off the GIL: the next reader takes the faults. What is left to unmap is cheap then."""
+        _LIBC.madvise(self.address + offset, length, mmap.MADV_DONTNEED)
+
+    def unused(self) -> bool:
+        """Nothing made from `buffer` refers to it any more."""
+        return sys.getrefcount(self.buffer) == 2  # the attribute and the argument
 
     def close(self) -> bool:
         """Drops the range's own hold. True: it is unmapped; False: something made from `buffer` still refers to it,

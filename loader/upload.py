@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from serverless_llm.domain import CheckpointId
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import header, plan
 from serverless_llm.loader.bounce import Bounce
@@ -23,8 +24,11 @@ from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import HUGE_PAGE, MAX_SLOT, slot_size
 from serverless_llm.loader.source import PAGE
+from serverless_llm.loader.stitched import Kept, Slot, Stitched
 
 Progress = Callable[[int, int], None]  # done, total; in bytes, from the uploader's thread
+
+IDLE = 0.1  # seconds without work after which a discarded mapping is unmapped further; pieces of a load come faster
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -54,7 +58,9 @@ class Uploader:
         self.pacer = Pacer(rate)
         self.chunk_bytes = plan.paced(rate, MAX_SLOT)
         self._bounce: dict[torch.device, Bounce] = {}
-        self._work: queue.SimpleQueue[tuple[Task, Landed] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Task, Landed] | Stitched | None] = queue.SimpleQueue()
+        self._discarded: list[Stitched] = []
+        self.kept = Kept(pool_bytes, self.discard)
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
         self._thread.start()
 
@@ -63,9 +69,9 @@ class Uploader:
         """Of a range that shows slots: huge pages want their own size."""
         return HUGE_PAGE if self.slot_bytes >= HUGE_PAGE else PAGE
 
-    def mapping(self, sizes: Sequence[int], on_progress: Progress) -> Mapping:
-        """View mode: a checkpoint with files of these sizes."""
-        return Mapping(self, sizes, on_progress)
+    def mapping(self, checkpoint: CheckpointId, sizes: Sequence[int], on_progress: Progress) -> Mapping:
+        """View mode: a checkpoint with files of these sizes, in the mapping kept of it if there is one."""
+        return Mapping(self, checkpoint, sizes, on_progress)
 
     def upload(self, sizes: Sequence[int], on_progress: Progress) -> Upload:
         """Copy mode: a checkpoint with files of these sizes."""
@@ -80,6 +86,10 @@ class Uploader:
     def put(self, task: Task, span: Landed) -> None:
         self._work.put((task, span))
 
+    def discard(self, stitched: Stitched) -> None:
+        """Unmaps it when there has been nothing else to do for a while."""
+        self._work.put(stitched)
+
     def bounce(self, device: torch.device) -> Bounce:
         """The pinned buffers of a CUDA device; the first call allocates them."""
         if device not in self._bounce:
@@ -87,13 +97,30 @@ class Uploader:
         return self._bounce[device]
 
     def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            task, span = item
-            for part in plan.cut(Piece(*span[:3]), self.chunk_bytes):
-                if task.closed:
-                    break
-                self.pacer.wait(part.length)
-                task.step(Landed(*part, span.pool_offset + part.offset - span.offset))
+        while True:
+            try:
+                item = self._work.get(timeout=IDLE if self._discarded else None)
+            except queue.Empty:
+                self._unmap_some()
+                continue
+            if item is None:
+                return
+            if isinstance(item, Stitched):
+                self._discarded.append(item)
+                del item  # the last reference unmaps
+            else:
+                self._feed(*item)
+
+    def _feed(self, task: Task, span: Landed) -> None:
+        for part in plan.cut(Piece(*span[:3]), self.chunk_bytes):
+            if task.closed:
+                break
+            self.pacer.wait(part.length)
+            task.step(Landed(*part, span.pool_offset + part.offset - span.offset))
+
+    def _unmap_some(self) -> None:
+        if self._discarded[-1].release():
+            self._discarded.pop()
 
 
 class Task:
@@ -110,7 +137,7 @@ class Task:
         self._sizes = tuple(sizes)
         self._on_progress = on_progress
         self._heads: list[list[Landed]] = [[] for _ in sizes]  # spans of files whose header is not known yet
-        self._headers: dict[int, Header] = {}
+        self._headers: dict[int, Header] = {}  # by file
         self._busy = threading.Lock()  # held while the uploader's thread touches memory for this task
         self.closed = False
         self.done = 0
@@ -181,20 +208,25 @@ class Mapping(Task):
     The views are read-only memory: writing to one kills the process.
     """
 
-    def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress) -> None:
+    def __init__(
+        self, uploader: Uploader, checkpoint: CheckpointId, sizes: Sequence[int], on_progress: Progress
+    ) -> None:
         super().__init__(uploader, sizes, on_progress)
         self.total = sum(sizes)
-        slot = uploader.slot_bytes
-        self._ranges = [Range(-(-size // slot) * slot, uploader.alignment) for size in sizes]
-        self._placed: set[tuple[int, int]] = set()  # (file, slot's offset in the file)
+        self._checkpoint = checkpoint
+        kept = uploader.kept.take(checkpoint)
+        self._stitched = kept or Stitched(sizes, uploader.slot_bytes, uploader.alignment, uploader.pool_fd)
+        self._headers = self._stitched.headers
+        self._cold: set[Slot] = set()  # slots whose page faults are to be taken
 
     def add(self, spans: Iterable[Landed]) -> None:
         """These bytes are in the pool: maps their slots, and queues their page faults."""
-        spans = [Landed(*span) for span in spans]
+        spans = sorted(Landed(*span) for span in spans)
         self._note(spans)
-        for file, offset, length, pool_offset in self._new_runs(spans):
-            self._ranges[file].place(offset, length, self._uploader.pool_fd, pool_offset)
-        for span in spans:
+        changed = self._stitched.show(spans)
+        self._uploader.kept.handed(self._checkpoint, changed.values())
+        self._cold.update(changed)
+        for span in self._joined(spans):
             self._uploader.put(self, span)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -206,37 +238,42 @@ class Mapping(Task):
         headers = self.headers()
         assert headers is not None
         return {
-            entry.name: _tensor(self._ranges[number], entry)
+            entry.name: _tensor(self._stitched.ranges[number], entry)
             for number, one in enumerate(headers)
             for entry in one.tensors
         }
 
     def close(self) -> bool:
-        """Gives up the mapping. True: nothing refers to the pool any more. False: a tensor still does (or a cycle
-        that holds one); the memory stays mapped until it is gone: call again. Idempotent."""
+        """Gives up the mapping; it is kept if it is complete. True: nothing refers to the pool any more. False: a
+        tensor still does (or a cycle that holds one): call again. Not to be called after it was True."""
         self._stop()
-        return all([one.close() for one in self._ranges])
+        if not self._stitched.unused():
+            return False
+        if self.done == self.total:
+            self._uploader.kept.keep(self._checkpoint, self._stitched)
+        else:
+            self._uploader.discard(self._stitched)
+        del self._stitched
+        return True
 
-    def _new_runs(self, spans: Iterable[Landed]) -> list[Landed]:
-        """Slots not mapped yet, those that follow one another in the file and in the pool as one."""
-        slot = self._uploader.slot_bytes
+    def _joined(self, spans: Iterable[Landed]) -> list[Landed]:
+        """Sorted spans that follow one another in a file and are equally cold, as one: their places do not matter."""
         runs: list[Landed] = []
-        for span in sorted(spans):
-            inside = span.offset % slot
-            key = (span.file, span.offset - inside)
-            if key in self._placed:
-                continue
-            self._placed.add(key)
-            new = Landed(*key, slot, span.pool_offset - inside)
+        for span in spans:
             last = runs[-1] if runs else None
-            if last and (last.file, last.offset + last.length, last.pool_offset + last.length) == (*key, new[3]):
-                runs[-1] = last._replace(length=last.length + slot)
+            adjacent = last and (last.file, last.offset + last.length) == (span.file, span.offset)
+            if last and adjacent and self._is_cold(last) == self._is_cold(span):
+                runs[-1] = last._replace(length=last.length + span.length)
             else:
-                runs.append(new)
+                runs.append(span)
         return runs
 
+    def _is_cold(self, span: Landed) -> bool:
+        return self._stitched.slot(span) in self._cold
+
     def _move(self, span: Landed) -> int:
-        self._ranges[span.file].populate(span.offset, span.length)
+        if self._is_cold(span):
+            self._stitched.ranges[span.file].populate(span.offset, span.length)
         return span.length
 
 

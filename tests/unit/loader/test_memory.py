@@ -6,14 +6,47 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.pool import HUGE_PAGE, Pool
+from tests.unit.loader.mappings import resident
 
 
 def mapped(address: int) -> bool:
     spans = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
     return any(int(start, 16) <= address < int(stop, 16) for start, stop in spans)
+
+
+def test_page_faults_are_taken_and_undone_at_will() -> None:
+    pool = Pool(2 << 20)
+    pool.range(0, 2 << 20)[:] = bytes(range(256)) * (8 << 10)
+    home = Range(2 << 20)
+    home.place(0, 2 << 20, pool.fd, 0)
+    assert resident(home) == 0
+    home.populate(0, 2 << 20)
+    assert resident(home) == 2 << 20
+    home.release(0, 1 << 20)
+    assert resident(home) == 1 << 20
+    assert bytes(memoryview(home.buffer)[:256]) == bytes(range(256))
+    assert home.close()
+    pool.close()
+
+
+def test_it_is_unused_when_nothing_made_from_it_is_left() -> None:
+    home = Range(1 << 20)
+    pool = Pool(1 << 20)
+    home.place(0, 1 << 20, pool.fd, 0)
+    assert home.unused()
+    tensor = torch.frombuffer(home.buffer, dtype=torch.uint8, count=4, offset=8).view(torch.int32)
+    assert not home.unused()
+    part = tensor[:0]
+    del tensor
+    assert not home.unused()
+    del part
+    assert home.unused()
+    assert home.close()
+    pool.close()
 
 
 def test_slots_in_any_order_make_one_range() -> None:

@@ -108,7 +108,7 @@ def test_any_checkpoint_comes_through(
         spans = landed(node, source)
     Random(order).shuffle(spans)
     news, copied = News(), News()
-    mapping = uploader.mapping(sizes(source), lambda *report: news.put(report))
+    mapping = uploader.mapping(source.checkpoint, sizes(source), lambda *report: news.put(report))
     upload = uploader.upload(sizes(source), lambda *report: copied.put(report))
     for cut in (spans[: len(spans) // 2], spans[len(spans) // 2 :]):
         mapping.add(cut)
@@ -135,7 +135,7 @@ def test_any_checkpoint_comes_through(
 def test_views_are_of_the_pool_and_outlive_the_mapping(tmp_path: Path, node: Node, uploader: Uploader) -> None:
     source = manifest.build(write(tmp_path, random(2.5)))
     spans, news = landed(node, source), News()
-    mapping = uploader.mapping(sizes(source), lambda *report: news.put(report))
+    mapping = uploader.mapping(source.checkpoint, sizes(source), lambda *report: news.put(report))
     mapping.add(spans)
     until_ready(news)
     tensor = mapping.tensors()["0.0"]
@@ -146,17 +146,6 @@ def test_views_are_of_the_pool_and_outlive_the_mapping(tmp_path: Path, node: Nod
     assert tensor.view(torch.uint8).view(-1)[0] == first[start]
     node.tier.forget(source.checkpoint)  # one of its bytes is wrong now
     del tensor
-    assert mapping.close()
-    assert mapping.close()
-
-
-def test_slots_that_follow_one_another_are_one_mapping(node: Node, uploader: Uploader) -> None:
-    mapping = uploader.mapping([4 << 20], lambda done, total: None)
-    mb = 1 << 20
-    spans = [Landed(0, 0, mb, 0), Landed(0, mb, 4096, mb), Landed(0, mb + 4096, 4096, mb + 4096)]
-    spans.append(Landed(0, 2 * mb, mb, 5 * mb))
-    assert mapping._new_runs(spans) == [Landed(0, 0, 2 * mb, 0), Landed(0, 2 * mb, mb, 5 * mb)]
-    assert mapping._new_runs(spans) == []
     assert mapping.close()
 
 
@@ -169,12 +158,12 @@ def test_misaligned_tensors_are_copied_and_the_others_viewed(tmp_path: Path, nod
     (directory / manifest.SINGLE).write_bytes(raw(fields, bytes([7]) + (1).to_bytes(4, "little") * 2))
     source = manifest.build(directory)
     news = News()
-    mapping = uploader.mapping(sizes(source), lambda *report: news.put(report))
+    mapping = uploader.mapping(source.checkpoint, sizes(source), lambda *report: news.put(report))
     mapping.add(landed(node, source))
     until_ready(news)
     got = mapping.tensors()
     assert got["odd"].tolist() == [1, 1]
-    home = mapping._ranges[0]
+    home = mapping._stitched.ranges[0]
     inside = {name: home.address <= tensor.data_ptr() < home.address + home.length for name, tensor in got.items()}
     assert inside == {"byte": True, "odd": False}
     del got
@@ -187,7 +176,7 @@ def test_a_type_that_torch_has_not_is_named(tmp_path: Path, node: Node, uploader
     content = raw({"six": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, bytes(3))
     (directory / manifest.SINGLE).write_bytes(content)
     source = manifest.build(directory)
-    mapping = uploader.mapping(sizes(source), lambda done, total: None)
+    mapping = uploader.mapping(source.checkpoint, sizes(source), lambda done, total: None)
     mapping.add(landed(node, source))
     with pytest.raises(CheckpointError, match="'six' has the dtype F6_E2M3"):
         mapping.tensors()
@@ -264,8 +253,8 @@ def test_a_closed_task_moves_nothing(node: Node, uploader: Uploader) -> None:
 def test_ranges_suit_huge_pages_where_slots_do() -> None:
     pool = Pool(2 << 30)
     uploader = Uploader(pool.fd, pool.capacity)
-    mapping = uploader.mapping([1], lambda done, total: None)
-    assert [one.address % (2 << 20) for one in (uploader.window, mapping._ranges[0])] == [0, 0]
+    mapping = uploader.mapping("one", [1], lambda done, total: None)
+    assert [one.address % (2 << 20) for one in (uploader.window, mapping._stitched.ranges[0])] == [0, 0]
     assert mapping.close()
     uploader.close()
     pool.close()
