@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -86,6 +87,14 @@ def judge(task: Task, prompt: str, reply: Reply, max_tokens: int) -> bool:
     return task.is_right(prompt, reply.text)
 
 
+def _difference(model: str, task: Task, prompt: str, reply: Reply) -> str:
+    """A line that shows a wrong answer from its first wrong character on."""
+    right = task.answer(prompt)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reply.text, right, strict=False)))
+    where = f" after {same} right characters" if same else ""
+    return f"{model}: {prompt!r} -> {reply.text[same : same + 40]!r}, not {right[same : same + 40]!r}{where}"
+
+
 def score(endpoint: Endpoint, model: str, task: Task, prompts: list[str], max_tokens: int) -> Score:
     """Ask all prompts, a bounded number at once, and print the first wrong answers."""
     start = time.monotonic()
@@ -95,7 +104,7 @@ def score(endpoint: Endpoint, model: str, task: Task, prompts: list[str], max_to
     pairs = zip(prompts, replies, strict=True)
     wrong = [(prompt, reply) for prompt, reply in pairs if not judge(task, prompt, reply, max_tokens)]
     for prompt, reply in wrong[:SHOWN]:
-        print(f"{model}: {prompt!r} -> {reply.text[-200:]!r}, not {task.answer(prompt)[-200:]!r}")
+        print(f"{model}: {prompt!r} -> {reply.text}" if reply.refused else _difference(model, task, prompt, reply))
     return Score(len(prompts) - len(wrong), len(prompts), seconds)
 
 

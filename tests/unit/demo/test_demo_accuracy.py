@@ -80,6 +80,14 @@ def test_one_wrong_in_twenty_fails(serve: Callable[[Answer], str], capsys: pytes
     assert repr(unlucky) in printed
 
 
+def test_a_wrong_answer_is_shown_from_its_first_wrong_character(
+    serve: Callable[[Answer], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = serve(lambda model, prompt, cut: (200, COUNT.answer(prompt)[:7] + "x"))
+    assert run(url, "demo-count") == 1
+    assert " -> 'x', not " in capsys.readouterr().out
+
+
 def test_refusals_are_wrong_and_shown(serve: Callable[[Answer], str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(serve(lambda *_: (503, "busy")), "demo-reverse") == 1
     assert "HTTP 503" in capsys.readouterr().out
