@@ -27,7 +27,7 @@ from serverless_llm.loader.dest import Dest
 
 KERNELS = 1  # bumped when the same input may give other bits than before
 STEP_S = 0.2  # seconds a step of prefill should take at most, so that the tokens of other sequences keep flowing
-ROWS_LEAST, ROWS_MOST = 16, 512
+ROWS_LEAST, ROWS_MOST = 32, 512  # tokens of a step; 32 is what `kernels.linear` takes at once
 CUDA_ROWS = 2048
 FIRST_PACE = 5e10  # multiply-adds per second that a CPU is thought to do before the first step was timed
 

@@ -328,7 +328,7 @@ def test_steps_get_shorter_as_the_model_shows_to_be_slow() -> None:
     made.add(start(1, prompt(500), replace(GREEDY, max_tokens=1)))
     made.add(start(2, prompt(60, 2), replace(GREEDY, max_tokens=1)))
     assert drain(made)[1][0] == spoken(prompt(500), replace(GREEDY, max_tokens=1))
-    assert made.steps == 4  # 500 + 12 tokens at first, then 16 at a time
+    assert made.steps == 3  # 500 + 12 tokens at first, then 32 at a time
 
 
 def test_warm_and_identity() -> None:

@@ -22,7 +22,7 @@ from serverless_llm.kernels.attention import (
     tile_tokens,
     tiled_attention,
 )
-from serverless_llm.kernels.linear import TILE, padded, silu_gate, tiled_linear
+from serverless_llm.kernels.linear import TILE, WIDE, padded, silu_gate, tiled_linear, wide_agrees
 from serverless_llm.kernels.norm import rms_norm
 from serverless_llm.kernels.rope import frequencies, rotate, table
 
@@ -36,7 +36,7 @@ def test_padded(rows: int, expected: int) -> None:
     assert padded(rows) == expected
 
 
-@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("tiles", [0, 1, 3, 4, 9])
 def test_tiled_linear(tiles: int) -> None:
     x, weight, bias = random(tiles * TILE, 40), random(24, 40, seed=1), random(24, seed=2)
     torch.testing.assert_close(tiled_linear(x, weight.t(), bias), F.linear(x, weight, bias))
@@ -47,16 +47,29 @@ def test_tiled_linear(tiles: int) -> None:
     st.integers(1, 90).map(lambda size: 4 * size),
     st.integers(1, 200),
     st.integers(0, TILE - 1),
-    st.integers(0, 2 * TILE - 1),
+    st.integers(0, 2 * WIDE + TILE - 1),
     st.integers(0, 9),
 )
 def test_a_linear_row_is_its_own(inner: int, outer: int, here: int, there: int, shift: int) -> None:
     """Same bits at any place, in any tile, beside any rows, from weights at any address."""
     weight, row = random(outer, inner), random(inner, seed=1)
-    one, two = random(TILE, inner, seed=2), random(2 * TILE, inner, seed=3)
+    one, two = random(TILE, inner, seed=2), random(2 * WIDE + TILE, inner, seed=3)
     one[here] = two[there] = row
     moved = torch.empty(outer * inner + 16)[shift : shift + outer * inner].view(outer, inner).copy_(weight)
     assert torch.equal(tiled_linear(one, weight.t(), None)[here], tiled_linear(two, moved.t(), None)[there])
+
+
+def test_wide_products_are_used_only_where_they_agree() -> None:
+    """An honest shape agrees here; NaN never equals itself, so that such weights stay with narrow tiles."""
+    x = random(WIDE, 52)
+    assert wide_agrees(random(36, 52, seed=1).t())
+    weight_t = torch.full((36, 60), torch.nan).t()
+    assert not wide_agrees(weight_t)
+    assert tiled_linear(torch.ones(WIDE, 60), weight_t, None).isnan().all()
+    assert torch.equal(
+        tiled_linear(x, random(36, 52, seed=1).t(), None)[-TILE:],
+        tiled_linear(x[-TILE:].clone(), random(36, 52, seed=1).t(), None),
+    )
 
 
 @given(st.integers(1, 40), st.integers(1, 70), st.data())
