@@ -158,7 +158,7 @@ class Placing:
         except (CheckpointError, CapacityError) as error:
             return self._failed(placement, error)
         placement.active = True
-        if False:
+        if not leased:
             self._close(placement)
         return wire.Placed(replica, time.monotonic() - placement.last, leased)
 
