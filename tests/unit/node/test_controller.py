@@ -57,9 +57,7 @@ class Agent:
 class Office:
     """A controller behind a server, and what it delivered."""
 
-    def __init__(
-        self, server: BaseTestServer, session: aiohttp.ClientSession, controller: Controller
-    ) -> None:
+    def __init__(self, server: BaseTestServer, session: aiohttp.ClientSession, controller: Controller) -> None:
         self.controller = controller
         self.delivered: list[wire.Message] = []
         self._server = server
