@@ -106,7 +106,7 @@ class Placing:
         return answers
 
     def drop(self, replica: int) -> None:
-        """When it returns nothing refers to the replica's bytes in the pool.
+        """When it returns nothing reads the replica's bytes in the pool. The uploader may keep them mapped.
 
         Raises:
             InvariantError: something does.
