@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -113,6 +115,33 @@ def test_removing_a_replica_that_holds_blocks_is_a_bug() -> None:
     memory.allocate(1)
     with pytest.raises(InvariantError):
         memory.remove(1)
+
+
+def broken() -> Memory:
+    memory = Memory(MIB)
+    memory.place(1, [1000], 0, 0, 4096, 4096)
+    memory.allocate(1)
+    memory.check_invariants()
+    return memory
+
+
+def test_invariants_are_noticed() -> None:
+    harms: list[Callable[[Memory], object]] = [
+        lambda memory: memory._extents[1].append(Range(500, 10)),
+        lambda memory: memory._extents[1].append(Range(MIB - 10, 100)),
+        lambda memory: memory._extents[1].append(Range(MIB, 100)),
+        lambda memory: memory._pinned.update({1: MIB}),
+        lambda memory: memory._slabs.__setitem__(0, None),
+        lambda memory: memory._pools[1].of.clear(),
+        lambda memory: memory._pools[1].spans[0].free.pop(),
+        lambda memory: memory._pools[1].spans[0].free.__setitem__(0, 7),
+        lambda memory: memory._pools[1].spans[0].free.__setitem__(-1, MIB),
+    ]
+    for harm in harms:
+        memory = broken()
+        harm(memory)
+        with pytest.raises(InvariantError):
+            memory.check_invariants()
 
 
 class Use(RuleBasedStateMachine):

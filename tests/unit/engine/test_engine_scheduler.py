@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +12,7 @@ from serverless_llm.domain import Sampling
 from serverless_llm.engine.blocks import SLAB_STEP, Memory
 from serverless_llm.engine.scheduler import Batch, Chunk, Scheduler
 from serverless_llm.engine.sequence import Sequence
+from serverless_llm.errors import InvariantError
 
 BLOCK = SLAB_STEP // 4  # bytes; four blocks in a slab
 
@@ -165,6 +169,22 @@ def test_the_same_inputs_give_the_same_batches() -> None:
         return [run(schedule, 40) for _ in range(60)]
 
     assert story() == story()
+
+
+def test_invariants_are_noticed() -> None:
+    harms: list[Callable[[Sequence, Sequence], None]] = [
+        lambda one, other: one.blocks.clear(),
+        lambda one, other: other.blocks.append(one.blocks[0]),
+    ]
+    for harm in harms:
+        schedule = scheduler()
+        pair = sequence(1, 20), sequence(2, 20)
+        for one in pair:
+            schedule.add(one)
+        run(schedule)
+        harm(*pair)
+        with pytest.raises(InvariantError):
+            schedule.check_invariants()
 
 
 def test_batches_are_values() -> None:

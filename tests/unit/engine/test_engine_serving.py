@@ -234,6 +234,22 @@ def test_weights_push_kv_out_of_their_way() -> None:
     assert {number: tokens[-5:] for number, tokens in got.items()} == {n: tokens[-5:] for n, tokens in said.items()}
 
 
+def test_weights_that_find_no_gap() -> None:
+    """Enough bytes in all, but the largest buffer fits neither between two models nor behind them."""
+    made = engine("copy", budget=MIB)
+    for replica in (2, 3):
+        serve(made, CONFIG, TENSORS, replica=replica)
+    made.drop(2)
+    wide = ModelConfig.parse(
+        config_json(vocab_size=1300, tie_word_embeddings=True, num_attention_heads=1, num_key_value_heads=1,
+                    num_hidden_layers=1, intermediate_size=8)
+    )  # fmt: skip
+    with pytest.raises(CapacityError, match="no gap"):
+        made.place(4, wide, entries_of(tensors_of(wide)), 0)
+    made.add(start(1, prompt(5), replica=3))
+    assert drain(made)[1][1] is FinishReason.LENGTH
+
+
 def test_a_sequence_stranded_by_weights_ends_in_error() -> None:
     made = engine(budget=MIB)
     made.add(start(1, prompt(200), replace(GREEDY, max_tokens=40)))
