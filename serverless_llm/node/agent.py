@@ -34,6 +34,7 @@ from serverless_llm.node.store import Store
 log = logging.getLogger(__name__)
 
 HEARTBEAT = 1.0  # seconds
+ASLEEP = 3.0  # seconds between two heartbeats that show that this process was stopped meanwhile
 RETRY = 0.1  # seconds between tries to reach a head
 FIRST_GRACE = 10.0  # seconds that a young agent waits for its head, however short `orphan_grace` is
 DIAL_LIMIT = 5.0  # seconds for one try
@@ -174,10 +175,13 @@ class Agent:
         ]
 
     async def _beat(self) -> NoReturn:
+        clock = asyncio.get_running_loop().time
         while True:
+            began = clock()
             await asyncio.sleep(HEARTBEAT)
+            asleep = clock() - began > ASLEEP
             for slot in self._slots:
-                slot.check()
+                slot.forgive() if asleep else slot.check()
             self._tell(
                 wire.Heartbeat(
                     workers=self._workers(),

@@ -25,7 +25,6 @@ from serverless_llm.node.peers import Peer
 log = logging.getLogger(__name__)
 
 HELLO_LIMIT = 5.0  # seconds for an agent's first frame
-CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
 TOKENS = wire.KIND[wire.Tokens]
 PROMPT = (events.Deploy, events.Delete, events.Pin, events.ReplicaReady, events.LoadFailed, events.NodeJoined,
           events.NodeLost, events.WorkerUp, events.WorkerLost, events.Unloaded)  # fmt: skip
@@ -59,7 +58,6 @@ class Controller:
         self._observe = observe
         self._numbers: dict[NodeId, int] = {}
         self._wake: asyncio.TimerHandle | None = None
-        self._arrived = asyncio.Event()  # a node joined or left
 
     def handle(self, event: events.Event) -> None:
         """Tells the machine, and does what it wants."""
@@ -100,7 +98,8 @@ class Controller:
         await socket.prepare(request)
         joining = Joining(self, socket)
         try:
-            log.warning("link to %s ended: %s", joining.node or "an agent", await joining.link.run())
+            cause = await joining.link.run()
+            log.warning("link to %s ended: %s", joining.node or "an agent", cause)
         finally:
             joining.leave()
         return socket
@@ -129,7 +128,6 @@ class Controller:
         )
         log.info("%s joined: pid %d, %d devices, %d replicas", hello.node, hello.pid, len(hello.devices), len(held))
         self.handle(translate.joined(hello))
-        self._arrived.set()
         return peer
 
     def leave(self, peer: Peer, cause: str) -> None:
@@ -140,7 +138,6 @@ class Controller:
         del self.peers[node]
         peer.link.close(cause)
         self.handle(events.NodeLost(node))
-        self._arrived.set()
 
     def hear(self, peer: Peer, frame: wire.Frame) -> None:
         """A frame of an agent or of one of its workers."""
@@ -152,12 +149,6 @@ class Controller:
         peer.hear(message)
         for event in translate.from_node(peer.hello.node, message):
             self.handle(event)
-
-    async def nodes(self, count: int) -> None:
-        """Returns once `count` nodes are connected."""
-        while len(self.peers) < count:
-            self._arrived.clear()
-            await self._arrived.wait()
 
     def shut_down(self) -> None:
         """Has every agent free everything and exit."""

@@ -14,7 +14,6 @@ import msgspec
 
 from serverless_llm import wire
 from serverless_llm.cluster import events
-from serverless_llm.domain import ModelSpec
 from serverless_llm.errors import CheckpointError, RequestError
 from serverless_llm.node import admin, catalog
 from serverless_llm.node.catalog import Clocks, Entry
@@ -203,9 +202,3 @@ class Registry:
             catalog.info(entry, machine.state.models.get(name), machine.state, machine.policy, clocks)
             for name, entry in sorted(self._entries.items())
         ]
-
-
-def body_of(spec: ModelSpec) -> bytes:
-    """The body of a deploy that asks for `spec`."""
-    fields = {name: getattr(spec, name) for name in admin.DeployBody.__struct_fields__}
-    return msgspec.json.encode(fields | {"keep_alive": -1 if spec.keep_alive == float("inf") else spec.keep_alive})

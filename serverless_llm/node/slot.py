@@ -107,6 +107,11 @@ class Slot:
             with contextlib.suppress(ProcessLookupError):  # reaped already, the report is on its way
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    def forgive(self) -> None:
+        """This agent was asleep itself: the worker's silence proves nothing."""
+        if self._due is not None:
+            self._due = self._now() + self._patience
+
     def check(self) -> None:
         """Kills a worker that owes a sign of life; to be called every second or so."""
         if self._due is not None and self._now() > self._due:
