@@ -191,7 +191,7 @@ class Memory:
                 self.released.append(span.place)
 
     def available(self, replica: ReplicaId) -> int:
-        """Blocks that `allocate` would give now."""
+        """Blocks that `allocate` would give now, more where free slabs do not form its runs."""
         pool = self._pools[replica]
         return pool.free + self._spare(replica) // pool.run * pool.span_blocks
 

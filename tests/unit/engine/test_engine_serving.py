@@ -250,6 +250,22 @@ def test_weights_that_find_no_gap() -> None:
     assert drain(made)[1][1] is FinishReason.LENGTH
 
 
+def test_nothing_waits_for_a_run_of_slabs_that_cannot_be() -> None:
+    """Blocks of three slabs, and weights that leave gaps of less: the sequence fails instead of waiting for ever."""
+    tiny = config_json(hidden_size=8, num_hidden_layers=1, intermediate_size=8, head_dim=4, tie_word_embeddings=True)
+    large = tiny | {"num_hidden_layers": 5, "head_dim": 64, "num_key_value_heads": 4}
+    made = Engine(budget=MIB, weights="copy")
+    config = ModelConfig.parse(large)
+    serve(made, config, tensors_of(config))
+    for replica in range(2, 10):
+        filler = ModelConfig.parse(tiny | {"vocab_size": 2048 if replica % 2 else 4096})
+        serve(made, filler, tensors_of(filler), replica=replica)
+    for replica in range(2, 10, 2):
+        made.drop(replica)
+    made.add(start(1, prompt(5), replace(GREEDY, max_tokens=3)))
+    assert drain(made, steps=10) == {1: ([], FinishReason.ERROR)}
+
+
 def test_a_sequence_stranded_by_weights_ends_in_error() -> None:
     made = engine(budget=MIB)
     made.add(start(1, prompt(200), replace(GREEDY, max_tokens=40)))
