@@ -7,6 +7,8 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Collection
+from pathlib import Path
 
 _NORESERVE, _FIXED = 0x4000, 0x10
 _POPULATE_READ = 22  # madvise; Linux 5.14
@@ -42,6 +44,15 @@ class Range:
         """Takes the page faults of whole pages now, off the GIL. Older kernels refuse; the first reader pays there."""
         _LIBC.madvise(self.address + offset, length, _POPULATE_READ)
 
+    def missing(self, offsets: Collection[int]) -> list[int]:
+        """Those of these offsets that no page is mapped at: their first reader takes a page fault. All of them where
+        the system does not tell (proc_pid_pagemap(5))."""
+        try:
+            with Path("/proc/self/pagemap").open("rb", buffering=0) as entries:
+                return [one for one in offsets if not _present(entries.fileno(), self.address + one)]
+        except OSError:
+            return list(offsets)
+
     def release(self, offset: int, length: int) -> None:
         """Undoes `populate`, off the GIL: the next reader takes the faults. What is left to unmap is cheap then."""
         _LIBC.madvise(self.address + offset, length, mmap.MADV_DONTNEED)
@@ -56,6 +67,10 @@ class Range:
         if hasattr(self, "buffer"):
             del self.buffer
         return not self._unmap.alive
+
+
+def _present(pagemap: int, address: int) -> bool:
+    return os.pread(pagemap, 8, address // mmap.PAGESIZE * 8)[7] & 0x80 != 0
 
 
 def _map(address: int | None, length: int, protection: int, flags: int, fd: int, offset: int) -> int:

@@ -4,11 +4,12 @@ A populated mapping costs a tenth of a second per 2 GiB to make from 4 KiB pages
 its replica. A kept mapping is no lease: its slots may be given to another checkpoint and written meanwhile. That is
 safe because nobody reads through it until its spans have landed again, hence are leased again, and `Stitched.show` has
 compared where they lie now with what it shows. Its pages are the pool's own, so the bytes of a slot that lies where it
-lay are those that landed, whatever was in between; at worst a punched slot's first reader pays for the faults.
+lay are those that landed, whatever was in between.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from serverless_llm.domain import CheckpointId
@@ -50,14 +51,21 @@ class Stitched:
         """The one in which the span begins."""
         return span.file, span.offset - span.offset % self._slot_bytes
 
-    def show(self, spans: Iterable[Landed]) -> dict[Slot, int]:
-        """Maps the slots of these spans unless they are shown; returns those mapped, whose faults are to be taken."""
+    def show(self, spans: Iterable[Landed]) -> set[Slot]:
+        """Maps the slots of these spans that are not shown; returns those whose page faults are still to be taken."""
         wanted = {self.slot(span): span.pool_offset - span.pool_offset % self._slot_bytes for span in spans}
         changed = {slot: at for slot, at in sorted(wanted.items()) if self.shown.get(slot) != at}
         for run in _runs(changed, self._slot_bytes):
             self.ranges[run.file].place(run.offset, run.length, self._pool_fd, run.pool_offset)
         self.shown |= changed
-        return changed
+        return changed.keys() | self._missing(wanted.keys() - changed.keys())
+
+    def _missing(self, slots: Iterable[Slot]) -> set[Slot]:
+        """Slots whose pages went: their memory was given back, and taken anew; the first page tells of all."""
+        offsets = defaultdict(list)
+        for file, offset in slots:
+            offsets[file].append(offset)
+        return {(file, offset) for file, some in offsets.items() for offset in self.ranges[file].missing(some)}
 
     def release(self) -> bool:
         """Gives back the page tables of at most `RELEASE` bytes. True: of all; dropping it is cheap now."""

@@ -223,9 +223,9 @@ class Mapping(Task):
         """These bytes are in the pool: maps their slots, and queues their page faults."""
         spans = sorted(Landed(*span) for span in spans)
         self._note(spans)
-        changed = self._stitched.show(spans)
-        self._uploader.kept.handed(self._checkpoint, changed.values())
-        self._cold.update(changed)
+        cold = self._stitched.show(spans)
+        self._uploader.kept.handed(self._checkpoint, (self._stitched.shown[slot] for slot in cold))
+        self._cold |= cold
         for span in self._joined(spans):
             self._uploader.put(self, span)
 

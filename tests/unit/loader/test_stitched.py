@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from serverless_llm.errors import CapacityError
 from serverless_llm.loader import manifest
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.stitched import RELEASE, Kept, Stitched
@@ -45,6 +46,12 @@ def stitched(pool: Pool, sizes: list[int], spans: list[Landed] | None = None) ->
 def firsts(one: Stitched) -> list[list[int]]:
     """The first byte of every slot of every file: the pool's slot that it shows."""
     return [list(bytes(memoryview(home.buffer)[::MB])) for home in one.ranges]
+
+
+def thin(home: Range) -> None:
+    """Leaves only the first page of every slot."""
+    for offset in range(0, home.length, MB):
+        home.release(offset + 4096, MB - 4096)
 
 
 class Worker:
@@ -98,10 +105,23 @@ def test_slots_that_follow_one_another_are_one_area(pool: Pool) -> None:
 def test_only_what_lies_elsewhere_is_mapped_again(pool: Pool) -> None:
     spans = [Landed(0, 0, MB, 0), Landed(0, MB, MB, 3 * MB), Landed(1, 0, 10, 4 * MB)]
     one = stitched(pool, [2 * MB, 10], spans)
-    assert one.show(spans) == {}
-    assert one.show([Landed(0, MB + 4096, 4096, 3 * MB + 4096)]) == {}
-    assert one.show([spans[0], Landed(0, MB, MB, 7 * MB), spans[2]]) == {(0, MB): 7 * MB}
+    for home in one.ranges:
+        home.populate(0, home.length)
+    assert one.show(spans) == set()
+    assert one.show([Landed(0, MB + 4096, 4096, 3 * MB + 4096)]) == set()
+    assert one.show([spans[0], Landed(0, MB, MB, 7 * MB), spans[2]]) == {(0, MB)}
     assert firsts(one) == [[0, 7], [4]]
+
+
+def test_faults_are_to_be_taken_again_where_memory_was_given_back(pool: Pool) -> None:
+    spans = [Landed(0, 0, MB, 0), Landed(0, MB, MB, 3 * MB), Landed(1, 0, 10, 4 * MB)]
+    one = stitched(pool, [2 * MB, 10], spans)
+    for home in one.ranges:
+        home.populate(0, home.length)
+    pool.punch([3, 4])
+    pool.range(3 * MB, 1)[:] = bytes([9])
+    assert one.show(spans) == {(0, MB), (1, 0)}
+    assert firsts(one) == [[0, 9], [0]]
 
 
 def test_it_is_unused_once_no_view_of_any_file_is_left(pool: Pool) -> None:
@@ -180,10 +200,10 @@ def test_a_checkpoint_that_comes_back_takes_no_page_faults(tmp_path: Path, worke
     home = mapping._stitched.ranges[0]
     assert resident(home) == -(-source.file_bytes // 4096) * 4096
     worker.drop(mapping, source, 1)
-    home.release(0, home.length)
+    thin(home)
     again = worker.place(source, 2)
     assert again._stitched.ranges == [home]
-    assert resident(home) == 0  # so nothing was populated
+    assert resident(home) == 3 * 4096  # so nothing was populated
     assert all(torch.equal(tensor, content[name]) for name, tensor in again.tensors().items())
 
 
@@ -196,11 +216,11 @@ def test_faults_are_taken_of_the_slots_that_lie_elsewhere(tmp_path: Path, worker
     worker.node.pool.range(7 * MB, moved.length)[:] = worker.node.pool.range(max(spans).pool_offset, moved.length)
     mapping = worker.uploader.mapping(source.checkpoint, [source.file_bytes], lambda *report: worker.news.put(report))
     home = mapping._stitched.ranges[0]
-    home.release(0, home.length)
+    thin(home)
     mapping.add([*sorted(spans)[:-1], moved])
     while worker.news.get(timeout=30)[0] < source.file_bytes:
         pass
-    assert resident(home) == -(-moved.length // 4096) * 4096
+    assert resident(home) == 2 * 4096 + -(-moved.length // 4096) * 4096
     assert all(torch.equal(tensor, content[name]) for name, tensor in mapping.tensors().items())
 
 
