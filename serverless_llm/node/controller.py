@@ -180,7 +180,7 @@ class Controller:
         self._wake = asyncio.get_running_loop().call_at(at, self.handle, events.Tick())
 
     def _note(self, command: commands.Decided | commands.Outcome | commands.Evicted) -> None:
-        log.info("%s", command)
+        log.info("%s", translate.described(command))
         for observer in self._observe:
             observer(command)
 

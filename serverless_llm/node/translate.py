@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -154,6 +155,20 @@ def to_gateway(command: commands.Command, destination: int) -> wire.Message | No
             return wire.Rejected(sequence, status, code, message, retry_after, retry)
         case _:
             return None
+
+
+def described(note: commands.Decided | commands.Outcome | commands.Evicted) -> str:
+    """A decision, or how it went, as one line for the log."""
+    fields = dataclasses.asdict(note)
+    fields |= fields.pop("phases", {})
+    parts = [f"{name}={_short(value)}" for name, value in fields.items() if name != "device"]
+    return " ".join([type(note).__name__.lower(), f"device={note.device}", *parts])
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value).replace(" ", "-")
 
 
 def cold(phases: LoadPhases) -> dict[str, float]:

@@ -92,6 +92,16 @@ def test_what_nodes_are_told(command: commands.Command, expected: tuple[str, int
     assert translate.to_gateway(command, 0) is None
 
 
+def test_decisions_as_lines_of_the_log() -> None:
+    decided = commands.Decided(5, "org/m", DEVICE, 0.25, (3, 4))
+    assert translate.described(decided) == "decided device=n/1 replica=5 model=org/m predicted_s=0.2500 victims=3,4"
+    evicted = commands.Evicted(5, "org/m", DEVICE, "keep-alive")
+    assert translate.described(evicted) == "evicted device=n/1 replica=5 model=org/m reason=keep-alive"
+    line = translate.described(commands.Outcome(5, "m", DEVICE, 0.25, 0.3, PHASES))
+    assert line.startswith("outcome device=n/1 replica=5 model=m predicted_s=0.2500 actual_s=0.3000 queue_s=0.1000")
+    assert line.endswith("dram_bytes=30")
+
+
 def test_what_gateways_are_told() -> None:
     warm = commands.Dispatch(7, 2, 5, DEVICE, 0.25, None)
     assert translate.to_gateway(warm, 42) == wire.Attach(7, 2, 5, 42, "n/1", 250.0, {})
