@@ -259,13 +259,16 @@ class Mapping(Task):
     def _joined(self, spans: Iterable[Landed]) -> list[Landed]:
         """Sorted spans that follow one another in a file and are equally cold, as one: their places do not matter."""
         runs: list[Landed] = []
+        following: tuple[int, int, bool] | None = None  # file, offset and coldness of a span that would go on
         for span in spans:
-            last = runs[-1] if runs else None
-            adjacent = last and (last.file, last.offset + last.length) == (span.file, span.offset)
-            if last and adjacent and self._is_cold(last) == self._is_cold(span):
-                runs[-1] = last._replace(length=last.length + span.length)
+            file, offset, length, pool_offset = span
+            cold = self._is_cold(span)
+            if (file, offset, cold) == following:
+                first = runs[-1]
+                runs[-1] = Landed(file, first.offset, first.length + length, first.pool_offset)
             else:
                 runs.append(span)
+            following = file, offset + length, cold
         return runs
 
     def _is_cold(self, span: Landed) -> bool:
