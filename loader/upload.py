@@ -261,7 +261,7 @@ class Mapping(Task):
         runs: list[Landed] = []
         following: tuple[int, int, bool] | None = None  # file, offset and coldness of a span that would go on
         for span in spans:
-            file, offset, length, pool_offset = span
+            file, offset, length, _ = span
             cold = self._is_cold(span)
             if (file, offset, cold) == following:
                 first = runs[-1]
