@@ -24,6 +24,7 @@ from serverless_llm.domain import Sampling
 from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sequence import Emission, SequenceStart, StepResult
 from serverless_llm.errors import CapacityError, ProtocolError
+from serverless_llm.node import rehearsal
 from serverless_llm.node.placing import Placing
 
 PROGRESS = 0.1  # seconds between reports of all sequences
@@ -235,4 +236,4 @@ def _exactly(link: socket.socket, count: int) -> bytes:
 
 def rehearse() -> None:
     """In the forkserver: what every worker would otherwise do first."""
-    Engine("cpu", budget=1 << 20).warm()
+    rehearsal.rehearse()
