@@ -82,6 +82,15 @@ class PromptReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """The gateway sent it to its worker with `tokens` generated tokens from its log: how far it truly had come."""
+
+    sequence: SequenceId
+    epoch: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ClientGone:
     sequence: SequenceId
 
@@ -228,6 +237,7 @@ Event = (
     | Pin
     | RequestArrived
     | PromptReady
+    | Resumed
     | ClientGone
     | FirstToken
     | SequenceDone

@@ -29,6 +29,7 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     e.Pin: models.pin,
     e.RequestArrived: sequences.arrived,
     e.PromptReady: sequences.prompt_ready,
+    e.Resumed: sequences.resumed,
     e.ClientGone: sequences.client_gone,
     e.FirstToken: sequences.first_token,
     e.SequenceDone: sequences.done,

@@ -64,7 +64,7 @@ def _charge_sequence(turn: Turn, sequence: Sequence, trial: tuple[str, int] | No
     moved_on = sequence.generated >= sequence.charged_at + turn.policy.progress_tokens
     if moved_on:
         _acquit(turn, sequence)
-    sequence.deaths, sequence.charged_at = sequence.deaths + 1, sequence.generated
+    sequence.deaths += 1
     if trial == ("sequence", sequence.id) and not moved_on:
         message = f"the request ended the engine process {sequence.deaths} times; last: {cause}"
         reject(turn, sequence, 500, "engine_error", message, None, retry=False)

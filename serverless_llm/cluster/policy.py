@@ -43,8 +43,8 @@ class Policy:
     guilty_cooldown_cap_s: float = 3600.0
     # A crash with no sign of life since the last one makes a suspect on the second; the third, alone, convicts.
     suspect_deaths: int = 2
-    # A resumed sequence repeats its last token's step, so that one token proves nothing; two do.
-    progress_tokens: int = 2
+    # A resumed sequence gets one token from its prefill before the step that killed it, and it is resumed twice.
+    progress_tokens: int = 3
     # A trial that has ended nothing in a minute proves enough; the device is wanted by others.
     trial_s: float = 60.0
 

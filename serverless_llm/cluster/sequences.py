@@ -11,6 +11,7 @@ from serverless_llm.cluster.events import (
     FirstToken,
     PromptReady,
     RequestArrived,
+    Resumed,
     SequenceDone,
     SequenceRefused,
 )
@@ -60,6 +61,17 @@ def prompt_ready(turn: Turn, event: PromptReady) -> None:
     insort(model.waiting, sequence, key=_order)
     turn.touch(sequence.model)
     refuse_oversized(turn, model, sequence)
+
+
+def resumed(turn: Turn, event: Resumed) -> None:
+    """Tokens that its dead worker never reported count too."""
+    sequence = _current(turn, event.sequence, event.epoch)
+    if sequence is None:
+        return
+    sequence.generated = max(sequence.generated, event.tokens)
+    if sequence.deaths == 1:
+        sequence.charged_at = sequence.generated
+    turn.touch(sequence.model)
 
 
 def client_gone(turn: Turn, event: ClientGone) -> None:

@@ -43,7 +43,7 @@ class Sequence:
         mentioned: when its worker last spoke of it, or when it was dispatched.
         absent_since: its worker's reports leave it out since then.
         deaths: workers that died with it, none of its own progress between them.
-        charged_at: its tokens at the last such death.
+        charged_at: its tokens at the first of them.
     """
 
     id: SequenceId

@@ -92,6 +92,7 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
         "worker_pid": worker.pid if worker else None,
         "incarnation": worker.incarnation if worker else 0,
         "step": worker.step if worker else 0,
+        "trial": device.trial[0] if device.trial else "",
         "numerics_id": worker.numerics_id if worker else "",
         "kv_used": used,
         "kv_free": free,

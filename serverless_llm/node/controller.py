@@ -25,10 +25,11 @@ from serverless_llm.node.peers import Peer
 log = logging.getLogger(__name__)
 
 HELLO_LIMIT = 5.0  # seconds for an agent's first frame
+TOKEN_BYTES = 4  # int32, as wire.Run packs them
 TOKENS = wire.KIND[wire.Tokens]
 PROMPT = (events.Deploy, events.Delete, events.Pin, events.ReplicaReady, events.LoadFailed, events.NodeJoined,
           events.NodeLost, events.WorkerUp, events.WorkerLost, events.Unloaded)  # fmt: skip
-SILENT = (events.Heartbeat, events.Progress, events.FirstToken)
+SILENT = (events.Heartbeat, events.Progress, events.FirstToken, events.Resumed)
 
 Observer = Callable[[commands.Decided | commands.Outcome | commands.Evicted], None]
 
@@ -86,6 +87,8 @@ class Controller:
             return  # its owner was taken away meanwhile; another Attach is on its way
         device = sequence.replica.device
         self._send(device.node, device.number, message, wire.GATEWAY)
+        if message.generated:
+            self.handle(events.Resumed(message.sequence, message.epoch, len(message.generated) // TOKEN_BYTES))
 
     # --- agents ---
 

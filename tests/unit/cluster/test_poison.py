@@ -80,13 +80,13 @@ def test_progress_between_two_deaths_acquits() -> None:
     court.tell(deploy("a", size=30))
     court.ask(1, "a")
     court.reload()
-    for tokens in (5, 7, 9):
+    for tokens in (5, 8, 11):
         court.progress((1, tokens))
         court.die()
         assert court.machine.state.suspects == {}
         assert dispatched(court.reload()) == [1]
     assert court.machine.state.sequences[1].deaths == 1
-    court.progress((1, 10))
+    court.progress((1, 13))
     court.die()
     assert list(court.machine.state.suspects) == [1]
 
@@ -95,12 +95,12 @@ def test_suspects_are_tried_one_at_a_time_in_order_of_arrival(court: Court) -> N
     assert dispatched(court.reload()) == [1]
     assert court.ask(4, "a") == []  # the device belongs to the trial
     assert court.progress((1, 1)) == []
-    out = court.progress((1, 2))  # acquitted, and set aside while the others are tried
+    out = court.progress((1, 3))  # acquitted, and set aside while the others are tried
     assert out[0] == c.Cancel(D0, 1, 3)
     assert dispatched(out) == [2]
     out = court.tell(e.SequenceDone(2, 3, DONE, 9))
     assert dispatched(out) == [3]
-    assert dispatched(court.progress((3, 2))) == [1, 4]
+    assert dispatched(court.progress((3, 3))) == [1, 4]
     assert court.machine.state.devices[D0].trial is None
 
 
@@ -116,9 +116,42 @@ def test_a_suspect_that_ends_its_worker_alone_is_guilty(court: Court) -> None:
 
 def test_a_suspect_that_moved_on_before_the_worker_died_is_not_guilty(court: Court) -> None:
     court.reload()
-    court.machine.state.sequences[1].generated = 2  # reported in the step that the worker died in
+    court.machine.state.sequences[1].generated = 3  # reported in the step that the worker died in
     assert "Reject" not in kinds(court.die())
     assert 1 not in court.machine.state.suspects
+
+
+def test_the_token_log_acquits_where_the_worker_died_before_it_reported() -> None:
+    court = Court()
+    court.tell(deploy("a", size=30))
+    court.ask(1, "a")
+    court.reload()
+    court.die()
+    court.reload()
+    court.tell(e.Resumed(1, 2, 40))  # the first death's worker had generated 40 tokens: that is where it is charged
+    court.tell(e.Resumed(1, 1, 99))  # of an epoch that is over
+    court.die()
+    assert list(court.machine.state.suspects) == [1]
+    court.reload()
+    court.tell(e.Resumed(1, 3, 42))
+    assert list(court.machine.state.suspects) == [1]
+    court.tell(e.Resumed(1, 3, 43))
+    assert court.machine.state.suspects == {}
+    assert court.machine.state.devices[D0].trial is None
+
+
+def test_a_token_from_each_prefill_is_no_progress() -> None:
+    court = Court()
+    court.tell(deploy("a", size=30))
+    court.ask(1, "a")
+    court.reload()
+    for tokens, epoch in ((1, 1), (2, 2)):
+        court.progress((1, tokens))
+        court.die()
+        court.reload()
+        court.tell(e.Resumed(1, epoch + 1, tokens))
+    court.progress((1, 3))
+    assert kinds(court.die())[0] == "Reject"
 
 
 def test_a_client_that_leaves_ends_the_trial(court: Court) -> None:
