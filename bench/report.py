@@ -17,6 +17,8 @@ QUESTIONS = {
     "cold_start": "How long from a request to its first token, with no replica of its model loaded?",
     "soak": "What is lost when processes are killed at random, again and again?",
     "accuracy": "Does the engine compute what transformers computes?",
+    "idle": "What does a server cost that nobody asks?",
+    "limits": "What can this machine's links and cores do?",
     "gateway": "What does the gateway add to a stream?",
     "load": "How fast do weights move, against the link's limit?",
     "engine": "How fast does a loaded model answer?",

@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOKE = {"soak": ["--kills", "8", "--head-kills", "1"]}  # arguments of a smoke run, where `--smoke` is not one
 
 
 def benches() -> list[Path]:
@@ -32,7 +31,7 @@ def main() -> int:
         for path in benches():
             if arguments.only and path.stem not in arguments.only:
                 continue
-            options = SMOKE.get(path.stem, ["--smoke"]) if arguments.smoke else []
+            options = ["--smoke"] if arguments.smoke else []
             target = folder / f"{path.stem}-cpu.json"
             done = subprocess.run(
                 [sys.executable, "-m", f"bench.{path.stem}", "--json", str(target), *options], cwd=ROOT, check=False

@@ -330,12 +330,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--head-kills", type=int, default=20)
+    parser.add_argument("--smoke", action="store_true", help="three kills, one of them beside a killed head")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     done = json.loads(arguments.json.read_text())["segments"] if arguments.json and arguments.json.exists() else []
-    for segment in plan(arguments.seed, arguments.kills, arguments.head_kills):
+    kills, head_kills = (3, 1) if arguments.smoke else (arguments.kills, arguments.head_kills)
+    for segment in plan(arguments.seed, kills, head_kills):
         if any(old["seed"] == segment.seed for old in done):
             continue
         began = time.monotonic()

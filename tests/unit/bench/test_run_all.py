@@ -7,9 +7,5 @@ from bench import run_all
 
 def test_every_bench_is_found_and_the_runner_is_none() -> None:
     names = {path.stem for path in run_all.benches()}
-    assert {"accuracy", "cold_start", "soak"} <= names
+    assert {"accuracy", "cold_start", "idle", "soak"} <= names
     assert not {"run_all", "report", "common"} & names
-
-
-def test_smoke_options_are_of_benches() -> None:
-    assert set(run_all.SMOKE) <= {path.stem for path in run_all.benches()}
