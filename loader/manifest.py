@@ -21,6 +21,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 MAX_JSON = 100_000_000  # bytes of an index or config; an arbitrary bound on memory
+TEXTS = (  # what gateways read beside the weights
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")  # weights that are not safetensors
 
 
@@ -76,10 +80,17 @@ def build(directory: Path) -> Manifest:
             files.append(entry)
             heads.append(head)
         where = os.path.realpath(directory)
+        texts = [(name, *_stamp(directory / name)) for name in TEXTS if name in names]
     except OSError as error:
         raise CheckpointError(f"{error.filename or directory}: {error.strerror}") from error
     check_tensors(files, weight_map)
-    return Manifest(directory, tuple(files), identify(where, files, heads), object_of(raw_config, CONFIG), raw_config)
+    checkpoint = identify(where, files, heads, raw_config, texts)
+    return Manifest(directory, tuple(files), checkpoint, object_of(raw_config, CONFIG), raw_config)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _text(directory: Path, name: str) -> str:
@@ -191,8 +202,10 @@ def check_tensors(files: list[FileEntry], weight_map: dict[str, str] | None) -> 
     raise CheckpointError(f"tensor {name!r}: {INDEX} says {weight_map.get(name)}, found in {home.get(name, 'no file')}")
 
 
-def identify(directory: str, files: list[FileEntry], heads: list[bytes]) -> CheckpointId:
-    """Digest over the directory, names, sizes, mtimes and headers.
+def identify(
+    directory: str, files: list[FileEntry], heads: list[bytes], raw_config: str, texts: list[tuple[str, int, int]]
+) -> CheckpointId:
+    """Digest over the directory, names, sizes, mtimes and headers, the config, and (name, size, mtime) of `texts`.
 
     The directory counts because headers and sizes of fine-tunes are equal, and unpacked archives share their mtimes.
     """
@@ -200,4 +213,5 @@ def identify(directory: str, files: list[FileEntry], heads: list[bytes]) -> Chec
     for file, head in zip(files, heads, strict=True):
         digest.update(repr((file.name, file.size, file.mtime_ns, len(head))).encode())
         digest.update(head)
+    digest.update(repr((raw_config, texts)).encode())
     return digest.hexdigest()

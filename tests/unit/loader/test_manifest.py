@@ -55,6 +55,20 @@ def test_the_identity_follows_directory_time_size_and_header(tmp_path: Path) -> 
     assert manifest.build(first).checkpoint != base
 
 
+def test_the_identity_follows_config_tokenizer_and_template(tmp_path: Path) -> None:
+    write(tmp_path, ONE)
+    known = {manifest.build(tmp_path).checkpoint}
+    (tmp_path / "config.json").write_text('{"rope_theta": 5.0}')
+    known.add(manifest.build(tmp_path).checkpoint)
+    for name in manifest.TEXTS:
+        (tmp_path / name).write_text("{}")
+        known.add(manifest.build(tmp_path).checkpoint)
+        os.utime(tmp_path / name, ns=(0, 0))
+        known.add(manifest.build(tmp_path).checkpoint)
+    assert len(known) == 2 + 2 * len(manifest.TEXTS)
+    assert manifest.build(tmp_path).checkpoint in known
+
+
 def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
