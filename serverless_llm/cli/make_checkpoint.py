@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from serverless_llm.cli.output import as_json, say
 from serverless_llm.demo.shapes import SHAPES, TensorShape, shape_of, tensors_of
 from serverless_llm.demo.tokenizer import write_configs, write_json, write_tokenizer
 
@@ -157,7 +158,10 @@ def make_checkpoint(
 @click.option("--dtype", type=click.Choice(list(VALUE_BYTES)), default="bfloat16", show_default=True)
 @click.option("--shards", type=int, default=1, show_default=True, help="Number of safetensors files.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def make_checkpoint_command(directory: Path, like: str, layers: int | None, dtype: str, shards: int, seed: int) -> None:
+@as_json
+def make_checkpoint_command(
+    directory: Path, like: str, layers: int | None, dtype: str, shards: int, seed: int, as_json: bool
+) -> None:
     """Write a checkpoint with random weights and a real model's shape to DIRECTORY."""
     start = time.monotonic()
     try:
@@ -165,4 +169,6 @@ def make_checkpoint_command(directory: Path, like: str, layers: int | None, dtyp
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     size = sum(path.stat().st_size for path in directory.iterdir())
-    click.echo(f"{directory}: {size / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")
+    seconds = time.monotonic() - start
+    value = {"directory": str(directory), "bytes": size, "seconds": seconds}
+    say(value, f"{directory}: {size / 1e9:.2f} GB in {seconds:.1f} s", as_json)

@@ -10,10 +10,9 @@ from typing import Any
 import click
 
 from serverless_llm.cli.client import Server, find, model_path
+from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.sources import name_of, resolve
 from serverless_llm.config import parse_duration
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def spec_of(source: str, **options: Any) -> dict[str, Any]:
@@ -45,14 +44,16 @@ def deploy(name: str, source: str | None, as_json: bool, **options: Any) -> None
     spec = spec_of(source or name, **options)
     name = name if source else name_of(name)
     answer = server.call("PUT", model_path(name), spec)
-    click.echo(json.dumps(answer) if as_json else f"{name}: {server.url}/models/{name}/v1")
+    say(answer, f"{name}: {server.url}/models/{name}/v1", as_json)
 
 
 @click.command()
 @click.argument("name")
-def rm(name: str) -> None:
+@as_json
+def rm(name: str, as_json: bool) -> None:
     """Take the model NAME away; its files stay."""
     find().call("DELETE", model_path(name))
+    say({"id": name, "deleted": True}, "", as_json)
 
 
 @click.command()

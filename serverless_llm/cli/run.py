@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 import subprocess
@@ -11,11 +12,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import click
 
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, read_head
+from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.sources import is_source, name_of, resolve
 from serverless_llm.config import PREFIX
 
@@ -30,6 +32,14 @@ PHASES = {
 }
 
 
+class Answer(NamedTuple):
+    """`first`: seconds from the command to the first token, None where there was none."""
+
+    text: str
+    first: float | None
+    metrics: dict[str, Any]
+
+
 @click.command()
 @click.argument("model")
 @click.argument("prompt", required=False)
@@ -38,7 +48,8 @@ PHASES = {
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the model's chat template.")
 @click.option("--quiet", "-q", is_flag=True, help="No phases on standard error.")
-def run(model: str, prompt: str | None, raw: bool, quiet: bool, **sampling: Any) -> None:
+@as_json
+def run(model: str, prompt: str | None, raw: bool, quiet: bool, as_json: bool, **sampling: Any) -> None:
     """Send PROMPT (or standard input) to MODEL and stream the answer; the phases of the start go to standard error.
 
     MODEL is a deployed name, a directory, or demo-count, demo-add, demo-reverse. With no server running, one is
@@ -51,9 +62,10 @@ def run(model: str, prompt: str | None, raw: bool, quiet: bool, **sampling: Any)
     with _server(model) as (server, name):
         body |= {"model": name, "stream": True}
         path = "/v1/completions" if raw else "/v1/chat/completions"
-        report = _print_answer(server.stream(path, body), began)
+        answer = _take(server.stream(path, body), began, sys.stdout if not as_json else io.StringIO())
+    say({"model": name, "text": answer.text, "first_token_s": answer.first, "metrics": answer.metrics}, "", as_json)
     if not quiet:
-        click.echo(report, err=True)
+        click.echo(phases(answer.first, answer.metrics), err=True)
 
 
 def _standard_input() -> str:
@@ -152,20 +164,22 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _print_answer(events: Iterator[dict[str, Any]], began: float) -> str:
-    """Prints the deltas as they come; the closing line about times."""
+def _take(events: Iterator[dict[str, Any]], began: float, sink: TextIO) -> Answer:
+    """Writes the deltas to `sink` as they come."""
     first = None
     metrics: dict[str, Any] = {}
+    parts = []
     for event in events:
         metrics = event.get("metrics") or metrics
         for choice in event["choices"]:
             text = choice.get("text") or (choice.get("delta") or {}).get("content")
             if text:
                 first = first or time.monotonic()
-                sys.stdout.write(text)
-                sys.stdout.flush()
-    sys.stdout.write("\n")
-    return phases(None if first is None else first - began, metrics)
+                parts.append(text)
+                sink.write(text)
+                sink.flush()
+    sink.write("\n")
+    return Answer("".join(parts), None if first is None else first - began, metrics)
 
 
 def phases(first: float | None, metrics: dict[str, Any]) -> str:

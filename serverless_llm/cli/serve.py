@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from serverless_llm.cli import sources
+from serverless_llm.cli.output import as_json, say
 from serverless_llm.config import Config, load
 
 
@@ -31,10 +33,13 @@ from serverless_llm.config import Config, load
 @click.option("--drain", metavar="TIME", help="What running streams get when the server stops.  [default: 30s]")
 @click.option("--orphan-grace", metavar="TIME", help="How long agents wait for a new head.  [default: 60s]")
 @click.option("--model-root", "model_roots", multiple=True, help="A deploy may read only below this directory.")
-@click.option("--model", "models", metavar="[NAME=]SOURCE", multiple=True, help="Deploy at start: a directory or demo.")
+@click.option(
+    "--model", "models", metavar="[NAME=]SOURCE", multiple=True, help="Deploy at start, a directory or demo-*."
+)
 @click.option("--die-with", type=int, hidden=True, help="End with this parent process.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every decision.")
-def serve(config: Path | None, die_with: int | None, verbose: bool, **flags: Any) -> None:
+@as_json
+def serve(config: Path | None, die_with: int | None, verbose: bool, as_json: bool, **flags: Any) -> None:
     """Start the server on this machine. The first Ctrl-C or SIGTERM drains and stops it, a second one at once."""
     settings = load(settled(flags), os.environ, config)
     if die_with is not None:
@@ -45,7 +50,7 @@ def serve(config: Path | None, die_with: int | None, verbose: bool, **flags: Any
         level=logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    click.get_current_context().exit(128 + _run(settings))
+    click.get_current_context().exit(128 + _run(settings, as_json))
 
 
 def settled(flags: dict[str, Any]) -> dict[str, Any]:
@@ -56,17 +61,17 @@ def settled(flags: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _run(settings: Config) -> int:
+def _run(settings: Config, as_json: bool) -> int:
     """Serves until a signal; its number."""
     import uvloop
 
     from serverless_llm.cli.server import Server
 
     async def main() -> int:
-        return await Server(settings).run(announce)
+        return await Server(settings).run(partial(announce, as_json=as_json))
 
     return uvloop.run(main())
 
 
-def announce(url: str) -> None:
-    click.echo(f"serverless-llm serves on {url}")
+def announce(url: str, as_json: bool) -> None:
+    say({"url": url, "pid": os.getpid()}, f"serverless-llm serves on {url}", as_json)

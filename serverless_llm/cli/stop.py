@@ -9,6 +9,7 @@ import time
 import click
 
 from serverless_llm.cli.client import Unreachable, read_head
+from serverless_llm.cli.output import as_json, say
 from serverless_llm.config import state_dir
 
 POLL = 0.05  # seconds; a process that is not a child can only be asked
@@ -17,7 +18,8 @@ POLL = 0.05  # seconds; a process that is not a child can only be asked
 @click.command()
 @click.option("--now", is_flag=True, help="Do not wait for running streams.")
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for its end.")
-def stop(now: bool, timeout: float) -> None:
+@as_json
+def stop(now: bool, timeout: float, as_json: bool) -> None:
     """Stop this user's server: running streams get their drain time, then every process ends."""
     folder = state_dir(os.environ)
     head = read_head(folder)
@@ -32,3 +34,4 @@ def stop(now: bool, timeout: float) -> None:
         if time.monotonic() > deadline:
             raise click.ClickException(f"the server (pid {head['pid']}) still runs after {timeout:.0f} s")
         time.sleep(POLL)
+    say({"pid": head["pid"], "stopped": True}, "", as_json)
