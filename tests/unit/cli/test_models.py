@@ -108,6 +108,11 @@ def test_rm_says_nothing(cli: CommandLine, running: Scripted) -> None:
 # --- lists ---
 
 
+def test_rm_as_json(cli: CommandLine, running: Scripted) -> None:
+    running.answers["DELETE", "/admin/models/m"] = (200, {})
+    assert json.loads(cli("rm", "m", "--json").out) == {"id": "m", "deleted": True}
+
+
 def test_ls_shows_all(cli: CommandLine, running: Scripted) -> None:
     rows(
         running,

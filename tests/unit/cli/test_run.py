@@ -46,6 +46,13 @@ def test_answer_on_stdout_phases_on_stderr(cli: CommandLine, known: Scripted) ->
     }  # fmt: skip
 
 
+def test_the_whole_answer_as_json(cli: CommandLine, known: Scripted) -> None:
+    outcome = cli("run", "m", "43", "--json", "-q")
+    answer = json.loads(outcome.out)
+    assert answer.pop("first_token_s") > 0
+    assert answer == {"model": "m", "text": "44 45", "metrics": METRICS}
+
+
 def test_prompt_from_standard_input(cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     assert cli("run", "m", "-q") == (0, "44 45\n", "")
