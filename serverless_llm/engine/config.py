@@ -287,7 +287,8 @@ def _refuse_foreign(config: Mapping[str, Any], architecture: str) -> None:
         raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r} is not supported, only silu")
     if config.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise CheckpointError("config.json: layer_types other than full_attention are not supported")
     window = config.get("sliding_window")
     used = config.get("use_sliding_window", architecture != "Qwen3ForCausalLM")
@@ -313,7 +314,7 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     if not isinstance(table, dict):
         raise CheckpointError(f"config.json: rope_scaling or rope_parameters must be an object, not {table!r}")
     kind = table.get("rope_type", table.get("type", "default"))
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise CheckpointError(f"config.json: rope_type {kind!r} is not supported, only {', '.join(ROPE_KEYS)}")
     if table.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported")

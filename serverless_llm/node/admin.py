@@ -18,6 +18,8 @@ from serverless_llm.loader import manifest
 
 T = TypeVar("T")
 
+MOST = 1 << 31  # of any count that a deploy may ask for; an arbitrary bound that every store and frame can hold
+
 
 class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a deploy; what is not given takes the server's default."""
@@ -70,17 +72,22 @@ def _check(spec: ModelSpec) -> None:
     for field, least in (("min_replicas", 0), ("max_replicas", 1), ("max_concurrency", 1), ("max_queue", 0)):
         if getattr(spec, field) < least:
             raise refusal(f"{field} must be at least {least}", field)
+        if getattr(spec, field) > MOST:
+            raise refusal(f"{field} must be at most {MOST}", field)
     if spec.min_replicas > spec.max_replicas:
         raise refusal("min_replicas is more than max_replicas", "min_replicas")
-    if spec.context is not None and spec.context < 1:
-        raise refusal("context must be at least 1", "context")
+    if spec.context is not None and not 1 <= spec.context <= MOST:
+        raise refusal(f"context must be 1 ... {MOST}", "context")
 
 
 def _source(source: str, roots: Sequence[Path]) -> Path:
-    path = Path(source).expanduser()
-    if not path.is_absolute():
-        raise refusal("source must be the absolute path of a directory", "source")
-    path = path.resolve()
+    try:
+        path = Path(source).expanduser()
+        if not path.is_absolute():
+            raise refusal("source must be the absolute path of a directory", "source")
+        path = path.resolve()
+    except (ValueError, RuntimeError) as error:  # a NUL; no such user, or a loop of links
+        raise refusal(f"source {source!r}: {error}", "source") from None
     if roots and not any(path.is_relative_to(root) for root in roots):
         raise RequestError(403, "permission_denied", f"{path} is outside the model roots", "source")
     return path

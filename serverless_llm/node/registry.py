@@ -14,7 +14,7 @@ import msgspec
 
 from serverless_llm import wire
 from serverless_llm.cluster import events
-from serverless_llm.errors import CheckpointError, RequestError
+from serverless_llm.errors import RequestError
 from serverless_llm.node import admin, catalog
 from serverless_llm.node.catalog import Clocks, Entry
 from serverless_llm.node.controller import Controller
@@ -86,9 +86,9 @@ class Registry:
         spec = model.spec
         try:
             footprint = await asyncio.to_thread(admin.footprint, spec)
-        except CheckpointError as error:
-            log.warning("%s cannot be deployed any more: %s", spec.name, error)
-            self._entries[spec.name] = Entry(spec, model.created, str(error))
+        except Exception as error:  # one model's checkpoint must not keep the others from being served
+            log.warning("%s cannot be deployed any more", spec.name, exc_info=error)
+            self._entries[spec.name] = Entry(spec, model.created, str(error) or type(error).__name__)
             return
         self._entries[spec.name] = Entry(spec, model.created)
         self._controller.handle(events.Deploy(spec, footprint))
@@ -101,6 +101,10 @@ class Registry:
             status, body = 200, await self._verbs[question.verb](question.name, question.body)
         except RequestError as error:
             status, body = error.status, admin.error_body(error)
+        except Exception as error:  # the process's edge: whoever asked waits for an answer
+            log.exception("%s of %r", question.verb, question.name)
+            why = RequestError(500, "engine_error", f"{type(error).__name__}: {error}")
+            status, body = why.status, admin.error_body(why)
         self._deliver(wire.Answer(question.id, status, msgspec.json.encode(body)))
 
     async def _deploy(self, name: str, body: bytes) -> JSON:

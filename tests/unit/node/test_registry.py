@@ -17,10 +17,11 @@ from serverless_llm import wire
 from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
+from serverless_llm.domain import ModelSpec
 from serverless_llm.errors import RequestError
 from serverless_llm.node import admin
 from serverless_llm.node.head import Head
-from serverless_llm.node.state import State
+from serverless_llm.node.state import Deployed, State
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,10 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("m", {"max_queue": -1}, 400, "max_queue"),
     ("m", {"min_replicas": 2}, 400, "min_replicas"),
     ("m", {"context": 0}, 400, "context"),
+    ("m", {"context": 10**23}, 400, "context"),
+    ("m", {"max_queue": 10**23}, 400, "max_queue"),
+    ("m", {"source": "~no-such-user/x"}, 400, "source"),
+    ("m", {"source": "/a\0b"}, 400, "source"),
     ("m", {"context": 1 << 20}, 400, "source"),
     ("m", {"colour": "red"}, 400, None),
 ]
@@ -139,6 +144,30 @@ def test_a_bad_deploy_is_refused_by_name(
         assert (given, body["error"]["param"]) == (status, param)
         assert body["error"]["type"] == "invalid_request_error"
         assert desk.kept.models() == []
+
+    on_a_desk(tmp_path, tell)
+
+
+def test_an_unexpected_error_is_answered(tmp_path: Path, checkpoint: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        desk.kept._database.close()
+        status, body = await desk.ask("deploy", "m", source=str(checkpoint))
+        assert (status, body["error"]["code"], body["error"]["type"]) == (500, "engine_error", "server_error")
+        assert (await desk.ask("status"))[0] == 200
+
+    on_a_desk(tmp_path, tell)
+
+
+def test_a_kept_model_that_breaks_unexpectedly_is_failed_alone(tmp_path: Path, checkpoint: Path) -> None:
+    kept = State(tmp_path)
+    for name, source in (("bad", "/a\0b"), ("good", str(checkpoint))):
+        kept.save(Deployed(ModelSpec(name, source), created=1))
+    kept.close()
+
+    async def tell(desk: Desk) -> None:
+        models = {one["name"]: one for one in (await desk.ask("status"))[1]["models"]}
+        assert (models["bad"]["state"], models["good"]["state"]) == ("failed", "unloaded")
+        assert "null byte" in models["bad"]["error"]
 
     on_a_desk(tmp_path, tell)
 
