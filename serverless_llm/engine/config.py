@@ -190,6 +190,8 @@ class ModelConfig:
             CheckpointError: names a tensor that is missing, has another shape, a dtype that cannot be served, or is
                 unknown to this architecture.
         """
+        if self.layers > len(entries):  # before anything is built for each of them
+            raise CheckpointError(f"config.json: num_hidden_layers {self.layers}, but {len(entries)} tensors in all")
         expected = self.tensors()
         for name, shape in expected.items():
             if name not in entries:

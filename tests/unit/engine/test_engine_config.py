@@ -157,6 +157,12 @@ def test_a_checkpoint_that_is_not_what_its_config_says() -> None:
     config.check(entries | {"model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", (8,))})
 
 
+def test_more_layers_than_tensors_are_refused_before_anything_is_built_for_them() -> None:
+    config = ModelConfig.parse(config_json(num_hidden_layers=2**31 - 1))
+    with pytest.raises(CheckpointError, match="num_hidden_layers 2147483647, but 1 tensors"):
+        config.weight_bytes({"lm_head.weight": ("F32", (160, 64))})
+
+
 def test_a_tied_checkpoint_may_store_its_head() -> None:
     config = ModelConfig.parse(config_json(tie_word_embeddings=True))
     entries = entries_of(tensors_of(config))
