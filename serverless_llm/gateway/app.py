@@ -8,6 +8,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ from serverless_llm.gateway.text import TextPool
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 NAME = r"[A-Za-z0-9][\w.-]*(?:(?:/|%2[Ff])[\w.-]+)?"  # as config.NAME, in a path
-REQUEST_ID = web.RequestKey("request_id", str)
+REQUEST_ID: ContextVar[str] = ContextVar("request_id")  # each request has a task of its own
 _VALID_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _log = logging.getLogger("serverless_llm.gateway")
 
@@ -116,7 +117,7 @@ class Gateway:
     async def _edge(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Identity, access, and every failure as an error body."""
         given = request.headers.get("x-request-id", "")
-        request[REQUEST_ID] = given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
+        REQUEST_ID.set(given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex)
         try:
             access.check(request, self._options)
             return await handler(request)
@@ -128,7 +129,7 @@ class Gateway:
             _abort(request)
             return _refused(RequestError(499, "client_gone", "nobody reads this"))
         except Exception:  # noqa: BLE001  the edge: whatever it was, the client gets an error body
-            _log.exception("%s: %s %s failed", request[REQUEST_ID], request.method, request.path)
+            _log.exception("%s: %s %s failed", REQUEST_ID.get(), request.method, request.path)
             return _refused(RequestError(500, "engine_error", "an internal error; the log tells more"))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -143,7 +144,7 @@ class Gateway:
         parsed = openai.parse(openai.decode(await request.read()), chat)
         info = self._named(_model_name(request, parsed.model))
         try:
-            return await self._completions.answer(request, request[REQUEST_ID], info, parsed)
+            return await self._completions.answer(request, REQUEST_ID.get(), info, parsed)
         finally:
             self._look_idle()
 
@@ -182,7 +183,7 @@ def _abort(request: web.Request) -> None:
 
 
 async def _mark(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["x-request-id"] = request[REQUEST_ID]
+    response.headers["x-request-id"] = REQUEST_ID.get()
 
 
 def _model_name(request: web.Request, given: str | None) -> str:
