@@ -98,7 +98,7 @@ class Agent:
     async def _dial(self) -> str:
         """Serves one head after another; returns when there was none for too long."""
         clock = asyncio.get_running_loop().time
-        deadline = clock() + max(self.options.orphan_grace, FIRST_GRACE)
+        deadline = clock() + max(self.options.grace, FIRST_GRACE)
         async with aiohttp.ClientSession() as session:
             while clock() < deadline:
                 try:
@@ -108,9 +108,9 @@ class Agent:
                     log.debug("no head: %s", error)
                 else:
                     if await self._serve(socket):
-                        deadline = clock() + self.options.orphan_grace
+                        deadline = clock() + self.options.grace
                 await asyncio.sleep(RETRY)
-        return f"no head for {self.options.orphan_grace:g} s"
+        return f"no head for {self.options.grace:g} s"
 
     async def _connect(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse:
         directory = Path(self.options.state_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,7 @@ class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dram: capacity of the DRAM tier, in bytes.
         disk_rate, upload_rate: caps in bytes per second; 0: none.
         threads: compute threads of a CPU device's worker.
-        orphan_grace: seconds without a head after which everything is freed.
+        orphan_grace: seconds without a head after which everything is freed; None: never (JSON has no infinity).
         stuck_after: seconds a worker with work may be silent before it is killed (or 20 predicted steps, if more).
     """
 
@@ -35,8 +36,13 @@ class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk_rate: float = 0.0
     upload_rate: float = 0.0
     threads: int = 1
-    orphan_grace: float = 60.0
+    orphan_grace: float | None = 60.0
     stuck_after: float = 10.0
+
+    @property
+    def grace(self) -> float:
+        """`orphan_grace` in seconds, infinite for None."""
+        return math.inf if self.orphan_grace is None else self.orphan_grace
 
     @property
     def lock_path(self) -> Path:
@@ -58,7 +64,7 @@ def local_agents(config: Config) -> tuple[AgentOptions, ...]:
             disk_rate=config.limits.disk,
             upload_rate=config.limits.upload,
             threads=config.threads,
-            orphan_grace=config.orphan_grace,
+            orphan_grace=config.orphan_grace if math.isfinite(config.orphan_grace) else None,
         )
         for number in range(config.nodes)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -27,6 +28,12 @@ def test_every_node_gets_an_agent(tmp_path: Path) -> None:
     assert (agents[0].threads, agents[0].orphan_grace) == (2, 5.0)
     assert agents[1].lock_path == tmp_path / "agents" / "node1.lock"
     assert msgspec.json.decode(msgspec.json.encode(agents[0]), type=AgentOptions) == agents[0]
+
+
+@pytest.mark.parametrize(("said", "grace"), [("-1", math.inf), ("0", 0.0), ("2m", 120.0)])
+def test_any_grace_survives_the_command_line(tmp_path: Path, said: str, grace: float) -> None:
+    (agent,) = local_agents(load({"state_dir": str(tmp_path), "dram": "1GiB", "orphan_grace": said}, {}))
+    assert msgspec.json.decode(msgspec.json.encode(agent), type=AgentOptions).grace == grace
 
 
 def test_weights_are_copied_to_gpus(tmp_path: Path) -> None:
