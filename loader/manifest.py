@@ -20,7 +20,8 @@ from serverless_llm.loader.header import Header, TensorEntry
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-MAX_JSON = 100_000_000  # bytes of an index or config; an arbitrary bound on memory
+MAX_INDEX = 100_000_000  # bytes; an arbitrary bound on memory
+MAX_CONFIG = 1 << 20  # bytes; workers are sent it in one frame
 TEXTS = (  # what gateways read beside the weights
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "chat_template.jinja",
@@ -72,8 +73,8 @@ def build(directory: Path) -> Manifest:
     try:
         names = sorted(path.name for path in directory.iterdir())
         choice = choose(names, str(directory))
-        weight_map = None if choice == SINGLE else weight_map_of(_text(directory, INDEX))
-        raw_config = _text(directory, CONFIG)
+        weight_map = None if choice == SINGLE else weight_map_of(_text(directory, INDEX, MAX_INDEX))
+        raw_config = _text(directory, CONFIG, MAX_CONFIG)
         files, heads = [], []
         for name in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
             entry, head = _file(directory, name)
@@ -93,10 +94,10 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _text(directory: Path, name: str) -> str:
+def _text(directory: Path, name: str, most: int) -> str:
     path = confined(directory, name)
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{name} is larger than {MAX_JSON} bytes")
+    if path.stat().st_size > most:
+        raise CheckpointError(f"{name} is larger than {most} bytes")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -112,10 +112,21 @@ def test_a_bad_config(tmp_path: Path, content: bytes, why: str) -> None:
         manifest.build(tmp_path)
 
 
+def test_an_index_may_be_large(tmp_path: Path) -> None:
+    text = write(tmp_path, ONE, TWO) / manifest.INDEX
+    text.write_text(text.read_text() + " " * manifest.MAX_CONFIG)
+    assert len(manifest.build(tmp_path).files) == 2
+    os.truncate(text, manifest.MAX_INDEX + 1)
+    with pytest.raises(CheckpointError, match="larger than"):
+        manifest.build(tmp_path)
+
+
 def test_a_missing_or_huge_config(tmp_path: Path) -> None:
     config = write(tmp_path, ONE) / "config.json"
-    os.truncate(config, manifest.MAX_JSON + 1)
-    with pytest.raises(CheckpointError, match="larger than"):
+    config.write_text("{}" + " " * (manifest.MAX_CONFIG - 2))
+    manifest.build(tmp_path)
+    os.truncate(config, manifest.MAX_CONFIG + 1)
+    with pytest.raises(CheckpointError, match=r"config\.json is larger than 1048576 bytes"):
         manifest.build(tmp_path)
     config.unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
