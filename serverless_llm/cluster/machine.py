@@ -65,6 +65,8 @@ DEADLINES: dict[str, Callable[[Turn, Any], None]] = {
     "hungry": schedule.hold_over,
 }
 
+IDS = 1 << 32  # replica ids of one generation
+
 
 class Machine:
     """The one owner of the cluster's state; `state` may be read between two calls of `handle`."""
@@ -74,6 +76,10 @@ class Machine:
         self.state = State()
         self._now = 0.0
         self._wake: float | None = None
+
+    def number_replicas(self, generation: int) -> None:
+        """Before the first event: no former generation's replica, which an agent may still hold, has an id of ours."""
+        self.state.next_replica = generation * IDS + 1
 
     def handle(self, event: e.Event, now: float) -> list[Command]:
         """What is to be done now that `event` has happened. `now`: seconds of any clock that does not run back."""

@@ -255,7 +255,8 @@ def _adopt(
 ) -> None:
     """A replica that outlived its head serves on, if a model still wants just that and the ledgers have room."""
     device = turn.device(device_id)
-    if model is None or (model.footprint.checkpoint, model.spec.dtype) != served or not device.usable:
+    wanted = model is not None and (model.footprint.checkpoint, model.spec.dtype) == served
+    if model is None or not wanted or not device.usable or replica_id in turn.state.replicas:
         turn.emit(Unload(replica_id, device_id))
         return
     floor = fit.kv_floor(model.footprint, device.spec.budget, turn.policy.kv_floor_tokens, turn.policy.kv_floor_share)

@@ -47,6 +47,7 @@ class Head:
         roots: Sequence[Path] = (),
     ) -> None:
         self._state = kept
+        machine.number_replicas(kept.generation)
         self.controller = Controller(machine, kept.generation, state.agent_token(kept.directory), deliver, observe)
         self.registry = Registry(self.controller, kept, deliver, keep_alive, roots)
         self._supervisor = Supervisor(agents)

@@ -116,6 +116,11 @@ class Storm(RuleBasedStateMachine):
     def break_link(self, number: int, again_s: float) -> None:
         self.world.disconnect(self.agent(number), again_s)
 
+    @rule(number=st.integers(0, 9))
+    def restart_head(self, number: int) -> None:
+        if number < 3:
+            self.world.restart_head()
+
     @rule(number=st.integers(0, 1), cut=st.booleans())
     def partition(self, number: int, cut: bool) -> None:
         agent = self.agent(number)
@@ -169,6 +174,7 @@ def make_trouble(trouble: Storm, chance: random.Random) -> None:
         lambda: trouble.kill_node(number, 2.0),
         lambda: trouble.break_link(number, 0.2),
         lambda: trouble.partition(number, number > 1),
+        lambda: trouble.restart_head(number),
         lambda: trouble.change_weather(number < 2),
         lambda: trouble.shrink_device(number, number % 2 << 26),
         lambda: trouble.jam_loads(MODELS[number], number > 2),

@@ -26,8 +26,9 @@ def deploy(name: str, size: int = 80, checkpoint: str = "", context: int = 1024,
 class Desk:
     """`tell` lets `after` seconds pass, then the event happens; `WakeAt`s are left out of what it returns."""
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy | None = None, generation: int = 0) -> None:
         self.machine = Machine(policy or Policy())
+        self.machine.number_replicas(generation)
         self.now = 0.0
         self.wake = 0.0
 

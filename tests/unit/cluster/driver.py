@@ -42,6 +42,7 @@ class World:
 
     def __init__(self, policy: Policy | None = None, faults: Faults = CALM, seed: int = 0) -> None:
         self.machine = Machine(policy or Policy())
+        self.generation = 0
         self.faults = faults
         self.chance = random.Random(seed)
         self.now = 0.0
@@ -189,6 +190,21 @@ class World:
     def took(self, sequence: SequenceId) -> float:
         client = self.clients[sequence]
         return client.ended - client.arrived
+
+    def restart_head(self) -> None:
+        """Clients lose their connections, models are deployed anew, agents dial again with what they hold."""
+        for sequence in self.open():
+            self._end(sequence, "gone")
+        specs = [(model.spec, model.footprint) for model in self.machine.state.models.values()]
+        self.generation += 1
+        self.machine = Machine(self.machine.policy)
+        self.machine.number_replicas(self.generation)
+        self.wake = 0.0
+        for spec, footprint in specs:
+            self.handle(e.Deploy(spec, footprint))
+        for number, agent in enumerate(self.agents.values()):
+            agent.link = 0
+            self.after(0.1 + number, lambda agent=agent: self.connect(agent))  # type: ignore[misc]
 
     # --- links ---
 

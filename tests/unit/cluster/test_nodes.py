@@ -39,6 +39,29 @@ def test_a_new_head_adopts_what_the_agents_hold() -> None:
     assert 42 in desk.machine.state.replicas  # ids of former heads are never given again
 
 
+def test_what_joins_late_from_a_former_head_meets_no_new_replica_of_its_id() -> None:
+    desk = Desk(QUIET, generation=1)
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b", size=40))
+    desk.join()
+    _, reserve = desk.ask(1, "b")
+    assert reserve == c.Reserve(D0, (1 << 32) + 1, 50)
+    n1 = DeviceId("n1", 0)
+    assert desk.join(node("n1"), (e.HeldReplica(1, n1, "a", "sha-a", "auto"),)) == []
+    assert sorted(desk.machine.state.replicas) == [1, (1 << 32) + 1]
+
+
+def test_an_id_that_is_taken_is_not_adopted() -> None:
+    desk = Desk(QUIET)
+    desk.tell(deploy("a", max_replicas=2))
+    desk.join()
+    desk.ask(1, "a")
+    n1 = DeviceId("n1", 0)
+    held = (e.HeldReplica(1, n1, "a", "sha-a", "auto"),)
+    assert desk.join(node("n1"), held)[0] == c.Unload(1, n1)
+    assert desk.machine.state.replicas[1].device == D0
+
+
 @pytest.mark.parametrize(
     "held",
     [
