@@ -7,7 +7,7 @@ from dataclasses import replace
 from serverless_llm.cluster.events import Delete, Deploy, Load, Pin, UnloadModel
 from serverless_llm.cluster.failures import forgive
 from serverless_llm.cluster.replicas import unload
-from serverless_llm.cluster.sequences import refuse_oversized, reject_not_found
+from serverless_llm.cluster.sequences import reject_not_found, reject_outdated
 from serverless_llm.cluster.starts import drain
 from serverless_llm.cluster.state import STARTING, Model, Replica
 from serverless_llm.cluster.turn import Turn
@@ -15,20 +15,23 @@ from serverless_llm.domain import ModelName
 
 
 def deploy(turn: Turn, event: Deploy) -> None:
-    """A new name, or a new spec. Other weights or another context make a new revision: who runs ends on the old one."""
+    """A new name, or a new spec. Other weights or another context make a new revision.
+
+    Who runs ends on the old one, who waits is told: its prompt was tokenised for what is no longer served.
+    """
     name = event.spec.name
     model = turn.state.models.get(name)
     if model is None:
         model = turn.state.models[name] = Model(event.spec, event.footprint, _revision(turn))
     elif (model.footprint, model.spec.dtype) != (event.footprint, event.spec.dtype):
+        for sequence in [*model.waiting, *model.unready.values()]:
+            reject_outdated(turn, sequence)
         _retire(turn, model, "rollover")
         model.revision = _revision(turn)
     model.spec, model.footprint = event.spec, event.footprint
     forgive(turn, model)
     for replica in model.present()[event.spec.max_replicas :]:
         _send_off(turn, replica, "unload")
-    for sequence in list(model.waiting):
-        refuse_oversized(turn, model, sequence)
     turn.touch(name)
 
 

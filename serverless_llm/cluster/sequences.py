@@ -38,6 +38,7 @@ def arrived(turn: Turn, event: RequestArrived) -> None:
     sequence = Sequence(
         event.sequence,
         event.model,
+        model.revision,
         turn.state.next_order,
         turn.now,
         event.work_class,
@@ -160,16 +161,17 @@ def mentioned(turn: Turn, sequence: Sequence, generated: int) -> None:
 
 
 def withdraw(turn: Turn, sequence: Sequence, cause: str) -> Model | None:
-    """Take it off its worker; its epoch ends. None: its model is deleted, so that it was rejected."""
+    """Take it off its worker; its epoch ends. None: its model is deleted or another by now, so that it was rejected."""
     _release(turn, sequence)
     sequence.epoch += 1
     move(SEQUENCE, sequence, cause, turn.now)
     model = turn.state.models.get(sequence.model)
     turn.touch(sequence.model)
-    if model is None:
-        turn.emit(_not_found(sequence.id, sequence.model))
-        _close(turn, sequence)
-    return model
+    if model is not None and model.revision == sequence.revision:
+        return model
+    turn.emit(_not_found(sequence.id, sequence.model) if model is None else _outdated(sequence.id))
+    _close(turn, sequence)
+    return None
 
 
 def requeue(turn: Turn, sequence: Sequence) -> None:
@@ -207,6 +209,11 @@ def reject(
 
 def reject_not_found(turn: Turn, sequence: Sequence) -> None:
     turn.emit(_not_found(sequence.id, sequence.model))
+    end(turn, sequence)
+
+
+def reject_outdated(turn: Turn, sequence: Sequence) -> None:
+    turn.emit(_outdated(sequence.id))
     end(turn, sequence)
 
 
@@ -284,6 +291,10 @@ def _close(turn: Turn, sequence: Sequence) -> None:
 
 def _not_found(sequence: SequenceId, model: str) -> Reject:
     return Reject(sequence, 404, "model_not_found", f"the model {model!r} does not exist", None, False)
+
+
+def _outdated(sequence: SequenceId) -> Reject:
+    return Reject(sequence, 503, "model_loading", "the model was deployed anew while the request waited", 1.0, True)
 
 
 def _retry_after(turn: Turn, model: Model) -> float:

@@ -36,6 +36,7 @@ class Sequence:
     """One running generation, as the control plane sees it.
 
     Attributes:
+        revision: of its model when it arrived: its tokens mean nothing to another.
         order: arrivals are numbered; a sequence keeps its place in its queue whatever happens to it.
         epoch: bumped whenever its owner is taken away.
         replica: whom it is dispatched to, None while it waits.
@@ -48,6 +49,7 @@ class Sequence:
 
     id: SequenceId
     model: ModelName
+    revision: int
     order: int
     arrived: float
     work_class: WorkClass

@@ -58,6 +58,7 @@ class Client:
     """One request at the gateway: its token log, its current epoch, and how it ended."""
 
     model: ModelName
+    checkpoint: CheckpointId
     prompt: int
     tokens: int
     arrived: float

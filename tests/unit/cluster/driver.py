@@ -125,6 +125,8 @@ class World:
             client = self.clients[command.sequence]
             assert client.reject is None and client.end != "gone", "nothing runs after its end"
             assert command.epoch > client.epoch, "one owner per epoch"
+            served = self.machine.state.replicas[command.replica].checkpoint
+            assert served == client.checkpoint, "tokens only meet the weights they were made for"
         if isinstance(command, c.Evicted) and command.reason == "memory":
             model = self.machine.state.models[command.model]
             assert not model.spec.pinned, "nothing pinned is evicted"
@@ -170,7 +172,9 @@ class World:
     ) -> SequenceId:
         """A client asks now. `then` is called when it has its answer. `tokenise_s` None: its prompt never is."""
         sequence = len(self.clients) + 1
-        self.clients[sequence] = Client(model, prompt, tokens, self.now, then)
+        known = self.machine.state.models.get(model)
+        checkpoint = known.footprint.checkpoint if known else ""
+        self.clients[sequence] = Client(model, checkpoint, prompt, tokens, self.now, then)
         self.handle(e.RequestArrived(sequence, model, keep_alive=keep_alive))
         if tokenise_s is not None:
             self.after(tokenise_s, lambda: self.tell(e.PromptReady(sequence, prompt, tokens)))

@@ -12,6 +12,11 @@ from serverless_llm.domain import FinishReason
 from tests.unit.cluster.desk import D0, D1, Desk, deploy, node
 
 DONE = FinishReason.STOP
+OUTDATED = "the model was deployed anew while the request waited"
+
+
+def outdated(sequence: int) -> c.Reject:
+    return c.Reject(sequence, 503, "model_loading", OUTDATED, 1.0, True)
 
 
 @pytest.fixture
@@ -42,9 +47,8 @@ def test_min_replicas_come_as_soon_as_there_is_room() -> None:
 
 
 def test_a_changed_checkpoint_rolls_over(desk: Desk) -> None:
-    desk.tell(e.RequestArrived(2, "a"))
     assert desk.tell(deploy("a", checkpoint="sha-new")) == []
-    desk.tell(e.PromptReady(2, 10, 10))
+    desk.ask(2, "a")
     done = desk.tell(e.SequenceDone(1, 1, DONE, 3))
     assert kinds(done) == ["Evicted", "Unload", "Decided"]
     assert done[0] == c.Evicted(1, "a", D0, "rollover")
@@ -77,14 +81,55 @@ def test_fewer_replicas_send_the_newest_off() -> None:
     assert desk.tell(deploy("a")) == [c.Evicted(2, "a", D1, "unload"), c.Unload(2, D1)]
 
 
-def test_a_smaller_context_refuses_who_waits_for_more() -> None:
-    desk = Desk()
+def test_who_waits_for_an_old_revision_is_told_at_its_end() -> None:
+    desk = Desk(Policy(silent_after=1e9))
     desk.tell(deploy("a"))
     desk.tell(e.RequestArrived(1, "a"))
-    desk.tell(e.PromptReady(1, 500, 100))
-    (reject,) = desk.tell(deploy("a", context=512))
-    assert isinstance(reject, c.Reject)
-    assert (reject.status, reject.code) == (400, "context_length_exceeded")
+    desk.ask(2, "a")
+    assert desk.tell(deploy("a", keep_alive=1.0)) == []
+    assert desk.tell(deploy("a", checkpoint="sha-new")) == [outdated(2), outdated(1)]
+    assert desk.tell(e.PromptReady(1, 10, 10)) == []
+
+
+def test_a_load_of_an_old_revision_serves_nobody() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    assert desk.tell(deploy("a", checkpoint="sha-new")) == [
+        outdated(1),
+        c.Evicted(1, "a", D0, "rollover"),
+        c.Unload(1, D0),
+    ]
+    assert desk.machine.state.sequences == {}
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize(
+    "lost", [e.WorkerLost(D0, 1, "killed"), e.NodeLost("n0"), e.SequenceRefused(1, 1, "no room"), e.WorkerUp(D0, 2)]
+)
+def test_who_loses_its_worker_does_not_go_on_with_other_weights(desk: Desk, deleted: bool, lost: e.Event) -> None:
+    if deleted:
+        desk.tell(e.Delete("a"))
+    assert desk.tell(deploy("a", checkpoint="sha-new")) == []
+    assert desk.tell(lost)[0] == outdated(1)
+    assert desk.machine.state.sequences == {}
+
+
+def test_a_suspect_of_an_old_revision_is_not_tried(desk: Desk) -> None:
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    desk.tell(e.WorkerUp(D0, 2))
+    desk.bring_up(2)
+    desk.tell(deploy("a", checkpoint="sha-new"))
+    assert desk.tell(e.WorkerLost(D0, 2, "killed")) == [outdated(1)]
+    assert desk.machine.state.suspects == {}
+
+
+def test_who_runs_when_only_limits_change_goes_on_elsewhere(desk: Desk) -> None:
+    desk.tell(deploy("a", max_concurrency=1, keep_alive=1.0))
+    assert desk.tell(e.WorkerLost(D0, 1, "killed")) == []
+    assert kinds(desk.tell(e.WorkerUp(D0, 2))) == ["Decided", "Reserve"]
 
 
 def test_delete_tells_who_waits_and_lets_who_runs_end(desk: Desk) -> None:
