@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.starts import predicted_s
-from serverless_llm.cluster.state import STARTING, Device, Model, Node, Replica, State
+from serverless_llm.cluster.state import STARTING, Model, Replica, State
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.cluster.turn import Turn
-from serverless_llm.domain import DeviceId, ModelName, NodeId, ReplicaId, Tier
+from serverless_llm.domain import DeviceId, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,8 @@ class ModelView:
         progress: of its load, 0 ... 1.
         until: when its replica's keep-alive ends; None while it is used, or without end.
         estimate_s: of its next cold start, on the best of the devices; inf where there is none.
-        retry_after: seconds until it may be loaded again; None: at once; inf: never without a new deploy.
     """
 
-    name: ModelName
     state: str
     tier: Tier
     progress: float
@@ -36,56 +34,13 @@ class ModelView:
     estimate_s: float
     waiting: int
     running: int
-    retry_after: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
-    replica: ReplicaId
-    model: ModelName
-    state: str
-    bytes: int
-    running: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceView:
-    """One device. `granted`: bytes that replicas may hold now; `trial`: what it is given over to, empty if nothing."""
-
-    device: DeviceId
-    kind: str
-    weights: str
-    up: bool
-    budget: int
-    granted: int
-    replicas: tuple[ReplicaView, ...]
-    trial: str
-
-
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """One node. `pinned`: bytes of its DRAM that view mode holds; `resident`: all checkpoint bytes there."""
-
-    node: NodeId
-    state: str
-    dram: int
-    pinned: int
-    resident: int
-    heard_s: float
-    bandwidth: tuple[tuple[str, float], ...]
-
-
-def models(state: State, policy: Policy, now: float) -> list[ModelView]:
-    return [model(state, policy, one, now) for one in state.models.values()]
 
 
 def model(state: State, policy: Policy, one: Model, now: float) -> ModelView:
     present = one.present()
     ready = one.ready()
     starting = [replica for replica in present if replica.state in STARTING]
-    cooling = now < one.cool_until
     return ModelView(
-        one.spec.name,
         "loaded" if ready else "loading" if starting else "failed" if one.error else "unloaded",
         _tier(state, one, ready),
         max((_progress(replica) for replica in present), default=0.0),
@@ -95,34 +50,6 @@ def model(state: State, policy: Policy, one: Model, now: float) -> ModelView:
         _estimate_s(state, policy, one, now),
         one.demand,
         sum(len(replica.running) for replica in one.replicas.values()),
-        one.cool_until - now if cooling else None,
-    )
-
-
-def devices(state: State) -> list[DeviceView]:
-    return [_device(one) for one in state.devices.values()]
-
-
-def nodes(state: State, now: float) -> list[NodeView]:
-    return [_node(one, now) for one in state.nodes.values()]
-
-
-def _device(one: Device) -> DeviceView:
-    replicas = tuple(
-        ReplicaView(replica.id, replica.model, replica.state.value, replica.grant, len(replica.running))
-        for replica in one.replicas.values()
-    )
-    trial = "" if one.trial is None else f"{one.trial[0]} {one.trial[1]}"
-    return DeviceView(
-        one.id, one.spec.kind, one.spec.weights, one.usable, one.spec.budget, one.actual.used, replicas, trial
-    )
-
-
-def _node(one: Node, now: float) -> NodeView:
-    resident = sum(one.resident.values())
-    bandwidth = tuple(sorted(one.bandwidth.items()))
-    return NodeView(
-        one.spec.node, one.state.value, one.spec.dram, one.actual_dram.used, resident, now - one.heard, bandwidth
     )
 
 

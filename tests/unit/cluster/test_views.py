@@ -24,12 +24,12 @@ def desk() -> Desk:
 
 
 def see(desk: Desk) -> views.ModelView:
-    return views.models(desk.machine.state, desk.machine.policy, desk.now)[0]
+    return views.model(desk.machine.state, desk.machine.policy, desk.machine.state.models["a"], desk.now)
 
 
 def test_a_model_from_unloaded_to_loaded_to_idle(desk: Desk) -> None:
     desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (("disk", 10.0),)))
-    assert see(desk) == views.ModelView("a", "unloaded", Tier.DISK, 0.0, "", (), None, 8.0 + 0.05, 0, 0, None)
+    assert see(desk) == views.ModelView("unloaded", Tier.DISK, 0.0, "", (), None, 8.0 + 0.05, 0, 0)
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.LoadProgress(1, 20, 80))
@@ -48,36 +48,14 @@ def test_bytes_in_dram_show(desk: Desk) -> None:
     assert (see(desk).tier, round(see(desk).estimate_s, 6)) == (Tier.DRAM, 0.05)
 
 
-def test_a_failed_model_says_why_and_when_to_try_again(desk: Desk) -> None:
+def test_a_failed_model_says_why(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.LoadFailed(1, "bad header", False))
     one = see(desk)
-    assert (one.state, one.error, one.retry_after) == ("failed", "bad header", 1.0)
+    assert (one.state, one.error) == ("failed", "bad header")
 
 
 def test_without_a_device_no_start_can_be_foreseen(desk: Desk) -> None:
     desk.tell(e.WorkerLost(D0, 1, "killed"))
     assert see(desk).estimate_s == math.inf
-
-
-def test_devices_and_nodes(desk: Desk) -> None:
-    desk.ask(1, "a")
-    desk.bring_up(1)
-    (device,) = views.devices(desk.machine.state)
-    assert device == views.DeviceView(
-        D0, "cpu", "copy", True, 100, 90, (views.ReplicaView(1, "a", "ready", 90, 1),), ""
-    )
-    desk.tell(e.Heartbeat("n0", ((D0, 1, (1,)),), (("sha-a", 80),), (("disk", 7.0),)), after=1.0)
-    (node,) = views.nodes(desk.machine.state, desk.now + 0.5)
-    assert node == views.NodeView("n0", "up", 1000, 0, 80, 0.5, (("disk", 7.0),))
-
-
-def test_a_trial_shows(desk: Desk) -> None:
-    desk.ask(1, "a")
-    for incarnation in (1, 2):
-        desk.tell(e.Reserved(D0, incarnation))
-        desk.tell(e.WorkerLost(D0, incarnation, "killed"))
-        desk.tell(e.WorkerUp(D0, incarnation + 1))
-    (device,) = views.devices(desk.machine.state)
-    assert device.trial == "load 3"
