@@ -50,6 +50,14 @@ def number(least: float, most: float, above: bool = False) -> Check:
     return check
 
 
+MOST_TOKENS = 1 << 30  # over any context
+SAMPLING: dict[str, Check] = {
+    "temperature": number(0.0, 2.0),
+    "top_p": number(0.0, 1.0, above=True),
+    "top_k": whole(-1, MOST_TOKENS),
+}
+
+
 def stop_strings(value: Any, name: str) -> tuple[str, ...]:
     """One string or a list of them."""
     listed = [value] if isinstance(value, str) else value
@@ -62,12 +70,13 @@ def stop_strings(value: Any, name: str) -> tuple[str, ...]:
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:
     """A list of token ids; whether the vocabulary has them is seen later."""
-    if not isinstance(value, list) or not all(_is_token(token) for token in value):
+    if not isinstance(value, list) or not all(is_token(token) for token in value):
         raise invalid(f"{name} must be a list of token ids", name)
     return tuple(value)
 
 
-def _is_token(value: Any) -> bool:
+def is_token(value: Any) -> bool:
+    """Whether it could be a token id of some vocabulary."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
@@ -117,7 +126,7 @@ def prompt(value: Any, name: str) -> str | tuple[int, ...]:
     one = value[0] if listed and len(value) == 1 and isinstance(value[0], str | list) else value
     if isinstance(one, str):
         return one
-    if isinstance(one, list) and one and all(_is_token(token) for token in one):
+    if isinstance(one, list) and one and all(is_token(token) for token in one):
         return tuple(one)
     if listed:
         raise invalid(f"{name}: one prompt a request; lists of prompts are not supported", name)

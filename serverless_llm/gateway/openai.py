@@ -14,7 +14,6 @@ import msgspec
 from serverless_llm.gateway import fields
 from serverless_llm.gateway.failure import invalid, unsupported
 
-MOST_TOKENS = 1 << 30  # over any context
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as everywhere
 
 
@@ -54,12 +53,9 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-_COMMON: dict[str, fields.Check] = {
+_COMMON: dict[str, fields.Check] = fields.SAMPLING | {
     "model": _text,
-    "max_tokens": fields.whole(1, MOST_TOKENS),
-    "temperature": fields.number(0.0, 2.0),
-    "top_p": fields.number(0.0, 1.0, above=True),
-    "top_k": fields.whole(-1, MOST_TOKENS),
+    "max_tokens": fields.whole(1, fields.MOST_TOKENS),
     "seed": fields.whole(-(2**63), 2**63 - 1),
     "stop": fields.stop_strings,
     "stop_token_ids": fields.token_ids,
@@ -70,7 +66,7 @@ _COMMON: dict[str, fields.Check] = {
 }
 _CHAT = _COMMON | {
     "messages": fields.messages,
-    "max_completion_tokens": fields.whole(1, MOST_TOKENS),
+    "max_completion_tokens": fields.whole(1, fields.MOST_TOKENS),
     "chat_template_kwargs": fields.variables,
 }
 _COMPLETION = _COMMON | {"prompt": fields.prompt}

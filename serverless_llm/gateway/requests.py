@@ -7,6 +7,7 @@ in the log before a client can see it. Frames of an older epoch than a sequence'
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from serverless_llm.gateway.failure import from_rejection, invalid
 from serverless_llm.gateway.metrics import Metrics, ServedSeries
 from serverless_llm.gateway.openai import CompletionRequest
 from serverless_llm.gateway.text import TokenisedPrompt
+
+_log = logging.getLogger("serverless_llm.request")
 
 
 class LiveRequest:
@@ -243,8 +246,16 @@ class LiveRequests:
         if live is None or live.done:
             self._send(wire.Gone([message.sequence], "finished"))
         elif message.epoch > live.epoch:
-            self._send(live.run(message))
+            self._follow(live, message)
+
+    def _follow(self, live: LiveRequest, message: wire.Attach) -> None:
+        try:
             live.series = self._metrics.served(live.info.name, message.device)
+            self._send(live.run(message))
+        except Exception:  # noqa: BLE001  one request's fault: unanswered, the controller would attach it again for ever
+            _log.exception("%s: the sequence could not be attached", live.request_id)
+            live.fail(RequestError(500, "engine_error", "the sequence could not be started"))
+            self._stop(live, "error")
 
     def tokens(self, message: wire.Tokens) -> None:
         now = time.monotonic()

@@ -7,6 +7,7 @@ added to what the template wrote.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from array import array
@@ -23,8 +24,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from serverless_llm.errors import RequestError
+from serverless_llm.gateway import fields
 from serverless_llm.gateway.tables import token_table
 from serverless_llm.gateway.text_wire import Call, Prompt
+from serverless_llm.loader.manifest import confined
 
 MAX_RENDERED = 16 << 20  # characters of one rendered prompt; over any context, far under the memory limit
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -70,8 +73,18 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _found(directory: Path, name: str) -> Path | None:
+    """One of the checkpoint's files, None where there is none.
+
+    Raises:
+        CheckpointError: it is a link out of the checkpoint.
+    """
+    return confined(directory, name) if (directory / name).exists() else None
+
+
+def _json(directory: Path, name: str) -> dict[str, Any]:
+    path = _found(directory, name)
+    if path is None:
         return {}
     loaded = json.loads(path.read_text(encoding="utf-8"))
     return loaded if isinstance(loaded, dict) else {}
@@ -80,7 +93,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _ids(value: object) -> list[int]:
     """`eos_token_id` as the files write it: absent, one id or a list."""
     listed = value if isinstance(value, list) else [value]
-    return [number for number in listed if isinstance(number, int) and not isinstance(number, bool)]
+    return [number for number in listed if fields.is_token(number)]
 
 
 class CheckpointText:
@@ -88,27 +101,27 @@ class CheckpointText:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        path = directory / "tokenizer.json"
-        if not path.is_file():
+        path = _found(directory, "tokenizer.json")
+        if path is None:
             raise RequestError(500, "engine_error", f"the checkpoint has no tokenizer.json ({directory})")
         self.nbytes = EXPANSION * path.stat().st_size
         self.tokenizer = Tokenizer.from_file(str(path))
-        self.settings = _json(directory / "tokenizer_config.json")
-        self._config = _json(directory / "config.json")
-        self._generation = _json(directory / "generation_config.json")
+        self.settings = _json(directory, "tokenizer_config.json")
+        self._config = _json(directory, "config.json")
+        self._generation = _json(directory, "generation_config.json")
         self.special = self._special_tokens()
         self.source = self._template_source()
         self._template: jinja2.Template | None = None
 
     def _special_tokens(self) -> dict[str, str]:
-        named = _json(self.directory / "special_tokens_map.json") | self.settings
+        named = _json(self.directory, "special_tokens_map.json") | self.settings
         found = {name: named.get(name) for name in SPECIAL}
         texts = {name: value["content"] if isinstance(value, dict) else value for name, value in found.items()}
         return {name: text for name, text in texts.items() if isinstance(text, str)}
 
     def _template_source(self) -> str | None:
-        path = self.directory / "chat_template.jinja"
-        if path.is_file():
+        path = _found(self.directory, "chat_template.jinja")
+        if path is not None:
             return path.read_text(encoding="utf-8")
         value = self.settings.get("chat_template")
         if isinstance(value, list):
@@ -116,9 +129,14 @@ class CheckpointText:
         return value if isinstance(value, str) else None
 
     def defaults(self) -> dict[str, float]:
-        """Sampling values of generation_config.json; `do_sample: false` there means greedy, as in transformers."""
-        found = {name: self._generation.get(name) for name in ("temperature", "top_p", "top_k")}
-        values = {name: value for name, value in found.items() if isinstance(value, int | float)}
+        """Sampling values of generation_config.json; `do_sample: false` there means greedy, as in transformers.
+
+        What a request could not ask for is left out.
+        """
+        values: dict[str, float] = {}
+        for name, check in fields.SAMPLING.items():
+            with contextlib.suppress(RequestError):
+                values[name] = check(self._generation.get(name), name)
         return values | ({"temperature": 0.0} if self._generation.get("do_sample") is False else {})
 
     def stop_ids(self) -> list[int]:

@@ -17,6 +17,7 @@ import serverless_llm
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway.detokenise import TableVocabulary, Vocabulary, WholeVocabulary
 from serverless_llm.gateway.text_wire import LENGTH, Call, Fault, Reply, Table, frame, reply_decoder
+from serverless_llm.loader.manifest import confined
 
 _log = logging.getLogger("serverless_llm.text")
 
@@ -119,7 +120,7 @@ class TextPool:
     async def _vocabulary(self, directory: str, table: Table | None) -> Vocabulary:
         if table is not None and table.offsets:
             return TableVocabulary(table.blob, table.offsets, table.strip)
-        path = Path(directory) / "tokenizer.json"
+        path = confined(Path(directory), "tokenizer.json")
         tokenizer = await asyncio.to_thread(Tokenizer.from_file, str(path))
         return WholeVocabulary(tokenizer, 8 * path.stat().st_size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from serverless_llm.demo.tokenizer import CHAT_TEMPLATE, tokenizer_config_json, tokenizer_json
-from serverless_llm.errors import RequestError
+from serverless_llm.errors import CheckpointError, RequestError
 from serverless_llm.gateway import templates
 from serverless_llm.gateway.templates import CheckpointText
 from serverless_llm.gateway.text_wire import Call, Prompt
@@ -203,6 +204,7 @@ def test_given_ids_must_be_in_the_vocabulary(write: Write) -> None:
         ({"eos_token_id": 5}, {"eos_token_id": None}, {"content": "<|end|>"}, [5, 257]),
         ({}, {"eos_token_id": [7, True, "x"]}, None, [7]),
         ({}, {}, "no such token", []),
+        ({"eos_token_id": [-1, 10**30, 2**31, 4]}, {}, None, [4]),
     ],
 )
 def test_stop_ids_are_the_union(
@@ -221,12 +223,41 @@ def test_stop_ids_are_the_union(
         ({"top_k": 20, "do_sample": None}, {"top_k": 20}),
         ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
         ({"temperature": None}, {}),
+        ({"temperature": -1, "top_p": 1.5, "top_k": math.nan}, {}),
+        ({"temperature": math.inf, "top_p": math.nan, "top_k": -math.inf}, {}),
+        ({"temperature": 10**400, "top_p": 0, "top_k": 10**30, "do_sample": False}, {"temperature": 0.0}),
+        ({"temperature": True, "top_p": "1", "top_k": [1]}, {}),
     ],
 )  # fmt: skip
 def test_sampling_defaults(write: Write, generation: dict[str, Any], defaults: dict[str, float]) -> None:
     directory = write()
     (directory / "generation_config.json").write_text(json.dumps(generation))
     assert prompted(directory, text="x").defaults == defaults
+
+
+TEXT_FILES = (
+    "chat_template.jinja", "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json",
+    "tokenizer_config.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_no_file_is_read_outside_the_checkpoint(tmp_path: Path, write: Write, name: str) -> None:
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    for path in [path for path in write().iterdir() if path.is_file()]:
+        path.rename(directory / path.name)
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match="link out of"):
+        CheckpointText(directory)
+    secret.rename(directory / "inside")
+    (directory / name).unlink()
+    (directory / name).symlink_to("inside")
+    if name != "tokenizer.json":
+        assert CheckpointText(directory).special is not None
 
 
 def test_without_a_tokenizer_there_is_no_text(tmp_path: Path) -> None:

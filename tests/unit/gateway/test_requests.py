@@ -1,0 +1,35 @@
+"""Live requests without a server around them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+
+from serverless_llm import wire
+from serverless_llm.gateway import openai
+from serverless_llm.gateway.metrics import Metrics
+from serverless_llm.gateway.requests import LiveRequests
+from tests.integration.scripted import model
+
+
+def test_an_attachment_that_fails_ends_its_request(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        sent: list[wire.Message] = []
+        requests = LiveRequests(sent.append, Metrics(), 1)
+        asked = openai.parse({"model": "demo", "prompt": "x"}, chat=False)
+        live = requests.open("r1", model("demo", Path("/nowhere")), asked)
+        attach = wire.Attach(live.sequence, 0, 7, wire.worker_address(0, 0), "n0/0", 0.0, {})
+        requests.attach(attach)  # before there is a prompt
+        assert live.error is not None
+        assert (live.error.status, live.error.code) == (500, "engine_error")
+        assert [message for message in sent if isinstance(message, wire.Gone)] == [wire.Gone([live.sequence], "error")]
+        requests.attach(attach)
+        assert not any(isinstance(message, wire.Run) for message in sent)
+        requests.close(live, "engine_error")
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(main())
+    assert "r1: the sequence could not be attached" in caplog.text
