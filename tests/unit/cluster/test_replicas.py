@@ -364,17 +364,16 @@ def test_an_abandoned_claim_makes_way_without_a_word(desk: Desk) -> None:
     assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 3, 90)]
 
 
-def test_a_node_learns_its_speed_and_its_overhead(desk: Desk) -> None:
+def test_a_node_learns_its_overhead(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.ReplicaReady(1, LoadPhases(disk_s=4.0, total_s=5.0, disk_bytes=80)), after=5.0)
-    known = desk.machine.state.nodes["n0"]
-    assert known.bandwidth == {"disk": 20.0}
-    assert known.overhead_s == pytest.approx(0.7 * 0.05 + 0.3 * 5.0)
+    assert desk.machine.state.nodes["n0"].overhead_s == pytest.approx(0.7 * 0.05 + 0.3 * 5.0)
 
 
-def test_weights_in_dram_are_no_sample_of_the_disk(desk: Desk) -> None:
+def test_a_load_from_the_page_cache_is_no_sample_of_the_disk(desk: Desk) -> None:
+    desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (("disk", 20.0),)))
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
-    desk.tell(e.ReplicaReady(1, LoadPhases(dram_bytes=80)))
-    assert desk.machine.state.nodes["n0"].bandwidth == {}
+    desk.tell(e.ReplicaReady(1, LoadPhases(disk_s=0.001, disk_bytes=1, cache_bytes=79)))
+    assert desk.machine.state.nodes["n0"].bandwidth == {"disk": 20.0}
