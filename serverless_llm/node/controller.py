@@ -62,10 +62,18 @@ class Controller:
 
     def handle(self, event: events.Event) -> None:
         """Tells the machine, and does what it wants."""
+        silent = isinstance(event, SILENT) and not self._moves_checkpoints(event)
         for command in self.machine.handle(event, self.now()):
             self.perform(command)
-        if not isinstance(event, SILENT):
+        if not silent:
             self.changed(isinstance(event, PROMPT))
+
+    def _moves_checkpoints(self, event: events.Event) -> bool:
+        """A heartbeat after which a checkpoint may be in another tier."""
+        if not isinstance(event, events.Heartbeat):
+            return False
+        node = self.machine.state.nodes.get(event.node)
+        return node is not None and node.resident != dict(event.resident)
 
     def now(self) -> float:
         """The machine's time."""

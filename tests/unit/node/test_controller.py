@@ -16,7 +16,7 @@ from serverless_llm import wire
 from serverless_llm.cluster import commands, events
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
-from serverless_llm.domain import Footprint, ModelSpec
+from serverless_llm.domain import DeviceId, Footprint, ModelSpec
 from serverless_llm.node import controller as module
 from serverless_llm.node.controller import Controller
 
@@ -165,6 +165,20 @@ def test_a_client_that_leaves_is_cancelled_at_its_worker() -> None:
             header, cancel = await agent.answer(wire.Cancel)
             assert cancel.sequences == [(7, attach.epoch)]
             assert header.destination == wire.worker_address(0, 0)
+
+    asyncio.run(story())
+
+
+def test_only_heartbeats_that_move_checkpoints_change_the_catalog() -> None:
+    async def story() -> None:
+        async with office() as one:
+            await one.joined()
+            changes: list[bool] = []
+            one.controller.changed = changes.append
+            for resident in ((), (("c", 1),), (("c", 1),), (("c", 2),), ()):
+                one.controller.handle(events.Heartbeat("n", ((DeviceId("n", 0), 1, ()),), resident, ()))
+            one.controller.handle(events.Heartbeat("nobody", (), (("c", 1),), ()))
+            assert changes == [False, False, False]
 
     asyncio.run(story())
 
