@@ -35,7 +35,7 @@ def check(request: web.Request, options: GatewayOptions) -> None:
 
 def _check_key(header: str, keys: tuple[str, ...]) -> None:
     scheme, _, key = header.partition(" ")
-    given = key.strip().encode()
+    given = key.strip().encode(errors="surrogateescape")  # as aiohttp decoded it
     # every key is compared, so that the time says nothing
     known = [hmac.compare_digest(given, each.encode()) for each in keys]
     if scheme.lower() != "bearer" or not any(known):

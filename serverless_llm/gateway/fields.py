@@ -14,6 +14,7 @@ Check = Callable[[Any, str], Any]
 
 MAX_STOPS = 16  # arbitrary; the official API takes 4
 MAX_STOP = 1024  # characters of one stop string; bounds what a stream holds back
+MAX_STOP_IDS = 1024  # arbitrary; every frame that starts or moves the sequence carries them
 LONGEST = 1e12  # seconds; a longer keep-alive is a mistake, -1 is for ever
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -72,6 +73,8 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
     """A list of token ids; whether the vocabulary has them is seen later."""
     if not isinstance(value, list) or not all(is_token(token) for token in value):
         raise invalid(f"{name} must be a list of token ids", name)
+    if len(value) > MAX_STOP_IDS:
+        raise invalid(f"{name} takes at most {MAX_STOP_IDS} token ids", name)
     return tuple(value)
 
 
@@ -117,7 +120,21 @@ def variables(value: Any, name: str) -> dict[str, Any]:
     for key in ("messages", "tools", "documents", "chat_template", "add_generation_prompt"):
         if key in value:
             raise invalid(f"{name}.{key} cannot be given", f"{name}.{key}")
+    if not _fits(value):
+        raise invalid(f"{name} holds an integer of more than 64 bits", name)
     return value
+
+
+def _fits(value: Any) -> bool:
+    """Whether msgpack can carry all integers in `value`."""
+    open_values = [value]
+    while open_values:
+        one = open_values.pop()
+        if isinstance(one, dict | list):
+            open_values.extend(one.values() if isinstance(one, dict) else one)
+        elif isinstance(one, int) and not -(2**63) <= one < 2**64:
+            return False
+    return True
 
 
 def prompt(value: Any, name: str) -> str | tuple[int, ...]:

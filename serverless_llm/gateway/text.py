@@ -19,6 +19,8 @@ from serverless_llm.gateway.detokenise import TableVocabulary, Vocabulary, Whole
 from serverless_llm.gateway.text_wire import LENGTH, Call, Fault, Reply, Table, frame, reply_decoder
 from serverless_llm.loader.manifest import confined
 
+START_SECONDS = 60.0  # until a text process must be ready; it takes a fraction of one where nothing is wrong
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries to start one
 _log = logging.getLogger("serverless_llm.text")
 
 
@@ -58,8 +60,8 @@ class _Process:
     async def ready(self) -> None:
         await self._replies.readexactly(LENGTH.size)
 
-    async def call(self, call: Call) -> Reply:
-        self._calls.write(frame(call))
+    async def call(self, framed: bytes) -> Reply:
+        self._calls.write(framed)
         await self._calls.drain()
         (length,) = LENGTH.unpack(await self._replies.readexactly(LENGTH.size))
         return reply_decoder.decode(await self._replies.readexactly(length))
@@ -108,9 +110,10 @@ class TextPool:
             RequestError: the checkpoint's files or the messages are at fault, or a limit was overrun.
         """
         key = (call.directory, call.checkpoint)
+        framed = frame(call)  # what cannot be framed costs no process
         process = await self._acquire()
         known = self._vocabularies.get(key)  # not before: of many first calls only those that run send a table
-        reply = await self._call(process, call if known else msgspec.structs.replace(call, table=True))
+        reply = await self._call(process, call, framed if known else frame(msgspec.structs.replace(call, table=True)))
         if isinstance(reply, Fault):
             raise RequestError(reply.status, reply.code, reply.message, reply.param)
         vocabulary = self._vocabularies.get(key) or known or await self._vocabulary(call.directory, reply.table)
@@ -133,11 +136,11 @@ class TextPool:
     def _cached(self) -> int:
         return sum(vocabulary.nbytes for vocabulary in self._vocabularies.values())
 
-    async def _call(self, process: _Process, call: Call) -> Reply:
+    async def _call(self, process: _Process, call: Call, framed: bytes) -> Reply:
         """The answer of an acquired process, which is free again or replaced afterwards."""
         try:
             async with asyncio.timeout(self._limits.seconds):
-                reply = await process.call(call)
+                reply = await process.call(framed)
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             self._replace(process)
             return self._overrun(call)
@@ -185,9 +188,25 @@ class TextPool:
         _log.warning("text process %d is replaced", process.pid)
         await process.stop()
         self._all.discard(process)
-        await self._spawn()
+        pause = FIRST_PAUSE
+        while not await self._spawned():
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _spawned(self) -> bool:
+        try:
+            await self._spawn()
+        except (OSError, EOFError) as error:  # no memory, no descriptors, not ready in time
+            _log.warning("a text process did not start, another try follows: %r", error)
+            return False
+        return True
 
     async def _spawn(self) -> None:
+        """
+        Raises:
+            OSError: it cannot be started, or is not ready in time.
+            EOFError: it ended before it was ready.
+        """
         root = str(Path(serverless_llm.__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         limits = [str(number) for number in (2 * self._limits.seconds, self._limits.memory, self._limits.cache)]
@@ -200,5 +219,11 @@ class TextPool:
             )
         )
         self._all.add(process)
-        await process.ready()
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await process.ready()
+        except BaseException:
+            self._all.discard(process)
+            await process.stop()
+            raise
         self._release(process)

@@ -470,6 +470,18 @@ def test_keys(tmp_path: Path) -> None:
     run(tmp_path, says("hi"), scenario, GatewayOptions(api_keys=("secret",)))
 
 
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        url = yarl.URL(server.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xe9\r\nConnection: close\r\n\r\n")
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        writer.close()
+
+    run(tmp_path, silent, scenario, GatewayOptions(api_keys=("secret",)))
+
+
 def test_a_bug_is_a_500_and_a_traceback_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(server: Served) -> None:
         server.controller.broken = True

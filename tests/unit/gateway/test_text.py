@@ -10,10 +10,12 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from serverless_llm.demo.tokenizer import chat_tokens, tokenizer_json, write_tokenizer
 from serverless_llm.errors import RequestError
+from serverless_llm.gateway import text
 from serverless_llm.gateway.text import TextLimits, TextPool
 from serverless_llm.gateway.text_process import TextCache
 from serverless_llm.gateway.text_wire import Call
@@ -88,6 +90,59 @@ def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
             await running
         assert await ids(pool, chat(checkpoint(tmp_path / "good"))) == chat_tokens("Hi")
         assert pid not in pool.pids
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_process_that_does_not_start_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, python = tmp_path / "tried", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ -e {tried} ] || {{ : > {tried}; exit 1; }}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        monkeypatch.setattr(sys, "executable", str(python))
+        subprocess.run(["kill", "-9", *map(str, pool.pids)], check=True)
+        good = chat(checkpoint(tmp_path / "good"))
+        with pytest.raises(RequestError):
+            await pool.prompt(good)
+        assert await ids(pool, good) == chat_tokens("Hi")
+        assert tried.exists()
+        assert len(pool.pids) == 1
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_process_that_is_never_ready_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 100\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(text, "START_SECONDS", 0.05)
+
+    async def main() -> None:
+        pool = TextPool(1)
+        with pytest.raises(TimeoutError):
+            await pool.start()
+        assert pool.pids == []
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_sent_costs_no_process(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        before = pool.pids
+        good = chat(checkpoint(tmp_path / "good"))
+        with pytest.raises(OverflowError):
+            await pool.prompt(msgspec.structs.replace(good, variables={"a": 2**64}))
+        assert await ids(pool, good) == chat_tokens("Hi")
+        assert pool.pids == before
         await pool.close()
 
     asyncio.run(main())
