@@ -31,9 +31,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")  # weights
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One safetensors file. `mtime_ns` tells later whether it is still the file that was validated."""
+    """One safetensors file. `mtime_ns` tells later whether it is still the file that was validated.
+
+    `path` is its real path, which a link changed later does not move.
+    """
 
     name: str
+    path: Path
     size: int
     mtime_ns: int
     header: Header
@@ -105,12 +109,13 @@ def _text(directory: Path, name: str, most: int) -> str:
 
 
 def _file(directory: Path, name: str) -> tuple[FileEntry, bytes]:
-    with confined(directory, name).open("rb", buffering=0) as file:
+    path = confined(directory, name)
+    with path.open("rb", buffering=0) as file:
         stat = os.fstat(file.fileno())
         try:
             prefix = file.read(header.PREFIX)
             head = prefix + file.read(header.data_offset(prefix, stat.st_size) - header.PREFIX)
-            return FileEntry(name, stat.st_size, stat.st_mtime_ns, header.parse(head, stat.st_size)), head
+            return FileEntry(name, path, stat.st_size, stat.st_mtime_ns, header.parse(head, stat.st_size)), head
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
 

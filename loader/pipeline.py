@@ -13,7 +13,7 @@ from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import plan
 from serverless_llm.loader.link import Link
-from serverless_llm.loader.manifest import FileEntry, Manifest, confined
+from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
@@ -102,6 +102,8 @@ class Pipeline:
         self._reader = reader
         self._post = post
         self._fills: dict[CheckpointId, _Fill] = {}
+        self._trimming = False  # `_punch` is posted
+        self._closed = False
 
     def fits(self, manifest: Manifest) -> bool:
         """Whether the checkpoint fits into an otherwise empty pool."""
@@ -122,12 +124,10 @@ class Pipeline:
 
         Raises:
             CapacityError: it does not fit beside what is leased; `fits` tells whether it ever could.
-            CheckpointError: a file is missing, or leads out of the directory.
         """
         begun = time.monotonic()
         pieces = self._pieces(manifest)
-        missing = self.tier.missing(manifest.checkpoint, pieces)
-        files = [_source(manifest, file) for file in manifest.files] if missing else []
+        files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         slots = self.tier.reserve(manifest.checkpoint, pieces, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
         total = manifest.file_bytes
@@ -138,10 +138,28 @@ class Pipeline:
     def release(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
         """`holder` refers to no byte of the checkpoint in the pool any more. Idempotent."""
         self.tier.release(checkpoint, holder, time.monotonic())
+        self._trim()
 
-    def trim(self) -> None:
-        """Gives the memory of all free slots back to the system."""
-        self._pool.punch(self.tier.free_slots)
+    def forget(self, checkpoint: CheckpointId) -> None:
+        """No model names the checkpoint any more: it leaves with its last lease, its memory slot by slot."""
+        self.tier.forget(checkpoint)
+        self._trim()
+
+    def close(self) -> None:
+        """Before the pool is closed: no memory is given back any more."""
+        self._closed = True
+
+    def _trim(self) -> None:
+        # One slot in a turn of the loop: to free many gigabytes takes seconds. Here none can be given out meanwhile.
+        if self.tier.disused and not self._trimming:
+            self._trimming = True
+            self._post(self._punch)
+
+    def _punch(self) -> None:
+        self._trimming = False
+        if self.tier.disused and not self._closed:
+            self._pool.punch([self.tier.take_disused()])
+            self._trim()
 
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
@@ -206,6 +224,7 @@ class Pipeline:
             self._forward(fill, batch)
         elif batch.last:
             self._after_cancel(checkpoint, fill)
+        self._trim()
 
     def _land(self, checkpoint: CheckpointId, fill: _Fill, batch: Batch) -> None:
         whole = []
@@ -244,7 +263,3 @@ class Pipeline:
             self.tier.abort(checkpoint)
         for load in fill.loads:
             self._join(load)
-
-
-def _source(manifest: Manifest, file: FileEntry) -> SourceFile:
-    return SourceFile(confined(manifest.directory, file.name), file.size, file.mtime_ns)

@@ -47,6 +47,7 @@ class Tier:
         self.slots = slots
         self.slot_bytes = slot_bytes
         self._free = list(range(slots))  # a heap: low numbers first, so that runs stay contiguous
+        self._disused: set[int] = set()  # free ones of forgotten checkpoints, whose memory has not been given back
         self._residents: dict[CheckpointId, _Resident] = {}
 
     def reserve(self, checkpoint: CheckpointId, pieces: Sequence[Piece], now: float, cost: float = 1.0) -> Reservation:
@@ -66,7 +67,8 @@ class Tier:
         self._residents[checkpoint] = resident
         resident.used, resident.cost, resident.doomed = now, cost, False
         for piece in homeless:
-            resident.slots[piece] = heapq.heappop(self._free)
+            resident.slots[piece] = slot = heapq.heappop(self._free)
+            self._disused.discard(slot)
         missing = [piece for piece in pieces if piece not in resident.landed]
         resident.reading = bool(missing)
         return Reservation({piece: resident.slots[piece] for piece in pieces}, missing, evicted)
@@ -128,6 +130,19 @@ class Tier:
         return tuple(self._free)
 
     @property
+    def disused(self) -> int:
+        """How many slots `take_disused` has to give."""
+        return len(self._disused)
+
+    def take_disused(self) -> int:
+        """A free slot of a forgotten checkpoint, each told once: its memory goes back before anything else is done.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._disused.pop()
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of the slots in use, landed or reserved."""
         return (self.slots - len(self._free)) * self.slot_bytes
@@ -169,7 +184,10 @@ class Tier:
             return
         keep = set() if resident.doomed else resident.landed
         for piece in [piece for piece in resident.slots if piece not in keep]:
-            heapq.heappush(self._free, resident.slots.pop(piece))
+            slot = resident.slots.pop(piece)
+            heapq.heappush(self._free, slot)
+            if resident.doomed:
+                self._disused.add(slot)
         if not resident.slots:
             del self._residents[checkpoint]
 
@@ -180,6 +198,8 @@ class Tier:
         owned = [slot for one in self._residents.values() for slot in one.slots.values()]
         if sorted(owned + self._free) != list(range(self.slots)):
             raise InvariantError(f"slots have two owners or none: owned {sorted(owned)}, free {sorted(self._free)}")
+        if not self._disused <= set(self._free):
+            raise InvariantError(f"disused slots {sorted(self._disused)} are not all free: {sorted(self._free)}")
         for name, one in self._residents.items():
             if not one.landed <= one.slots.keys():
                 raise InvariantError(f"{name} has landed pieces without a slot")

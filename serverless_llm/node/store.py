@@ -83,6 +83,7 @@ class Store:
         """After all workers have ended."""
         for replica in self._replicas.values():
             self._stop(replica)
+        self._pipeline.close()
         self._reader.close()
         self._pool.close()
 
@@ -121,8 +122,7 @@ class Store:
                 self._drop(replica)
 
     def forget(self, checkpoint: str) -> None:
-        self._tier.forget(checkpoint)
-        self._pipeline.trim()
+        self._pipeline.forget(checkpoint)
         self._manifests.pop(checkpoint, None)
 
     # --- what there is ---

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm.errors import CapacityError, CheckpointError
+from serverless_llm.errors import CapacityError
 from serverless_llm.loader import manifest
 from serverless_llm.loader.manifest import Manifest
 from tests.unit.loader.checkpoints import Node, Told, random, write
@@ -195,19 +195,37 @@ def test_a_changed_file_fails_all_who_wait_and_leaves_nothing(tmp_path: Path, sl
     assert slow.tier.used_bytes == 0
 
 
-def test_a_missing_file_fails_before_anything_is_reserved(tmp_path: Path, node: Node) -> None:
+def test_a_missing_file_fails_the_load_and_leaves_nothing(tmp_path: Path, node: Node) -> None:
     source = checkpoint(tmp_path, 1)
     (source.directory / source.files[1].name).unlink()
-    with pytest.raises(CheckpointError, match="is missing"):
-        node.load(source)
+    told = node.fetch(source)
+    assert "No such file" in str(told.failures[0])
+    node.pipeline.release(source.checkpoint, 1)
     assert node.tier.used_bytes == 0
 
 
-def test_memory_of_free_slots_goes_back(tmp_path: Path, node: Node) -> None:
+def test_memory_of_a_forgotten_checkpoint_goes_back_slot_by_slot(tmp_path: Path, node: Node) -> None:
     source = checkpoint(tmp_path, 2)
     node.fetch(source)
+    for _ in range(2):
+        node.pipeline.forget(source.checkpoint)
+    assert node.posts.empty()  # leased: nothing is to be done
     node.pipeline.release(source.checkpoint, 1)
-    node.tier.forget(source.checkpoint)
-    assert node.pool.memory > 0
-    node.pipeline.trim()
-    assert node.pool.memory == 0
+    left = [node.pool.memory]
+    while node.tier.disused:
+        node.turn()
+        left.append(node.pool.memory)
+    assert left == sorted(set(left), reverse=True)
+    assert (len(left) - 1, left[-1]) == (len(node.pipeline._pieces(source)), 0)
+    assert node.posts.empty()
+
+
+def test_a_slot_that_was_given_out_again_keeps_its_memory(tmp_path: Path, node: Node) -> None:
+    source, other = checkpoint(tmp_path / "a", 2), checkpoint(tmp_path / "b", 6, seed=5)
+    node.fetch(source)
+    node.pipeline.release(source.checkpoint, 1)
+    node.pipeline.forget(source.checkpoint)
+    check(node, other, node.fetch(other))
+    check(node, other, node.fetch(other, 2))
+    node.pipeline.close()
+    node.pipeline.forget("nobody")

@@ -123,8 +123,24 @@ def test_forget_waits_for_leases_and_reads_and_is_taken_back() -> None:
     tier.check_invariants()
 
 
+def test_slots_of_the_forgotten_are_disused_until_told_or_given_out_again() -> None:
+    tier = Tier(4, 10)
+    filled(tier, "a", 3, now=0)
+    tier.reserve("c", pieces(1), 1)
+    tier.abort("c")
+    assert tier.disused == 0
+    tier.forget("a")
+    tier.forget("a")
+    assert tier.disused == 3
+    assert list(tier.reserve("d", pieces(1), 2).slots.values()) == [0]
+    assert {tier.take_disused() for _ in range(tier.disused)} == {1, 2}
+    assert tier.disused == 0
+    tier.check_invariants()
+
+
 FAULTS: list[tuple[Callable[[Tier], object], str]] = [
     (lambda tier: tier._free.append(0), "two owners"),
+    (lambda tier: tier._disused.add(0), "not all free"),
     (lambda tier: tier._residents["a"].landed.add(Piece(9, 9, 9)), "without a slot"),
     (lambda tier: tier._residents["a"].landed.clear(), "slots without bytes"),
 ]
