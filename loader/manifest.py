@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from serverless_llm.domain import CheckpointId
-from serverless_llm.errors import CheckpointError
+from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import header
 from serverless_llm.loader.header import Header, TensorEntry
 
@@ -71,7 +71,7 @@ def build(directory: Path) -> Manifest:
     """Reads and validates a Hugging Face directory.
 
     Raises:
-        CheckpointError: names the file and what is wrong.
+        CheckpointError: names the file and what is wrong; a `TransientError` where the system could not read it.
     """
     directory = Path(directory)
     try:
@@ -87,7 +87,7 @@ def build(directory: Path) -> Manifest:
         where = os.path.realpath(directory)
         texts = [(name, *_stamp(directory / name)) for name in TEXTS if name in names]
     except OSError as error:
-        raise CheckpointError(f"{error.filename or directory}: {error.strerror}") from error
+        raise TransientError(f"{error.filename or directory}: {error.strerror}") from error
     check_tensors(files, weight_map)
     checkpoint = identify(where, files, heads, raw_config, texts)
     return Manifest(directory, tuple(files), checkpoint, object_of(raw_config, CONFIG), raw_config)
@@ -127,15 +127,18 @@ def confined(directory: Path, name: str) -> Path:
     snapshot in.
 
     Raises:
-        CheckpointError: the file is missing, is not a plain file, or lies outside.
+        TransientError: the file is missing: perhaps what it lies on is not mounted.
+        CheckpointError: it is not a plain file, or lies outside.
     """
     home = Path(os.path.realpath(directory))  # unlike Path.resolve, it survives a loop of links
     path = Path(os.path.realpath(home / name))
     blobs = home.parent.parent / "blobs"
     if not path.is_relative_to(home) and not (home.parent.name == "snapshots" and path.is_relative_to(blobs)):
         raise CheckpointError(f"{name} is a link out of {directory}")
+    if not path.exists():
+        raise TransientError(f"{name} is missing in {directory}")
     if not path.is_file():
-        raise CheckpointError(f"{name} is missing in {directory}" if not path.exists() else f"{name} is not a file")
+        raise CheckpointError(f"{name} is not a file")
     return path
 
 

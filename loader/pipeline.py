@@ -28,7 +28,7 @@ class Load:
     """One replica's wait for a checkpoint, made by `Pipeline.load`.
 
     `on_landed(spans, last)` is called with every span once, in any order; `last`: all bytes are there.
-    `on_failed(error)` ends it instead; that failure is permanent. Neither is called after `cancel`.
+    `on_failed(error)` ends it instead; only a `TransientError` is worth another try. Neither is called after `cancel`.
 
     Attributes:
         total, done: bytes to be in DRAM, and in DRAM.

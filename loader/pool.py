@@ -77,7 +77,7 @@ class Pool:
 
 
 def _page_kind(capacity: int, slot_bytes: int) -> str:
-    """Never changes a system setting; `doctor` says what to change."""
+    """Never changes a system setting; an operator may."""
     if slot_bytes >= HUGE_PAGE and _free_huge_pages() * HUGE_PAGE >= capacity:
         return "hugetlb"
     setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")

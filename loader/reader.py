@@ -135,7 +135,7 @@ class Reader:
             cached = _opened(transfer, call[0].file).read(self._buffers(transfer, call), call[0].offset, nbytes)
         except CheckpointError as error:
             # a new error: the traceback of this one would keep the pool's buffers
-            return nothing._replace(error=CheckpointError(str(error)))
+            return nothing._replace(error=type(error)(str(error)))
         landed = tuple(Landed(span.file, span.offset, span.length, self._place(transfer, span)) for span in call)
         return Batch(landed, 0 if cached else nbytes, nbytes if cached else 0, False, None)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from serverless_llm.errors import CheckpointError
+from serverless_llm.errors import CheckpointError, TransientError
 
 PAGE = 4096
 _CACHESTAT = 451  # system call number, the same on all architectures; Linux 6.5
@@ -30,14 +30,15 @@ class OpenFile:
 
     def __init__(self, source: SourceFile) -> None:
         """Raises:
-        CheckpointError: it cannot be opened, or is no longer the file that was validated.
+        TransientError: it cannot be opened.
+        CheckpointError: it is no longer the file that was validated.
         """
         self.source = source
         self._direct = -1
         try:
             self._buffered = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise CheckpointError(f"{source.path}: {error.strerror}") from error
+            raise TransientError(f"{source.path}: {error.strerror}") from error
         try:
             self.check()
         except CheckpointError:
@@ -47,9 +48,13 @@ class OpenFile:
 
     def check(self) -> None:
         """Raises:
+        TransientError: the system does not tell.
         CheckpointError: size or modification time differ from when the file was validated.
         """
-        stat = os.fstat(self._buffered)
+        try:
+            stat = os.fstat(self._buffered)
+        except OSError as error:
+            raise TransientError(f"{self.source.path}: {error.strerror}") from error
         if (stat.st_size, stat.st_mtime_ns) != (self.source.size, self.source.mtime_ns):
             raise CheckpointError(f"{self.source.path} was changed after it was deployed")
 
@@ -62,14 +67,15 @@ class OpenFile:
             True when the bytes came from the page cache.
 
         Raises:
-            CheckpointError: the device fails, or the file ends too early.
+            TransientError: the device fails.
+            CheckpointError: the file ends too early.
         """
         try:
             if self._read_cached(buffers, offset, length):
                 return True
             self._read_device(buffers, offset, length)
         except OSError as error:
-            raise CheckpointError(f"{self.source.path} at byte {offset}: {error.strerror}") from error
+            raise TransientError(f"{self.source.path} at byte {offset}: {error.strerror}") from error
         return False
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 ServerlessLLMError
 ├── ConfigurationError      a bad option, file or environment variable (exit 78)
 ├── CheckpointError         a checkpoint that cannot be served; the message names the file and what is wrong
+│   └── TransientError      the system failed on it (I/O, descriptors, a mount): worth another try later
 ├── CapacityError           it can never fit; the message names the needed and the available bytes
 ├── ProtocolError           a frame that breaks the wire's rules; the link is closed
 ├── InvariantError          state that cannot be: a bug; carries the object's history
@@ -24,6 +25,10 @@ class CheckpointError(ServerlessLLMError):
     """A checkpoint that cannot be served."""
 
 
+class TransientError(CheckpointError):
+    """A checkpoint that the system could not read now."""
+
+
 class CapacityError(ServerlessLLMError):
     """Something that can never fit."""
 
@@ -41,7 +46,7 @@ class RequestError(ServerlessLLMError):
 
     Attributes:
         status: HTTP status.
-        code: the `code` of the error body, see docs/api.
+        code: the `code` of the error body, one of a fixed list.
         param: the field at fault.
         retry_after: seconds, None where a retry is useless.
     """

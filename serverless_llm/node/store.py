@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serverless_llm import wire
-from serverless_llm.errors import CapacityError, CheckpointError
+from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import manifest
 from serverless_llm.loader.link import Link
 from serverless_llm.loader.manifest import Manifest
@@ -164,10 +164,10 @@ class Store:
                 found,
                 order.replica,
                 lambda spans, last: self._landed(replica, spans, last),
-                lambda error: self.failed(order.replica, str(error), permanent=True),
+                lambda error: self.failed(order.replica, str(error), not isinstance(error, TransientError)),
             )
         except CheckpointError as error:
-            self.failed(order.replica, str(error), permanent=True)
+            self.failed(order.replica, str(error), not isinstance(error, TransientError))
             return
         except CapacityError as error:
             self.failed(order.replica, str(error), permanent=not self._pipeline.fits(found))

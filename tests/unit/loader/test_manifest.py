@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from serverless_llm.errors import CheckpointError
+from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import manifest
 from tests.unit.loader.checkpoints import raw, write
 
@@ -79,7 +79,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_directory_without_weights_or_none_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither"):
         manifest.build(tmp_path)
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(TransientError, match="No such file"):
         manifest.build(tmp_path / "nowhere")
 
 

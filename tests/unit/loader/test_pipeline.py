@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm.errors import CapacityError
+from serverless_llm.errors import CapacityError, TransientError
 from serverless_llm.loader import manifest
 from serverless_llm.loader.manifest import Manifest
 from tests.unit.loader.checkpoints import Node, Told, random, write
@@ -190,6 +190,7 @@ def test_a_changed_file_fails_all_who_wait_and_leaves_nothing(tmp_path: Path, sl
     slow.finish(first)
     assert [str(error) for error in first.failures] == [str(error) for error in second.failures]
     assert "changed after it was deployed" in str(first.failures[0])
+    assert not isinstance(first.failures[0], TransientError)
     for holder in (1, 2):
         slow.pipeline.release(source.checkpoint, holder)
     assert slow.tier.used_bytes == 0
@@ -200,6 +201,7 @@ def test_a_missing_file_fails_the_load_and_leaves_nothing(tmp_path: Path, node: 
     (source.directory / source.files[1].name).unlink()
     told = node.fetch(source)
     assert "No such file" in str(told.failures[0])
+    assert isinstance(told.failures[0], TransientError)
     node.pipeline.release(source.checkpoint, 1)
     assert node.tier.used_bytes == 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm.errors import CheckpointError
+from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import source
 from serverless_llm.loader.source import OpenFile, SourceFile
 
@@ -113,9 +113,10 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a was changed after it was deployed"):
         file.check()
     file.close()
-    with pytest.raises(CheckpointError, match="changed"):
+    with pytest.raises(CheckpointError, match="changed") as changed:
         OpenFile(known)
-    with pytest.raises(CheckpointError, match="No such file"):
+    assert not isinstance(changed.value, TransientError)
+    with pytest.raises(TransientError, match="No such file"):
         OpenFile(known._replace(path=tmp_path / "b"))
 
 
@@ -130,13 +131,25 @@ def test_a_file_that_was_cut_is_an_error(tmp_path: Path, cold: bool) -> None:
     file.close()
 
 
+def test_a_check_that_the_system_refuses_proves_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    file = OpenFile(written(tmp_path / "a", content(5000)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", fail)
+        with pytest.raises(TransientError, match="Stale file handle"):
+            file.check()
+    file.close()
+
+
 def test_a_failing_device_is_named_with_the_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(descriptor: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
     file = OpenFile(written(tmp_path / "a", content(9000), cold=True))
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(CheckpointError, match=r"a at byte 4096: Input/output error"):
+    with pytest.raises(TransientError, match=r"a at byte 4096: Input/output error"):
         fetch(file, 4096, 4904, 8192)
     monkeypatch.undo()
     file.close()

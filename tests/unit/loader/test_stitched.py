@@ -290,7 +290,7 @@ def test_tensors_are_always_the_checkpoints_bytes(
             worker.drop(mapping, sources[which], number)
         elif verb == "forget":
             node.tier.forget(source.checkpoint)
-            node.pipeline.trim()
+            node.pool.punch(node.tier.free_slots)
         for _, which, _, tensors in placed.values():
             assert all(torch.equal(tensors[name], tensor) for name, tensor in contents[which].items())
     for worker in workers:
