@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from serverless_llm import wire
 from serverless_llm.cluster import commands
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
-from serverless_llm.cluster.state import Node
+from serverless_llm.cluster.state import State
 from serverless_llm.config import LOOPBACK, Config, ModelEntry
 from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway.app import Gateway
@@ -32,7 +32,6 @@ from serverless_llm.gateway.text import TextPool
 from serverless_llm.node import state
 from serverless_llm.node.head import Head
 from serverless_llm.node.options import local_agents
-from serverless_llm.node.peers import Peer
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Server:
             Machine(Policy(abandon_after=config.abandon_after)),
             self._agents,
             self._gateway.receive,
-            [lambda note: observe(self._gateway.metrics, note)],
+            [self._observe],
             config.keep_alive,
             config.model_roots,
         )
@@ -128,18 +127,17 @@ class Server:
         """Metrics that agents and workers report and no event carries."""
         while True:
             controller = self._head.controller
-            for name in controller.peers.keys() & controller.machine.state.nodes.keys():
-                self._sample_node(controller.machine.state.nodes[name], controller.peers[name])
+            state, peers = controller.machine.state, controller.peers
+            for name in peers.keys() & state.nodes.keys():
+                for link, total in peers[name].link_bytes.items():
+                    self._gateway.metrics.bytes_moved(name, link, total)
+            self._gateway.metrics.kv_usage(kv_usage(state, {name: peer.kv for name, peer in peers.items()}))
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    def _sample_node(self, node: Node, peer: Peer) -> None:
-        metrics = self._gateway.metrics
-        for link, total in peer.link_bytes.items():
-            metrics.bytes_moved(peer.hello.node, link, total)
-        for device in node.devices.values():
-            used, free = peer.kv.get(device.id.number, (0, 0))
-            for replica in device.replicas.values():
-                metrics.kv_usage(replica.model, str(device.id), used / (used + free or 1))
+    def _observe(self, note: commands.Decided | commands.Outcome | commands.Evicted) -> None:
+        if isinstance(note, commands.Outcome) and note.model not in self._head.controller.machine.state.models:
+            return  # deleted during its load: its series are gone
+        observe(self._gateway.metrics, note)
 
     # --- the end ---
 
@@ -202,6 +200,19 @@ def deploy_body(entry: ModelEntry) -> bytes:
         fields["keep_alive"] = -1
     fields["source"] = str(Path(entry.source).expanduser().resolve())
     return msgspec.json.encode(fields)
+
+
+def kv_usage(state: State, reported: Mapping[str, Mapping[int, tuple[int, int]]]) -> dict[tuple[str, str], float]:
+    """The fraction of KV in use by (model, device), of replicas whose model is not deleted.
+
+    `reported`: bytes used and free by node and device number.
+    """
+    fractions = {}
+    for replica in state.replicas.values():
+        if replica.model in state.models:
+            used, free = reported.get(replica.device.node, {}).get(replica.device.number, (0, 0))
+            fractions[replica.model, str(replica.device)] = used / (used + free or 1)
+    return fractions
 
 
 def observe(metrics: Metrics, note: commands.Decided | commands.Outcome | commands.Evicted) -> None:

@@ -170,8 +170,9 @@ class Gateway:
         return _json({"ready": ready}, status=200 if ready else 503)
 
     async def _metrics_page(self, _request: web.Request) -> web.Response:
-        running = Counter((live.info.name, live.device) for live in self.live if live.device)
-        waiting = Counter((live.info.name, "") for live in self.live if not live.device)
+        shown = [live for live in self.live if live.info.name in self._models]
+        running = Counter((live.info.name, live.device) for live in shown if live.device)
+        waiting = Counter((live.info.name, "") for live in shown if not live.device)
         zero = {(name, ""): 0 for name in self._models}
         self.metrics.occupancy(zero | running, zero | waiting)
         return web.Response(body=self.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"})

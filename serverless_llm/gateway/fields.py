@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from serverless_llm.domain import FOREVER
 from serverless_llm.gateway.failure import invalid
@@ -78,7 +78,7 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def is_token(value: Any) -> bool:
+def is_token(value: Any) -> TypeGuard[int]:
     """Whether it could be a token id of some vocabulary."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 

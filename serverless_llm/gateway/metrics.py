@@ -6,7 +6,7 @@ The series of a deleted model vanish (`forget`). Every `Metrics` has a registry 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,11 @@ class _Family:
         return found
 
     def forget(self, model: str) -> None:
-        for labels in [labels for labels in self.children if labels[0] == model]:
+        self.keep([labels for labels in self.children if labels[0] != model])
+
+    def keep(self, wanted: Collection[tuple[str, ...]]) -> None:
+        """Drop all children but these."""
+        for labels in self.children.keys() - set(wanted):
             self.metric.remove(*labels)
             del self.children[labels]
 
@@ -170,8 +174,11 @@ class Metrics:
             for labels in {*family.children, *counts}:
                 family.child(*labels).set(counts.get((labels[0], labels[1]), 0))
 
-    def kv_usage(self, model: str, device: str, fraction: float) -> None:
-        self._kv.child(model, device).set(fraction)
+    def kv_usage(self, fractions: Mapping[tuple[str, str], float]) -> None:
+        """Of every replica, by (model, device); series of others vanish."""
+        self._kv.keep(fractions)
+        for labels, fraction in fractions.items():
+            self._kv.child(*labels).set(fraction)
 
     def forget(self, model: str) -> None:
         """The model is deleted: so are its series."""

@@ -620,6 +620,9 @@ def test_who_waits_and_who_runs(tmp_path: Path) -> None:
                 text = await page.text()
             assert 'vllm:num_requests_running{engine="n0/0",model_name="demo"} 1.0' in text
             assert 'vllm:num_requests_waiting{engine="",model_name="team/demo-2"} 0.0' in text
+            server.gateway.receive(wire.Catalog([], True))
+            async with server.http.get("/metrics") as page:
+                assert '"demo"' not in await page.text()  # its stream goes on
             server.controller.tokens(server.controller.all(wire.Run)[0].sequence, [65], "length")
             await response.read()
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm.cli.server import deploy_body, gateway_options, kept_key, observe
+from serverless_llm.cli.server import deploy_body, gateway_options, kept_key, kv_usage, observe
 from serverless_llm.cluster.commands import Decided, Evicted, Outcome
+from serverless_llm.cluster.events import Delete
 from serverless_llm.config import Config, ModelEntry, load
 from serverless_llm.domain import DeviceId, LoadPhases
 from serverless_llm.gateway.metrics import Metrics
+from tests.unit.cluster.desk import Desk
 
 DEVICE = DeviceId("node0", 0)
 
@@ -49,6 +51,18 @@ def test_a_configured_model_is_a_deploy(tmp_path: Path, monkeypatch: pytest.Monk
     assert "keep_alive" not in body
     assert json.loads(deploy_body(ModelEntry(source="m", keep_alive=float("inf"))))["keep_alive"] == -1
     assert json.loads(deploy_body(ModelEntry(source="m", keep_alive=5.0)))["keep_alive"] == 5.0
+
+
+def test_kv_is_of_replicas_whose_model_is_there() -> None:
+    desk = Desk()
+    desk.join()
+    desk.serve("m", 1)
+    state, reported = desk.machine.state, {"n0": {0: (1, 3)}}
+    assert kv_usage(state, reported) == {("m", "n0/0"): 0.25}
+    assert kv_usage(state, {}) == {("m", "n0/0"): 0.0}
+    desk.tell(Delete("m"))
+    assert state.replicas  # still leaving
+    assert kv_usage(state, reported) == {}
 
 
 def test_decisions_and_outcomes_are_counted() -> None:

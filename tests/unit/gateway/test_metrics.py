@@ -19,7 +19,7 @@ def filled(*models: str) -> Metrics:
         metrics.load_finished(model, LoadPhases(dram_bytes=10))
         metrics.estimate(model, predicted=2.0, actual=1.0)
         metrics.estimate(model, predicted=0.0, actual=1.0)
-        metrics.kv_usage(model, "n0/0", 0.25)
+    metrics.kv_usage({(model, "n0/0"): 0.25 for model in models})
     metrics.occupancy({(model, "n0/0"): 2 for model in models}, {})
     metrics.evicted("memory")
     return metrics
@@ -52,6 +52,14 @@ def test_occupancy_that_is_not_named_is_none() -> None:
     metrics.occupancy({}, {("a", ""): 1})
     assert value(metrics, "vllm:num_requests_running", model_name="a", engine="n0/0") == 0
     assert value(metrics, "vllm:num_requests_waiting", model_name="a", engine="") == 1
+
+
+def test_kv_of_a_replica_that_left_vanishes() -> None:
+    metrics = filled("a", "b")
+    metrics.kv_usage({("b", "n0/0"): 0.5})
+    assert value(metrics, "vllm:kv_cache_usage_perc", model_name="a", engine="n0/0") is None
+    assert value(metrics, "vllm:kv_cache_usage_perc", model_name="b", engine="n0/0") == 0.5
+    assert value(metrics, "vllm:num_requests_running", model_name="a", engine="n0/0") == 2
 
 
 def test_bytes_go_on_over_an_agents_restart() -> None:
