@@ -105,18 +105,20 @@ class Placing:
                 answers.append(self._activate(placement))
         return answers
 
-    def drop(self, replica: int) -> None:
-        """When it returns nothing reads the replica's bytes in the pool. The uploader may keep them mapped.
+    def drop(self, replica: int) -> list[int]:
+        """The replica's sequences, which end without a word.
+
+        When it returns nothing reads the replica's bytes in the pool. The uploader may keep them mapped.
 
         Raises:
             InvariantError: something does.
         """
         placement = self._placements.pop(replica, None)
         if placement is None:
-            return
-        if placement.reserved:
-            self._engine.drop(replica)
+            return []
+        ended = self._engine.drop(replica) if placement.reserved else []
         self._close(placement)
+        return [state.sequence for state in ended]
 
     def _task(self, order: wire.Place, view: bool) -> Mapping | Upload:
         sizes = [size for _, size in order.files]

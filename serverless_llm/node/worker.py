@@ -117,8 +117,8 @@ class Worker:
             case wire.Landed(replica, pieces, last):
                 self._answer(self._placing.landed(replica, pieces, last))
             case wire.Drop(replica):
-                self._placing.drop(replica)
-                self._owners = {state.sequence: self._owners[state.sequence] for state in self._engine.sequences()}
+                for sequence in self._placing.drop(replica):
+                    del self._owners[sequence]
                 self._send(wire.Dropped(replica))
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not for workers")

@@ -216,6 +216,16 @@ def test_a_dropped_replica_takes_its_sequences_along(ready: Agent) -> None:
     assert ready.answer(wire.Step).refused == [(2, 1, "replica 1 is not here")]
 
 
+def test_an_end_that_was_not_told_yet_outlives_its_replica(ready: Agent) -> None:
+    """In one frame after another, so that no step comes between."""
+    whole = np.zeros(4, np.int32).tobytes()
+    run = wire.Run(1, 1, 1, np.arange(5, dtype=np.int32).tobytes(), whole, 0.0, 0, 1.0, 0, 4, [])
+    ready.ours.sendall(wire.encode(run, 1, ME, 1) + wire.encode(wire.Drop(1)))
+    assert ready.answer(wire.Dropped) == wire.Dropped(1)
+    ready.until(lambda: any(one.done for one in ready.all(wire.Step)))
+    assert ready.all(wire.Step)[-1].done == [(1, 1, "length", 4)]
+
+
 def test_a_load_can_be_dropped_half_way_and_begun_anew(agent: Agent) -> None:
     agent.place()
     agent.send(wire.Landed(1, [(0, 0, len(agent.raw) // 2, agent.pool.offset(1))], False))
