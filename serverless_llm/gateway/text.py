@@ -75,7 +75,10 @@ class _Process:
 
 
 class TextPool:
-    """`size` text processes, each replaced when a call kills it; calls wait for a free one in order of arrival."""
+    """`size` text processes, each replaced when a call kills it; calls wait for a free one in order of arrival.
+
+    A checkpoint that ended a process has at most one until it answers again, so that it cannot hold up the others.
+    """
 
     def __init__(self, size: int = 2, limits: TextLimits | None = None) -> None:
         self._limits = limits or TextLimits()
@@ -85,6 +88,7 @@ class TextPool:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._respawns: set[asyncio.Task[None]] = set()
         self._vocabularies: OrderedDict[tuple[str, str], Vocabulary] = OrderedDict()
+        self._slow: dict[tuple[str, str], asyncio.Lock] = {}  # checkpoints that ended a process: one call at a time
         self._closed = False
 
     async def start(self) -> None:
@@ -111,7 +115,17 @@ class TextPool:
         """
         key = (call.directory, call.checkpoint)
         framed = frame(call)  # what cannot be framed costs no process
-        process = await self._acquire()
+        if key not in self._slow:
+            process = await self._acquire()
+            if key not in self._slow:
+                return await self._serve(process, key, call, framed)
+            self._release(process)  # a call that came before overran meanwhile
+        async with self._slow[key]:
+            prompt = await self._serve(await self._acquire(), key, call, framed)
+        self._slow.pop(key, None)
+        return prompt
+
+    async def _serve(self, process: _Process, key: tuple[str, str], call: Call, framed: bytes) -> TokenisedPrompt:
         known = self._vocabularies.get(key)  # not before: of many first calls only those that run send a table
         reply = await self._call(process, call, framed if known else frame(msgspec.structs.replace(call, table=True)))
         if isinstance(reply, Fault):
@@ -143,6 +157,7 @@ class TextPool:
                 reply = await process.call(framed)
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             self._replace(process)
+            self._slow.setdefault((call.directory, call.checkpoint), asyncio.Lock())
             return self._overrun(call)
         except BaseException:
             self._replace(process)  # cancelled: what it would still answer belongs to nobody

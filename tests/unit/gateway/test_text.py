@@ -77,6 +77,32 @@ def test_a_hostile_template_fails_its_own_request_only(tmp_path: Path, template:
     asyncio.run(main())
 
 
+def test_a_hostile_template_takes_one_process_only(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(2, TextLimits(seconds=0.3))
+        await pool.start()
+        bad, good = chat(checkpoint(tmp_path / "bad", ENDLESS)), chat(checkpoint(tmp_path / "good"))
+        ended = 0
+
+        async def fail() -> None:
+            nonlocal ended
+            with pytest.raises(RequestError):
+                await pool.prompt(bad)
+            ended += 1
+
+        running = [asyncio.create_task(fail()) for _ in range(6)]
+        await asyncio.sleep(0)  # all of them wait before it
+        assert await ids(pool, good) == chat_tokens("Hi")
+        assert ended <= 3  # the first two, and one beside which it ran
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        assert await ids(pool, good) == chat_tokens("Hi")
+        await pool.close()
+
+    asyncio.run(main())
+
+
 def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
     async def main() -> None:
         pool = TextPool(1)
