@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 PREDICTED_STEPS = 20  # a step may take this many times its prediction before its worker counts as stuck
 BOOT_LIMIT = 60.0  # seconds from fork to Booted; a CUDA context takes some
+FORKSERVER_LIMIT = 30.0  # seconds that a fork may take, and a killed worker's way out of the kernel
 BACK_OFF = 0.1  # seconds, doubled with every incarnation that dies before it is up
 BACK_OFF_LIMIT = 5.0
 
@@ -64,6 +65,7 @@ class Slot:
         self._link: SocketLink | None = None
         self._pidfd = -1
         self._due: float | None = None  # when the worker must have said something
+        self._owed: float | None = None  # when the forkserver must have said something
         self._patience = stuck_after
         self._verdict = ""  # why this agent killed the worker
         self._failed_boots = 0
@@ -73,6 +75,7 @@ class Slot:
         self.incarnation += 1
         self.step, self._verdict = 0, ""
         self._due = self._now() + BOOT_LIMIT
+        self._owed = self._now() + FORKSERVER_LIMIT
         socket = self._spawner.spawn(self.device, self.incarnation, self._pool)
         socket.send(wire.encode(msgspec.structs.replace(self._boot, incarnation=self.incarnation)))
         incarnation = self.incarnation
@@ -104,6 +107,7 @@ class Slot:
         """Kills the worker; `lost` follows when it was reaped. `cause`: what to say of it, "" how it died."""
         if self._pidfd >= 0:
             self._verdict = self._verdict or cause
+            self._owed = self._owed or self._now() + FORKSERVER_LIMIT
             with contextlib.suppress(ProcessLookupError):  # reaped already, the report is on its way
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -111,18 +115,23 @@ class Slot:
         """This agent was asleep itself: the worker's silence proves nothing."""
         if self._due is not None:
             self._due = self._now() + self._patience
+        if self._owed is not None:
+            self._owed = self._now() + FORKSERVER_LIMIT
 
     def check(self) -> None:
-        """Kills a worker that owes a sign of life; to be called every second or so."""
+        """Kills a worker, or the forkserver, that owes a sign of life; to be called every second or so."""
         if self._due is not None and self._now() > self._due:
             self._due = None
             self.kill(f"no step for {self._patience:.0f} s")
+        if self._owed is not None and self._now() > self._owed:
+            self._owed = None
+            self._spawner.kill()
 
     # --- what the forkserver tells ---
 
     def spawned(self, incarnation: int, pid: int) -> None:
         assert incarnation == self.incarnation
-        self.pid = pid
+        self.pid, self._owed = pid, None
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -148,7 +157,7 @@ class Slot:
 
     def _gone(self, cause: str) -> None:
         self._failed_boots = 0 if self.up else self._failed_boots + 1
-        was_up, self.up, self.pid, self._due = self.up, False, 0, None
+        was_up, self.up, self.pid, self._due, self._owed = self.up, False, 0, None, None
         link, self._link = self._link, None
         if link is not None:
             link.close(cause)

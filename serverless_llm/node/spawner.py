@@ -70,6 +70,12 @@ class Spawner:
         theirs.close()
         return ours
 
+    def kill(self) -> None:
+        """Kills a forkserver that hangs; `lost` follows."""
+        if self._process is not None:
+            log.warning("the forkserver hangs, pid %d", self._process.pid)
+            self._process.kill()
+
     def stop(self) -> None:
         """Ends the forkserver and with it all workers."""
         if self._starting is not None:

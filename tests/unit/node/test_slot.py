@@ -1,0 +1,62 @@
+"""A slot against a real forkserver."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from serverless_llm import wire
+from serverless_llm.loader.pool import Pool
+from serverless_llm.node import slot as slots
+from serverless_llm.node.slot import Slot
+from serverless_llm.node.spawner import Spawner
+
+MIB = 1 << 20
+
+
+@pytest.mark.slow
+def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    news: asyncio.Queue[str] = asyncio.Queue()
+
+    def says(word: str) -> Callable[..., None]:
+        return lambda *_: news.put_nowait(word)
+
+    async def until(word: str) -> None:
+        async with asyncio.timeout(60):
+            while await news.get() != word:
+                pass
+
+    async def tell() -> None:
+        pool = Pool(MIB)
+        spawner = Spawner(
+            lambda: slot.boot(),
+            lambda device, incarnation, pid: slot.spawned(incarnation, pid),
+            lambda device, incarnation, status: slot.exited(incarnation, status),
+            lambda: slot.forkserver_lost(),
+        )
+        boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
+        slot = Slot(boot, pool.fd, spawner, says("frame"), says("up"), says("lost"), 10.0)
+        spawner.start()
+        await until("up")
+        slot.check()  # nothing is owed
+        assert spawner._process is not None
+        first = spawner._process.pid
+        os.kill(first, signal.SIGSTOP)
+        monkeypatch.setattr(slots, "FORKSERVER_LIMIT", -1.0)
+        slot.kill("to be reaped by a forkserver that does not")
+        slot.check()
+        monkeypatch.undo()
+        await until("lost")
+        await until("up")
+        assert spawner._process.pid != first
+        assert slot.incarnation == 2
+        spawner.stop()
+        slot.forkserver_lost()
+        await asyncio.sleep(0)  # the link's transport closes in the next turn
+        pool.close()
+
+    asyncio.run(tell())
