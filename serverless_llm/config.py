@@ -279,6 +279,8 @@ def _derived(raw: dict[str, Any], memory: int) -> dict[str, Any]:
     values["dram"] = parse_size(values.get("dram", f"{50 / nodes}%"), memory)
     if "device_memory" in values or kind == "cpu":
         values["device_memory"] = parse_size(values.get("device_memory", f"{50 / (nodes * devices):.3f}%"), memory)
+    if kind == "cpu" and values["device_memory"] > memory:
+        raise ConfigurationError(f"device_memory: {values['device_memory']} bytes, of {memory} that this machine has")
     # One core is left to the gateway: threads that wait for one another while a third process runs only burn time.
     values.setdefault("threads", max(1, (len(os.sched_getaffinity(0)) - 1) // (nodes * devices)))
     values["devices"] = f"{kind}:{devices}"

@@ -92,7 +92,8 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
 def _refusal(status: int, text: bytes) -> Refusal:
     try:
         error = json.loads(text)["error"]
-        return Refusal(status, error["message"], error.get("code") or "")
+        hint = f"; the command line takes it from {PREFIX}API_KEY" if status == 401 else ""
+        return Refusal(status, error["message"] + hint, error.get("code") or "")
     except (ValueError, KeyError, TypeError):
         return Refusal(status, f"HTTP {status}: {text[:200].decode(errors='replace')}")
 
@@ -115,8 +116,17 @@ def find() -> Server:
         return Server(url.rstrip("/"), key)
     head = read_head(folder)
     if head is None:
-        raise Unreachable(f"no server is running (looked in {folder}); start one: serverless-llm serve")
+        raise nobody(folder)
     return Server(head["url"], key or _kept_key(folder))
+
+
+def nobody(folder: Path) -> Unreachable:
+    """No head lives in this state directory; agents of a dead one may, for a while."""
+    from serverless_llm.node.state import holder
+
+    orphans = sum(holder(lock) is not None for lock in (folder / "agents").glob("*.lock"))
+    note = f", though {orphans} agent(s) of a killed one still wait for a new one" if orphans else ""
+    return Unreachable(f"no server is running (looked in {folder}){note}; start one: serverless-llm serve")
 
 
 def read_head(folder: Path) -> dict[str, Any] | None:

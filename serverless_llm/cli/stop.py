@@ -8,7 +8,7 @@ import time
 
 import click
 
-from serverless_llm.cli.client import Unreachable, read_head
+from serverless_llm.cli.client import nobody, read_head
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.config import state_dir
 
@@ -24,7 +24,7 @@ def stop(now: bool, timeout: float, as_json: bool) -> None:
     folder = state_dir(os.environ)
     head = read_head(folder)
     if head is None:
-        raise Unreachable(f"no server is running (looked in {folder})")
+        raise nobody(folder)
     os.kill(head["pid"], signal.SIGTERM)
     if now:
         time.sleep(POLL)  # two signals at the same moment count as one

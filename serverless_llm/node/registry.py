@@ -71,14 +71,21 @@ class Registry:
         A model that cannot be deployed any more is shown as failed.
 
         Raises:
-            RequestError: one of `wanted` is refused.
+            RequestError: one of `wanted` that was never deployed before is refused; names it.
         """
-        kept = [model for model in self._state.models() if model.spec.name not in wanted]
+        known = {model.spec.name: model for model in self._state.models()}
         async with asyncio.TaskGroup() as group:
-            for model in kept:
-                group.create_task(self._revive(model))
+            for name, model in known.items():
+                if name not in wanted:
+                    group.create_task(self._revive(model))
         for name, body in wanted.items():
-            await self._deploy(name, body)
+            try:
+                await self._deploy(name, body)
+            except RequestError as error:
+                if name not in known:
+                    raise RequestError(error.status, error.code, f"{name}: {error.message}", error.param) from error
+                log.warning("%s cannot be deployed any more: %s", name, error.message)
+                self._entries[name] = Entry(known[name].spec, known[name].created, error.message)
         self._restored = True
         self.changed(prompt=True)
 

@@ -57,17 +57,20 @@ class Supervisor:
                 await self._spawn(options)
             if clock() - began > SETTLED:
                 delay = 0.0
-            log.warning("%s died; the next one starts in %.1f s", options.node, delay)
+            log.warning("%s died; the next one starts in %.1f s; see %s", options.node, delay, log_path(options))
             await asyncio.sleep(delay)
             delay = min(max(2 * delay, BACK_OFF), BACK_OFF_LIMIT)
 
     async def _spawn(self, options: AgentOptions) -> None:
-        path = Path(options.state_dir) / "logs" / f"agent-{options.node}.log"
         arguments = command("serverless_llm.node.agent", msgspec.json.encode(options).decode())
-        with path.open("ab") as log_file, Path(os.devnull).open("rb") as nothing:
+        with log_path(options).open("ab") as log_file, Path(os.devnull).open("rb") as nothing:
             streams = [(os.POSIX_SPAWN_DUP2, source.fileno(), target)
                        for target, source in enumerate((nothing, log_file, log_file))]  # fmt: skip
             # Not subprocess: the agent is meant to outlive this process and its objects.
             pid = os.posix_spawn(arguments[0], arguments, environment(), file_actions=streams, setsid=True)
         await exit_of(pid)
         os.waitpid(pid, 0)
+
+
+def log_path(options: AgentOptions) -> Path:
+    return Path(options.state_dir) / "logs" / f"agent-{options.node}.log"

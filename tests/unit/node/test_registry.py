@@ -206,3 +206,25 @@ def test_the_head_publishes_where_it_listens(tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / "agent-token").stat().st_mode) == 0o600
 
     on_a_desk(tmp_path, tell)
+
+
+def test_a_configured_model_that_breaks_fails_alone_but_a_new_one_is_refused_by_name(tmp_path: Path) -> None:
+    make_checkpoint("tiny-llama", tmp_path / "tiny", dtype="float32")
+    wanted = {"tiny": json.dumps({"source": str(tmp_path / "tiny")}).encode()}
+    state = tmp_path / "state"
+
+    async def restored(desk: Desk) -> None:
+        await desk.head.restore(wanted)
+        assert [model.state for model in desk.catalogs[-1].models] == ["unloaded"]
+
+    async def broken(desk: Desk) -> None:
+        await desk.head.restore(wanted)
+        (model,) = desk.catalogs[-1].models
+        assert model.state == "failed"
+        assert "model.safetensors" in model.error
+        with pytest.raises(RequestError, match=r"other: .*model\.safetensors"):
+            await desk.head.restore({"other": wanted["tiny"]})
+
+    on_a_desk(state, restored)
+    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"cut")
+    on_a_desk(state, broken)
