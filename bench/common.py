@@ -107,7 +107,7 @@ def write_results(
         "bench": bench,
         "commit": commit(),
         "machine": machine(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         "rows": list(rows),
         **extra,
