@@ -59,12 +59,13 @@ def _version(package: str) -> str | None:
 def commit() -> str:
     """The commit measured; `-dirty` when tracked files differ from it."""
     head = _git("rev-parse", "--short=12", "HEAD")
-    return f"{head}-dirty" if _git("status", "--porcelain", "--untracked-files=no", ":!bench/results") else head
+    changed = _git("status", "--porcelain", "--untracked-files=no", ":!bench/results")
+    return head if changed in ("", "unknown") else f"{head}-dirty"
 
 
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown" if done.returncode == 0 else "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def row(
