@@ -19,7 +19,10 @@ from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
 from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.source import SourceFile
+from serverless_llm.loader.toucher import Toucher
 
+AHEAD = 1 << 30  # bytes
+AHEAD_SHARE = 0.25
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
 
 
@@ -91,6 +94,9 @@ class _Fill:
 class Pipeline:
     """Ties the tier's books, the pool and the reader together. `post` runs a callable on the owner's thread.
 
+    While nothing is read, free slots are made ready ahead of need: as many as the largest checkpoint so far had, from
+    `AHEAD` bytes to `AHEAD_SHARE` of the pool.
+
     Attributes:
         disk: the disk as finished loads saw it.
     """
@@ -102,8 +108,11 @@ class Pipeline:
         self._reader = reader
         self._post = post
         self._fills: dict[CheckpointId, _Fill] = {}
-        self._trimming = False  # `_punch` is posted
+        self._trimming = False  # a slot is being made ready, or `_trim` is posted
         self._closed = False
+        self._toucher = Toucher(pool)
+        self._expect(AHEAD // pool.slot_bytes)
+        self._trim()
 
     def fits(self, manifest: Manifest) -> bool:
         """Whether the checkpoint fits into an otherwise empty pool."""
@@ -127,6 +136,7 @@ class Pipeline:
         """
         begun = time.monotonic()
         pieces = self._pieces(manifest)
+        self._expect(len(pieces))
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         slots = self.tier.reserve(manifest.checkpoint, pieces, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
@@ -146,20 +156,28 @@ class Pipeline:
         self._trim()
 
     def close(self) -> None:
-        """Before the pool is closed: no memory is given back any more."""
+        """Before the pool is closed: no memory is taken or given back any more."""
         self._closed = True
+        self._toucher.close()
+
+    def _expect(self, slots: int) -> None:
+        self.tier.wanted = max(self.tier.wanted, min(slots, int(AHEAD_SHARE * self.tier.slots)))
 
     def _trim(self) -> None:
-        # One slot in a turn of the loop: to free many gigabytes takes seconds. Here none can be given out meanwhile.
-        if self.tier.disused and not self._trimming:
+        """Takes or gives back the memory of one slot, and so on until the tier has as much as it wants."""
+        if self._trimming or self._closed:
+            return
+        if (slot := self.tier.shrink()) is not None:
             self._trimming = True
-            self._post(self._punch)
+            self._pool.punch([slot])  # one in a turn of the loop: many gigabytes take seconds
+            self._post(self._trimmed)
+        elif not self._fills and (slot := self.tier.grow()) is not None:
+            self._trimming = True
+            self._toucher.touch(slot, lambda: self._post(self._trimmed))
 
-    def _punch(self) -> None:
+    def _trimmed(self) -> None:
         self._trimming = False
-        if self.tier.disused and not self._closed:
-            self._pool.punch([self.tier.take_disused()])
-            self._trim()
+        self._trim()
 
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)

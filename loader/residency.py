@@ -3,6 +3,9 @@
 A piece is *reserved* (it owns a slot, its bytes are on their way) or *landed*. A checkpoint is leased by the replicas
 whose tensors are views into it, or that are being loaded from it: neither its slots nor those of an unfinished read
 are ever given to another.
+
+Free slots are *ready* (their memory was taken) or *bare*. To take memory while reading costs more than the reading
+itself, so some ready ones are kept ahead of need, and more are not.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ class _Resident:
     reading: bool = False  # a read may still write into slots that have not landed
     doomed: bool = False  # leaves the tier with its last lease
     used: float = 0.0
-    cost: float = 1.0  # of bringing one byte back, relative to the other checkpoints
 
     @property
     def idle(self) -> bool:
@@ -41,16 +43,21 @@ class _Resident:
 
 
 class Tier:
-    """`slots` slots of `slot_bytes` bytes. `now` is any clock's seconds that never run backwards."""
+    """`slots` slots of `slot_bytes` bytes, all bare at first. `now` is any clock's seconds that never run backwards.
+
+    Attributes:
+        wanted: how many free slots are to be ready.
+    """
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.slots = slots
         self.slot_bytes = slot_bytes
-        self._free = list(range(slots))  # a heap: low numbers first, so that runs stay contiguous
-        self._disused: set[int] = set()  # free ones of forgotten checkpoints, whose memory has not been given back
+        self.wanted = 0
+        self._ready: list[int] = []  # heaps: low numbers first, so that runs stay contiguous
+        self._bare = list(range(slots))
         self._residents: dict[CheckpointId, _Resident] = {}
 
-    def reserve(self, checkpoint: CheckpointId, pieces: Sequence[Piece], now: float, cost: float = 1.0) -> Reservation:
+    def reserve(self, checkpoint: CheckpointId, pieces: Sequence[Piece], now: float) -> Reservation:
         """Gives every piece a slot, evicting idle checkpoints for those that have none. All or nothing.
 
         When `missing` is not empty the caller reads them, and says `land` for each, or `abort`.
@@ -65,10 +72,9 @@ class Tier:
         homeless = [piece for piece in pieces if piece not in resident.slots]
         evicted = self._make_room(checkpoint, len(homeless))
         self._residents[checkpoint] = resident
-        resident.used, resident.cost, resident.doomed = now, cost, False
+        resident.used, resident.doomed = now, False
         for piece in homeless:
-            resident.slots[piece] = slot = heapq.heappop(self._free)
-            self._disused.discard(slot)
+            resident.slots[piece] = heapq.heappop(self._ready or self._bare)
         missing = [piece for piece in pieces if piece not in resident.landed]
         resident.reading = bool(missing)
         return Reservation({piece: resident.slots[piece] for piece in pieces}, missing, evicted)
@@ -126,45 +132,47 @@ class Tier:
 
     @property
     def free_slots(self) -> tuple[int, ...]:
-        """Slots that nothing refers to: their memory may be given back."""
-        return tuple(self._free)
-
-    @property
-    def disused(self) -> int:
-        """How many slots `take_disused` has to give."""
-        return len(self._disused)
-
-    def take_disused(self) -> int:
-        """A free slot of a forgotten checkpoint, each told once: its memory goes back before anything else is done.
-
-        Raises:
-            KeyError: there is none.
-        """
-        return self._disused.pop()
+        """Slots that nothing refers to, ready ones first."""
+        return (*self._ready, *self._bare)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the slots in use, landed or reserved."""
-        return (self.slots - len(self._free)) * self.slot_bytes
+        return (self.slots - self._free) * self.slot_bytes
+
+    def grow(self) -> int | None:
+        """A bare slot to be made ready, counted as such from now on; None: enough are. Until its memory is there it
+        may be given out like any other, and is only slower to read into."""
+        if len(self._ready) >= self.wanted or not self._bare:
+            return None
+        slot = heapq.heappop(self._bare)
+        heapq.heappush(self._ready, slot)
+        return slot
+
+    def shrink(self) -> int | None:
+        """A ready slot that is one too many: its memory goes back before anything else is done. None: there is none."""
+        if len(self._ready) <= self.wanted:
+            return None
+        slot = self._ready.pop()  # the last of a heap is one of the highest
+        heapq.heappush(self._bare, slot)
+        return slot
 
     @property
-    def available_bytes(self) -> int:
-        """Bytes that one load could have now: free slots and those of idle checkpoints."""
-        return (len(self._free) + sum(len(one.slots) for one in self._residents.values() if one.idle)) * self.slot_bytes
+    def _free(self) -> int:
+        return len(self._ready) + len(self._bare)
 
     def _make_room(self, checkpoint: CheckpointId, needed: int) -> int:
         """Evicts until `needed` slots are free; the number of slots evicted."""
         victims = [(name, one) for name, one in self._residents.items() if one.idle and name != checkpoint]
-        available = len(self._free) + sum(len(one.slots) for _, one in victims)
+        available = self._free + sum(len(one.slots) for _, one in victims)
         if needed > available:
             raise CapacityError(
                 f"{needed * self.slot_bytes} bytes of DRAM are needed for the weights, "
                 f"{available * self.slot_bytes} of {self.slots * self.slot_bytes} are available"
             )
-        newest = max((one.used for _, one in victims), default=0.0)
         evicted = 0
-        for name, one in sorted(victims, key=lambda item: (item[1].cost / (1 + newest - item[1].used), item[0])):
-            while one.slots and len(self._free) < needed:
+        for name, one in sorted(victims, key=lambda item: (item[1].used, item[0])):
+            while one.slots and self._free < needed:
                 self._evict_tail(one)
                 evicted += 1
             if not one.slots:
@@ -175,7 +183,7 @@ class Tier:
         """The last piece goes first: what is left is a prefix, read past without a seek."""
         piece = max(resident.slots)
         resident.landed.discard(piece)
-        heapq.heappush(self._free, resident.slots.pop(piece))
+        heapq.heappush(self._ready, resident.slots.pop(piece))
 
     def _settle(self, checkpoint: CheckpointId) -> None:
         """Frees what an idle checkpoint need not keep."""
@@ -184,10 +192,7 @@ class Tier:
             return
         keep = set() if resident.doomed else resident.landed
         for piece in [piece for piece in resident.slots if piece not in keep]:
-            slot = resident.slots.pop(piece)
-            heapq.heappush(self._free, slot)
-            if resident.doomed:
-                self._disused.add(slot)
+            heapq.heappush(self._ready, resident.slots.pop(piece))
         if not resident.slots:
             del self._residents[checkpoint]
 
@@ -196,10 +201,10 @@ class Tier:
         InvariantError: a slot has two owners or none, or a piece landed without a slot.
         """
         owned = [slot for one in self._residents.values() for slot in one.slots.values()]
-        if sorted(owned + self._free) != list(range(self.slots)):
-            raise InvariantError(f"slots have two owners or none: owned {sorted(owned)}, free {sorted(self._free)}")
-        if not self._disused <= set(self._free):
-            raise InvariantError(f"disused slots {sorted(self._disused)} are not all free: {sorted(self._free)}")
+        if sorted([*owned, *self.free_slots]) != list(range(self.slots)):
+            raise InvariantError(
+                f"slots have two owners or none: owned {sorted(owned)}, free {sorted(self.free_slots)}"
+            )
         for name, one in self._residents.items():
             if not one.landed <= one.slots.keys():
                 raise InvariantError(f"{name} has landed pieces without a slot")

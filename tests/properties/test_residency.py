@@ -33,15 +33,15 @@ class Residency(RuleBasedStateMachine):
         self.reading: dict[str, dict[Piece, int]] = {}
         self.views: dict[tuple[str, int], dict[Piece, int]] = {}  # (checkpoint, holder) -> what it may refer to
 
-    @rule(checkpoint=checkpoints, holder=st.integers(1, 3), cost=st.sampled_from([1.0, 5.0]))
-    def load(self, checkpoint: str, holder: int, cost: float) -> None:
+    @rule(checkpoint=checkpoints, holder=st.integers(1, 3))
+    def load(self, checkpoint: str, holder: int) -> None:
         self.now += 1
-        wanted, before = pieces(checkpoint), self.tier.available_bytes
-        fresh = len(self.tier.missing(checkpoint, wanted))
+        wanted = pieces(checkpoint)
         try:
-            reservation = self.tier.reserve(checkpoint, wanted, self.now, cost)
+            reservation = self.tier.reserve(checkpoint, wanted, self.now)
         except CapacityError:
-            assert fresh * 10 > before - 10 * SIZES[checkpoint]
+            busy = {name for name, _ in self.views} | self.reading.keys()
+            assert sum(SIZES[name] for name in busy | {checkpoint}) > SLOTS
             return
         assert list(reservation.slots) == wanted
         for piece in reservation.missing:
@@ -78,6 +78,14 @@ class Residency(RuleBasedStateMachine):
     @rule(checkpoint=checkpoints)
     def forget(self, checkpoint: str) -> None:
         self.tier.forget(checkpoint)
+
+    @rule(wanted=st.integers(0, SLOTS))
+    def resize(self, wanted: int) -> None:
+        self.tier.wanted = wanted
+        if (slot := self.tier.shrink()) is not None:
+            self.content.pop(slot, None)  # its memory is gone
+        elif self.tier.grow() is not None:
+            assert self.tier.shrink() is None
 
     @invariant()
     def the_books_are_right(self) -> None:

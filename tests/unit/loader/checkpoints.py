@@ -60,6 +60,15 @@ class Node:
         self.reader = Reader(self.pool, threads, rate)
         self.posts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.pipeline = Pipeline(self.pool, self.tier, self.reader, self.posts.put)
+        self.settle()
+
+    def settle(self) -> list[int]:
+        """Turns until no slot's memory is to be taken or given back; the pool's memory after each."""
+        memory = [self.pool.memory]
+        while self.pipeline._trimming:
+            self.turn()
+            memory.append(self.pool.memory)
+        return memory
 
     def turn(self) -> None:
         """Waits for one piece of news and handles it."""
@@ -91,6 +100,7 @@ class Node:
         return bytes(content)
 
     def close(self) -> None:
+        self.pipeline.close()
         self.reader.close()
         self.tier.check_invariants()
         self.pool.close()

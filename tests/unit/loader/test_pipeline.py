@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from serverless_llm.errors import CapacityError, TransientError
-from serverless_llm.loader import manifest
+from serverless_llm.loader import manifest, pipeline
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.pipeline import AHEAD_SHARE
 from tests.unit.loader.checkpoints import Node, Told, random, write
 
 SLOW = 20e6  # bytes per second: a call is 50 ms
@@ -206,28 +207,50 @@ def test_a_missing_file_fails_the_load_and_leaves_nothing(tmp_path: Path, node: 
     assert node.tier.used_bytes == 0
 
 
-def test_memory_of_a_forgotten_checkpoint_goes_back_slot_by_slot(tmp_path: Path, node: Node) -> None:
-    source = checkpoint(tmp_path, 2)
-    node.fetch(source)
+def test_memory_is_taken_ahead_of_need_and_kept_for_the_next(tmp_path: Path, node: Node) -> None:
+    ahead = int(AHEAD_SHARE * node.pool.capacity)
+    assert node.pool.memory == ahead
+    source = checkpoint(tmp_path, 6)
+    check(node, source, node.fetch(source))
+    node.settle()
+    node.pipeline.release(source.checkpoint, 1)
+    assert not node.pipeline._trimming  # nothing is free that was not
     for _ in range(2):
         node.pipeline.forget(source.checkpoint)
-    assert node.posts.empty()  # leased: nothing is to be done
-    node.pipeline.release(source.checkpoint, 1)
-    left = [node.pool.memory]
-    while node.tier.disused:
-        node.turn()
-        left.append(node.pool.memory)
-    assert left == sorted(set(left), reverse=True)
-    assert (len(left) - 1, left[-1]) == (len(node.pipeline._pieces(source)), 0)
-    assert node.posts.empty()
+    left = node.settle()
+    assert left == sorted(left, reverse=True)
+    assert (len(set(left)), left[-1]) == (6, ahead)  # slot by slot
 
 
-def test_a_slot_that_was_given_out_again_keeps_its_memory(tmp_path: Path, node: Node) -> None:
-    source, other = checkpoint(tmp_path / "a", 2), checkpoint(tmp_path / "b", 6, seed=5)
+def test_as_much_is_taken_as_the_largest_so_far_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "AHEAD", 1 << 20)
+    node = Node(slots=32)
+    assert node.pool.memory == 1 << 20
+    source = checkpoint(tmp_path, 4)
+    check(node, source, node.fetch(source))
+    node.settle()
+    assert node.pool.memory > 2 * source.file_bytes
+    assert node.pool.memory <= 2 * node.tier.used_bytes
+    node.close()
+
+
+def test_none_is_taken_while_bytes_are_read(tmp_path: Path, slow: Node) -> None:
+    told = slow.load(checkpoint(tmp_path, 2))
+    told.load.start()
+    assert slow.tier.used_bytes
+    assert not slow.pipeline._trimming
+    slow.pipeline.forget("nobody")
+    assert not slow.pipeline._trimming
+    slow.finish(told)
+    assert slow.pipeline._trimming
+
+
+def test_a_closed_one_takes_and_gives_nothing(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path, 6)
     node.fetch(source)
+    node.settle()
     node.pipeline.release(source.checkpoint, 1)
-    node.pipeline.forget(source.checkpoint)
-    check(node, other, node.fetch(other))
-    check(node, other, node.fetch(other, 2))
     node.pipeline.close()
-    node.pipeline.forget("nobody")
+    before = node.pool.memory
+    node.pipeline.forget(source.checkpoint)
+    assert (node.pool.memory, node.posts.empty()) == (before, True)

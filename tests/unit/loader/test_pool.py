@@ -50,6 +50,16 @@ def test_memory_comes_with_writing_and_goes_with_punching() -> None:
     pool.close()
 
 
+def test_touched_memory_is_there_and_keeps_its_bytes() -> None:
+    pool = Pool(8 << 20)
+    pool.range(pool.offset(2), 4)[:] = b"abcd"
+    pool.touch(2)
+    pool.touch(5)
+    assert pool.memory == 2 << 20
+    assert bytes(pool.range(pool.offset(2), 8)) == b"abcd\0\0\0\0"
+    pool.close()
+
+
 def test_the_kind_of_page_is_what_the_system_offers() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
     pool = Pool(4 << 20)

@@ -15,8 +15,8 @@ def pieces(count: int, length: int = 10) -> list[Piece]:
     return [Piece(0, 10 * number, length) for number in range(count)]
 
 
-def filled(tier: Tier, checkpoint: str, count: int, now: float, cost: float = 1.0) -> None:
-    tier.reserve(checkpoint, pieces(count), now, cost)
+def filled(tier: Tier, checkpoint: str, count: int, now: float) -> None:
+    tier.reserve(checkpoint, pieces(count), now)
     tier.land(checkpoint, pieces(count))
     tier.check_invariants()
 
@@ -32,7 +32,7 @@ def test_slots_are_given_low_first_and_found_again() -> None:
     tier.land("a", pieces(3)[2:])
     again = tier.reserve("a", pieces(3), 1)
     assert again == (reservation.slots, [], 0)
-    assert (tier.used_bytes, tier.free_slots, tier.available_bytes) == (30, (3,), 40)
+    assert (tier.used_bytes, tier.free_slots) == (30, (3,))
 
 
 def test_the_least_recent_goes_first_and_only_its_tail() -> None:
@@ -43,14 +43,6 @@ def test_the_least_recent_goes_first_and_only_its_tail() -> None:
     assert tier.missing("old", pieces(3)) == pieces(3)[1:]
     assert not tier.missing("new", pieces(3))
     tier.check_invariants()
-
-
-def test_what_is_dear_to_bring_back_outlives_what_is_cheap() -> None:
-    tier = Tier(4, 10)
-    filled(tier, "dear", 2, now=1, cost=10)
-    filled(tier, "cheap", 2, now=2)
-    tier.reserve("c", pieces(2), 3)
-    assert tier.residents() == [("dear", 20)]
 
 
 def test_leased_and_unfinished_ones_stay() -> None:
@@ -66,7 +58,6 @@ def test_leased_and_unfinished_ones_stay() -> None:
     tier.release("leased", 7, 4)
     tier.release("leased", 7, 4)
     tier.release("nobody", 7, 4)
-    assert tier.available_bytes == 30
     tier.reserve("c", pieces(2), 5)
     tier.check_invariants()
 
@@ -123,24 +114,25 @@ def test_forget_waits_for_leases_and_reads_and_is_taken_back() -> None:
     tier.check_invariants()
 
 
-def test_slots_of_the_forgotten_are_disused_until_told_or_given_out_again() -> None:
-    tier = Tier(4, 10)
+def test_as_many_free_slots_as_wanted_are_ready_and_they_are_given_out_first() -> None:
+    tier = Tier(6, 10)
+    assert (tier.grow(), tier.shrink()) == (None, None)
+    tier.wanted = 2
     filled(tier, "a", 3, now=0)
-    tier.reserve("c", pieces(1), 1)
-    tier.abort("c")
-    assert tier.disused == 0
+    assert [tier.grow() for _ in range(3)] == [3, 4, None]
     tier.forget("a")
-    tier.forget("a")
-    assert tier.disused == 3
-    assert list(tier.reserve("d", pieces(1), 2).slots.values()) == [0]
-    assert {tier.take_disused() for _ in range(tier.disused)} == {1, 2}
-    assert tier.disused == 0
+    assert {tier.shrink() for _ in range(4)} == {2, 3, 4, None}
     tier.check_invariants()
+    tier.reserve("b", pieces(2), 1)
+    assert tier.free_slots == (2, 3, 4, 5)
+    tier.abort("b")
+    assert list(tier.reserve("c", pieces(6), 2).slots.values()) == [0, 1, 2, 3, 4, 5]
+    assert tier.grow() is None
 
 
 FAULTS: list[tuple[Callable[[Tier], object], str]] = [
-    (lambda tier: tier._free.append(0), "two owners"),
-    (lambda tier: tier._disused.add(0), "not all free"),
+    (lambda tier: tier._bare.append(0), "two owners"),
+    (lambda tier: tier._ready.append(1), "two owners"),
     (lambda tier: tier._residents["a"].landed.add(Piece(9, 9, 9)), "without a slot"),
     (lambda tier: tier._residents["a"].landed.clear(), "slots without bytes"),
 ]
