@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,10 @@ PAGE = 4096
 _CACHESTAT = 451  # system call number, the same on all architectures; Linux 6.5
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.syscall.restype = ctypes.c_long
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class SourceFile(NamedTuple):
@@ -86,7 +91,8 @@ class OpenFile:
     def _read_cached(self, buffers: Sequence[memoryview], offset: int, length: int) -> bool:
         pages = cached_pages(self._buffered, offset, length)
         if pages is None:
-            return _read_nowait(self._buffered, buffers, offset) >= length
+            seems = _seems_cached(self._buffered, offset, length)
+            return seems and _read_nowait(self._buffered, buffers, offset) >= length
         if pages * PAGE < length:
             return False
         self._fill(self._buffered, buffers, offset, length)
@@ -141,8 +147,18 @@ def cached_pages(descriptor: int, offset: int, length: int) -> int | None:
     return int(stat[0])
 
 
+def _seems_cached(descriptor: int, offset: int, length: int) -> bool:
+    """By mincore(2). Only False is certain: of other users' files that this one may not write, it tells nothing."""
+    address = _LIBC.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+    pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    absent = _LIBC.mincore(address, length, pages) == 0 and 0 in bytes(pages)
+    _LIBC.munmap(address, length)
+    return not absent
+
+
 def _read_nowait(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Reads what the page cache has from `offset` on without touching the device; bytes read."""
+    """Reads what the page cache has from `offset` on; bytes read. Does not wait for the device, but where nothing is
+    cached starts a read-ahead, which may be quick enough to look like a cache."""
     try:
         return os.preadv(descriptor, buffers, offset, os.RWF_NOWAIT)
     except OSError:  # EAGAIN: not cached; EOPNOTSUPP: the file system cannot say

@@ -74,9 +74,7 @@ def test_where_the_system_does_not_tell_of_its_cache(
     monkeypatch.setattr(source, "_CACHESTAT", 100_000)
     data = content(10_000)
     file = OpenFile(written(tmp_path / "a", data, cold))
-    got, cached = fetch(file, 0, len(data), 12288)
-    assert got == data
-    assert cached or cold  # asking may start a read-ahead, which may be quick enough to be taken for a warm cache
+    assert fetch(file, 0, len(data), 12288) == (data, not cold)
     file.close()
 
 
