@@ -22,7 +22,6 @@ from serverless_llm.loader.source import SourceFile
 from serverless_llm.loader.toucher import Toucher
 
 AHEAD = 1 << 30  # bytes
-AHEAD_SHARE = 0.25
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
 
 
@@ -94,14 +93,14 @@ class _Fill:
 class Pipeline:
     """Ties the tier's books, the pool and the reader together. `post` runs a callable on the owner's thread.
 
-    While nothing is read, free slots are made ready ahead of need: as many as the largest checkpoint so far had, from
-    `AHEAD` bytes to `AHEAD_SHARE` of the pool.
+    While nothing is read, free slots are made ready ahead of need: as many as the largest checkpoint so far had, at
+    least `ahead` bytes.
 
     Attributes:
         disk: the disk as finished loads saw it.
     """
 
-    def __init__(self, pool: Pool, tier: Tier, reader: Reader, post: Post) -> None:
+    def __init__(self, pool: Pool, tier: Tier, reader: Reader, post: Post, ahead: int = AHEAD) -> None:
         self.disk = Link()
         self.tier = tier
         self._pool = pool
@@ -111,7 +110,7 @@ class Pipeline:
         self._trimming = False  # a slot is being made ready, or `_trim` is posted
         self._closed = False
         self._toucher = Toucher(pool)
-        self._expect(AHEAD // pool.slot_bytes)
+        self.tier.wanted = ahead // pool.slot_bytes
         self._trim()
 
     def fits(self, manifest: Manifest) -> bool:
@@ -136,7 +135,7 @@ class Pipeline:
         """
         begun = time.monotonic()
         pieces = self._pieces(manifest)
-        self._expect(len(pieces))
+        self.tier.wanted = max(self.tier.wanted, len(pieces))
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         slots = self.tier.reserve(manifest.checkpoint, pieces, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
@@ -159,9 +158,6 @@ class Pipeline:
         """Before the pool is closed: no memory is taken or given back any more."""
         self._closed = True
         self._toucher.close()
-
-    def _expect(self, slots: int) -> None:
-        self.tier.wanted = max(self.tier.wanted, min(slots, int(AHEAD_SHARE * self.tier.slots)))
 
     def _trim(self) -> None:
         """Takes or gives back the memory of one slot, and so on until the tier has as much as it wants."""

@@ -2,14 +2,19 @@
 
 O_DIRECT scattered straight into slots, in calls of up to 64 MiB, unless the bytes are in the page cache already. All
 transfers share one queue: by priority, then first come; a better one goes before the next call.
+
+A read may hang for ever in the kernel (a dying disk, a network mount). It keeps its thread and its slots until it
+returns; its transfer begins no other read meanwhile, and a fresh thread takes its place, so that others are read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +26,9 @@ from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.source import PAGE, OpenFile, SourceFile
 
 CALL_BYTES = 64 << 20  # longer calls gain nothing; shorter ones suffer when a Python thread is busy
+STUCK_S = 5.0  # after which a read counts as stuck: less than the control plane waits for the loads queued behind it
+MOST_STUCK = 16  # stuck reads that are replaced, each a thread; arbitrary
+log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -62,8 +70,18 @@ class Transfer:
     _lock: threading.Lock = field(default_factory=threading.Lock)  # guards _opened and the order of deliveries
 
 
+@dataclass(eq=False, slots=True)
+class _Read:
+    """A call that the system is busy with, since `began` (monotonic seconds)."""
+
+    transfer: Transfer
+    call: tuple[Piece, ...]
+    began: float
+    stuck: bool = False
+
+
 class Reader:
-    """`threads` threads, which end with `close`. `rate`: cap in bytes per second, 0 for none."""
+    """`threads` threads, and one that watches them; they end with `close`. `rate`: cap in bytes per second, 0: none."""
 
     def __init__(self, pool: Pool, threads: int = 2, rate: float = 0.0) -> None:
         self.rate = rate
@@ -71,11 +89,15 @@ class Reader:
         self._pacer = Pacer(rate)
         self._call_bytes = plan.paced(rate, CALL_BYTES)
         self._queue: list[Transfer] = []
-        self._wake = threading.Condition()  # guards _queue, and _calls and _flying of all in it
+        self._reads: list[_Read] = []
+        self._wake = threading.Condition()  # guards _queue, _calls and _flying of all in it, _reads and _threads
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, name=f"reader-{n}", daemon=True) for n in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._size = threads
+        self._threads: list[threading.Thread] = []
+        for _ in range(threads):
+            self._hire()
+        self._watcher = threading.Thread(target=self._watch, name="reader-watch", daemon=True)
+        self._watcher.start()
 
     def submit(self, transfer: Transfer) -> None:
         """Queues a transfer; it ends with a `Batch` whose `last` is set."""
@@ -94,17 +116,51 @@ class Reader:
                 self._queue.insert(0, transfer)
             self._wake.notify_all()
 
-    def close(self) -> None:
-        """Waits for the reads in flight; what is queued is dropped without news."""
+    def close(self) -> bool:
+        """Waits for the reads in flight, but not for stuck ones; what is queued is dropped without news.
+
+        Returns:
+            False when a read is stuck: it may still write to the pool.
+        """
         with self._wake:
             self._closed = True
             self._wake.notify_all()
         self._pacer.stop()
-        for thread in self._threads:
-            thread.join()
-        for transfer in self._queue:
-            for file in transfer._opened.values():
-                file.close()
+        with self._wake:
+            returned = self._wake.wait_for(lambda: not self._reads, STUCK_S)
+        if returned:
+            for thread in (*self._threads, self._watcher):
+                thread.join()
+            for transfer in self._queue:
+                for file in transfer._opened.values():
+                    file.close()
+        return returned
+
+    def _hire(self) -> None:
+        thread = threading.Thread(target=self._work, name="reader", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _watch(self) -> None:
+        with self._wake:
+            while not self._closed:
+                late = time.monotonic() - STUCK_S
+                for read in [read for read in self._reads if not read.stuck and read.began < late]:
+                    self._give_up(read)
+                self._wake.wait(STUCK_S / 4 if self._queue else None)
+
+    def _give_up(self, read: _Read) -> None:
+        """Has another thread read for others. Caller holds `_wake`."""
+        span = read.call[0]
+        path = read.transfer.files[span.file].path
+        log.warning("%s: a read at byte %d has not returned for %.1f s", path, span.offset, STUCK_S)
+        read.stuck = True
+        if self._surplus() < 0:
+            self._hire()
+
+    def _surplus(self) -> int:
+        """Threads that are too many; those in stuck reads do not count."""
+        return len(self._threads) - self._size - min(sum(read.stuck for read in self._reads), MOST_STUCK)
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
@@ -114,14 +170,18 @@ class Reader:
                 self._conclude(transfer, batch)
 
     def _take(self) -> tuple[Transfer, tuple[Piece, ...]] | None:
-        """The next call of the first transfer that has one; () ends a transfer that has none left. None: closed."""
+        """The next call of the first transfer that has one; () ends a transfer that has none left. None: closed, or
+        another thread took this one's place."""
         with self._wake:
-            while not self._closed:
+            while not self._closed and self._surplus() <= 0:
+                hung = [read.transfer for read in self._reads if read.stuck]
                 for transfer in self._queue:
-                    if transfer._calls or not transfer._flying:
+                    if (transfer._calls and transfer not in hung) or not transfer._flying:
                         transfer._flying += 1
                         return transfer, transfer._calls.popleft() if transfer._calls else ()
                 self._wake.wait()
+            if not self._closed:
+                self._threads.remove(threading.current_thread())
         return None
 
     def _read(self, transfer: Transfer, call: tuple[Piece, ...]) -> Batch:
@@ -132,12 +192,25 @@ class Reader:
         transfer.started = transfer.started or time.monotonic()
         self._pacer.wait(nbytes)
         try:
-            cached = _opened(transfer, call[0].file).read(self._buffers(transfer, call), call[0].offset, nbytes)
+            with self._watched(transfer, call):
+                cached = _opened(transfer, call[0].file).read(self._buffers(transfer, call), call[0].offset, nbytes)
         except CheckpointError as error:
             # a new error: the traceback of this one would keep the pool's buffers
             return nothing._replace(error=type(error)(str(error)))
         landed = tuple(Landed(span.file, span.offset, span.length, self._place(transfer, span)) for span in call)
         return Batch(landed, 0 if cached else nbytes, nbytes if cached else 0, False, None)
+
+    @contextlib.contextmanager
+    def _watched(self, transfer: Transfer, call: tuple[Piece, ...]) -> Iterator[None]:
+        read = _Read(transfer, call, time.monotonic())
+        with self._wake:
+            self._reads.append(read)
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._reads.remove(read)
+                self._wake.notify_all()  # its transfer may go on
 
     def _conclude(self, transfer: Transfer, batch: Batch) -> None:
         """Delivers the batch. Caller holds the transfer's lock, so that `last` overtakes nothing."""

@@ -26,6 +26,7 @@ from tests.unit.loader.checkpoints import Node, random, write
 from tests.unit.loader.mappings import areas, resident
 
 MB = 1 << 20
+FAULT_AROUND = 64 << 10  # bytes that the kernel may map beside a page that is read
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def test_faults_are_taken_of_the_slots_that_lie_elsewhere(tmp_path: Path, worker
     mapping.add([*sorted(spans)[:-1], moved])
     while worker.news.get(timeout=30)[0] < source.file_bytes:
         pass
-    assert resident(home) == 2 * 4096 + -(-moved.length // 4096) * 4096
+    assert moved.length < resident(home) < moved.length + FAULT_AROUND
     assert all(torch.equal(tensor, content[name]) for name, tensor in mapping.tensors().items())
 
 
