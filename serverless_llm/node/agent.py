@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 import uvloop
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.errors import ServerlessLLMError
 from serverless_llm.node import state
 from serverless_llm.node.devices import budgets
@@ -130,7 +130,7 @@ class Agent:
         """Talks to a head until the link ends. False: the head never welcomed this agent."""
         welcomed = False
 
-        def receive(frame: wire.Frame) -> None:
+        def receive(frame: framing.Frame) -> None:
             nonlocal welcomed
             welcomed = True
             self._from_head(frame)
@@ -150,7 +150,7 @@ class Agent:
 
     def _hello(self) -> wire.Hello:
         return wire.Hello(
-            protocol=wire.PROTOCOL,
+            protocol=framing.PROTOCOL,
             node=self.options.node,
             pid=os.getpid(),
             dram=self.options.dram,
@@ -195,9 +195,11 @@ class Agent:
     def _tell(self, message: wire.Message) -> None:
         """To the controller; dropped while there is no head, which learns all from the next Hello."""
         if self._link is not None:
-            self._link.send(wire.encode(message, wire.agent_address(self._number), wire.CONTROLLER, self._generation))
+            self._link.send(
+                wire.encode(message, framing.agent_address(self._number), framing.CONTROLLER, self._generation)
+            )
 
-    def _from_head(self, frame: wire.Frame) -> None:
+    def _from_head(self, frame: framing.Frame) -> None:
         device = frame.header.destination & 0xFFFF
         if device:
             self._slots[device - 1].relay(frame.raw)
@@ -226,7 +228,7 @@ class Agent:
 
     # --- workers ---
 
-    def _from_worker(self, slot: Slot, frame: wire.Frame) -> None:
+    def _from_worker(self, slot: Slot, frame: framing.Frame) -> None:
         if frame.header.kind in RELAYED:
             if self._link is not None:
                 self._link.send(frame.raw)

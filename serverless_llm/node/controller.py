@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.cluster import commands, events
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.domain import DeviceId, NodeId
@@ -94,7 +94,7 @@ class Controller:
         if sequence is None or sequence.replica is None or sequence.epoch != message.epoch:
             return  # its owner was taken away meanwhile; another Attach is on its way
         device = sequence.replica.device
-        self._send(device.node, device.number, message, wire.GATEWAY)
+        self._send(device.node, device.number, message, framing.GATEWAY)
         if message.generated:
             self.handle(events.Resumed(message.sequence, message.epoch, len(message.generated) // TOKEN_BYTES))
 
@@ -121,8 +121,8 @@ class Controller:
         Raises:
             ProtocolError: it speaks another version.
         """
-        if hello.protocol != wire.PROTOCOL:
-            raise ProtocolError(f"{hello.node} speaks protocol version {hello.protocol}, this is {wire.PROTOCOL}")
+        if hello.protocol != framing.PROTOCOL:
+            raise ProtocolError(f"{hello.node} speaks protocol version {hello.protocol}, this is {framing.PROTOCOL}")
         if hello.node in self.peers:
             self.leave(self.peers[hello.node], "its agent dialled in anew")
         number = self._numbers.setdefault(hello.node, len(self._numbers))
@@ -132,8 +132,8 @@ class Controller:
         link.send(
             wire.encode(
                 wire.Welcome(number, self.generation, held),
-                wire.CONTROLLER,
-                wire.agent_address(number),
+                framing.CONTROLLER,
+                framing.agent_address(number),
                 self.generation,
             )
         )
@@ -150,7 +150,7 @@ class Controller:
         peer.link.close(cause)
         self.handle(events.NodeLost(node))
 
-    def hear(self, peer: Peer, frame: wire.Frame) -> None:
+    def hear(self, peer: Peer, frame: framing.Frame) -> None:
         """A frame of an agent or of one of its workers."""
         if frame.header.kind == TOKENS:
             if frame.header.epoch == self.generation:
@@ -203,15 +203,15 @@ class Controller:
         asyncio.get_running_loop().call_soon(self._deliver, message)
 
     def _address(self, device: DeviceId) -> int:
-        return wire.worker_address(self._numbers[device.node], device.number)
+        return framing.worker_address(self._numbers[device.node], device.number)
 
-    def _send(self, node: NodeId, device: int, message: wire.Message, source: int = wire.CONTROLLER) -> None:
+    def _send(self, node: NodeId, device: int, message: wire.Message, source: int = framing.CONTROLLER) -> None:
         """To the agent (device -1) or a worker of a node; dropped when its link is gone (`NodeLost` tells)."""
         peer = self.peers.get(node)
         if peer is None:
             return
         number = peer.number
-        destination = wire.agent_address(number) if device < 0 else wire.worker_address(number, device)
+        destination = framing.agent_address(number) if device < 0 else framing.worker_address(number, device)
         peer.link.send(wire.encode(message, source, destination, self.generation))
 
 
@@ -233,7 +233,7 @@ class Joining:
         if self._peer is not None:
             self._controller.leave(self._peer, "the link ended")
 
-    def _receive(self, frame: wire.Frame) -> None:
+    def _receive(self, frame: framing.Frame) -> None:
         if self._peer is not None:
             self._controller.hear(self._peer, frame)
             return

@@ -14,17 +14,17 @@ from typing import cast
 
 from aiohttp import ClientError, ClientWebSocketResponse, WSMsgType, web
 
-from serverless_llm import wire
+from serverless_llm import framing
 from serverless_llm.errors import ProtocolError
 
 WRITE_LIMIT = 64 << 20  # bytes; some hundred prompts of 128 Ki tokens
 BATCH = 1 << 20  # bytes; frames waiting together are written as one WebSocket message of about this size
 CLOSE_LIMIT = 0.5  # seconds for the closing handshake; a peer that hangs never answers it
-MAX_MESSAGE = 32 << 20  # bytes; above BATCH + the largest joined message of `wire.Splitter`
+MAX_MESSAGE = 32 << 20  # bytes; above BATCH + the largest joined message of `framing.Splitter`
 BEAT = 1.0  # seconds between pings
 SILENCE = 5.0  # seconds without a sign of the peer, after which the link is half-open
 
-Receive = Callable[[wire.Frame], None]
+Receive = Callable[[framing.Frame], None]
 Closed = Callable[[str], None]
 
 
@@ -34,7 +34,7 @@ class SocketLink(asyncio.Protocol):
     def __init__(self, receive: Receive, closed: Closed) -> None:
         self._receive = receive
         self._closed = closed
-        self._splitter = wire.Splitter()
+        self._splitter = framing.Splitter()
         self._transport: asyncio.Transport | None = None
         self._cause = "the peer closed the link"
 
@@ -87,7 +87,7 @@ class WebSocketLink:
         self._receive = receive
         self._beat = beat
         self._silence = silence
-        self._splitter = wire.Splitter()
+        self._splitter = framing.Splitter()
         self._unwritten: deque[bytes] = deque()
         self._unwritten_bytes = 0
         self._wakeup = asyncio.Event()

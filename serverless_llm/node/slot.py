@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.node.links import SocketLink
 from serverless_llm.node.processes import died
 from serverless_llm.node.spawner import Spawner
@@ -44,7 +44,7 @@ class Slot:
         boot: wire.Boot,
         pool: int,
         spawner: Spawner,
-        receive: Callable[[Slot, wire.Frame], None],
+        receive: Callable[[Slot, framing.Frame], None],
         up: Callable[[Slot], None],
         lost: Callable[[Slot, str], None],
         stuck_after: float,
@@ -80,7 +80,7 @@ class Slot:
         socket.send(wire.encode(msgspec.structs.replace(self._boot, incarnation=self.incarnation)))
         incarnation = self.incarnation
 
-        def receive(frame: wire.Frame) -> None:
+        def receive(frame: framing.Frame) -> None:
             if incarnation == self.incarnation:
                 self._frame(frame)
 
@@ -170,7 +170,7 @@ class Slot:
 
     # --- what the worker tells ---
 
-    def _frame(self, frame: wire.Frame) -> None:
+    def _frame(self, frame: framing.Frame) -> None:
         if frame.header.kind == wire.KIND[wire.Booted]:
             booted = wire.decode(frame.header.kind, frame.body)
             assert isinstance(booted, wire.Booted)

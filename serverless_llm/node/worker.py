@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.domain import Sampling
 from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sequence import Emission, SequenceStart, StepResult
@@ -51,7 +51,7 @@ class Worker:
         self._engine = Engine(device, boot.budget, boot.weights, boot.threads)
         self._boot = boot
         self._link = link
-        self._splitter = wire.Splitter()
+        self._splitter = framing.Splitter()
         self._placing = Placing(self._engine, boot, pool)
         self._owners: dict[int, Owner] = {}
         self._refused: list[tuple[int, int, str]] = []
@@ -100,7 +100,7 @@ class Worker:
             self._beat_due = 0.0
         return True
 
-    def _handle(self, frame: wire.Frame) -> None:
+    def _handle(self, frame: framing.Frame) -> None:
         message = wire.decode(frame.header.kind, frame.body)
         match message:
             case wire.Run():
@@ -111,7 +111,7 @@ class Worker:
                 missing = self._engine.reserve(nbytes)
                 answer = wire.Refused(device, replica, missing) if missing else wire.Reserved(device, replica)
                 self._address, self._generation = frame.header.destination, frame.header.epoch
-                self._send(answer, wire.CONTROLLER)
+                self._send(answer, framing.CONTROLLER)
             case wire.Place():
                 self._answer(self._placing.place(message))
             case wire.Landed(replica, pieces, last):
@@ -132,7 +132,7 @@ class Worker:
 
     # --- sequences ---
 
-    def _start(self, header: wire.Header, run: wire.Run) -> None:
+    def _start(self, header: framing.Header, run: wire.Run) -> None:
         if header.epoch > self._generation:
             self._cancel([])
         self._address, self._generation = header.destination, header.epoch
@@ -186,7 +186,7 @@ class Worker:
         return emission.sequence, emission.epoch, emission.finish.value, owner.generated
 
     def _tell(self, message: wire.Message) -> None:
-        self._send(message, wire.CONTROLLER)
+        self._send(message, framing.CONTROLLER)
 
     # --- reports ---
 
@@ -212,7 +212,7 @@ def main(link: socket.socket, pool: int) -> int:
     """A worker's whole life in its forked process; returns the exit status."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     threading.excepthook = _thread_died
-    header = wire.unpack(_exactly(link, wire.HEADER.size))
+    header = framing.unpack(_exactly(link, framing.HEADER.size))
     boot = wire.decode(header.kind, _exactly(link, header.length))
     if not isinstance(boot, wire.Boot):
         raise ProtocolError(f"{type(boot).__name__} instead of Boot")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import aiohttp
 from aiohttp import web
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.demo import tokenizer
 from serverless_llm.gateway.app import Gateway
 from serverless_llm.gateway.options import GatewayOptions
@@ -74,7 +74,7 @@ class Controller:
 
     def attach(self, sequence: int, epoch: int = 0, **changes: Any) -> None:
         fields: dict[str, Any] = {
-            "replica": 7, "destination": wire.worker_address(0, 0), "device": "n0/0", "queue_ms": 12.5, "cold": {},
+            "replica": 7, "destination": framing.worker_address(0, 0), "device": "n0/0", "queue_ms": 12.5, "cold": {},
         }  # fmt: skip
         self.deliver(wire.Attach(sequence=sequence, epoch=epoch, **(fields | changes)))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.errors import ProtocolError
 
 RUN = wire.Run(7, 2, 3, b"\1\0\0\0", b"", 0.5, 40, 0.9, 11, 16, [2])
@@ -23,11 +23,11 @@ def messages() -> st.SearchStrategy[wire.Message]:
         st.builds(wire.Unload, number),
         st.builds(wire.Cancel, st.lists(st.tuples(number, number), max_size=5)),
         st.builds(wire.Tokens, st.lists(st.tuples(number, number, tokens, st.sampled_from(["", "stop"])), max_size=5)),
-        st.integers(0, 3).map(lambda frames: wire.Answer(1, 200, b"x" * (frames * wire.MAX_FRAME))),
+        st.integers(0, 3).map(lambda frames: wire.Answer(1, 200, b"x" * (frames * framing.MAX_FRAME))),
     )
 
 
-def decoded(frame: wire.Frame) -> wire.Message:
+def decoded(frame: framing.Frame) -> wire.Message:
     return wire.decode(frame.header.kind, frame.body)
 
 
@@ -35,7 +35,7 @@ def decoded(frame: wire.Frame) -> wire.Message:
 def test_any_cutting_of_the_stream_gives_the_same_messages(sent: list[wire.Message], cuts: list[float]) -> None:
     stream = b"".join(wire.encode(message, source=1, destination=9, epoch=5) for message in sent)
     places = [0, *sorted(int(cut * len(stream)) for cut in cuts), len(stream)]
-    splitter = wire.Splitter()
+    splitter = framing.Splitter()
     frames = [frame for a, b in pairwise(places) for frame in splitter.feed(stream[a:b])]
     same = [decoded(frame) for frame in frames] == sent  # a plain bool: its report would be megabytes
     assert same
@@ -43,16 +43,16 @@ def test_any_cutting_of_the_stream_gives_the_same_messages(sent: list[wire.Messa
 
 
 def test_what_a_relay_passes_on_is_the_message() -> None:
-    long = wire.Answer(1, 200, b"y" * (wire.MAX_FRAME + 1))
-    (frame,) = wire.Splitter().feed(wire.encode(long, source=3))
-    (again,) = wire.Splitter().feed(frame.raw)
+    long = wire.Answer(1, 200, b"y" * (framing.MAX_FRAME + 1))
+    (frame,) = framing.Splitter().feed(wire.encode(long, source=3))
+    (again,) = framing.Splitter().feed(frame.raw)
     assert decoded(again) == long
 
 
 def test_split_messages_of_two_sources_do_not_mix() -> None:
-    one, two = (wire.encode(wire.Answer(n, 200, bytes([n]) * (wire.MAX_FRAME + 9)), source=n) for n in (1, 2))
-    first = wire.HEADER.size + wire.MAX_FRAME
-    frames = list(wire.Splitter().feed(one[:first] + two[:first] + one[first:] + two[first:]))
+    one, two = (wire.encode(wire.Answer(n, 200, bytes([n]) * (framing.MAX_FRAME + 9)), source=n) for n in (1, 2))
+    first = framing.HEADER.size + framing.MAX_FRAME
+    frames = list(framing.Splitter().feed(one[:first] + two[:first] + one[first:] + two[first:]))
     assert [decoded(frame).body[:1] for frame in frames] == [b"\1", b"\2"]  # type: ignore[attr-defined]
 
 
@@ -60,18 +60,18 @@ def test_split_messages_of_two_sources_do_not_mix() -> None:
     ("raw", "words"),
     [
         (b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n", "not a serverless-llm frame"),
-        (wire.HEADER.pack(b"SLM\xff", 1, 0, 0, 0, 0, 0), "protocol version 255"),
-        (wire.HEADER.pack(wire.MAGIC, 1, 0, 0, 0, 0, wire.MAX_FRAME + 1), "over the limit"),
+        (framing.HEADER.pack(b"SLM\xff", 1, 0, 0, 0, 0, 0), "protocol version 255"),
+        (framing.HEADER.pack(framing.MAGIC, 1, 0, 0, 0, 0, framing.MAX_FRAME + 1), "over the limit"),
     ],
 )
 def test_foreign_bytes_are_refused(raw: bytes, words: str) -> None:
     with pytest.raises(ProtocolError, match=words):
-        list(wire.Splitter().feed(raw))
+        list(framing.Splitter().feed(raw))
 
 
 def test_an_endless_split_message_is_refused() -> None:
-    part = wire.HEADER.pack(wire.MAGIC, 1, wire.MORE, 0, 0, 0, 1000) + b"z" * 1000
-    splitter = wire.Splitter(limit=2500)
+    part = framing.HEADER.pack(framing.MAGIC, 1, framing.MORE, 0, 0, 0, 1000) + b"z" * 1000
+    splitter = framing.Splitter(limit=2500)
     assert list(splitter.feed(part * 2)) == []
     with pytest.raises(ProtocolError, match="over the limit of 2500"):
         list(splitter.feed(part))
@@ -87,14 +87,14 @@ def test_bodies_that_are_not_their_kind_are_refused(kind: int, body: bytes, word
 
 
 def test_header_is_32_bytes_and_kinds_are_stable() -> None:
-    assert wire.HEADER.size == 32
-    assert struct.calcsize(wire.HEADER.format) == 32
+    assert framing.HEADER.size == 32
+    assert struct.calcsize(framing.HEADER.format) == 32
     assert wire.KIND[wire.Hello] == 1
     assert len(set(wire.KINDS)) == len(wire.KINDS)
 
 
 def test_addresses_do_not_collide() -> None:
-    addresses = [wire.CONTROLLER, wire.GATEWAY]
-    addresses += [wire.agent_address(n) for n in range(3)]
-    addresses += [wire.worker_address(n, d) for n in range(3) for d in range(3)]
+    addresses = [framing.CONTROLLER, framing.GATEWAY]
+    addresses += [framing.agent_address(n) for n in range(3)]
+    addresses += [framing.worker_address(n, d) for n in range(3) for d in range(3)]
     assert len(set(addresses)) == len(addresses)

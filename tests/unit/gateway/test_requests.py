@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.gateway import openai
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.requests import LiveRequests
@@ -21,7 +21,7 @@ def test_an_attachment_that_fails_ends_its_request(caplog: pytest.LogCaptureFixt
         requests = LiveRequests(sent.append, Metrics(), 1)
         asked = openai.parse({"model": "demo", "prompt": "x"}, chat=False)
         live = requests.open("r1", model("demo", Path("/nowhere")), asked)
-        attach = wire.Attach(live.sequence, 0, 7, wire.worker_address(0, 0), "n0/0", 0.0, {})
+        attach = wire.Attach(live.sequence, 0, 7, framing.worker_address(0, 0), "n0/0", 0.0, {})
         requests.attach(attach)  # before there is a prompt
         assert live.error is not None
         assert (live.error.status, live.error.code) == (500, "engine_error")

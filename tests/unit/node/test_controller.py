@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.cluster import commands, events
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
@@ -30,13 +30,13 @@ class Agent:
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
-        self.heard: list[tuple[wire.Header, wire.Message]] = []
-        self._splitter = wire.Splitter()
+        self.heard: list[tuple[framing.Header, wire.Message]] = []
+        self._splitter = framing.Splitter()
 
     async def send(self, message: wire.Message, destination: int = 0, epoch: int = GENERATION) -> None:
         await self.socket.send_bytes(wire.encode(message, 0, destination, epoch))
 
-    async def answer(self, kind: type[M]) -> tuple[wire.Header, M]:
+    async def answer(self, kind: type[M]) -> tuple[framing.Header, M]:
         """The next message of a kind; those before it are in `heard`."""
         while True:
             for header, message in self.heard:
@@ -85,7 +85,7 @@ class Office:
         return agent
 
 
-def hello(node: str = "n", protocol: int = wire.PROTOCOL) -> wire.Hello:
+def hello(node: str = "n", protocol: int = framing.PROTOCOL) -> wire.Hello:
     worker = wire.WorkerState(0, 1, 99, 0, "id", [])
     return wire.Hello(protocol, node, 4, 64 * MIB, [wire.Device(0, "cpu", 16 * MIB, "view")], [worker], [], [], {})
 
@@ -112,15 +112,15 @@ async def dispatched(one: Office, agent: Agent) -> wire.Attach:
     one.controller.receive(wire.Arrive(7, "m", "online", None, "id"))
     one.controller.receive(wire.Prompted(7, 3, 8))
     header, reserve = await agent.answer(wire.Reserve)
-    assert header.destination == wire.worker_address(0, 0)
+    assert header.destination == framing.worker_address(0, 0)
     await agent.send(wire.Reserved(0, reserve.replica))
     header, order = await agent.answer(wire.StartLoad)
-    assert header.destination == wire.agent_address(0)
+    assert header.destination == framing.agent_address(0)
     assert (order.model, order.source, order.checkpoint) == ("m", "/m", "c")
     await agent.send(wire.ReplicaReady(order.replica, 0.0, 0.1, 0.0, 0.1, MIB, 0, 0))
     await one.until(lambda: any(isinstance(message, wire.Attach) for message in one.delivered))
     (attach,) = [message for message in one.delivered if isinstance(message, wire.Attach)]
-    assert (attach.sequence, attach.destination, attach.device) == (7, wire.worker_address(0, 0), "n/0")
+    assert (attach.sequence, attach.destination, attach.device) == (7, framing.worker_address(0, 0), "n/0")
     assert attach.cold["load_disk_ms"] == pytest.approx(100)
     return attach
 
@@ -140,11 +140,11 @@ def test_a_request_from_arrival_to_its_last_token() -> None:
             header, run = await agent.answer(wire.Run)
             assert run == run_of(attach)
             assert (header.source, header.destination, header.epoch) == (
-                wire.GATEWAY, wire.worker_address(0, 0), GENERATION)  # fmt: skip
+                framing.GATEWAY, framing.worker_address(0, 0), GENERATION)  # fmt: skip
             late = wire.Tokens([(7, attach.epoch, [1], "")])
             tokens = wire.Tokens([(7, attach.epoch, [2], "stop")])
-            await agent.send(late, wire.GATEWAY, epoch=GENERATION - 1)
-            await agent.send(tokens, wire.GATEWAY)
+            await agent.send(late, framing.GATEWAY, epoch=GENERATION - 1)
+            await agent.send(tokens, framing.GATEWAY)
             await agent.send(wire.Step(0, 1, [(7, attach.epoch, 0.1)], [(7, attach.epoch, "stop", 1)], []))
             await one.until(lambda: tokens in one.delivered)
             assert late not in one.delivered
@@ -164,7 +164,7 @@ def test_a_client_that_leaves_is_cancelled_at_its_worker() -> None:
             one.controller.receive(wire.Gone([7], "client"))
             header, cancel = await agent.answer(wire.Cancel)
             assert cancel.sequences == [(7, attach.epoch)]
-            assert header.destination == wire.worker_address(0, 0)
+            assert header.destination == framing.worker_address(0, 0)
 
     asyncio.run(story())
 

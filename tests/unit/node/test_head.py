@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.node.head import Head
@@ -28,5 +28,5 @@ def test_every_head_numbers_its_replicas_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("replica", [(1 << 32) + 1, (1 << 63) - 1])
 def test_replica_ids_travel_whole(replica: int) -> None:
     message = wire.Unload(replica)
-    frame = wire.encode(message, wire.CONTROLLER, wire.agent_address(0), 1)
-    assert wire.decode(wire.KIND[wire.Unload], frame[wire.HEADER.size :]) == message
+    frame = wire.encode(message, framing.CONTROLLER, framing.agent_address(0), 1)
+    assert wire.decode(wire.KIND[wire.Unload], frame[framing.HEADER.size :]) == message

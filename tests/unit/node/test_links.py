@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.node import links
 from serverless_llm.node.links import SocketLink, WebSocketLink
 
@@ -21,7 +21,7 @@ def cancel(number: int) -> bytes:
     return wire.encode(wire.Cancel([(number, 0)]))
 
 
-def number_of(frame: wire.Frame) -> int:
+def number_of(frame: framing.Frame) -> int:
     message = wire.decode(frame.header.kind, frame.body)
     assert isinstance(message, wire.Cancel)
     return message.sequences[0][0]
@@ -31,11 +31,11 @@ class Ear:
     """Collects what a link says; `heard(n)` waits for the n-th frame."""
 
     def __init__(self) -> None:
-        self.frames: list[wire.Frame] = []
+        self.frames: list[framing.Frame] = []
         self.causes: list[str] = []
         self._changed = asyncio.Event()
 
-    def receive(self, frame: wire.Frame) -> None:
+    def receive(self, frame: framing.Frame) -> None:
         self.frames.append(frame)
         self._changed.set()
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.errors import ProtocolError
 from serverless_llm.loader.pool import Pool
@@ -19,7 +19,7 @@ from serverless_llm.node import worker
 from serverless_llm.node.worker import Worker
 
 MIB = 1 << 20
-ME = wire.worker_address(3, 0)
+ME = framing.worker_address(3, 0)
 M = TypeVar("M", bound=wire.Message)
 
 
@@ -40,8 +40,8 @@ class Agent:
         self.config = (checkpoint / "config.json").read_text()
         self.pool = Pool(4 * MIB)
         self.pool.range(self.pool.offset(1), len(self.raw))[:] = self.raw
-        self.heard: list[tuple[wire.Header, wire.Message]] = []
-        self._splitter = wire.Splitter()
+        self.heard: list[tuple[framing.Header, wire.Message]] = []
+        self._splitter = framing.Splitter()
         boot = wire.Boot(0, 5, "cpu", 8 * MIB, weights, self.pool.capacity, 1, 0.0)
         self._worker = Worker(theirs, boot, self.pool.fd)
         self.thread = threading.Thread(target=self._worker.run)
@@ -129,7 +129,7 @@ def test_a_sequence_is_told_to_its_gateway_and_its_end_to_the_controller(ready: 
     assert len(ready.said(7)) == 3
     headers = {type(message): header for header, message in ready.heard}
     assert headers[wire.Tokens][2:5] == (ME, 9, 1)
-    assert headers[wire.Step].destination == wire.CONTROLLER
+    assert headers[wire.Step].destination == framing.CONTROLLER
     kinds = [type(message) for _, message in ready.heard]
     assert kinds.index(wire.Tokens) < kinds.index(wire.Step)
 
@@ -286,7 +286,7 @@ def test_the_process_reads_its_boot_first_and_ends_with_its_agent() -> None:
     ours.sendall(wire.encode(wire.Boot(0, 1, "cpu", MIB, "view", MIB, 1, 0.0)))
     ours.shutdown(socket.SHUT_WR)
     assert worker.main(theirs, pool.fd) == 0
-    assert wire.unpack(ours.recv(MIB)).kind == wire.KIND[wire.Booted]
+    assert framing.unpack(ours.recv(MIB)).kind == wire.KIND[wire.Booted]
     ours.close()
     ours, theirs = socket.socketpair()
     ours.sendall(wire.encode(wire.Beat(0, False, 0.0)))
