@@ -9,12 +9,12 @@ returns; its transfer begins no other read meanwhile, and a fresh thread takes i
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -72,11 +72,11 @@ class Transfer:
 
 @dataclass(eq=False, slots=True)
 class _Read:
-    """A call that the system is busy with, since `began` (monotonic seconds)."""
+    """A call that a thread took; the system is busy with it since `began` (monotonic seconds)."""
 
     transfer: Transfer
     call: tuple[Piece, ...]
-    began: float
+    began: float = math.inf
     stuck: bool = False
 
 
@@ -125,11 +125,12 @@ class Reader:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
+            threads = [*self._threads, self._watcher]
         self._pacer.stop()
         with self._wake:
             returned = self._wake.wait_for(lambda: not self._reads, STUCK_S)
         if returned:
-            for thread in (*self._threads, self._watcher):
+            for thread in threads:
                 thread.join()
             for transfer in self._queue:
                 for file in transfer._opened.values():
@@ -151,9 +152,9 @@ class Reader:
 
     def _give_up(self, read: _Read) -> None:
         """Has another thread read for others. Caller holds `_wake`."""
-        span = read.call[0]
-        path = read.transfer.files[span.file].path
-        log.warning("%s: a read at byte %d has not returned for %.1f s", path, span.offset, STUCK_S)
+        first = read.call[0] if read.call else Piece(0, 0, 0)
+        path = read.transfer.files[first.file].path
+        log.warning("%s: a read at byte %d has not returned for %.1f s", path, first.offset, STUCK_S)
         read.stuck = True
         if self._surplus() < 0:
             self._hire()
@@ -163,13 +164,19 @@ class Reader:
         return len(self._threads) - self._size - min(sum(read.stuck for read in self._reads), MOST_STUCK)
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
-            transfer, call = taken
-            batch = self._read(transfer, call)
-            with transfer._lock:
-                self._conclude(transfer, batch)
+        while (read := self._take()) is not None:
+            if read.call:
+                read.transfer.started = read.transfer.started or time.monotonic()
+                self._pacer.wait(sum(span.length for span in read.call))
+            read.began = time.monotonic()
+            batch = self._read(read.transfer, read.call)
+            with read.transfer._lock:
+                self._conclude(read.transfer, batch)
+            with self._wake:
+                self._reads.remove(read)
+                self._wake.notify_all()  # its transfer may go on
 
-    def _take(self) -> tuple[Transfer, tuple[Piece, ...]] | None:
+    def _take(self) -> _Read | None:
         """The next call of the first transfer that has one; () ends a transfer that has none left. None: closed, or
         another thread took this one's place."""
         with self._wake:
@@ -178,10 +185,10 @@ class Reader:
                 for transfer in self._queue:
                     if (transfer._calls and transfer not in hung) or not transfer._flying:
                         transfer._flying += 1
-                        return transfer, transfer._calls.popleft() if transfer._calls else ()
+                        self._reads.append(_Read(transfer, transfer._calls.popleft() if transfer._calls else ()))
+                        return self._reads[-1]
                 self._wake.wait()
-            if not self._closed:
-                self._threads.remove(threading.current_thread())
+            self._threads.remove(threading.current_thread())
         return None
 
     def _read(self, transfer: Transfer, call: tuple[Piece, ...]) -> Batch:
@@ -189,28 +196,13 @@ class Reader:
         if not call:
             return nothing
         nbytes = sum(span.length for span in call)
-        transfer.started = transfer.started or time.monotonic()
-        self._pacer.wait(nbytes)
         try:
-            with self._watched(transfer, call):
-                cached = _opened(transfer, call[0].file).read(self._buffers(transfer, call), call[0].offset, nbytes)
+            cached = _opened(transfer, call[0].file).read(self._buffers(transfer, call), call[0].offset, nbytes)
         except CheckpointError as error:
             # a new error: the traceback of this one would keep the pool's buffers
             return nothing._replace(error=type(error)(str(error)))
         landed = tuple(Landed(span.file, span.offset, span.length, self._place(transfer, span)) for span in call)
         return Batch(landed, 0 if cached else nbytes, nbytes if cached else 0, False, None)
-
-    @contextlib.contextmanager
-    def _watched(self, transfer: Transfer, call: tuple[Piece, ...]) -> Iterator[None]:
-        read = _Read(transfer, call, time.monotonic())
-        with self._wake:
-            self._reads.append(read)
-        try:
-            yield
-        finally:
-            with self._wake:
-                self._reads.remove(read)
-                self._wake.notify_all()  # its transfer may go on
 
     def _conclude(self, transfer: Transfer, batch: Batch) -> None:
         """Delivers the batch. Caller holds the transfer's lock, so that `last` overtakes nothing."""
@@ -242,9 +234,15 @@ class Reader:
 
 def _opened(transfer: Transfer, number: int) -> OpenFile:
     with transfer._lock:
-        if number not in transfer._opened:
-            transfer._opened[number] = OpenFile(transfer.files[number])
-        return transfer._opened[number]
+        known = transfer._opened.get(number)
+    if known is not None:
+        return known
+    opened = OpenFile(transfer.files[number])  # without the lock: it may hang
+    with transfer._lock:
+        kept = transfer._opened.setdefault(number, opened)
+    if kept is not opened:
+        opened.close()
+    return kept
 
 
 def _close(transfer: Transfer) -> CheckpointError | None:

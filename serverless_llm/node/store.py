@@ -84,8 +84,8 @@ class Store:
         for replica in self._replicas.values():
             self._stop(replica)
         self._pipeline.close()
-        self._reader.close()
-        self._pool.close()
+        if self._reader.close():
+            self._pool.close()
 
     # --- what the head asks ---
 

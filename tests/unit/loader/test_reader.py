@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from serverless_llm.loader import plan
+from serverless_llm.loader import reader as module
 from serverless_llm.loader.plan import Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
@@ -131,3 +133,56 @@ def test_close_drops_the_queue(tmp_path: Path, pool: Pool) -> None:
     news.get(timeout=30)
     reader.close()
     assert news.qsize() <= 2
+
+
+def hanging(path: Path, slots: list[int], news: queue.SimpleQueue[Batch]) -> Transfer:
+    """A transfer whose file does not open before somebody writes to it."""
+    os.mkfifo(path)
+    pieces = plan.cut(Piece(0, 0, len(slots) * MB), MB)
+    files = [SourceFile(path, len(slots) * MB, 0)]
+    return Transfer(files, dict(zip(pieces, slots, strict=True)), pieces, news.put)
+
+
+def let_go(path: Path) -> None:
+    """It opens, and is not what it was said to be."""
+    os.close(os.open(path, os.O_RDWR))
+
+
+@pytest.mark.parametrize("rate", [0.0, SLOW])  # one call of it, or many
+def test_reads_that_hang_keep_no_other_waiting(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rate: float
+) -> None:
+    monkeypatch.setattr(module, "STUCK_S", 0.02)
+    reader, stuck, news = Reader(pool, rate=rate), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    bad = [hanging(tmp_path / name, slots, stuck) for name, slots in (("a", [0, 1, 2]), ("b", [3]), ("c", [4]))]
+    for one in bad:
+        reader.submit(one)
+    reader.submit(transfer(tmp_path / "good", 1, [5], news))
+    assert until_last(news)[-1].error is None
+    assert f"{tmp_path}/a: a read at byte 0 has not returned" in caplog.text
+    for one in bad:
+        reader.cancel(one)
+    reader.submit(transfer(tmp_path / "late", 1, [5], news))
+    until_last(news)
+    assert stuck.empty()  # they may still write to their slots
+    for one in bad:
+        let_go(one.files[0].path)
+    assert ["changed" in str(until_last(stuck)[-1].error) for _ in bad] == [True] * 3
+    while sum(thread.name == "reader" for thread in threading.enumerate()) > 2:  # those in their place go
+        reader.submit(transfer(tmp_path / "good", 1, [5], news))
+        until_last(news)
+    assert reader.close()
+
+
+def test_a_read_that_hangs_keeps_nobody_from_closing(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STUCK_S", 0.02)
+    reader, stuck, news = Reader(pool), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    reader.submit(hanging(tmp_path / "a", [0], stuck))
+    reader.submit(transfer(tmp_path / "b", 1, [1], news))
+    until_last(news)
+    assert not reader.close()
+    let_go(tmp_path / "a")
+    assert until_last(stuck)[-1].error is not None
+    assert reader.close()
