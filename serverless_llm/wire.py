@@ -294,10 +294,11 @@ class Beat(Message, frozen=True):
 
 
 class Arrive(Message, frozen=True):
-    """A request is here, its prompt not yet tokenised: so that a load begins at once."""
+    """A request is here, its prompt not yet tokenised, for `checkpoint`: so that a load begins at once."""
 
     sequence: int
     model: str
+    checkpoint: str
     work_class: str
     keep_alive: float | None
     request_id: str
@@ -363,10 +364,11 @@ class ModelInfo(Message, frozen=True):
 
 
 class Catalog(Message, frozen=True):
-    """Controller -> gateways: all deployed models, after every change."""
+    """Controller -> gateways: all deployed models, after every change. `problems`: why devices are not up."""
 
     models: list[ModelInfo]
     ready: bool
+    problems: list[str] = []
 
 
 class Ask(Message, frozen=True):

@@ -64,10 +64,11 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A sequence wants `model`; its prompt is being tokenised. `keep_alive` overrides the spec's."""
+    """A sequence wants `model`; its prompt is being tokenised for `checkpoint`. `keep_alive` overrides the spec's."""
 
     sequence: SequenceId
     model: ModelName
+    checkpoint: CheckpointId
     work_class: WorkClass = WorkClass.ONLINE
     keep_alive: float | None = None
 

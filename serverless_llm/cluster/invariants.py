@@ -86,7 +86,7 @@ def _ledgers_within_budget(state: State) -> Iterator[object]:
 
 
 def _indexes_agree(state: State) -> Iterator[object]:
-    """Every replica is known to its device and to its model, and to nobody else."""
+    """Every replica is known to its device and to its model, and to nobody else; a model has one of them a device."""
     on_devices = [replica for device in state.devices.values() for replica in device.replicas.values()]
     if sorted(replica.id for replica in on_devices) != sorted(state.replicas):
         yield sorted(state.replicas)
@@ -94,8 +94,11 @@ def _indexes_agree(state: State) -> Iterator[object]:
         for replica in model.replicas.values():
             if state.replicas.get(replica.id) is not replica or replica.model != model.spec.name:
                 yield replica
-        if model.replicas and len(model.present()) > max(model.spec.max_replicas, model.spec.min_replicas):
+        present = model.present()
+        if len(present) > max(model.spec.max_replicas, model.spec.min_replicas):
             yield model
+        if len({replica.device for replica in present}) < len(present):
+            yield present
     for name in state.hungry:
         if name not in state.models:
             yield name

@@ -60,12 +60,17 @@ def worker_up(turn: Turn, event: WorkerUp) -> None:
 
 
 def worker_lost(turn: Turn, event: WorkerLost) -> None:
+    """Of one that was up, or of one that never came up: who waits for it may be told."""
     device = turn.state.devices.get(event.device)
     if device is None:
         return
+    if device.incarnation:
+        if event.incarnation >= device.incarnation:
+            _bury(turn, device, event.cause)
+    elif event.incarnation > device.lost:
+        device.failed_boots, device.cause = device.failed_boots + 1, event.cause
+        turn.room = True
     device.lost = max(device.lost, event.incarnation)
-    if device.incarnation and event.incarnation >= device.incarnation:
-        _bury(turn, device, event.cause)
 
 
 def heartbeat(turn: Turn, event: Heartbeat) -> None:
@@ -161,6 +166,7 @@ def _vacate(turn: Turn, node: Node) -> None:
 
 def _bury(turn: Turn, device: Device, cause: str) -> None:
     _mark_down(device)
+    device.cause = cause
     charge(turn, device, cause)
     _empty(turn, device)
 
@@ -182,7 +188,7 @@ def _renew(turn: Turn, device: Device, incarnation: int) -> None:
     """A new worker; the notice of the old one's death is late, or lost."""
     if device.incarnation:
         _bury(turn, device, f"replaced by worker {incarnation}")
-    device.incarnation, device.absent_since = incarnation, None
+    device.incarnation, device.absent_since, device.failed_boots = incarnation, None, 0
     turn.room = True
 
 
@@ -279,7 +285,9 @@ def _adopt(
     )
     node = turn.state.nodes[device_id.node]
     no_dram = device.view and node.planned_dram.missing(replica.checkpoint, model.footprint.file_bytes) > 0
-    if len(model.present()) >= model.spec.max_replicas or replica.grant > device.planned.free or no_dram:
+    present = model.present()
+    unwanted = len(present) >= model.spec.max_replicas or any(other.device == device_id for other in present)
+    if unwanted or replica.grant > device.planned.free or no_dram:
         turn.emit(Unload(replica_id, device_id))
     else:
         enter(turn, replica)

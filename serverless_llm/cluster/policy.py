@@ -41,6 +41,10 @@ class Policy:
     cooldown_cap_s: float = 60.0
     guilty_cooldown_s: float = 60.0
     guilty_cooldown_cap_s: float = 3600.0
+    # One death at boot may be bad luck, and so may two; a device whose workers die more often than that waits for an
+    # operator. Its agent goes on trying every 5 s.
+    dead_boots: int = 3
+    reboot_s: float = 5.0
     # A crash with no sign of life since the last one makes a suspect on the second; the third, alone, convicts.
     suspect_deaths: int = 2
     # A resumed sequence gets one token from its prefill before the step that killed it, and it is resumed twice.

@@ -31,6 +31,9 @@ def arrived(turn: Turn, event: RequestArrived) -> None:
     if model is None:
         turn.emit(_not_found(event.sequence, event.model))
         return
+    if model.footprint.checkpoint != event.checkpoint:
+        turn.emit(_outdated(event.sequence))
+        return
     if model.demand >= model.spec.max_queue:
         message = f"{model.demand} requests already wait for {event.model}"
         turn.emit(Reject(event.sequence, 503, "overloaded", message, _retry_after(turn, model), True))

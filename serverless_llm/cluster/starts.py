@@ -47,10 +47,8 @@ def consider(turn: Turn, model: Model) -> None:
         drain(turn, name, ())
         return
     fitting = [device for device in turn.state.devices.values() if _fits(turn, model, device)]
-    if not fitting and turn.state.devices and claim.want is scale.Want.FIRST:
+    if claim.want is scale.Want.FIRST and turn.state.devices and _reject_hopeless(turn, model, fitting):
         drain(turn, name, ())
-        model.error = _too_large(turn, model)
-        reject_waiters(turn, model, model.error, None)
         return
     devices = [device for device in fitting if _open(turn, model, device)]
     option = choose.best(o for o in (_option(turn, claim, device, False) for device in devices) if o)
@@ -61,6 +59,20 @@ def consider(turn: Turn, model: Model) -> None:
     in_use = choose.best(o for o in (_option(turn, claim, device, True) for device in devices) if o)
     drain(turn, name, in_use.victims if in_use else ())
     _look_again(turn, claim, devices)
+
+
+def _reject_hopeless(turn: Turn, model: Model, fitting: list[Device]) -> bool:
+    """Whether nothing can ever serve the model, or only what does not come up; who waits is told."""
+    able = fitting or list(turn.state.devices.values())
+    if all(device.failed_boots >= turn.policy.dead_boots for device in able):
+        problems = "; ".join(device.problem for device in able)
+        reject_waiters(turn, model, f"no device comes up: {problems}", turn.policy.reboot_s)
+    elif not fitting:
+        model.error = _too_large(turn, model)
+        reject_waiters(turn, model, model.error, None)
+    else:
+        return False
+    return True
 
 
 def wanted(turn: Turn, model: Model) -> scale.Want:
@@ -117,10 +129,11 @@ def _fits(turn: Turn, model: Model, device: Device) -> bool:
 
 
 def _open(turn: Turn, model: Model, device: Device) -> bool:
-    """A model whose loads ended two workers loads where nothing else does."""
+    """A second replica on one device gains nothing. Whose loads ended two workers loads where nothing else does."""
+    twin = any(replica.device == device.id for replica in model.present())
     suspect = model.load_deaths >= turn.policy.suspect_deaths
     busy = suspect and any(replica.state in STARTING for replica in device.replicas.values())
-    return device.usable and device.trial is None and device.avoid_until <= turn.now and not busy
+    return device.usable and device.trial is None and device.avoid_until <= turn.now and not twin and not busy
 
 
 def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Option | None:

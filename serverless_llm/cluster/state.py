@@ -122,6 +122,8 @@ class Device:
     Attributes:
         incarnation: of its worker; 0 while none is up.
         lost: the highest incarnation known to be dead: incarnations of a device only rise.
+        failed_boots: workers in a row that died before they were up.
+        cause: why the last worker died.
         killing: its worker was told to die.
         planned: grants of the replicas that have a claim, those that leave not counted.
         actual: grants of the replicas that may hold memory now.
@@ -136,6 +138,8 @@ class Device:
     actual: Ledger
     incarnation: int = 0
     lost: int = 0
+    failed_boots: int = 0
+    cause: str = ""
     killing: bool = False
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict, repr=False)
     trial: tuple[str, int] | None = None
@@ -150,6 +154,14 @@ class Device:
     @property
     def usable(self) -> bool:
         return self.incarnation > 0 and not self.killing
+
+    @property
+    def problem(self) -> str:
+        """That it has no worker, and why; empty while it has one."""
+        if self.incarnation:
+            return ""
+        tries = f" ({self.failed_boots} boots failed)" if self.failed_boots else ""
+        return f"{self.id} is not up{tries}: {self.cause or 'its worker is starting'}"
 
 
 @dataclass(slots=True, eq=False)

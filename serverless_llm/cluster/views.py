@@ -22,7 +22,8 @@ class ModelView:
         tier: the nearest that holds all of its bytes.
         progress: of its load, 0 ... 1.
         until: when its replica's keep-alive ends; None while it is used, or without end.
-        estimate_s: of its next cold start, on the best of the devices; inf where there is none.
+        estimate_s: of a start on the best of the devices, for those who wait; inf where there is none, 0 where nobody
+            waits: the catalog of many idle models must cost next to nothing.
     """
 
     state: str
@@ -47,7 +48,7 @@ def model(state: State, policy: Policy, one: Model, now: float) -> ModelView:
         one.error,
         tuple(sorted(replica.device for replica in present)),
         _until(state, ready),
-        _estimate_s(state, policy, one, now),
+        _estimate_s(state, policy, one, now) if one.demand else 0.0,
         one.demand,
         sum(len(replica.running) for replica in one.replicas.values()),
     )

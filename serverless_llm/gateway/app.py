@@ -49,6 +49,7 @@ class Gateway:
         self.metrics = Metrics()
         self._models: dict[str, wire.ModelInfo] = {}
         self._ready = False
+        self._problems: list[str] = []
         self._draining = False
         self._idle = asyncio.Event()
         self.live = LiveRequests(send, self.metrics, generation)
@@ -72,7 +73,7 @@ class Gateway:
             self.metrics.forget(name)
         self._models.clear()
         self._models.update(models)
-        self._ready = message.ready
+        self._ready, self._problems = message.ready, message.problems
 
     # --- stopping ---
 
@@ -167,7 +168,7 @@ class Gateway:
 
     async def _get_ready(self, _request: web.Request) -> web.Response:
         ready = self._ready and not self._draining
-        return _json({"ready": ready}, status=200 if ready else 503)
+        return _json({"ready": ready, "problems": self._problems}, status=200 if ready else 503)
 
     async def _metrics_page(self, _request: web.Request) -> web.Response:
         shown = [live for live in self.live if live.info.name in self._models]

@@ -211,7 +211,7 @@ class LiveRequests:
         self._next += 1
         live = self._live[self._next] = LiveRequest(self._next, request_id, info, request)
         online = WorkClass.ONLINE.value
-        self._send(wire.Arrive(live.sequence, info.name, online, request.keep_alive, request_id))
+        self._send(wire.Arrive(live.sequence, info.name, info.checkpoint, online, request.keep_alive, request_id))
         return live
 
     def prompted(self, live: LiveRequest, prompt: TokenisedPrompt) -> None:

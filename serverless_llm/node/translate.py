@@ -114,8 +114,8 @@ _FROM_NODE: dict[type[wire.Message], Callable[[NodeId, Any], Iterable[events.Eve
 def from_gateway(message: wire.Message) -> list[events.Event]:
     """The events in a gateway's message about requests."""
     match message:
-        case wire.Arrive(sequence, model, work_class, keep_alive, _):
-            return [events.RequestArrived(sequence, model, WorkClass(work_class), keep_alive)]
+        case wire.Arrive(sequence, model, checkpoint, work_class, keep_alive, _):
+            return [events.RequestArrived(sequence, model, checkpoint, WorkClass(work_class), keep_alive)]
         case wire.Prompted(sequence, prompt_tokens, max_tokens):
             return [events.PromptReady(sequence, prompt_tokens, max_tokens)]
         case wire.Gone(sequences, _):

@@ -101,7 +101,8 @@ class Gateway:
     def start(self, model: str, prompt: list[int], max_tokens: int) -> Stream:
         sequence = 1 + max(self.streams, default=0)
         stream = self.streams[sequence] = Stream(prompt, max_tokens, model)
-        self.send(wire.Arrive(sequence, model, "online", None, f"request-{sequence}"))
+        checkpoint = next((info.checkpoint for info in self.catalog.models if info.name == model), "")
+        self.send(wire.Arrive(sequence, model, checkpoint, "online", None, f"request-{sequence}"))
         self.send(wire.Prompted(sequence, len(prompt), max_tokens))
         return stream
 

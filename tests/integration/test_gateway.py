@@ -149,7 +149,7 @@ def test_a_load_starts_before_the_prompt_is_read(tmp_path: Path) -> None:
         async with server.chat(keep_alive="-1", max_tokens=3) as response:
             assert response.status == 200
         arrive, prompted = server.controller.sent[:2]
-        assert arrive == wire.Arrive(3 << 32 | 1, "demo", "online", math.inf, response.headers["x-request-id"])
+        assert arrive == wire.Arrive(3 << 32 | 1, "demo", "c0", "online", math.inf, response.headers["x-request-id"])
         assert prompted == wire.Prompted(3 << 32 | 1, len(chat_tokens("Hi")), 3)
         assert [type(message) for message in server.controller.sent] == [wire.Arrive, wire.Prompted, wire.Run]
 
@@ -586,8 +586,10 @@ def test_health_and_readiness(tmp_path: Path) -> None:
 
     async def scenario(server: Served) -> None:
         assert [await status(server, path) for path in ("/health", "/ready")] == [200, 200]
-        server.gateway.receive(wire.Catalog([], False))
+        server.gateway.receive(wire.Catalog([], False, ["node0/0 is not up: no driver"]))
         assert [await status(server, path) for path in ("/health", "/ready")] == [200, 503]
+        async with server.http.get("/ready") as response:
+            assert await response.json() == {"ready": False, "problems": ["node0/0 is not up: no driver"]}
 
     run(tmp_path, silent, scenario)
 

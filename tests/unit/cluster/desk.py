@@ -48,8 +48,10 @@ class Desk:
         return self.tell(e.NodeJoined(spec, workers, held, ()))
 
     def ask(self, sequence: int, model: str, keep_alive: float | None = None) -> list[c.Command]:
-        """A request of 10 + 10 tokens, its prompt ready."""
-        arrived = self.tell(e.RequestArrived(sequence, model, keep_alive=keep_alive))
+        """A request of 10 + 10 tokens for the model as it is deployed, its prompt ready."""
+        known = self.machine.state.models.get(model)
+        checkpoint = known.footprint.checkpoint if known else ""
+        arrived = self.tell(e.RequestArrived(sequence, model, checkpoint, keep_alive=keep_alive))
         return arrived + self.tell(e.PromptReady(sequence, 10, 10))
 
     def bring_up(self, replica: int, device: DeviceId = D0) -> list[c.Command]:

@@ -51,6 +51,7 @@ class World:
         self.agents: dict[NodeId, Agent] = {}
         self.clients: dict[SequenceId, Client] = {}
         self.footprints: dict[CheckpointId, Footprint] = {}
+        self.shown: dict[ModelName, CheckpointId] = {}  # what the gateway knows to be deployed
         self.log: list[str] = []
         self.said: list[c.Command] = []
         self.loads: list[c.StartLoad] = []
@@ -66,6 +67,7 @@ class World:
         self.wake = 0.0
         self.rtt_s, self.load_s, self.prefill_s, self.token_s = 0.001, 0.08, 0.02, 0.01
         self.disk_bps, self.restart_s, self.progress_s = 2.0 * GIB, 0.3, 0.1
+        self.catalog_s = 1.0
 
     # --- time ---
 
@@ -160,6 +162,8 @@ class World:
         footprint = Footprint(checkpoint or f"sha-{name}", size, size, BLOCK, context)
         self.footprints[footprint.checkpoint] = footprint
         self.handle(e.Deploy(ModelSpec(name, f"/models/{name}", **spec), footprint))
+        self.shown.setdefault(name, footprint.checkpoint)
+        self.after(self.catalog_s, lambda: self.shown.update({name: footprint.checkpoint}))
 
     def request(
         self,
@@ -172,10 +176,9 @@ class World:
     ) -> SequenceId:
         """A client asks now. `then` is called when it has its answer. `tokenise_s` None: its prompt never is."""
         sequence = len(self.clients) + 1
-        known = self.machine.state.models.get(model)
-        checkpoint = known.footprint.checkpoint if known else ""
+        checkpoint = self.shown.get(model, "")
         self.clients[sequence] = Client(model, checkpoint, prompt, tokens, self.now, then)
-        self.handle(e.RequestArrived(sequence, model, keep_alive=keep_alive))
+        self.handle(e.RequestArrived(sequence, model, checkpoint, keep_alive=keep_alive))
         if tokenise_s is not None:
             self.after(tokenise_s, lambda: self.tell(e.PromptReady(sequence, prompt, tokens)))
         return sequence

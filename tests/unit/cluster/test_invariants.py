@@ -24,7 +24,7 @@ def state() -> State:
     desk.tell(deploy("b"))
     desk.ask(2, "b")
     desk.ask(3, "b")
-    desk.tell(e.RequestArrived(4, "b"))
+    desk.tell(e.RequestArrived(4, "b", "sha-b"))
     desk.join(node("n1", weights="view"))
     desk.tell(e.Delete("b"))
     desk.tell(deploy("b", size=95))
@@ -33,7 +33,7 @@ def state() -> State:
     desk.tell(deploy("w"))
     for sequence in (6, 7):
         desk.ask(sequence, "w")
-    desk.tell(e.RequestArrived(8, "w"))
+    desk.tell(e.RequestArrived(8, "w", "sha-w"))
     return desk.machine.state
 
 
@@ -98,6 +98,12 @@ def exceed_the_most(state: State) -> None:
     model.spec = replace(model.spec, max_replicas=0)
 
 
+def double_up_on_a_device(state: State) -> None:
+    model = state.models["a"]
+    model.spec = replace(model.spec, max_replicas=2)
+    model.replicas[99] = state.replicas[1]
+
+
 def feed_the_dead(state: State) -> None:
     state.hungry["gone"] = None
 
@@ -153,6 +159,7 @@ def run_a_suspect(state: State) -> None:
         ("indexes agree", hide_a_replica),
         ("indexes agree", misfile_a_replica),
         ("indexes agree", exceed_the_most),
+        ("indexes agree", double_up_on_a_device),
         ("indexes agree", feed_the_dead),
         ("commands have deadlines", never_expire_a_load),
         ("commands have deadlines", never_miss_a_sequence),

@@ -19,7 +19,7 @@ def test_a_tick_is_asked_for_when_the_earliest_deadline_changes() -> None:
     machine = Machine(Policy())
     assert machine.handle(e.NodeJoined(node(), ((D0, 1),), (), ()), 1.0) == [c.WakeAt(6.0)]
     assert machine.handle(deploy("a"), 1.0) == []
-    assert not [one for one in machine.handle(e.RequestArrived(1, "a"), 2.0) if isinstance(one, c.WakeAt)]
+    assert not [one for one in machine.handle(e.RequestArrived(1, "a", "sha-a"), 2.0) if isinstance(one, c.WakeAt)]
     assert machine.handle(e.Heartbeat("n0", ((D0, 1, ()),), (), ()), 5.0) == []
     assert machine.handle(e.Tick(), 6.0) == [c.WakeAt(10.0)]
 

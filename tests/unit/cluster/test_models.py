@@ -84,11 +84,17 @@ def test_fewer_replicas_send_the_newest_off() -> None:
 def test_who_waits_for_an_old_revision_is_told_at_its_end() -> None:
     desk = Desk(Policy(silent_after=1e9))
     desk.tell(deploy("a"))
-    desk.tell(e.RequestArrived(1, "a"))
+    desk.tell(e.RequestArrived(1, "a", "sha-a"))
     desk.ask(2, "a")
     assert desk.tell(deploy("a", keep_alive=1.0)) == []
     assert desk.tell(deploy("a", checkpoint="sha-new")) == [outdated(2), outdated(1)]
     assert desk.tell(e.PromptReady(1, 10, 10)) == []
+
+
+def test_who_arrives_for_an_overtaken_checkpoint_is_told_at_once(desk: Desk) -> None:
+    desk.tell(deploy("a", checkpoint="sha-new"))
+    assert desk.tell(e.RequestArrived(2, "a", "sha-a")) == [outdated(2)]
+    assert 2 not in desk.machine.state.sequences
 
 
 def test_a_load_of_an_old_revision_serves_nobody() -> None:
@@ -133,11 +139,11 @@ def test_who_runs_when_only_limits_change_goes_on_elsewhere(desk: Desk) -> None:
 
 
 def test_delete_tells_who_waits_and_lets_who_runs_end(desk: Desk) -> None:
-    desk.tell(e.RequestArrived(2, "a"))
+    desk.tell(e.RequestArrived(2, "a", "sha-a"))
     reject = c.Reject(2, 404, "model_not_found", "the model 'a' does not exist", None, False)
     assert desk.tell(e.Delete("a")) == [reject]
     assert desk.tell(e.Delete("a")) == []
-    assert kinds(desk.tell(e.RequestArrived(3, "a"))) == ["Reject"]
+    assert kinds(desk.tell(e.RequestArrived(3, "a", "sha-a"))) == ["Reject"]
     assert desk.tell(e.SequenceDone(1, 1, DONE, 3)) == [c.Evicted(1, "a", D0, "delete"), c.Unload(1, D0)]
     desk.tell(e.Unloaded(1))
     assert desk.machine.state.replicas == {}
@@ -211,7 +217,7 @@ def test_unload_ends_a_load_that_nobody_waits_for_only() -> None:
     desk.join()
     desk.tell(deploy("a"))
     desk.tell(e.Load("a"))
-    desk.tell(e.RequestArrived(1, "a"))
+    desk.tell(e.RequestArrived(1, "a", "sha-a"))
     assert desk.tell(e.UnloadModel("a")) == []
     desk.tell(e.ClientGone(1))
     assert kinds(desk.tell(e.UnloadModel("a"))) == ["Evicted", "Unload"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.transitions import ReplicaState
-from serverless_llm.domain import DeviceId, FinishReason
+from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
 from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, node
 
 QUIET = Policy(silent_after=1e9)
@@ -81,9 +83,10 @@ def test_what_no_model_wants_is_unloaded(held: e.HeldReplica) -> None:
     assert desk.machine.state.replicas == {}
 
 
-def test_no_more_is_adopted_than_a_model_may_have() -> None:
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_is_adopted_than_a_model_may_have_on_a_device(most: int) -> None:
     desk = Desk()
-    desk.tell(deploy("a", size=30))
+    desk.tell(deploy("a", size=30, max_replicas=most))
     held = tuple(e.HeldReplica(number, D0, "a", "sha-a", "auto") for number in (1, 2))
     assert desk.join(held=held) == [c.Unload(2, D0)]
 
@@ -246,3 +249,69 @@ def test_a_claim_on_a_lost_worker_is_not_reserved_there() -> None:
     assert desk.machine.state.replicas[2].state is ReplicaState.CLAIMING
     assert desk.tell(e.WorkerLost(D0, 1, "killed")) == []
     assert desk.machine.state.replicas == {}
+
+
+def fail_boots(desk: Desk, times: int, device: DeviceId = D0) -> list[c.Command]:
+    """Workers from incarnation 1 on die before they are up; what the last death brought about."""
+    out: list[c.Command] = []
+    for incarnation in range(1, times + 1):
+        out = desk.tell(e.WorkerLost(device, incarnation, "no CUDA driver"))
+    return out
+
+
+def down(devices: int = 1, **spec: object) -> Desk:
+    """A desk whose node's workers are not up, and whose model has a request waiting."""
+    desk = Desk(Policy(silent_after=1e9))
+    desk.tell(e.NodeJoined(node(devices=devices), (), (), ()))
+    desk.tell(deploy("a", **spec))  # type: ignore[arg-type]
+    assert desk.ask(1, "a") == []
+    return desk
+
+
+def test_who_waits_for_devices_that_never_come_up_is_told_why() -> None:
+    desk = down()
+    assert fail_boots(desk, 2) == []
+    why = "no device comes up: n0/0 is not up (3 boots failed): no CUDA driver"
+    refused = c.Reject(1, 503, "model_load_failed", why, 5.0, True)
+    assert desk.tell(e.WorkerLost(D0, 3, "no CUDA driver")) == [refused]
+    assert desk.tell(e.RequestArrived(2, "a", "sha-a")) == [replace(refused, sequence=2)]
+
+
+def test_a_boot_that_fails_counts_once_and_one_that_succeeds_clears_the_count() -> None:
+    desk = down()
+    for _ in range(3):
+        assert fail_boots(desk, 2) == []
+    assert desk.machine.state.devices[D0].failed_boots == 2
+    assert kinds(desk.tell(e.WorkerUp(D0, 3))) == ["Decided", "Reserve"]
+    assert desk.machine.state.devices[D0].problem == ""
+    desk.tell(e.WorkerLost(D0, 3, "killed"))
+    assert fail_boots(desk, 5) == []
+    assert desk.machine.state.devices[D0].problem == "n0/0 is not up (2 boots failed): no CUDA driver"
+
+
+def test_one_device_that_may_come_up_is_worth_waiting_for() -> None:
+    desk = down(devices=2)
+    assert fail_boots(desk, 9) == []
+    assert desk.machine.state.devices[D1].problem == "n0/1 is not up: its worker is starting"
+    assert fail_boots(desk, 2, D1) == []
+    (told,) = fail_boots(desk, 3, D1)
+    assert isinstance(told, c.Reject)
+    assert "n0/0 is not up (9 boots" in told.message
+    assert "n0/1 is not up (3 boots" in told.message
+
+
+def test_min_replicas_come_when_a_device_comes_up_after_all() -> None:
+    desk = down(min_replicas=1)
+    assert kinds(fail_boots(desk, 3)) == ["Reject"]
+    assert kinds(desk.tell(e.WorkerUp(D0, 4))) == ["Decided", "Reserve"]
+
+
+def test_what_fits_on_no_device_is_told_the_cause_where_none_is_up() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    unknown = NodeSpec("n0", 1000, (DeviceSpec(0, "cuda", 0, "copy"),))
+    desk.tell(e.NodeJoined(unknown, (), (), ()))
+    fail_boots(desk, 3)
+    desk.tell(deploy("a"))
+    (told,) = desk.tell(e.RequestArrived(1, "a", "sha-a"))
+    assert isinstance(told, c.Reject)
+    assert told.message.endswith("no CUDA driver")

@@ -262,7 +262,7 @@ def test_a_load_that_ends_three_workers_is_guilty_and_cools_down_for_long() -> N
     message = "loading bad ended the engine process 3 times"
     assert reject == c.Reject(2, 503, "model_load_failed", message, 60.0, True)
     assert dispatched(court.reload()) == [1, 3]
-    assert court.tell(e.RequestArrived(4, "bad"), after=30.0) == [
+    assert court.tell(e.RequestArrived(4, "bad", "sha-bad"), after=30.0) == [
         c.Reject(4, 503, "model_load_failed", message, 30.0, True)
     ]
     assert court.machine.state.models["bad"].error == message

@@ -84,7 +84,9 @@ def test_arrivals_in_the_cool_down_are_told_at_once(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.LoadFailed(1, "why", False))
-    assert desk.tell(e.RequestArrived(2, "a"), after=0.5) == [c.Reject(2, 503, "model_load_failed", "why", 1.0, True)]
+    assert desk.tell(e.RequestArrived(2, "a", "sha-a"), after=0.5) == [
+        c.Reject(2, 503, "model_load_failed", "why", 1.0, True)
+    ]
 
 
 def test_a_permanent_failure_lasts_until_the_next_deploy(desk: Desk) -> None:
@@ -93,7 +95,7 @@ def test_a_permanent_failure_lasts_until_the_next_deploy(desk: Desk) -> None:
     desk.tell(e.LoadFailed(1, "why", True))
     desk.tell(e.Unloaded(1))
     reject = c.Reject(2, 503, "model_load_failed", "why", None, False)
-    assert desk.tell(e.RequestArrived(2, "a"), after=1e6) == [reject]
+    assert desk.tell(e.RequestArrived(2, "a", "sha-a"), after=1e6) == [reject]
     desk.tell(deploy("a"))
     assert kinds(desk.ask(3, "a")) == ["Decided", "Reserve"]
 
@@ -110,7 +112,7 @@ def test_a_load_that_fails_beside_a_replica_that_serves_rejects_nobody() -> None
 
 def test_a_model_that_fits_nowhere_is_refused_with_the_bytes(desk: Desk) -> None:
     desk.tell(deploy("big", size=95))
-    (reject,) = desk.tell(e.RequestArrived(1, "big"))
+    (reject,) = desk.tell(e.RequestArrived(1, "big", "sha-big"))
     assert reject == c.Reject(
         1,
         503,
@@ -222,7 +224,7 @@ def test_a_claim_waits_until_the_shortfall_is_forgotten() -> None:
     assert kinds(desk.ask(3, "x")) == ["Decided", "Evicted", "Unload"]
     desk.tell(e.Refused(D0, 2, 70))
     assert desk.tell(e.Unloaded(1)) == []
-    desk.tell(e.RequestArrived(4, "nope"), after=29.0)
+    desk.tell(e.RequestArrived(4, "nope", "sha-nope"), after=29.0)
     assert desk.tick(1.0)[0] == c.Reserve(D0, 3, 40)
 
 
@@ -273,7 +275,7 @@ def test_a_replica_with_a_request_on_its_way_stays() -> None:
     desk.join()
     desk.serve("a", 1, keep_alive=1.0)
     desk.tell(e.SequenceDone(1, 1, DONE, 3))
-    desk.tell(e.RequestArrived(2, "a"), after=0.9)
+    desk.tell(e.RequestArrived(2, "a", "sha-a"), after=0.9)
     assert desk.tick(5.0) == []
     assert kinds(desk.tell(e.ClientGone(2))) == ["Evicted", "Unload"]
 
@@ -294,7 +296,7 @@ def test_a_load_nobody_waits_for_goes_on_for_a_minute(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.ClientGone(1))
-    desk.tell(e.RequestArrived(2, "nope"))
+    desk.tell(e.RequestArrived(2, "nope", "sha-nope"))
     for second in range(1, 60):
         assert desk.tell(e.LoadProgress(1, second, 80), after=1.0) == []
     assert desk.tick(1.0) == [c.Evicted(1, "a", D0, "abandoned"), c.Unload(1, D0)]
@@ -315,7 +317,7 @@ def test_an_abandoned_load_that_somebody_wants_again_goes_on(desk: Desk) -> None
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.ClientGone(1))
-    assert desk.tell(e.RequestArrived(2, "a"), after=5.0) == []
+    assert desk.tell(e.RequestArrived(2, "a", "sha-a"), after=5.0) == []
     assert ("abandon", 1) not in desk.machine.state.timers
 
 
@@ -326,7 +328,7 @@ def test_a_request_at_the_last_moment_saves_the_load() -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.ClientGone(1))
-    assert desk.tell(e.RequestArrived(2, "a"), after=60.0) == []
+    assert desk.tell(e.RequestArrived(2, "a", "sha-a"), after=60.0) == []
     assert desk.machine.state.replicas[1].state is ReplicaState.LOADING
 
 
@@ -343,7 +345,7 @@ def test_an_abandoned_load_makes_way_at_once(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.ClientGone(1))
-    decided, evicted, unload = desk.tell(e.RequestArrived(2, "b"))
+    decided, evicted, unload = desk.tell(e.RequestArrived(2, "b", "sha-b"))
     assert isinstance(decided, c.Decided)
     assert decided.victims == (1,)
     assert (evicted, unload) == (c.Evicted(1, "a", D0, "abandoned"), c.Unload(1, D0))
@@ -357,9 +359,9 @@ def test_an_abandoned_claim_makes_way_without_a_word(desk: Desk) -> None:
     desk.bring_up(1)
     desk.tell(e.SequenceDone(1, 1, DONE, 3))
     desk.tick(1.0)
-    desk.tell(e.RequestArrived(2, "b"))
+    desk.tell(e.RequestArrived(2, "b", "sha-b"))
     desk.tell(e.ClientGone(2))
-    out = desk.tell(e.RequestArrived(3, "x"))
+    out = desk.tell(e.RequestArrived(3, "x", "sha-x"))
     assert out[1:] == [c.Evicted(2, "b", D0, "abandoned")]
     assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 3, 90)]
 

@@ -26,7 +26,7 @@ def test_a_cold_request_starts_a_load_before_its_prompt_is_known() -> None:
     desk = Desk()
     desk.join()
     desk.tell(deploy("a"))
-    decided, reserve = desk.tell(e.RequestArrived(1, "a"))
+    decided, reserve = desk.tell(e.RequestArrived(1, "a", "sha-a"))
     assert isinstance(decided, c.Decided)
     assert (decided.replica, decided.device, decided.victims) == (1, D0, ())
     assert reserve == c.Reserve(D0, 1, 90)
@@ -38,7 +38,7 @@ def test_a_cold_request_starts_a_load_before_its_prompt_is_known() -> None:
 
 
 def test_a_warm_request_is_dispatched_at_once_and_has_no_load_to_tell_of(desk: Desk) -> None:
-    assert desk.tell(e.RequestArrived(2, "a"), after=1.0) == []
+    assert desk.tell(e.RequestArrived(2, "a", "sha-a"), after=1.0) == []
     assert desk.tell(e.PromptReady(2, 10, 10), after=0.5) == [c.Dispatch(2, 1, 1, D0, 0.5, None)]
 
 
@@ -46,18 +46,18 @@ def test_a_load_that_ends_before_the_prompt_is_ready_waits_for_it() -> None:
     desk = Desk()
     desk.join()
     desk.tell(deploy("a"))
-    desk.tell(e.RequestArrived(1, "a"))
+    desk.tell(e.RequestArrived(1, "a", "sha-a"))
     desk.bring_up(1)
     assert desk.tell(e.PromptReady(1, 10, 10)) == [c.Dispatch(1, 1, 1, D0, 0.0, None)]
 
 
 def test_a_model_nobody_deployed_is_not_found(desk: Desk) -> None:
-    (reject,) = desk.tell(e.RequestArrived(2, "nope"))
+    (reject,) = desk.tell(e.RequestArrived(2, "nope", "sha-nope"))
     assert reject == c.Reject(2, 404, "model_not_found", "the model 'nope' does not exist", None, False)
 
 
 def test_an_arrival_told_twice_counts_once(desk: Desk) -> None:
-    assert desk.tell(e.RequestArrived(1, "a")) == []
+    assert desk.tell(e.RequestArrived(1, "a", "sha-a")) == []
     assert desk.tell(e.PromptReady(1, 10, 10)) == []
     assert desk.tell(e.PromptReady(99, 10, 10)) == []
 
@@ -67,7 +67,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
     desk.tell(deploy("a", max_queue=2, max_concurrency=1))
     desk.ask(1, "a")
     desk.ask(2, "a")
-    assert desk.tell(e.RequestArrived(3, "a")) == [
+    assert desk.tell(e.RequestArrived(3, "a", "sha-a")) == [
         c.Reject(3, 503, "overloaded", "2 requests already wait for a", 2.0, True)
     ]
 
@@ -78,7 +78,7 @@ def test_retry_after_knows_of_the_start_under_way() -> None:
     desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (("disk", 10.0),)))
     desk.tell(deploy("a", max_queue=1))
     desk.ask(1, "a")
-    (reject,) = desk.tell(e.RequestArrived(2, "a"))
+    (reject,) = desk.tell(e.RequestArrived(2, "a", "sha-a"))
     assert isinstance(reject, c.Reject)
     assert reject.retry_after == 10.0  # 80 bytes at 10 per second, and a round of the queue
 
@@ -95,7 +95,7 @@ def test_sequences_are_dispatched_in_order_of_arrival_within_the_concurrency() -
     desk.join()
     desk.tell(deploy("a", max_concurrency=2))
     for sequence in (1, 2, 3):
-        desk.tell(e.RequestArrived(sequence, "a"))
+        desk.tell(e.RequestArrived(sequence, "a", "sha-a"))
     for sequence in (3, 2, 1):
         desk.tell(e.PromptReady(sequence, 10, 10))
     dispatched = [one.sequence for one in desk.bring_up(1) if isinstance(one, c.Dispatch)]
@@ -121,7 +121,7 @@ def test_the_replica_with_the_fewest_sequences_is_chosen() -> None:
     ],
 )
 def test_a_request_whose_kv_can_never_fit_is_refused(desk: Desk, prompt: int, most: int, says: str) -> None:
-    desk.tell(e.RequestArrived(2, "a"))
+    desk.tell(e.RequestArrived(2, "a", "sha-a"))
     assert desk.tell(e.PromptReady(2, prompt, most)) == [c.Reject(2, 400, "context_length_exceeded", says, None, False)]
 
 
@@ -129,7 +129,7 @@ def test_a_client_that_leaves_ends_its_sequence_wherever_it_is(desk: Desk) -> No
     desk.tell(deploy("b"))
     assert desk.tell(e.ClientGone(1)) == [c.Cancel(D0, 1, 1)]
     assert desk.tell(e.ClientGone(1)) == []
-    desk.tell(e.RequestArrived(2, "b"))
+    desk.tell(e.RequestArrived(2, "b", "sha-b"))
     assert desk.tell(e.ClientGone(2)) == []
     desk.ask(3, "b")
     assert desk.tell(e.ClientGone(3)) == []
@@ -227,5 +227,5 @@ def test_a_worker_that_runs_what_it_should_not_is_told_to_stop(desk: Desk) -> No
 
 def test_a_clock_that_steps_back_stands_still(desk: Desk) -> None:
     desk.tick(1.0)
-    desk.tell(e.RequestArrived(2, "a"), after=-5.0)
+    desk.tell(e.RequestArrived(2, "a", "sha-a"), after=-5.0)
     assert desk.machine.state.sequences[2].arrived == 1.0

@@ -42,7 +42,7 @@ def test_a_start_goes_where_the_bytes_are() -> None:
     join(desk, "n0", disk=10.0)
     join(desk, "n1", (("sha-a", 80),), disk=10.0)
     desk.tell(deploy("a"))
-    assert decided(desk.tell(e.RequestArrived(1, "a"))).device == OTHER
+    assert decided(desk.tell(e.RequestArrived(1, "a", "sha-a"))).device == OTHER
 
 
 def test_a_start_goes_to_the_faster_disk() -> None:
@@ -50,7 +50,7 @@ def test_a_start_goes_to_the_faster_disk() -> None:
     join(desk, "n0", disk=10.0)
     join(desk, "n1", disk=20.0)
     desk.tell(deploy("a"))
-    one = decided(desk.tell(e.RequestArrived(1, "a")))
+    one = decided(desk.tell(e.RequestArrived(1, "a", "sha-a")))
     assert (one.device, round(one.predicted_s, 6)) == (OTHER, 4.05)
 
 
@@ -61,8 +61,8 @@ def test_a_start_avoids_the_busy_link() -> None:
     join(desk, "n1", disk=8.0)
     desk.tell(deploy("a"))
     desk.tell(deploy("b"))
-    assert decided(desk.tell(e.RequestArrived(1, "a"))).device == D0
-    assert decided(desk.tell(e.RequestArrived(2, "b"))).device == OTHER
+    assert decided(desk.tell(e.RequestArrived(1, "a", "sha-a"))).device == D0
+    assert decided(desk.tell(e.RequestArrived(2, "b", "sha-b"))).device == OTHER
 
 
 def test_what_a_load_has_read_is_no_queue_any_more() -> None:
@@ -75,7 +75,7 @@ def test_what_a_load_has_read_is_no_queue_any_more() -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.LoadProgress(1, 79, 80))
-    assert decided(desk.tell(e.RequestArrived(2, "b"))).device == D1
+    assert decided(desk.tell(e.RequestArrived(2, "b", "sha-b"))).device == D1
 
 
 def test_replicas_of_one_checkpoint_share_its_reading() -> None:
@@ -88,7 +88,7 @@ def test_replicas_of_one_checkpoint_share_its_reading() -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.LoadProgress(1, 70, 80))
-    one = decided(desk.tell(e.RequestArrived(2, "b")))
+    one = decided(desk.tell(e.RequestArrived(2, "b", "same")))
     assert (one.device, round(one.predicted_s, 6)) == (D1, 1.05)
 
 
@@ -98,7 +98,7 @@ def test_free_room_is_better_than_anothers() -> None:
     idle(desk, "a", 1)
     desk.tick(10.0)
     desk.tell(deploy("b"))
-    assert decided(desk.tell(e.RequestArrived(2, "b"))).device == D1
+    assert decided(desk.tell(e.RequestArrived(2, "b", "sha-b"))).device == D1
 
 
 def test_a_slow_device_with_room_loses_against_a_fast_one_with_a_stale_replica() -> None:
@@ -108,7 +108,7 @@ def test_a_slow_device_with_room_loses_against_a_fast_one_with_a_stale_replica()
     join(desk, "n1", disk=10.0)
     desk.tell(deploy("b"))
     desk.tick(250.0)
-    one = decided(desk.tell(e.RequestArrived(2, "b")))
+    one = decided(desk.tell(e.RequestArrived(2, "b", "sha-b")))
     assert (one.device, one.victims) == (D0, (1,))
 
 
@@ -120,7 +120,7 @@ def test_the_victim_is_the_one_idle_longest() -> None:
     idle(desk, "b", 2, size=30)
     desk.tick(5.0)
     desk.tell(deploy("x", size=40))
-    out = desk.tell(e.RequestArrived(3, "x"))
+    out = desk.tell(e.RequestArrived(3, "x", "sha-x"))
     assert decided(out).victims == (first,)
     assert out[1:] == [c.Evicted(first, "a", D0, "memory"), c.Unload(first, D0)]
     assert desk.tell(e.Unloaded(first)) == [c.Reserve(D0, 3, 50)]
@@ -132,7 +132,7 @@ def test_a_start_waits_for_all_that_leave() -> None:
     a, b = idle(desk, "a", 1, size=30), idle(desk, "b", 2, size=30)
     desk.tell(deploy("x"))
     desk.tick(1.0)
-    assert decided(desk.tell(e.RequestArrived(3, "x"))).victims == (a, b)
+    assert decided(desk.tell(e.RequestArrived(3, "x", "sha-x"))).victims == (a, b)
     assert desk.tell(e.Unloaded(b)) == []
     assert desk.tell(e.Unloaded(a)) == [c.Reserve(D0, 3, 90)]
 
@@ -143,7 +143,7 @@ def test_room_that_is_being_freed_needs_no_further_victim() -> None:
     idle(desk, "a", 1)
     desk.tell(e.UnloadModel("a"))
     desk.tell(deploy("b"))
-    assert decided(desk.tell(e.RequestArrived(2, "b"))).victims == ()
+    assert decided(desk.tell(e.RequestArrived(2, "b", "sha-b"))).victims == ()
     assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 2, 90)]
 
 
@@ -177,10 +177,36 @@ def test_scaling_out_needs_waiters_that_nobody_can_take() -> None:
     desk = Desk(QUIET)
     desk.join(node(devices=3))
     desk.serve("a", 1, max_replicas=2, max_concurrency=1)
-    assert kinds(desk.tell(e.RequestArrived(2, "a"))) == ["Decided", "Reserve"]
-    assert desk.tell(e.RequestArrived(3, "a")) == []
+    assert kinds(desk.tell(e.RequestArrived(2, "a", "sha-a"))) == ["Decided", "Reserve"]
+    assert desk.tell(e.RequestArrived(3, "a", "sha-a")) == []
     desk.bring_up(2, D1)
-    assert desk.tell(e.RequestArrived(4, "a")) == []
+    assert desk.tell(e.RequestArrived(4, "a", "sha-a")) == []
+
+
+def test_replicas_of_one_model_are_on_devices_of_their_own() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    assert kinds(desk.tell(deploy("a", size=20, min_replicas=2, max_replicas=3))) == ["Decided", "Reserve"]
+    assert kinds(desk.bring_up(1)) == ["Outcome"]
+    one = decided(desk.join(node("n1", devices=2)))
+    assert one.device == DeviceId("n1", 0)
+
+
+def test_crowds_get_no_second_replica_beside_the_first() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2))
+    desk.serve("a", 1, size=20, max_replicas=3, max_concurrency=1)
+    assert decided(desk.ask(2, "a")).device == D1
+    desk.bring_up(2, D1)
+    assert desk.ask(3, "a") == []
+
+
+def test_a_new_revision_starts_beside_what_still_runs_of_the_old_one() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, size=20)
+    desk.tell(deploy("a", size=20, checkpoint="sha-new"))
+    assert decided(desk.ask(2, "a")).device == D0
 
 
 def test_scaling_out_does_not_take_a_place_in_use() -> None:

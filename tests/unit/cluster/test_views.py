@@ -29,8 +29,9 @@ def see(desk: Desk) -> views.ModelView:
 
 def test_a_model_from_unloaded_to_loaded_to_idle(desk: Desk) -> None:
     desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (("disk", 10.0),)))
-    assert see(desk) == views.ModelView("unloaded", Tier.DISK, 0.0, "", (), None, 8.0 + 0.05, 0, 0)
+    assert see(desk) == views.ModelView("unloaded", Tier.DISK, 0.0, "", (), None, 0.0, 0, 0)
     desk.ask(1, "a")
+    assert see(desk).estimate_s == 8.0 + 0.05
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.LoadProgress(1, 20, 80))
     one = see(desk)
@@ -45,6 +46,7 @@ def test_a_model_from_unloaded_to_loaded_to_idle(desk: Desk) -> None:
 
 def test_bytes_in_dram_show(desk: Desk) -> None:
     desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (("sha-a", 80),), ()))
+    desk.ask(1, "a")
     assert (see(desk).tier, round(see(desk).estimate_s, 6)) == (Tier.DRAM, 0.05)
 
 
@@ -58,4 +60,5 @@ def test_a_failed_model_says_why(desk: Desk) -> None:
 
 def test_without_a_device_no_start_can_be_foreseen(desk: Desk) -> None:
     desk.tell(e.WorkerLost(D0, 1, "killed"))
+    desk.ask(1, "a")
     assert see(desk).estimate_s == math.inf

@@ -109,7 +109,7 @@ def deploy(controller: Controller) -> None:
 async def dispatched(one: Office, agent: Agent) -> wire.Attach:
     """A cold start by hand, up to the gateway's Attach."""
     deploy(one.controller)
-    one.controller.receive(wire.Arrive(7, "m", "online", None, "id"))
+    one.controller.receive(wire.Arrive(7, "m", "c", "online", None, "id"))
     one.controller.receive(wire.Prompted(7, 3, 8))
     header, reserve = await agent.answer(wire.Reserve)
     assert header.destination == framing.worker_address(0, 0)
@@ -186,7 +186,7 @@ def test_only_heartbeats_that_move_checkpoints_change_the_catalog() -> None:
 def test_a_request_for_nothing_is_rejected() -> None:
     async def story() -> None:
         async with office() as one:
-            one.controller.receive(wire.Arrive(1, "nobody", "online", None, "id"))
+            one.controller.receive(wire.Arrive(1, "nobody", "c", "online", None, "id"))
             await one.until(lambda: one.delivered)
             (rejected,) = one.delivered
             assert isinstance(rejected, wire.Rejected)

@@ -79,8 +79,8 @@ def test_an_agents_first_word() -> None:
 
 
 def test_what_gateways_say() -> None:
-    arrived = translate.from_gateway(wire.Arrive(7, "m", "offline", 5.0, "id"))
-    assert arrived == [events.RequestArrived(7, "m", WorkClass.OFFLINE, 5.0)]
+    arrived = translate.from_gateway(wire.Arrive(7, "m", "c", "offline", 5.0, "id"))
+    assert arrived == [events.RequestArrived(7, "m", "c", WorkClass.OFFLINE, 5.0)]
     assert translate.from_gateway(wire.Prompted(7, 3, 4)) == [events.PromptReady(7, 3, 4)]
     assert translate.from_gateway(wire.Gone([7, 8], "left")) == [events.ClientGone(7), events.ClientGone(8)]
     assert translate.from_gateway(wire.Ask(1, "show", "m", b"")) == []
