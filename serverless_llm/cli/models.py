@@ -73,8 +73,12 @@ def ls(as_json: bool) -> None:
 @click.command()
 @as_json
 def ps(as_json: bool) -> None:
-    """List the models that are on a device, or on their way there."""
-    models = [row for row in deployed(find()) if row["state"] in {"loading", "loaded"}]
+    """List the models that are on a device, or on their way there; and which devices are not up, and why."""
+    status = find().call("GET", "/admin/status")
+    for device in (device for node in status["nodes"] for device in node["devices"]):
+        if device["problem"]:
+            click.echo(device["problem"], err=True)
+    models = [row for row in status["models"] if row["state"] in {"loading", "loaded"}]
     if as_json:
         click.echo(json.dumps(models))
         return

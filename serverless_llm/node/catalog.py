@@ -61,6 +61,13 @@ def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks
     )
 
 
+def problems(state: State) -> list[str]:
+    """Why the devices that are not up are not; empty when all are."""
+    if not state.devices:
+        return ["no node has joined"]
+    return [device.problem for device in state.devices.values() if device.problem]
+
+
 def nodes(state: State, peers: Mapping[str, Peer]) -> list[dict[str, Any]]:
     """Every connected node with its devices, replicas and sequences, as JSON."""
     return [_node(state.nodes[name], peers[name]) for name in sorted(state.nodes.keys() & peers.keys())]
@@ -92,6 +99,8 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
         "worker_pid": worker.pid if worker else None,
         "incarnation": worker.incarnation if worker else 0,
         "step": worker.step if worker else 0,
+        "failed_boots": device.failed_boots,
+        "problem": device.problem,
         "trial": device.trial[0] if device.trial else "",
         "numerics_id": worker.numerics_id if worker else "",
         "kv_used": used,

@@ -163,7 +163,7 @@ class Registry:
         machine = self._controller.machine.state
         return {
             "generation": self._controller.generation,
-            "models": [quoted(one) for one in self._infos()],
+            "models": [quoted(one) for one in self._infos(self._entries)],
             "nodes": catalog.nodes(machine, self._controller.peers),
         }
 
@@ -179,8 +179,8 @@ class Registry:
         return entry
 
     def _row(self, name: str) -> JSON:
-        self._entry(name)
-        return quoted(next(one for one in self._infos() if one.name == name))
+        (info,) = self._infos({name: self._entry(name)})
+        return quoted(info)
 
     # --- what gateways are shown ---
 
@@ -200,16 +200,16 @@ class Registry:
             self._publishing = None
         machine = self._controller.machine.state
         ready = self._restored and any(device.usable for device in machine.devices.values())
-        latest = wire.Catalog(self._infos(), ready)
+        latest = wire.Catalog(self._infos(self._entries), ready, catalog.problems(machine))
         if latest != self._published:
             self._published = latest
             self._deliver(latest)
 
-    def _infos(self) -> list[wire.ModelInfo]:
+    def _infos(self, entries: Mapping[str, Entry]) -> list[wire.ModelInfo]:
         controller = self._controller
         clocks = Clocks(controller.now(), time.time())
         machine = controller.machine
         return [
             catalog.info(entry, machine.state.models.get(name), machine.state, machine.policy, clocks)
-            for name, entry in sorted(self._entries.items())
+            for name, entry in sorted(entries.items())
         ]

@@ -136,6 +136,13 @@ def test_ps_shows_what_holds_memory(cli: CommandLine, running: Scripted) -> None
     ]
 
 
+def test_ps_tells_which_device_is_not_up(cli: CommandLine, running: Scripted) -> None:
+    problem = "node0/0 is not up (3 boots failed): no driver"
+    nodes = [{"devices": [{"problem": problem}, {"problem": ""}]}]
+    running.answers["GET", "/admin/status"] = (200, {"models": [], "nodes": nodes})
+    assert cli("ps") == (0, "NAME  SIZE  STATE  TIER  DEVICE  UNTIL\n", f"{problem}\n")
+
+
 @pytest.mark.parametrize("verb", ["ls", "ps"])
 def test_lists_as_json(cli: CommandLine, running: Scripted, verb: str) -> None:
     rows(running, {})
