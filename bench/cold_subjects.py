@@ -156,8 +156,7 @@ def options(device: str, weights: str, nbytes: int) -> list[str]:
     """How the server is started for one model of `nbytes`."""
     room = str(math.ceil(1.25 * nbytes) + GIB)
     chosen = ["--devices", f"{device}:1", "--device-memory", room, "--dram", room]
-    threads = str(len(os.sched_getaffinity(0)))  # as the peers have them
-    return [*chosen, "--weights", weights, "--threads", threads] if device == "cpu" else chosen
+    return [*chosen, "--weights", weights] if device == "cpu" else chosen
 
 
 def forward(metrics: Mapping[str, Any]) -> float:

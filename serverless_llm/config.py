@@ -67,7 +67,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         device_memory: bytes for weights and KV of one CPU device; of CUDA devices too, None: nearly all there is.
         weights: on CPU devices, `view` (tensors are views into DRAM) or `copy` (a private arena).
         dram: capacity of one node's DRAM tier.
-        threads: compute threads of one CPU device; by default an equal share of the cores, one left to the gateway.
+        threads: compute threads of one CPU device; by default an equal share of the cores, one of three or more left to
+            the gateway.
         keep_alive: how long an unused model stays on its device, unless its spec says otherwise.
         hold: how long a request that does not stream waits for a cold start before 503.
         abandon_after: how long a load goes on that nobody waits for any more.
@@ -281,8 +282,9 @@ def _derived(raw: dict[str, Any], memory: int) -> dict[str, Any]:
         values["device_memory"] = parse_size(values.get("device_memory", f"{50 / (nodes * devices):.3f}%"), memory)
     if kind == "cpu" and values["device_memory"] > memory:
         raise ConfigurationError(f"device_memory: {values['device_memory']} bytes, of {memory} that this machine has")
-    # One core is left to the gateway: threads that wait for one another while a third process runs only burn time.
-    values.setdefault("threads", max(1, (len(os.sched_getaffinity(0)) - 1) // (nodes * devices)))
+    cores = len(os.sched_getaffinity(0))
+    # Threads that wait for one another while the gateway runs only burn time; but half of all cores is too much for it.
+    values.setdefault("threads", max(1, (cores - (cores > 2)) // (nodes * devices)))
     values["devices"] = f"{kind}:{devices}"
     return values
 

@@ -94,10 +94,11 @@ def test_gpus_keep_their_own_memory() -> None:
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (9, 2), (64, 15)])
-def test_one_core_is_left_to_the_gateway(monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
+def test_devices_share_the_cores_but_one(monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
     assert loaded({"nodes": 2, "devices": "cpu:2"}).threads == threads
     assert loaded({"threads": 3}).threads == 3
+    assert loaded({"devices": "cpu:1"}).threads == cores - (cores > 2)
 
 
 def test_state_directory(tmp_path: Path) -> None:
