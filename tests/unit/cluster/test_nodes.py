@@ -306,12 +306,12 @@ def test_min_replicas_come_when_a_device_comes_up_after_all() -> None:
     assert kinds(desk.tell(e.WorkerUp(D0, 4))) == ["Decided", "Reserve"]
 
 
-def test_what_fits_on_no_device_is_told_the_cause_where_none_is_up() -> None:
+def test_who_waits_for_a_device_of_unknown_memory_is_told_why_it_is_not_up() -> None:
     desk = Desk(Policy(silent_after=1e9))
     unknown = NodeSpec("n0", 1000, (DeviceSpec(0, "cuda", 0, "copy"),))
     desk.tell(e.NodeJoined(unknown, (), (), ()))
-    fail_boots(desk, 3)
     desk.tell(deploy("a"))
-    (told,) = desk.tell(e.RequestArrived(1, "a", "sha-a"))
+    assert desk.tell(e.RequestArrived(1, "a", "sha-a")) == []
+    (told,) = fail_boots(desk, 3)
     assert isinstance(told, c.Reject)
     assert told.message.endswith("no CUDA driver")
