@@ -1,16 +1,18 @@
-"""A gateway on loopback and, at the other end of its messages, a controller that follows a script."""
+"""A gateway on loopback, its clients, and at the other end of its messages a controller that follows a script."""
 
 from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
+import msgspec
+import openai
 from aiohttp import web
 
 from serverless_llm import framing, wire
@@ -22,6 +24,8 @@ from serverless_llm.gateway.text import TextPool
 M = TypeVar("M", bound=wire.Message)
 END = tokenizer.END
 CONTEXT = 256
+COLD = {"load_queue_ms": 1.0, "load_disk_ms": 20.0, "load_upload_ms": 3.0, "load_ms": 24.0}
+QUICK = GatewayOptions(hold=0.05, commit_after=0.02, heartbeat_every=0.02)
 
 
 def write_checkpoint(directory: Path) -> Path:
@@ -158,3 +162,53 @@ async def served(
 def decoded(run: wire.Run) -> tuple[list[int], list[int]]:
     """Prompt and generated tokens of a `Run`."""
     return array("i", run.prompt).tolist(), array("i", run.generated).tolist()
+
+
+# --- clients ---
+
+
+def run(
+    tmp_path: Path, on: Behaviour, scenario: Callable[[Served], Awaitable[None]], options: GatewayOptions | None = None
+) -> None:
+    """One scenario against one server; nothing may stay open in it."""
+
+    async def main() -> None:
+        async with served(tmp_path, on, options) as server, asyncio.timeout(20):
+            await scenario(server)
+            server.gateway.drain()
+            await server.gateway.idle()
+
+    asyncio.run(main())
+
+
+def client(server: Served) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
+    """Decoded data events as they come; `[DONE]` and comments as text."""
+    async for line in response.content:
+        if line.startswith(b"data: {"):
+            yield msgspec.json.decode(line[6:])
+        elif line.strip():
+            yield line.strip().decode()
+
+
+async def error_of(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    body = msgspec.json.decode(await response.read())
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"]
+    assert response.content_type == "application/json"
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+async def collect(ai: openai.AsyncOpenAI, stream: bool, **options: Any) -> tuple[str, str | None]:
+    """Text and finish reason of one chat, streaming or not."""
+    ask: Any = ai.chat.completions.create
+    answer = await ask(model="demo", messages=[{"role": "user", "content": "Hi"}], stream=stream, **options)
+    if not stream:
+        return answer.choices[0].message.content, answer.choices[0].finish_reason
+    choices = [chunk.choices[0] async for chunk in answer]
+    return "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason

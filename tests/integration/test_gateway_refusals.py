@@ -1,0 +1,226 @@
+"""Every way in which the gateway says no, or ends what had begun."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yarl
+
+from serverless_llm import wire
+from serverless_llm.gateway.options import GatewayOptions
+from tests.integration.scripted import (
+    Controller,
+    Served,
+    attaches,
+    begins,
+    collect,
+    error_of,
+    events,
+    model,
+    run,
+    says,
+    silent,
+    write_checkpoint,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("status", "code", "after", "headers"),
+    [
+        (503, "overloaded", 3.2, {"Retry-After": "4"}),
+        (503, "model_load_failed", None, {"x-should-retry": "false"}),
+        (500, "engine_error", None, {"x-should-retry": "false"}),
+        (429, "rate_limit_exceeded", 100.0, {"Retry-After": "60"}),
+    ],
+)
+def test_what_the_controller_refuses(
+    tmp_path: Path, stream: bool, status: int, code: str, after: float | None, headers: dict[str, str]
+) -> None:
+    def refuses(controller: Controller, message: wire.Message) -> None:
+        if isinstance(message, wire.Arrive):
+            controller.reject(message.sequence, status, code, after)
+
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=stream) as response:
+            assert response.status == status
+            assert (await error_of(response))["code"] == code
+            assert response.headers.items() >= headers.items()
+        assert not server.controller.all(wire.Gone)
+
+    run(tmp_path, refuses, scenario)
+
+
+@pytest.mark.parametrize("cause", ["rejected", "engine"])
+def test_a_failure_in_mid_stream_is_an_event_and_the_end(tmp_path: Path, cause: str) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True) as response:
+            sequence = (await server.controller.saw(wire.Run)).sequence
+            seen = events(response)
+            assert (await anext(seen))["choices"][0]["delta"]["content"] == "A"
+            if cause == "engine":
+                server.controller.tokens(sequence, [], "error")
+            else:
+                server.controller.reject(sequence, 500, "engine_error")
+            rest = [event async for event in seen]
+        assert rest[0]["error"]["code"] == "engine_error"
+        assert rest[1:] == ["data: [DONE]"]
+        assert not server.controller.all(wire.Gone)
+
+    run(tmp_path, begins, scenario)
+
+
+def test_an_engine_failure_before_any_token_is_a_500(tmp_path: Path) -> None:
+    def fails(controller: Controller, message: wire.Message) -> None:
+        attaches(controller, message)
+        if isinstance(message, wire.Run):
+            controller.tokens(message.sequence, [], "error")
+
+    async def scenario(server: Served) -> None:
+        for stream in (True, False):
+            async with server.chat(stream=stream) as response:
+                assert (response.status, (await error_of(response))["code"]) == (500, "engine_error")
+
+    run(tmp_path, fails, scenario)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "param"),
+    [
+        ("/v1/chat/completions", {"model": "nobody", "messages": []}, 400, "invalid_request_error", "messages"),
+        ("/v1/completions", {"model": "nobody", "prompt": "x"}, 404, "model_not_found", "model"),
+        ("/v1/completions", {"prompt": "x"}, 400, "invalid_request_error", "model"),
+        ("/models/demo/v1/completions", {"model": "team/demo-2", "prompt": "x"}, 400, "invalid_request_error", "model"),
+        ("/models/nobody/v1/completions", {"prompt": "x"}, 404, "model_not_found", "model"),
+        ("/v1/completions", {"model": "demo", "prompt": "x", "n": 2}, 400, "unsupported_parameter", "n"),
+        ("/v1/completions", {"model": "demo", "prompt": "x" * 256}, 400, "context_length_exceeded", "prompt"),
+        ("/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 256}, 400, "context_length_exceeded",
+         "prompt"),
+        ("/v1/completions", {"model": "demo", "prompt": ""}, 400, "invalid_request_error", "prompt"),
+        ("/v1/completions", {"model": "demo", "prompt": [5000]}, 400, "invalid_request_error", "prompt"),
+        ("/v1/completions", {"model": "demo", "prompt": "x" * 5000}, 413, "request_too_large", None),
+        ("/v1/other", {}, 404, "not_found", None),
+        ("/models/a/b/c/v1/completions", {}, 404, "not_found", None),
+    ],
+)  # fmt: skip
+def test_refused_requests(tmp_path: Path, path: str, body: Any, status: int, code: str, param: str | None) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.http.post(path, json=body) as response:
+            error = await error_of(response)
+            assert (response.status, error["code"], error["param"]) == (status, code, param)
+        arrived, gone = server.controller.all(wire.Arrive), server.controller.all(wire.Gone)
+        assert [message.sequence for message in arrived] == [message.sequences[0] for message in gone]
+
+    run(tmp_path, silent, scenario, GatewayOptions(body_limit=4096))
+
+
+def test_other_methods_and_bodies_get_json_errors(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.http.get("/v1/chat/completions") as response:
+            assert (response.status, (await error_of(response))["code"]) == (405, "method_not_allowed")
+        async with server.http.post("/v1/chat/completions", data=b"{") as response:
+            assert (response.status, (await error_of(response))["code"]) == (400, "invalid_request_error")
+        async with server.http.get("/v1/models", headers={"Host": "evil.example"}) as response:
+            assert (response.status, (await error_of(response))["code"]) == (403, "permission_denied")
+
+    run(tmp_path, silent, scenario)
+
+
+def test_keys(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat() as response:
+            assert (response.status, (await error_of(response))["code"]) == (401, "invalid_api_key")
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret") as ai:
+            assert await collect(ai, stream=True) == ("hi", "stop")
+
+    run(tmp_path, says("hi"), scenario, GatewayOptions(api_keys=("secret",)))
+
+
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        url = yarl.URL(server.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xe9\r\nConnection: close\r\n\r\n")
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        writer.close()
+
+    run(tmp_path, silent, scenario, GatewayOptions(api_keys=("secret",)))
+
+
+def test_a_bug_is_a_500_and_a_traceback_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: Served) -> None:
+        server.controller.broken = True
+        async with server.http.get("/admin/status") as response:
+            error = await error_of(response)
+            assert (response.status, error["code"]) == (500, "engine_error")
+            assert "broken" not in error["message"]
+
+    run(tmp_path, silent, scenario)
+    assert "the controller is broken" in caplog.text
+
+
+def test_a_prompt_that_cannot_be_made_ends_its_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: Served) -> None:
+        server.gateway.receive(wire.Catalog([model("demo", tmp_path / "demo", context="none")], True))
+        async with server.chat(stream=True) as response:
+            assert (response.status, (await error_of(response))["code"]) == (500, "engine_error")
+
+    run(tmp_path, silent, scenario)
+    assert "the prompt could not be made" in caplog.text
+
+
+def test_a_hostile_template_is_its_models_error(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        source = write_checkpoint(tmp_path / "bad")
+        (source / "chat_template.jinja").write_text("{{ raise_exception('no system messages, please') }}")
+        server.gateway.receive(wire.Catalog([model("demo", tmp_path / "demo"), model("bad", source)], True))
+        async with server.chat(model="bad", stream=True) as response:
+            assert response.status == 400
+            message = (await error_of(response))["message"]
+            assert "'bad'" in message
+            assert "no system messages, please" in message
+        async with server.chat() as response:
+            assert response.status == 200
+
+    run(tmp_path, says("a"), scenario)
+
+
+@pytest.mark.parametrize(("limit", "stall"), [(100_000, 60.0), (1 << 30, 0.05)], ids=["size", "time"])
+def test_a_client_that_does_not_read_is_dropped(tmp_path: Path, limit: int, stall: float) -> None:
+    async def scenario(server: Served) -> None:
+        controller = server.controller
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            body = b'{"model":"demo","messages":[{"role":"user","content":"Hi"}],"stream":true}'
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            deaf.sendall(head.encode() + body)
+            sequence = (await controller.saw(wire.Run)).sequence
+            while not controller.all(wire.Gone):
+                controller.tokens(sequence, [65] * 20_000)
+                await asyncio.sleep(0)
+            cause = "slow reader" if stall > 1 else "client gone"
+            assert controller.all(wire.Gone) == [wire.Gone([sequence], cause)]
+            assert b"[DONE]" not in await rest_of(deaf)
+
+    run(tmp_path, attaches, scenario, GatewayOptions(unread_limit=limit, write_stall=stall))
+
+
+async def rest_of(client: socket.socket) -> bytes:
+    """All that comes until the connection is closed or reset."""
+    client.setblocking(False)
+    seen = b""
+    try:
+        while part := await asyncio.get_running_loop().sock_recv(client, 1 << 20):
+            seen += part
+    except ConnectionResetError:
+        pass
+    return seen

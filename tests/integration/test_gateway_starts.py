@@ -1,0 +1,123 @@
+"""What clients see of a cold start: heartbeats, phases, and the end of a hold."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from serverless_llm import wire
+from serverless_llm.gateway.options import GatewayOptions
+from tests.integration.scripted import (
+    COLD,
+    END,
+    QUICK,
+    Served,
+    attaches,
+    error_of,
+    events,
+    model,
+    run,
+    says,
+    silent,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("style", ["chunk", "comment"])
+def test_a_silent_stream_sends_its_headers_and_heartbeats(tmp_path: Path, style: str) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True) as response:
+            assert response.headers["Content-Type"] == "text/event-stream"
+            assert response.headers["Cache-Control"] == "no-cache"
+            assert response.headers["X-Accel-Buffering"] == "no"
+            seen = events(response)
+            beats = [await anext(seen) for _ in range(3)]
+            sequence = (await server.controller.saw(wire.Prompted)).sequence
+            server.controller.attach(sequence)
+            server.controller.tokens(sequence, [*b"hi", END], "stop")
+            rest = [event async for event in seen if event not in (": ping", beats[-1])]
+        if style == "comment":
+            assert beats == [": ping"] * 3
+        else:
+            deltas = [beat["choices"][0]["delta"] for beat in beats]
+            assert deltas == [{"role": "assistant", "content": ""}, {}, {}]
+        first = rest[0]["choices"][0]["delta"]
+        assert first == {"content": "hi"} | ({"role": "assistant"} if style == "comment" else {})
+        assert rest[-1] == "data: [DONE]"
+
+    run(tmp_path, silent, scenario, GatewayOptions(commit_after=0.02, heartbeat_every=0.02, heartbeat=style))
+
+
+def test_heartbeats_keep_their_distance(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True) as response:
+            seen = events(response)
+            await anext(seen)
+            for _ in range(3):  # time enough for more of them
+                async with server.http.get("/health") as health:
+                    assert health.status == 200
+            sequence = (await server.controller.saw(wire.Prompted)).sequence
+            server.controller.attach(sequence)
+            server.controller.tokens(sequence, [65], "length")
+            assert [event["choices"][0]["delta"] async for event in seen if "DONE" not in event] == [
+                {"content": "A"},
+                {},
+            ]
+
+    run(tmp_path, silent, scenario, GatewayOptions(commit_after=0.01, heartbeat_every=1000.0))
+
+
+def test_headers_wait_for_the_first_token_and_carry_the_phases(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True) as response:
+            timing = dict(part.split(";dur=") for part in response.headers["Server-Timing"].split(", "))
+            assert timing.keys() == {
+                "queue",
+                "load_queue",
+                "load_disk",
+                "load_upload",
+                "load",
+                "prefill",
+                "first_token",
+            }
+            assert timing["load_disk"] == "20"
+            seen = [event async for event in events(response)]
+        assert seen[-2]["metrics"]["cold_start_phases"]["load_disk_ms"] == 20.0
+        assert seen[0]["choices"][0]["delta"]["content"]
+
+    run(tmp_path, says("hi", cold=COLD), scenario)
+
+
+def test_a_hold_ends_in_503_with_the_estimate(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat() as response:
+            error = await error_of(response)
+            assert (response.status, error["code"]) == (503, "model_loading")
+            assert response.headers["Retry-After"] == "8"
+            assert "x-should-retry" not in response.headers
+        sequence = server.controller.all(wire.Arrive)[0].sequence
+        assert server.controller.all(wire.Gone) == [wire.Gone([sequence], "model_loading")]
+        busy = model("demo", tmp_path / "demo", state="loaded")
+        server.gateway.receive(wire.Catalog([busy], True))
+        async with server.chat() as response:
+            assert (response.status, (await error_of(response))["code"]) == (503, "overloaded")
+
+    run(tmp_path, silent, scenario, QUICK)
+
+
+def test_an_answer_that_has_begun_is_not_held_against_the_limit(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        asking = asyncio.create_task(server.chat().__aenter__())
+        sequence = (await server.controller.saw(wire.Run)).sequence
+        server.controller.tokens(sequence, [65])
+        passed = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(2 * QUICK.hold, passed.set_result, None)
+        await passed
+        server.controller.tokens(sequence, [66], "length")
+        async with await asking as response:
+            assert response.status == 200
+
+    run(tmp_path, attaches, scenario, QUICK)

@@ -1,0 +1,202 @@
+"""What the gateway shows beside completions: models, readiness, metrics, logs, answers to operators; its end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+import yarl
+
+from serverless_llm import wire
+from serverless_llm.gateway.options import GatewayOptions
+from tests.integration.scripted import (
+    COLD,
+    Controller,
+    Served,
+    begins,
+    client,
+    error_of,
+    events,
+    model,
+    run,
+    says,
+    silent,
+)
+
+pytestmark = pytest.mark.slow
+
+
+# --- what is not a completion ---
+
+
+def test_models_with_status(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        loading = model("demo", tmp_path / "demo", state="loading", progress=0.5)
+        failed = model("team/demo-2", tmp_path, state="failed", error="no config.json")
+        server.gateway.receive(wire.Catalog([loading, failed], True))
+        async with client(server) as ai:
+            listed = {entry.id: entry async for entry in ai.models.list()}
+            one = await ai.models.retrieve("team/demo-2")
+        assert listed.keys() == {"demo", "team/demo-2"}
+        assert listed["demo"].model_extra is not None
+        expected = {"value": "loading", "tier": "disk", "progress": 0.5, "error": None}
+        assert listed["demo"].model_extra["status"] == expected
+        assert one.model_extra is not None
+        assert one.model_extra["status"]["error"] == "no config.json"
+        async with server.http.get("/models/demo/v1/models") as response:
+            assert [entry["id"] for entry in (await response.json())["data"]] == ["demo"]
+        async with server.http.get("/v1/models/nobody") as response:
+            assert (response.status, (await error_of(response))["code"]) == (404, "model_not_found")
+        assert server.controller.sent == []
+
+    run(tmp_path, silent, scenario)
+
+
+def test_health_and_readiness(tmp_path: Path) -> None:
+    async def status(server: Served, path: str) -> int:
+        async with server.http.get(path) as response:
+            return response.status
+
+    async def scenario(server: Served) -> None:
+        assert [await status(server, path) for path in ("/health", "/ready")] == [200, 200]
+        server.gateway.receive(wire.Catalog([], False, ["node0/0 is not up: no driver"]))
+        assert [await status(server, path) for path in ("/health", "/ready")] == [200, 503]
+        async with server.http.get("/ready") as response:
+            assert await response.json() == {"ready": False, "problems": ["node0/0 is not up: no driver"]}
+
+    run(tmp_path, silent, scenario)
+
+
+def test_metrics_of_served_and_deleted_models(tmp_path: Path) -> None:
+    async def page(server: Served) -> str:
+        async with server.http.get("/metrics") as response:
+            assert response.status == 200
+            return await response.text()
+
+    async def scenario(server: Served) -> None:
+        async with server.chat() as response:
+            assert response.status == 200
+        text = await page(server)
+        served_by = 'engine="n0/0",model_name="demo"'
+        assert f"vllm:generation_tokens_total{{{served_by}}} 3.0" in text
+        assert f"vllm:time_to_first_token_seconds_count{{{served_by}}} 1.0" in text
+        assert 'vllm:request_success_total{engine="n0/0",finished_reason="stop",model_name="demo"} 1.0' in text
+        assert 'serverless_llm_cold_start_seconds_count{model_name="demo"} 1.0' in text
+        server.gateway.receive(wire.Catalog([], True))
+        assert '"demo"' not in await page(server)
+
+    run(tmp_path, says("hi", cold=COLD), scenario)
+
+
+def test_who_waits_and_who_runs(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True) as response:
+            async with server.http.get("/metrics") as page:
+                text = await page.text()
+            assert 'vllm:num_requests_running{engine="n0/0",model_name="demo"} 1.0' in text
+            assert 'vllm:num_requests_waiting{engine="",model_name="team/demo-2"} 0.0' in text
+            server.gateway.receive(wire.Catalog([], True))
+            async with server.http.get("/metrics") as page:
+                assert '"demo"' not in await page.text()  # its stream goes on
+            server.controller.tokens(server.controller.all(wire.Run)[0].sequence, [65], "length")
+            await response.read()
+
+    run(tmp_path, begins, scenario)
+
+
+def test_a_valid_request_id_is_kept(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        for given, kept in (("trace-1.a:B", True), ("x" * 129, False), ("a b", False)):
+            body = {"model": "demo", "prompt": "x", "stream": True}
+            async with server.http.post("/v1/completions", json=body, headers={"x-request-id": given}) as response:
+                assert (response.headers["x-request-id"] == given) == kept
+                await response.read()
+            arrive = server.controller.all(wire.Arrive)[-1]
+            assert arrive.request_id == response.headers["x-request-id"]
+
+    run(tmp_path, says("a"), scenario)
+
+
+def test_one_log_line_a_request_without_its_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: Served) -> None:
+        message = {"role": "user", "content": "canary-in"}
+        async with server.chat(messages=[message]) as response:
+            await response.read()
+
+    with caplog.at_level(logging.DEBUG):
+        run(tmp_path, says("canary-out"), scenario)
+    lines = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
+    assert len(lines) == 1
+    assert "model=demo" in lines[0]
+    assert "end=stop" in lines[0]
+    assert "canary" not in caplog.text
+
+
+# --- operators ---
+
+
+def test_admin_routes_are_questions_to_the_controller(tmp_path: Path) -> None:
+    def answers(controller: Controller, message: wire.Message) -> None:
+        if isinstance(message, wire.Ask):
+            body = msgspec.json.encode({"verb": message.verb, "name": message.name, "body": message.body.decode()})
+            controller.deliver(wire.Answer(message.id, 201 if message.verb == "deploy" else 200, body))
+            controller.deliver(wire.Answer(message.id, 500, b"{}"))  # a second answer is nobody's
+
+    async def ask(server: Served, method: str, path: str, data: bytes | None = None) -> tuple[int, Any]:
+        url = yarl.URL(server.url + path, encoded=True)
+        async with aiohttp.ClientSession() as http, http.request(method, url, data=data) as response:
+            return response.status, await response.json()
+
+    async def scenario(server: Served) -> None:
+        spec = b'{"source": "/models/x"}'
+        deployed = (201, {"verb": "deploy", "name": "team/x", "body": spec.decode()})
+        assert await ask(server, "PUT", "/admin/models/team/x", spec) == deployed
+        assert await ask(server, "PUT", "/admin/models/team%2Fx", spec) == deployed
+        assert await ask(server, "PUT", "/admin/models/team%2fx", spec) == deployed
+        assert (await ask(server, "GET", "/admin/models/x"))[1]["verb"] == "show"
+        assert (await ask(server, "DELETE", "/admin/models/x"))[1]["verb"] == "delete"
+        assert (await ask(server, "GET", "/admin/status"))[1] == {"verb": "status", "name": "", "body": "{}"}
+        for verb in ("load", "unload", "pin"):
+            answer = {"verb": verb, "name": "team/x", "body": "{}"}
+            assert await ask(server, "POST", f"/admin/models/team/x/{verb}") == (200, answer)
+        assert (await ask(server, "PUT", "/admin/models/x", b"["))[0] == 400
+
+    run(tmp_path, answers, scenario)
+
+
+def test_a_controller_that_does_not_answer(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.http.get("/admin/status") as response:
+            assert (response.status, (await error_of(response))["code"]) == (503, "overloaded")
+
+    run(tmp_path, silent, scenario, GatewayOptions(admin_timeout=0.01))
+
+
+def test_stopping(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True) as response:
+            sequence = (await server.controller.saw(wire.Run)).sequence
+            seen = events(response)
+            await anext(seen)
+            server.gateway.drain()
+            async with server.chat() as refused, server.http.get("/ready") as ready:
+                assert (refused.status, ready.status) == (503, 503)
+            server.gateway.abort("the server is stopping")
+            rest = [event async for event in seen]
+        assert rest[0]["error"]["message"] == "the server is stopping"
+        await server.gateway.idle()
+        assert server.controller.all(wire.Gone)[0].sequences == [sequence]
+
+    run(tmp_path, begins, scenario)
+
+
+def test_an_idle_gateway_stops_at_once(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        server.gateway.drain()
+        await server.gateway.idle()
+
+    run(tmp_path, silent, scenario)
