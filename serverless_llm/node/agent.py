@@ -260,9 +260,9 @@ class Agent:
     def _exited(self, device: int, incarnation: int, status: int) -> None:
         self._slots[device].exited(incarnation, status)
 
-    def _forkserver_lost(self) -> None:
+    def _forkserver_lost(self, cause: str) -> None:
         for slot in self._slots:
-            slot.forkserver_lost()
+            slot.forkserver_lost(cause)
 
 
 async def serve(options: AgentOptions) -> None:

@@ -125,7 +125,7 @@ class Slot:
             self.kill(f"no step for {self._patience:.0f} s")
         if self._owed is not None and self._now() > self._owed:
             self._owed = None
-            self._spawner.kill()
+            self._spawner.kill(f"hung for {FORKSERVER_LIMIT:.0f} s")
 
     # --- what the forkserver tells ---
 
@@ -146,10 +146,10 @@ class Slot:
         delay = min(BACK_OFF * 2.0 ** (self._failed_boots - 1), BACK_OFF_LIMIT)
         asyncio.get_running_loop().call_later(delay, self._boot_again, self.incarnation)
 
-    def forkserver_lost(self) -> None:
+    def forkserver_lost(self, cause: str) -> None:
         """All workers died with it; `boot` is called when another one is ready."""
         if self._link is not None:
-            self._gone("the forkserver died")
+            self._gone(cause)
 
     def _boot_again(self, incarnation: int) -> None:
         if incarnation == self.incarnation and self._spawner.up:

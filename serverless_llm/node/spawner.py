@@ -12,11 +12,13 @@ from collections.abc import Callable
 import msgspec
 
 from serverless_llm.node import forkserver
-from serverless_llm.node.processes import command, environment
+from serverless_llm.node.processes import command, died, environment
 
 log = logging.getLogger(__name__)
 
-BACK_OFF = 1.0  # seconds before the next try after a forkserver that died before it was up
+READY_LIMIT = 120.0  # seconds until a forkserver must be up; to import torch from a cold network disk takes some
+BACK_OFF = 1.0  # seconds before the next try after a forkserver that died before it was up; doubled each time
+BACK_OFF_LIMIT = 30.0
 
 
 class Spawner:
@@ -26,7 +28,7 @@ class Spawner:
         ready: a forkserver can spawn; called again after each restart.
         spawned: (device, incarnation, pid).
         exited: (device, incarnation, wait status); a worker was reaped.
-        lost: the forkserver died, and all its workers with it; another one is starting.
+        lost: the forkserver died, and all its workers with it, with the cause; another one is starting.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class Spawner:
         ready: Callable[[], None],
         spawned: Callable[[int, int, int], None],
         exited: Callable[[int, int, int], None],
-        lost: Callable[[], None],
+        lost: Callable[[str], None],
     ) -> None:
         self._ready = ready
         self._spawned = spawned
@@ -42,7 +44,9 @@ class Spawner:
         self._lost = lost
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._starting: asyncio.TimerHandle | None = None
+        self._starting: asyncio.TimerHandle | None = None  # the next start, or the end of patience with this one
+        self._verdict = ""  # why this agent killed it
+        self._failures = 0  # in a row, before it was up
         self.up = False
 
     def start(self) -> None:
@@ -54,8 +58,10 @@ class Spawner:
             arguments, pass_fds=[theirs.fileno()], env=environment(), stdin=subprocess.DEVNULL
         )
         theirs.close()
-        self._control = ours
-        asyncio.get_running_loop().add_reader(ours, self._read)
+        self._control, self._verdict = ours, ""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(ours, self._read)
+        self._starting = loop.call_later(READY_LIMIT, self.kill, f"was not ready within {READY_LIMIT:g} s")
 
     def spawn(self, device: int, incarnation: int, pool: int) -> socket.socket:
         """Asks for a worker; returns the agent's end of its socket (non-blocking)."""
@@ -70,10 +76,10 @@ class Spawner:
         theirs.close()
         return ours
 
-    def kill(self) -> None:
-        """Kills a forkserver that hangs; `lost` follows."""
+    def kill(self, verdict: str) -> None:
+        """Kills a forkserver that hangs; `lost` follows. `verdict`: what it did."""
         if self._process is not None:
-            log.warning("the forkserver hangs, pid %d", self._process.pid)
+            self._verdict = verdict
             self._process.kill()
 
     def stop(self) -> None:
@@ -105,11 +111,23 @@ class Spawner:
             case forkserver.Exited(device, incarnation, status):
                 self._exited(device, incarnation, status)
             case _:
-                self.up = True
+                assert self._starting is not None
+                self._starting.cancel()
+                self.up, self._failures = True, 0
                 self._ready()
 
     def _restart(self) -> None:
-        delay = 0.0 if self.up else BACK_OFF
+        assert self._process is not None
+        self._failures += not self.up
+        process, delay = self._process, pause(self._failures)
         self.stop()
-        self._lost()
+        status = -process.returncode if process.returncode < 0 else process.returncode << 8
+        cause = f"the forkserver {self._verdict or died(status)}"
+        log.warning("%s; the next one starts in %.0f s", cause, delay)
+        self._lost(cause)
         self._starting = asyncio.get_running_loop().call_later(delay, self.start)
+
+
+def pause(failures: int) -> float:
+    """Seconds before the next try after so many failures."""
+    return min(BACK_OFF * 2.0 ** (failures - 1), BACK_OFF_LIMIT) if failures else 0.0

@@ -36,7 +36,7 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
             lambda: slot.boot(),
             lambda device, incarnation, pid: slot.spawned(incarnation, pid),
             lambda device, incarnation, status: slot.exited(incarnation, status),
-            lambda: slot.forkserver_lost(),
+            lambda cause: slot.forkserver_lost(cause),
         )
         boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
         slot = Slot(boot, pool.fd, spawner, says("frame"), says("up"), says("lost"), 10.0)
@@ -55,7 +55,7 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
         assert spawner._process.pid != first
         assert slot.incarnation == 2
         spawner.stop()
-        slot.forkserver_lost()
+        slot.forkserver_lost("stopped")
         await asyncio.sleep(0)  # the link's transport closes in the next turn
         pool.close()
 
