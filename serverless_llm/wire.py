@@ -78,7 +78,6 @@ class StartLoad(Message, frozen=True):
     checkpoint: str
     dtype: str
     kv_floor: int
-    context: int
 
 
 class Unload(Message, frozen=True):
@@ -244,7 +243,6 @@ class Place(Message, frozen=True):
     config: str  # config.json
     dtype: str
     kv_floor: int
-    context: int
     files: list[tuple[str, int]]
 
 

@@ -27,7 +27,6 @@ class StartLoad:
     checkpoint: CheckpointId
     dtype: str
     kv_floor: int
-    context: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,6 @@ def reserved(turn: Turn, event: Reserved) -> None:
             replica.checkpoint,
             replica.dtype,
             replica.kv_floor,
-            replica.footprint.context,
         )
     )
 

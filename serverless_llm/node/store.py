@@ -179,7 +179,6 @@ class Store:
             config=found.raw_config,
             dtype=order.dtype,
             kv_floor=order.kv_floor,
-            context=order.context,
             files=[(file.name, file.size) for file in found.files],
         )
         self._slot(order.device).send(place)

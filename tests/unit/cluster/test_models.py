@@ -53,7 +53,7 @@ def test_a_changed_checkpoint_rolls_over(desk: Desk) -> None:
     assert kinds(done) == ["Evicted", "Unload", "Decided"]
     assert done[0] == c.Evicted(1, "a", D0, "rollover")
     assert desk.tell(e.Unloaded(1)) == [c.Reserve(D0, 2, 90)]
-    assert desk.tell(e.Reserved(D0, 2)) == [c.StartLoad(2, D0, "a", "/a", "sha-new", "auto", 10, 1024)]
+    assert desk.tell(e.Reserved(D0, 2)) == [c.StartLoad(2, D0, "a", "/a", "sha-new", "auto", 10)]
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float32"}, {"context": 512}, {"checkpoint": "sha-2"}])

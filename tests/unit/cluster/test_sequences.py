@@ -31,7 +31,7 @@ def test_a_cold_request_starts_a_load_before_its_prompt_is_known() -> None:
     assert (decided.replica, decided.device, decided.victims) == (1, D0, ())
     assert reserve == c.Reserve(D0, 1, 90)
     assert desk.tell(e.PromptReady(1, 10, 10)) == []
-    assert desk.tell(e.Reserved(D0, 1)) == [c.StartLoad(1, D0, "a", "/a", "sha-a", "auto", 10, 1024)]
+    assert desk.tell(e.Reserved(D0, 1)) == [c.StartLoad(1, D0, "a", "/a", "sha-a", "auto", 10)]
     outcome, dispatch = desk.tell(e.ReplicaReady(1, PHASES), after=2.0)
     assert outcome == c.Outcome(1, "a", D0, decided.predicted_s, 2.0, PHASES)
     assert dispatch == c.Dispatch(1, 1, 1, D0, 2.0, PHASES)

@@ -43,8 +43,8 @@ FROM_NODE: list[tuple[wire.Message, list[events.Event]]] = [
 TO_NODE: list[tuple[commands.Command, tuple[str, int, wire.Message]]] = [
     (commands.Reserve(DEVICE, 5, 9), ("n", 1, wire.Reserve(1, 5, 9))),
     (
-        commands.StartLoad(5, DEVICE, "m", "/m", "c", "float32", 8, 64),
-        ("n", -1, wire.StartLoad(5, 1, "m", "/m", "c", "float32", 8, 64)),
+        commands.StartLoad(5, DEVICE, "m", "/m", "c", "float32", 8),
+        ("n", -1, wire.StartLoad(5, 1, "m", "/m", "c", "float32", 8)),
     ),
     (commands.Unload(5, DEVICE), ("n", -1, wire.Unload(5))),
     (commands.Cancel(DEVICE, 7, 2), ("n", 1, wire.Cancel([(7, 2)]))),

@@ -66,7 +66,7 @@ class Agent:
 
     def place(self, replica: int = 1, dtype: str = "auto", config: str | None = None) -> None:
         files = [("model.safetensors", len(self.raw))]
-        self.send(wire.Place(replica, "tiny", "c", config or self.config, dtype, 0, 64, files))
+        self.send(wire.Place(replica, "tiny", "c", config or self.config, dtype, 0, files))
 
     def land(self, replica: int = 1) -> None:
         """The bytes in two pieces, the second first."""
