@@ -273,7 +273,7 @@ class Dropped(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """Worker -> agent: this replica cannot be placed."""
+    """Worker -> agent: this replica cannot be placed; instead of `Booted`: this worker cannot come up."""
 
     replica: int
     message: str

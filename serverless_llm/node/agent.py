@@ -244,6 +244,8 @@ class Agent:
                 log.warning("worker %d sent %s, which no agent takes", slot.device, type(other).__name__)
 
     def _up(self, slot: Slot) -> None:
+        if not any(device.budget for device in self._devices):
+            self.stop("the driver, which did not answer before, does now: another agent asks it for its memory")
         self._tell(wire.WorkerUp(slot.device, slot.incarnation, slot.pid, slot.numerics_id))
 
     def _lost(self, slot: Slot, cause: str) -> None:

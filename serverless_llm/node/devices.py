@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from serverless_llm.errors import ConfigurationError
 from serverless_llm.node.options import DeviceOptions
+
+log = logging.getLogger(__name__)
 
 CUDA_RESERVE = 2 << 30  # bytes of a GPU left to its context, to workspaces and to the allocator's slack
 
@@ -13,20 +15,19 @@ CUDA_RESERVE = 2 << 30  # bytes of a GPU left to its context, to workspaces and 
 def budgets(devices: Sequence[DeviceOptions]) -> list[int]:
     """Bytes for weights and KV of each device, asking the driver for those that state none.
 
-    Raises:
-        ConfigurationError: a CUDA device that the driver does not have.
+    0 of one that the driver does not have: why it cannot come up is its worker's to tell.
     """
-    if all(device.budget for device in devices):
-        return [device.budget for device in devices]
+    return [device.budget or _free(number) for number, device in enumerate(devices)]
+
+
+def _free(number: int) -> int:
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        free = [
-            pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(number)).free
-            for number in range(len(devices))
-        ]
+        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(number))
         pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        raise ConfigurationError(f"cannot ask the NVIDIA driver for its devices: {error}") from error
-    return [device.budget or int(bytes_) - CUDA_RESERVE for device, bytes_ in zip(devices, free, strict=True)]
+        log.warning("cannot ask the NVIDIA driver for device %d: %s", number, error)
+        return 0
+    return int(memory.free) - CUDA_RESERVE

@@ -35,7 +35,7 @@ class Slot:
         boot: what every incarnation is told, its number aside.
         pool: descriptor of the DRAM pool, owned by the agent.
         receive: a frame of the worker.
-        up: the worker is up. lost: it is gone for good (reaped), with the cause; the next one is booting.
+        up: the worker is up. lost: it is gone for good (reaped), with the cause, or never came up; the next one boots.
         stuck_after: seconds of silence with work to do that a worker is allowed.
     """
 
@@ -122,7 +122,7 @@ class Slot:
         """Kills a worker, or the forkserver, that owes a sign of life; to be called every second or so."""
         if self._due is not None and self._now() > self._due:
             self._due = None
-            self.kill(f"no step for {self._patience:.0f} s")
+            self.kill(f"no step for {self._patience:.0f} s" if self.up else f"not up within {BOOT_LIMIT:.0f} s")
         if self._owed is not None and self._now() > self._owed:
             self._owed = None
             self._spawner.kill(f"hung for {FORKSERVER_LIMIT:.0f} s")
@@ -148,8 +148,9 @@ class Slot:
 
     def forkserver_lost(self, cause: str) -> None:
         """All workers died with it; `boot` is called when another one is ready."""
-        if self._link is not None:
-            self._gone(cause)
+        if self._link is None:
+            self.incarnation += 1  # a boot that could not be tried, or waits no more
+        self._gone(cause)
 
     def _boot_again(self, incarnation: int) -> None:
         if incarnation == self.incarnation and self._spawner.up:
@@ -157,7 +158,7 @@ class Slot:
 
     def _gone(self, cause: str) -> None:
         self._failed_boots = 0 if self.up else self._failed_boots + 1
-        was_up, self.up, self.pid, self._due, self._owed = self.up, False, 0, None, None
+        self.up, self.pid, self._due, self._owed = False, 0, None, None
         link, self._link = self._link, None
         if link is not None:
             link.close(cause)
@@ -165,8 +166,7 @@ class Slot:
             os.close(self._pidfd)
             self._pidfd = -1
         log.warning("worker of device %d, incarnation %d: %s", self.device, self.incarnation, cause)
-        if was_up:
-            self._told_lost(self, cause)
+        self._told_lost(self, cause)
 
     # --- what the worker tells ---
 
@@ -176,6 +176,10 @@ class Slot:
             assert isinstance(booted, wire.Booted)
             self.numerics_id, self.up, self._due = booted.numerics_id, True, None
             self._told_up(self)
+        elif frame.header.kind == wire.KIND[wire.Failed] and not self.up:
+            failed = wire.decode(frame.header.kind, frame.body)
+            assert isinstance(failed, wire.Failed)
+            self._verdict = failed.message
         elif frame.header.kind == wire.KIND[wire.Beat]:
             beat = wire.decode(frame.header.kind, frame.body)
             assert isinstance(beat, wire.Beat)

@@ -216,7 +216,13 @@ def main(link: socket.socket, pool: int) -> int:
     boot = wire.decode(header.kind, _exactly(link, header.length))
     if not isinstance(boot, wire.Boot):
         raise ProtocolError(f"{type(boot).__name__} instead of Boot")
-    Worker(link, boot, pool).run()
+    try:
+        worker = Worker(link, boot, pool)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        link.sendall(wire.encode(wire.Failed(0, why, permanent=False)))
+        raise
+    worker.run()
     return 0
 
 

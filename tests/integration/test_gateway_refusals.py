@@ -103,6 +103,8 @@ def test_an_engine_failure_before_any_token_is_a_500(tmp_path: Path) -> None:
         ("/v1/completions", {"model": "demo", "prompt": "x" * 256}, 400, "context_length_exceeded", "prompt"),
         ("/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 256}, 400, "context_length_exceeded",
          "prompt"),
+        ("/v1/chat/completions", {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 256},
+         400, "context_length_exceeded", "messages"),
         ("/v1/completions", {"model": "demo", "prompt": ""}, 400, "invalid_request_error", "prompt"),
         ("/v1/completions", {"model": "demo", "prompt": [5000]}, 400, "invalid_request_error", "prompt"),
         ("/v1/completions", {"model": "demo", "prompt": "x" * 5000}, 413, "request_too_large", None),

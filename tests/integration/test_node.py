@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -24,7 +25,7 @@ from serverless_llm.engine.sequence import SequenceStart
 from serverless_llm.errors import RequestError
 from serverless_llm.loader import manifest
 from serverless_llm.node import processes, state
-from serverless_llm.node.options import AgentOptions
+from serverless_llm.node.options import AgentOptions, DeviceOptions
 from tests.integration.cluster import MIB, Cluster, Stream, agent, ended, serving
 
 pytestmark = pytest.mark.slow
@@ -244,6 +245,28 @@ def test_two_devices_share_one_read_and_caps_hold(tmp_path: Path, checkpoint: Pa
             peer = cluster.head.controller.peers["node0"]
             await gateway.seen(lambda _: peer.resident_bytes, "a heartbeat")
             assert peer.resident_bytes == MIB  # one slot
+
+    story(tell, options)
+
+
+@pytest.mark.parametrize("budget", [16 * MIB, 0], ids=["stated", "asked"])
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU")
+def test_who_wants_a_device_that_cannot_come_up_is_told_why(tmp_path: Path, checkpoint: Path, budget: int) -> None:
+    options = msgspec.structs.replace(agent(tmp_path), devices=(DeviceOptions("cuda", budget, "copy"),))
+
+    async def tell() -> None:
+        async with serving(tmp_path, options, ready=False) as cluster:
+            gateway = cluster.gateway
+            await deployed(cluster, checkpoint)
+            stream = gateway.start("tiny", PROMPT, 5)
+            await gateway.until(lambda: stream.rejected, "a refusal", 30)
+            assert stream.rejected is not None
+            assert stream.rejected.status == 503
+            assert "node0/0 is not up (3 boots failed): " in stream.rejected.message
+            assert "CUDA" in stream.rejected.message or "NVIDIA" in stream.rejected.message
+            (device,) = await gateway.devices()
+            assert device["failed_boots"] >= 3
+            assert gateway.catalog.problems == [device["problem"]]
 
     story(tell, options)
 

@@ -60,3 +60,17 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
         pool.close()
 
     asyncio.run(tell())
+
+
+def test_a_forkserver_that_dies_before_any_worker_is_a_failed_boot() -> None:
+    lost: list[tuple[int, str]] = []
+    spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None)
+    boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", MIB, 1, 0.0)
+
+    def told(slot: Slot, cause: str) -> None:
+        lost.append((slot.incarnation, cause))
+
+    slot = Slot(boot, -1, spawner, lambda *_: None, lambda _: None, told, 10.0)
+    slot.forkserver_lost("the forkserver died")
+    slot.forkserver_lost("it died again")
+    assert lost == [(1, "the forkserver died"), (2, "it died again")]
