@@ -175,7 +175,9 @@ class CheckpointText:
             if size > MAX_RENDERED:
                 raise ValueError(f"it wrote more than {MAX_RENDERED} characters")
             pieces.append(piece)
-        return "".join(pieces)
+        text = "".join(pieces)
+        text.encode()  # a surrogate is no text
+        return text
 
     def _adapted(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Roles and text parts as this template can read them."""

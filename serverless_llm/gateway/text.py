@@ -21,6 +21,9 @@ from serverless_llm.loader.manifest import confined
 
 START_SECONDS = 60.0  # until a text process must be ready; it takes a fraction of one where nothing is wrong
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries to start one
+MOST_ENDS = 3  # text processes that a checkpoint may end before it is refused for a while
+REFUSED, LONGEST_REFUSED = 10.0, 600.0  # seconds of that, doubled with every further one
+FORGOTTEN = 60.0  # seconds without another after which all is forgotten
 _log = logging.getLogger("serverless_llm.text")
 
 
@@ -74,10 +77,40 @@ class _Process:
         self._calls.close()
 
 
+class _Suspect:
+    """A checkpoint that ended text processes: one call at a time, and after some ends none for a while."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self._ends = 0
+        self._refused_until = self._forgotten_at = 0.0  # loop time
+
+    def ended(self) -> None:
+        self._ends += 1
+        over = self._ends - MOST_ENDS
+        self._refused_until = _now() + (min(REFUSED * 2.0**over, LONGEST_REFUSED) if over >= 0 else 0.0)
+        self._forgotten_at = self._refused_until + FORGOTTEN
+
+    @property
+    def forgotten(self) -> bool:
+        return _now() >= self._forgotten_at and not self.turn.locked()
+
+    def check(self, model: str) -> None:
+        """
+        Raises:
+            RequestError: it is refused now.
+        """
+        left = self._refused_until - _now()
+        if left > 0:
+            message = f"model {model!r}: its chat template or tokenizer ended {self._ends} text processes"
+            raise RequestError(503, "engine_error", message, retry_after=left)
+
+
 class TextPool:
     """`size` text processes, each replaced when a call kills it; calls wait for a free one in order of arrival.
 
-    A checkpoint that ended a process has at most one until it answers again, so that it cannot hold up the others.
+    A checkpoint that ended a process has at most one for a minute, and none for longer and longer if it goes on, so
+    that it cannot hold up the others: answers in between change nothing.
     """
 
     def __init__(self, size: int = 2, limits: TextLimits | None = None) -> None:
@@ -88,7 +121,7 @@ class TextPool:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._respawns: set[asyncio.Task[None]] = set()
         self._vocabularies: OrderedDict[tuple[str, str], Vocabulary] = OrderedDict()
-        self._slow: dict[tuple[str, str], asyncio.Lock] = {}  # checkpoints that ended a process: one call at a time
+        self._suspects: dict[tuple[str, str], _Suspect] = {}
         self._closed = False
 
     async def start(self) -> None:
@@ -111,19 +144,26 @@ class TextPool:
         """Render and tokenise.
 
         Raises:
-            RequestError: the checkpoint's files or the messages are at fault, or a limit was overrun.
+            RequestError: the checkpoint's files or the messages are at fault, or a limit was overrun, now or before.
         """
         key = (call.directory, call.checkpoint)
         framed = frame(call)  # what cannot be framed costs no process
-        if key not in self._slow:
+        if self._suspect(key) is None:
             process = await self._acquire()
-            if key not in self._slow:
+            if self._suspect(key) is None:
                 return await self._serve(process, key, call, framed)
             self._release(process)  # a call that came before overran meanwhile
-        async with self._slow[key]:
-            prompt = await self._serve(await self._acquire(), key, call, framed)
-        self._slow.pop(key, None)
-        return prompt
+        suspect = self._suspects[key]
+        async with suspect.turn:
+            suspect.check(call.model)
+            return await self._serve(await self._acquire(), key, call, framed)
+
+    def _suspect(self, key: tuple[str, str]) -> _Suspect | None:
+        suspect = self._suspects.get(key)
+        if suspect is None or not suspect.forgotten:
+            return suspect
+        del self._suspects[key]
+        return None
 
     async def _serve(self, process: _Process, key: tuple[str, str], call: Call, framed: bytes) -> TokenisedPrompt:
         known = self._vocabularies.get(key)  # not before: of many first calls only those that run send a table
@@ -157,7 +197,7 @@ class TextPool:
                 reply = await process.call(framed)
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             self._replace(process)
-            self._slow.setdefault((call.directory, call.checkpoint), asyncio.Lock())
+            self._suspects.setdefault((call.directory, call.checkpoint), _Suspect()).ended()
             return self._overrun(call)
         except BaseException:
             self._replace(process)  # cancelled: what it would still answer belongs to nobody
@@ -242,3 +282,7 @@ class TextPool:
             await process.stop()
             raise
         self._release(process)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

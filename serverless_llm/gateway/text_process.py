@@ -20,6 +20,8 @@ from serverless_llm.errors import RequestError
 from serverless_llm.gateway.templates import CheckpointText
 from serverless_llm.gateway.text_wire import LENGTH, Call, Fault, Reply, call_decoder, frame
 
+MAX_MESSAGE = 2000  # characters of an error
+
 
 class TextCache:
     """Least recently used checkpoints leave when all together are over `limit` bytes; the newest one always stays."""
@@ -43,11 +45,17 @@ def answer(call: Call, cache: TextCache) -> Reply:
     try:
         return cache.get(call.directory, call.checkpoint).prompt(call)
     except RequestError as error:
-        return Fault(error.status, error.code, f"model {call.model!r}: {error.message}", error.param)
+        return _fault(call, error)
     except MemoryError:
-        return Fault(500, "engine_error", f"model {call.model!r}: its chat template or tokenizer ran out of memory")
+        return _fault(call, RequestError(500, "engine_error", "its chat template or tokenizer ran out of memory"))
     except Exception as error:  # noqa: BLE001  the process's edge; tokenizers raises bare Exception
-        return Fault(500, "engine_error", f"model {call.model!r}: its text files cannot be used: {error}")
+        return _fault(call, RequestError(500, "engine_error", f"its text files cannot be used: {error}"))
+
+
+def _fault(call: Call, error: RequestError) -> Fault:
+    """Its message may be a template's: of any length, and with surrogates that no frame takes."""
+    message = f"model {call.model!r}: {error.message[:MAX_MESSAGE]}".encode(errors="replace").decode()
+    return Fault(error.status, error.code, message, error.param)
 
 
 def serve(calls: BinaryIO, replies: BinaryIO, seconds: float, cache: TextCache) -> None:

@@ -103,6 +103,67 @@ def test_a_hostile_template_takes_one_process_only(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+ON_DEMAND = "{% if messages[0].content == 'end' %}" + ENDLESS + "{% endif %}"
+
+
+def test_a_template_that_ends_processes_now_and_then_is_refused_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good answers in between do not help it; nobody else notices."""
+
+    async def main() -> None:
+        pool = TextPool(2, TextLimits(seconds=0.2))
+        await pool.start()
+        hostile, good = checkpoint(tmp_path / "hostile", ON_DEMAND), chat(checkpoint(tmp_path / "good"))
+        statuses = []
+        for content in ["end", "Hi"] * 3:
+            try:
+                await pool.prompt(chat(hostile, content))
+            except RequestError as error:
+                statuses.append((error.status, error.code))
+            assert await ids(pool, good) == chat_tokens("Hi")
+        assert statuses == [(500, "engine_error")] * 3 + [(503, "engine_error")]
+        before = set(pool.pids)
+        with pytest.raises(RequestError, match="ended 3 text processes") as refused:
+            await pool.prompt(chat(hostile, "end"))
+        assert 0 < (refused.value.retry_after or 0) <= text.REFUSED
+        assert set(pool.pids) == before
+        monkeypatch.setattr(text, "_now", lambda: asyncio.get_running_loop().time() + text.REFUSED)
+        await pool.prompt(chat(hostile, "Hi"))
+        with pytest.raises(RequestError, match="limits"):
+            await pool.prompt(chat(hostile, "end"))
+        with pytest.raises(RequestError, match="ended 4 text processes") as refused:
+            await pool.prompt(chat(hostile, "Hi"))
+        assert text.REFUSED < (refused.value.retry_after or 0) <= 2 * text.REFUSED
+        later = text.REFUSED * 3 + text.FORGOTTEN
+        monkeypatch.setattr(text, "_now", lambda: asyncio.get_running_loop().time() + later)
+        await pool.prompt(chat(hostile, "Hi"))
+        assert not pool._suspects
+        await pool.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ '\\ud800' }}", "{{ raise_exception('\\ud800') }}", "{{ raise_exception('x' * 30000000) }}"],
+    ids=["prompt", "message", "long message"],
+)
+def test_text_that_no_frame_takes_is_refused(tmp_path: Path, template: str) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        before = pool.pids
+        with pytest.raises(RequestError, match="chat template failed") as refused:
+            await pool.prompt(chat(checkpoint(tmp_path / "bad", template)))
+        assert (refused.value.status, refused.value.param) == (400, "messages")
+        assert len(refused.value.message) < 3000
+        assert pool.pids == before
+        await pool.close()
+
+    asyncio.run(main())
+
+
 def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
     async def main() -> None:
         pool = TextPool(1)
