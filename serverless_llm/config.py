@@ -30,6 +30,9 @@ UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT", start=1)
 }
 SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+DURATION = re.compile(r"(-?)([0-9]+(?:\.[0-9]+)?|(?:[0-9]+(?:\.[0-9]+)?\s*(?:ms|[smhd])\s*)+)")
+PART = re.compile(r"([0-9.]+)\s*([a-z]*)")
+LONGEST = 1e12  # seconds; a longer time is a mistake, -1 is for ever
 QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
 
@@ -75,7 +78,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         drain: how long running streams get when the server stops.
         orphan_grace: how long a node agent waits for a new head.
         heartbeat: `chunk` or `comment`: how a silent stream is kept alive.
-        model_roots: directories that a deployed source must lie in; empty: anywhere.
+        model_roots: directories that a deployed source must lie in, demo checkpoints excepted; empty: anywhere.
         models: deployed at start, by name.
     """
 
@@ -120,14 +123,12 @@ def parse_rate(value: object) -> float:
 
 
 def parse_duration(value: object) -> float:
-    """Seconds of `90`, `500ms`, `5m`, `1h`; `-1` is for ever."""
-    text = str(value).strip()
-    if text in {"-1", "inf"}:
-        return math.inf
-    match = QUANTITY.fullmatch(text)
-    if not match or match[2] not in SECONDS:
-        raise ConfigurationError(f"{value!r} is no duration; write seconds, 500ms, 5m, 1h, or -1 for ever")
-    return float(match[1]) * SECONDS[match[2]]
+    """Seconds of `90`, `500ms`, `5m`, `1h30m`; whatever is below 0 is for ever."""
+    match = DURATION.fullmatch(str(value).strip())
+    seconds = sum(float(number) * SECONDS[unit] for number, unit in PART.findall(match[2])) if match else math.inf
+    if match is None or seconds >= LONGEST:
+        raise ConfigurationError(f"{value!r} is no duration; write seconds, 500ms, 5m, 1h30m, or -1 for ever")
+    return math.inf if match[1] and seconds else seconds
 
 
 def parse_devices(value: str) -> tuple[str, int]:

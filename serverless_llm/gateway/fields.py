@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
+from serverless_llm.config import LONGEST, parse_duration
 from serverless_llm.domain import FOREVER
+from serverless_llm.errors import ConfigurationError
 from serverless_llm.gateway.failure import invalid
 
 Check = Callable[[Any, str], Any]
@@ -15,9 +16,6 @@ Check = Callable[[Any, str], Any]
 MAX_STOPS = 16  # arbitrary; the official API takes 4
 MAX_STOP = 1024  # characters of one stop string; bounds what a stream holds back
 MAX_STOP_IDS = 1024  # arbitrary; every frame that starts or moves the sequence carries them
-LONGEST = 1e12  # seconds; a longer keep-alive is a mistake, -1 is for ever
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def boolean(value: Any, name: str) -> bool:
@@ -85,20 +83,14 @@ def is_token(value: Any) -> TypeGuard[int]:
 
 def keep_alive(value: Any, name: str) -> float:
     """Seconds: a number, or a duration such as "5m" or "1h30m"; negative means for ever."""
-    seconds = _duration(value) if isinstance(value, str) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not -math.inf < seconds < LONGEST:
+    if isinstance(value, str):
+        try:
+            return parse_duration(value)
+        except ConfigurationError as error:
+            raise invalid(f"{name}: {error}", name) from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < LONGEST:
         raise invalid(f'{name} must be seconds or a duration such as "5m"', name)
-    return FOREVER if seconds < 0 else float(seconds)
-
-
-def _duration(text: str) -> float | None:
-    sign, digits = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
-    if re.fullmatch(r"\d+(\.\d+)?", digits):
-        return sign * float(digits)
-    parts = _DURATION.findall(digits)
-    if not parts or "".join(amount + unit for amount, unit in parts) != digits:
-        return None
-    return sign * sum(float(amount) * _UNITS[unit] for amount, unit in parts)
+    return FOREVER if value < 0 else float(value)
 
 
 def stream_options(value: Any, name: str) -> bool:

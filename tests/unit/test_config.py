@@ -144,10 +144,28 @@ def test_rates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("5m", 300.0), (90, 90.0), ("0", 0.0), ("500ms", 0.5), ("2h", 7200.0), ("-1", math.inf)]
+    ("text", "seconds"),
+    [
+        ("5m", 300.0),
+        (90, 90.0),
+        ("0", 0.0),
+        ("500ms", 0.5),
+        ("2h", 7200.0),
+        ("-1", math.inf),
+        ("1h30m", 5400.0),
+        ("-5m", math.inf),
+        ("-0", 0.0),
+        (" 2 s ", 2.0),
+    ],
 )
 def test_durations(text: object, seconds: float) -> None:
     assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "5x", "m5", "--1", "1m 30", "9" * 400, "1e9", "inf"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no duration"):
+        parse_duration(text)
 
 
 def test_devices() -> None:

@@ -23,7 +23,7 @@ def test_keep_alive(value: Any, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", "m", "5x", "5m!", "m5", True, [], {}, math.nan, math.inf, -math.inf, 10**400, "--1"]
+    "value", ["", "m", "5x", "5m!", "m5", True, [], {}, math.nan, math.inf, -math.inf, 10**400, "--1", "9" * 400]
 )
 def test_keep_alive_that_is_none(value: Any) -> None:
     with pytest.raises(RequestError) as caught:
