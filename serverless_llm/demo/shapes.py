@@ -1,4 +1,4 @@
-"""Shapes of well-known models whose decoder is Llama's or close to it, and the tensors that each consists of.
+"""Shapes of well-known models that can be served, and the tensors that each consists of.
 
 A shape is the hub's `config.json` less its token ids (those are the byte-level tokenizer's, see `tokenizer.py`).
 The `tiny-*` shapes are for tests: a few hundred kB each, and weights wide enough (`initializer_range`) that
@@ -25,8 +25,6 @@ def _decoder(architecture: str, hidden: int, intermediate: int, layers: int, hea
     """What all shapes share; `heads` are those of queries and of keys and values."""
     model_types = {
         "LlamaForCausalLM": "llama",
-        "MistralForCausalLM": "mistral",
-        "Qwen2ForCausalLM": "qwen2",
         "Qwen3ForCausalLM": "qwen3",
     }
     return {
@@ -74,20 +72,6 @@ def _llama3(hidden: int, intermediate: int, layers: int, heads: tuple[int, int],
     return _llama(hidden, intermediate, layers, heads, **(common | keys))
 
 
-def _qwen2(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], **keys: Any) -> Shape:
-    """Qwen2.5: Llama with biases on queries, keys and values."""
-    common = {
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-    }
-    return _decoder("Qwen2ForCausalLM", hidden, intermediate, layers, heads) | common | keys
-
-
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], **keys: Any) -> Shape:
     """Qwen3: Llama with a norm on each query and key head, and a head size of its own."""
     common = {
@@ -103,19 +87,6 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], 
         "vocab_size": 151936,
     }
     return _decoder("Qwen3ForCausalLM", hidden, intermediate, layers, heads) | common | keys
-
-
-def _mistral(hidden: int, intermediate: int, layers: int, heads: tuple[int, int], **keys: Any) -> Shape:
-    common = {
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "vocab_size": 32768,
-    }
-    return _decoder("MistralForCausalLM", hidden, intermediate, layers, heads) | common | keys
 
 
 _TINY: dict[str, Any] = {
@@ -142,9 +113,6 @@ SHAPES: dict[str, Shape] = {
     "llama-3.1-70b": _llama3(8192, 28672, 80, (64, 8), 8.0),
     "llama-3.2-1b": _llama3(2048, 8192, 16, (32, 8), 32.0, head_dim=64, tie_word_embeddings=True),
     "llama-3.2-3b": _llama3(3072, 8192, 28, (24, 8), 32.0, head_dim=128, tie_word_embeddings=True),
-    "mistral-7b-v0.3": _mistral(4096, 14336, 32, (32, 8)),
-    "qwen2.5-0.5b": _qwen2(896, 4864, 24, (14, 2), tie_word_embeddings=True, vocab_size=151936),
-    "qwen2.5-7b": _qwen2(3584, 18944, 28, (28, 4), vocab_size=152064),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, (16, 8), tie_word_embeddings=True),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, (16, 8), tie_word_embeddings=True),
     "qwen3-4b": _qwen3(2560, 9728, 36, (32, 8), tie_word_embeddings=True),
@@ -165,8 +133,6 @@ SHAPES: dict[str, Shape] = {
     "tiny-llama": _llama(*_TINY_SIZES, **_TINY),
     "tiny-llama-tied": _llama(*_TINY_SIZES, **_TINY, tie_word_embeddings=True),
     "tiny-llama3": _llama(*_TINY_SIZES, **_TINY, rope_scaling=_TINY_SCALING, rope_theta=500000.0),
-    "tiny-mistral": _mistral(*_TINY_SIZES, **_TINY),
-    "tiny-qwen2": _qwen2(*_TINY_SIZES, **{key: value for key, value in _TINY.items() if key != "head_dim"}),
     "tiny-qwen3": _qwen3(*_TINY_SIZES, **_TINY),
     "tiny-qwen3-tied": _qwen3(*_TINY_SIZES, **_TINY, tie_word_embeddings=True),
 }
@@ -191,8 +157,6 @@ def _attention(prefix: str, shape: Shape) -> list[TensorShape]:
     rows = {"q_proj": heads * head, "k_proj": groups * head, "v_proj": groups * head}
     tensors = [TensorShape(f"{prefix}.{name}.weight", (size, hidden)) for name, size in rows.items()]
     tensors.append(TensorShape(f"{prefix}.o_proj.weight", (hidden, heads * head)))
-    if shape["model_type"] == "qwen2":
-        tensors += [TensorShape(f"{prefix}.{name}.bias", (size,)) for name, size in rows.items()]
     if shape["model_type"] == "qwen3":
         tensors += [TensorShape(f"{prefix}.{name}.weight", (head,), norm=True) for name in ("q_norm", "k_norm")]
     return tensors
