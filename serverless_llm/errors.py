@@ -12,6 +12,18 @@ ServerlessLLMError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from itertools import islice
+
+MOST_COMPARED = 500  # names; some 10 ms, for which whoever asks may hold up others
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: `; did you mean 'x'?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, islice(known, MOST_COMPARED), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
 
 class ServerlessLLMError(Exception):
     """Anything this project raises on purpose."""

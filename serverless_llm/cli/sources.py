@@ -9,6 +9,7 @@ import click
 
 from serverless_llm.config import NAME, parse_pairs
 from serverless_llm.demo import tasks
+from serverless_llm.errors import did_you_mean
 
 
 def resolve(source: str) -> str:
@@ -22,7 +23,9 @@ def resolve(source: str) -> str:
         return str(path.resolve())
     if source in tasks.TASKS:
         return str(tasks.checkpoint_dir(source))
-    raise click.UsageError(f"{source!r} is neither a directory nor one of {', '.join(tasks.TASKS)}")
+    raise click.UsageError(
+        f"{source!r} is neither a directory nor one of {', '.join(tasks.TASKS)}{did_you_mean(source, tasks.TASKS)}"
+    )
 
 
 def is_source(text: str) -> bool:

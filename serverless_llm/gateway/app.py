@@ -152,7 +152,7 @@ class Gateway:
     def _named(self, name: str) -> wire.ModelInfo:
         info = self._models.get(name)
         if info is None:
-            raise failure.unknown_model(name)
+            raise failure.unknown_model(name, self._models)
         return info
 
     async def _list(self, request: web.Request) -> web.Response:

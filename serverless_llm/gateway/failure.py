@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import msgspec
 
 from serverless_llm import wire
-from serverless_llm.errors import RequestError
+from serverless_llm.errors import RequestError, did_you_mean
 
 MAX_RETRY_AFTER = 60  # official clients ignore larger ones
 
@@ -22,8 +23,9 @@ def unsupported(param: str, message: str | None = None) -> RequestError:
     return RequestError(400, "unsupported_parameter", message or f"{param!r} is not supported", param)
 
 
-def unknown_model(name: str) -> RequestError:
-    return RequestError(404, "model_not_found", f"the model {name!r} does not exist", "model")
+def unknown_model(name: str, known: Iterable[str]) -> RequestError:
+    message = f"the model {name!r} does not exist{did_you_mean(name, known)}"
+    return RequestError(404, "model_not_found", message, "model")
 
 
 def from_rejection(message: wire.Rejected) -> RequestError:

@@ -123,6 +123,15 @@ def test_refused_requests(tmp_path: Path, path: str, body: Any, status: int, cod
     run(tmp_path, silent, scenario, GatewayOptions(body_limit=4096))
 
 
+def test_an_unknown_model_is_told_the_nearest_name(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        for name, near in (("dmo", "; did you mean 'demo'?"), ("nobody", "")):
+            async with server.chat(model=name) as response:
+                assert (await error_of(response))["message"] == f"the model {name!r} does not exist{near}"
+
+    run(tmp_path, silent, scenario)
+
+
 def test_other_methods_and_bodies_get_json_errors(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         async with server.http.get("/v1/chat/completions") as response:
