@@ -19,6 +19,11 @@ UNREACHABLE = 69
 ANSWER_SECONDS = 300.0  # a cold start of a large model from a slow disk, with its heartbeats in between
 
 
+of_state_dir = click.option(
+    "--state-dir", type=click.Path(path_type=Path), help="Of the server to talk to, if it is not this user's own."
+)
+
+
 class Unreachable(click.ClickException):
     """No server answers."""
 
@@ -103,21 +108,22 @@ def model_path(name: str) -> str:
     return f"/admin/models/{urllib.parse.quote(name, safe='')}"
 
 
-def find() -> Server:
-    """The server of `SERVERLESS_LLM_URL`, or the one whose state directory this user has.
+def find(given: Path | None = None) -> Server:
+    """The server of the state directory that was `given`, of `SERVERLESS_LLM_URL`, or of this user's state directory.
 
     Raises:
-        Unreachable: neither is there.
+        Unreachable: it is not there.
     """
     key = os.environ.get(f"{PREFIX}API_KEY")
     url = os.environ.get(f"{PREFIX}URL")
-    folder = state_dir(os.environ)
-    if url:
+    if url and given is None:
         return Server(url.rstrip("/"), key)
+    folder = given or state_dir(os.environ)
     head = read_head(folder)
     if head is None:
         raise nobody(folder)
-    return Server(head["url"], key or _kept_key(folder))
+    kept = _kept_key(folder)
+    return Server(head["url"], (kept or key) if given else (key or kept))
 
 
 def nobody(folder: Path) -> Unreachable:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from serverless_llm.cli.client import Server, find, model_path
+from serverless_llm.cli.client import Refusal, Server, find, model_path, of_state_dir
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.sources import name_of, resolve
 from serverless_llm.config import parse_duration
@@ -34,33 +35,50 @@ def spec_of(source: str, **options: Any) -> dict[str, Any]:
 @click.option("--max-queue", type=int, help="Waiting requests beyond which a new one is refused.")
 @click.option("--context", type=int, help="Most tokens of a request, prompt and answer together.")
 @click.option("--pinned", is_flag=True, default=None, help="Never evict it.")
+@of_state_dir
 @as_json
-def deploy(name: str, source: str | None, as_json: bool, **options: Any) -> None:
+def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool, **options: Any) -> None:
     """Give the checkpoint SOURCE (a directory, or demo-count, demo-add, demo-reverse) the endpoint NAME.
 
-    Nothing is loaded until a first request comes. Without SOURCE, NAME itself names the checkpoint.
+    Nothing is loaded until a first request comes. Without SOURCE, NAME itself names the checkpoint. A NAME that is
+    deployed already is replaced: what is not given is at its default again, not as it was.
     """
-    server = find()
+    server = find(state_dir)
     spec = spec_of(source or name, **options)
     name = name if source else name_of(name)
+    replaces = is_deployed(server, name)
     answer = server.call("PUT", model_path(name), spec)
+    if replaces:
+        click.echo(f"{name} was deployed already and is replaced; what was not given is at its default", err=True)
     say(answer, f"{name}: {server.url}/models/{name}/v1", as_json)
+
+
+def is_deployed(server: Server, name: str) -> bool:
+    try:
+        server.call("GET", model_path(name))
+    except Refusal as refusal:
+        if refusal.status != 404:
+            raise
+        return False
+    return True
 
 
 @click.command()
 @click.argument("name")
+@of_state_dir
 @as_json
-def rm(name: str, as_json: bool) -> None:
+def rm(name: str, state_dir: Path | None, as_json: bool) -> None:
     """Take the model NAME away; its files stay."""
-    find().call("DELETE", model_path(name))
+    find(state_dir).call("DELETE", model_path(name))
     say({"id": name, "deleted": True}, "", as_json)
 
 
 @click.command()
+@of_state_dir
 @as_json
-def ls(as_json: bool) -> None:
+def ls(state_dir: Path | None, as_json: bool) -> None:
     """List every deployed model, loaded or not."""
-    models = deployed(find())
+    models = deployed(find(state_dir))
     if as_json:
         click.echo(json.dumps(models))
         return
@@ -71,10 +89,11 @@ def ls(as_json: bool) -> None:
 
 
 @click.command()
+@of_state_dir
 @as_json
-def ps(as_json: bool) -> None:
+def ps(state_dir: Path | None, as_json: bool) -> None:
     """List the models that are on a device, or on their way there; and which devices are not up, and why."""
-    status = find().call("GET", "/admin/status")
+    status = find(state_dir).call("GET", "/admin/status")
     for device in (device for node in status["nodes"] for device in node["devices"]):
         if device["problem"]:
             click.echo(device["problem"], err=True)

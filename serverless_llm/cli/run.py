@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 import click
 
-from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, read_head
+from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir, read_head
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.sources import is_source, name_of, resolve
 from serverless_llm.config import PREFIX
@@ -48,8 +48,11 @@ class Answer(NamedTuple):
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the model's chat template.")
 @click.option("--quiet", "-q", is_flag=True, help="No phases on standard error.")
+@of_state_dir
 @as_json
-def run(model: str, prompt: str | None, raw: bool, quiet: bool, as_json: bool, **sampling: Any) -> None:
+def run(
+    model: str, prompt: str | None, raw: bool, quiet: bool, state_dir: Path | None, as_json: bool, **sampling: Any
+) -> None:
     """Send PROMPT (or standard input) to MODEL and stream the answer; the phases of the start go to standard error.
 
     MODEL is a deployed name, a directory, or demo-count, demo-add, demo-reverse. With no server running, one is
@@ -59,7 +62,7 @@ def run(model: str, prompt: str | None, raw: bool, quiet: bool, as_json: bool, *
     text = prompt if prompt is not None else _standard_input()
     body = {name: value for name, value in sampling.items() if value is not None}
     body |= {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
-    with _server(model) as (server, name):
+    with _server(model, state_dir) as (server, name):
         body |= {"model": name, "stream": True}
         path = "/v1/completions" if raw else "/v1/chat/completions"
         answer = _take(server.stream(path, body), began, sys.stdout if not as_json else io.StringIO())
@@ -75,12 +78,12 @@ def _standard_input() -> str:
 
 
 @contextlib.contextmanager
-def _server(model: str) -> Iterator[tuple[Server, str]]:
+def _server(model: str, state_dir: Path | None) -> Iterator[tuple[Server, str]]:
     """A server that has the model, and its name there."""
     try:
-        server = find()
+        server = find(state_dir)
     except Unreachable:
-        if os.environ.get(f"{PREFIX}URL"):
+        if state_dir or os.environ.get(f"{PREFIX}URL"):
             raise
     else:
         yield server, _deployed(server, model)

@@ -40,7 +40,10 @@ from serverless_llm.config import Config, load
 @click.option("-v", "--verbose", is_flag=True, help="Log every decision.")
 @as_json
 def serve(config: Path | None, die_with: int | None, verbose: bool, as_json: bool, **flags: Any) -> None:
-    """Start the server on this machine. The first Ctrl-C or SIGTERM drains and stops it, a second one at once."""
+    """Start the server on this machine. The first Ctrl-C or SIGTERM drains and stops it, a second one at once.
+
+    Exits with 0 after `serverless-llm stop`, 130 after Ctrl-C, 143 after SIGTERM, 78 for a bad configuration.
+    """
     settings = load(settled(flags), os.environ, config)
     if die_with is not None:
         from serverless_llm.node.processes import die_with as follow
@@ -50,7 +53,7 @@ def serve(config: Path | None, die_with: int | None, verbose: bool, as_json: boo
         level=logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    click.get_current_context().exit(128 + _run(settings, as_json))
+    click.get_current_context().exit(_run(settings, as_json))
 
 
 def settled(flags: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def settled(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(settings: Config, as_json: bool) -> int:
-    """Serves until a signal; its number."""
+    """Serves until a signal; the exit status."""
     import uvloop
 
     from serverless_llm.cli.server import Server

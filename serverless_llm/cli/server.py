@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,13 @@ import msgspec
 from aiohttp import web
 
 from serverless_llm import wire
+from serverless_llm.cli.stop import STOP
 from serverless_llm.cluster import commands
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.state import State
 from serverless_llm.config import LOOPBACK, Config, ModelEntry
+from serverless_llm.demo import tasks
 from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway.app import Gateway
 from serverless_llm.gateway.metrics import Metrics
@@ -59,12 +60,12 @@ class Server:
             self._gateway.receive,
             [self._observe],
             config.keep_alive,
-            config.model_roots,
+            model_roots(config),
         )
         self._signal: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def run(self, announce: Callable[[str], None]) -> int:
-        """Serves until a signal; that signal's number. `announce` is told the URL once requests are accepted."""
+        """Serves until a signal; the exit status. `announce` is told the URL once requests are accepted."""
         self._listen_for_signals()
         runner = web.AppRunner(self._application(), handler_cancellation=True, access_log=None)
         background: list[asyncio.Task[None]] = []
@@ -85,7 +86,7 @@ class Server:
             await self._text.close()
             (self._config.state_dir / "head.json").unlink(missing_ok=True)
             self._state.close()
-        return await self._signal
+        return status_of(await self._signal)
 
     def _to_head(self, message: wire.Message) -> None:
         self._head.receive(message)
@@ -143,13 +144,13 @@ class Server:
 
     def _listen_for_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, STOP):
             loop.add_signal_handler(number, self._signalled, number)
 
     def _signalled(self, number: int) -> None:
         if self._signal.done():
             self._kill_agents()
-            os._exit(128 + number)
+            os._exit(status_of(number))
         self._signal.set_result(number)
 
     async def _drain(self) -> None:
@@ -166,10 +167,21 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
 
 
+def status_of(number: int) -> int:
+    """The exit status after a signal."""
+    return 0 if number == STOP else 128 + number
+
+
+def model_roots(config: Config) -> tuple[Path, ...]:
+    """Where a deploy may read; the checkpoints that come with the wheel are always among it. Empty: anywhere."""
+    bundled = tuple(tasks.checkpoint_dir(name).resolve() for name in tasks.NAMES)
+    return config.model_roots and (*config.model_roots, *bundled)
+
+
 def gateway_options(config: Config) -> GatewayOptions:
     """The gateway's part of the configuration. Off loopback a key is made where none is given."""
     local = config.host in LOOPBACK
-    key = config.api_key or (None if local else kept_key(config.state_dir))
+    key = config.api_key or (None if local else state.secret(config.state_dir / "api-key"))
     return GatewayOptions(
         hold=config.hold,
         heartbeat=config.heartbeat,
@@ -177,18 +189,6 @@ def gateway_options(config: Config) -> GatewayOptions:
         hosts=config.hosts,
         open_metrics=local,
     )
-
-
-def kept_key(folder: Path) -> str:
-    """The key that this state directory keeps, made at first use (mode 0600)."""
-    path = folder / "api-key"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_text().strip()
-    with os.fdopen(descriptor, "w") as file:
-        file.write(key := secrets.token_urlsafe(32))
-    return key
 
 
 def deploy_body(entry: ModelEntry) -> bytes:

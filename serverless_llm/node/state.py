@@ -1,7 +1,7 @@
 """The head's state on disk: one directory with one owner, and the database of deployed models in it.
 
 Layout: `lock` (flock by the head), `state.db` (SQLite, WAL), `head.json` (where the head listens, for agents),
-`agent-token`, `agents/`, `logs/`. A deploy is synced before it is answered.
+`agent-token`, `api-key` (where one was made), `agents/`, `logs/`. A deploy is synced before it is answered.
 """
 
 from __future__ import annotations
@@ -74,15 +74,19 @@ def holder(path: Path) -> int | None:
 
 
 def agent_token(directory: Path) -> str:
-    """The secret with which agents join, made at first use (mode 0600)."""
-    path = directory / "agent-token"
+    """The secret with which agents join."""
+    return secret(directory / "agent-token")
+
+
+def secret(path: Path) -> str:
+    """The secret that a state directory keeps at `path`, made at first use (mode 0600)."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return path.read_text().strip()
     with os.fdopen(descriptor, "w") as file:
-        file.write(token := secrets.token_urlsafe(32))
-    return token
+        file.write(made := secrets.token_urlsafe(32))
+    return made
 
 
 def write_head(directory: Path, address: HeadAddress) -> None:

@@ -49,6 +49,21 @@ def test_the_state_directory_names_the_server_and_its_key(cli: CommandLine, serv
     assert [key for _, _, _, key in server.seen] == [None, "Bearer kept"]
 
 
+@pytest.mark.parametrize("arguments", [("ls",), ("ps",), ("rm", "m"), ("deploy", "m", "demo-add"), ("run", "m", "x")])
+def test_a_given_state_directory_names_the_server_whatever_the_environment_says(
+    cli: CommandLine, server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setenv("SERVERLESS_LLM_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("SERVERLESS_LLM_API_KEY", "of another")
+    assert cli(*arguments, "--state-dir", str(other)).status == 69
+    (other / "head.json").write_text(json.dumps({"url": server.url, "generation": 1, "pid": os.getpid()}))
+    (other / "api-key").write_text("kept\n")
+    cli(*arguments, "--state-dir", str(other))
+    assert server.seen[0][3] == "Bearer kept"
+
+
 def test_the_environment_names_server_and_key(
     cli: CommandLine, running: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,20 +92,39 @@ def test_deploy_a_directory(cli: CommandLine, running: Scripted, tmp_path: Path)
     outcome = cli("deploy", "a/b", str(tmp_path), "--keep-alive", "5m", "--pinned", "--max-replicas", "2")
     assert (outcome.status, outcome.out) == (0, f"a/b: {running.url}/models/a/b/v1\n")
     body = {"source": str(tmp_path), "keep_alive": "5m", "pinned": True, "max_replicas": 2}
-    assert running.seen[0][:3] == ("PUT", "/admin/models/a%2Fb", body)
+    assert outcome.err == ""
+    assert running.seen[-1][:3] == ("PUT", "/admin/models/a%2Fb", body)
 
 
 def test_deploy_a_demo_by_its_name(cli: CommandLine, running: Scripted) -> None:
     running.answers["PUT", "/admin/models/demo-add"] = (200, {"name": "demo-add"})
     outcome = cli("deploy", "demo-add", "--json")
     assert json.loads(outcome.out) == {"name": "demo-add"}
-    assert running.seen[0][2] == {"source": str(tasks.checkpoint_dir("demo-add"))}
+    assert running.seen[-1][2] == {"source": str(tasks.checkpoint_dir("demo-add"))}
+
+
+def test_deploy_over_a_name_says_what_it_replaces(cli: CommandLine, running: Scripted) -> None:
+    running.answers["GET", "/admin/models/m"] = (200, ROW)
+    running.answers["PUT", "/admin/models/m"] = (200, ROW)
+    outcome = cli("deploy", "m", "demo-add")
+    assert outcome.status == 0
+    assert "m was deployed already and is replaced; what was not given is at its default" in outcome.err
+
+
+def test_deploy_where_looking_is_refused(cli: CommandLine, running: Scripted) -> None:
+    running.answers["GET", "/admin/models/m"] = (401, {"error": {"message": "no key", "code": "invalid_api_key"}})
+    outcome = cli("deploy", "m", "demo-add")
+    assert outcome.status == 1
+    assert "no key" in outcome.err
+    assert len(running.seen) == 1
 
 
 def test_deploy_refuses_what_is_no_source(cli: CommandLine, running: Scripted) -> None:
     outcome = cli("deploy", "m", "/nowhere/at/all")
     assert outcome.status == 2
     assert "neither a directory nor one of demo-count" in outcome.err
+    assert "did you mean" not in outcome.err
+    assert "did you mean 'demo-count'?" in cli("deploy", "m", "demo-cuont").err
     assert not running.seen
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from serverless_llm.cli.run import phases
+from serverless_llm.cli.stop import STOP
 from serverless_llm.demo import tasks
 from tests.unit.cli.conftest import CommandLine, Scripted, events
 
@@ -123,11 +123,20 @@ def test_stop_waits_for_the_end(cli: CommandLine, tmp_path: Path) -> None:
     process = subprocess.Popen(["sleep", "60"])
     head(tmp_path, process.pid)
     assert cli("stop") == (0, "", "")
-    assert process.wait() == -signal.SIGTERM
+    assert process.wait() == -STOP
+
+
+def test_stop_in_another_state_directory(cli: CommandLine, tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    (tmp_path / "other").mkdir()
+    head(tmp_path / "other", process.pid)
+    assert cli("stop").status == 69
+    assert cli("stop", "--state-dir", str(tmp_path / "other")).status == 0
+    assert process.wait() == -STOP
 
 
 def test_stop_gives_up(cli: CommandLine, tmp_path: Path) -> None:
-    deaf = "trap '' TERM; echo deaf; read forever"
+    deaf = "trap '' USR1; echo deaf; read forever"
     with subprocess.Popen(["sh", "-c", deaf], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()

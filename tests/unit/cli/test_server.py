@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
-from serverless_llm.cli.server import deploy_body, gateway_options, kept_key, kv_usage, observe
+from serverless_llm.cli.server import deploy_body, gateway_options, kv_usage, model_roots, observe, status_of
+from serverless_llm.cli.stop import STOP
 from serverless_llm.cluster.commands import Decided, Evicted, Outcome
 from serverless_llm.cluster.events import Delete
 from serverless_llm.config import Config, ModelEntry, load
+from serverless_llm.demo import tasks
 from serverless_llm.domain import DeviceId, LoadPhases
+from serverless_llm.errors import RequestError
 from serverless_llm.gateway.metrics import Metrics
+from serverless_llm.node.admin import spec_of
 from tests.unit.cluster.desk import Desk
 
 DEVICE = DeviceId("node0", 0)
@@ -31,16 +36,31 @@ def test_loopback_needs_no_key(tmp_path: Path) -> None:
 
 def test_elsewhere_a_key_is_made_and_kept(tmp_path: Path) -> None:
     options = gateway_options(configured(tmp_path, host="0.0.0.0"))
-    assert options.api_keys == (kept_key(tmp_path),)
+    assert options.api_keys == ((tmp_path / "api-key").read_text(),)
     assert not options.open_metrics
     assert len(options.api_keys[0]) >= 32
     assert (tmp_path / "api-key").stat().st_mode & 0o777 == 0o600
+    assert gateway_options(configured(tmp_path, host="0.0.0.0")).api_keys == options.api_keys
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_given_key_is_taken(tmp_path: Path, host: str) -> None:
     assert gateway_options(configured(tmp_path, host=host, api_key="mine")).api_keys == ("mine",)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_model_roots_never_shut_out_the_demos(tmp_path: Path) -> None:
+    assert model_roots(configured(tmp_path)) == ()
+    roots = model_roots(configured(tmp_path, model_roots=(str(tmp_path),)))
+    body = json.dumps({"source": str(tasks.checkpoint_dir("demo-add"))}).encode()
+    assert spec_of("demo-add", body, 300.0, roots).source == str(tasks.checkpoint_dir("demo-add"))
+    with pytest.raises(RequestError, match="outside the model roots"):
+        spec_of("m", b'{"source": "/elsewhere"}', 300.0, roots)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (STOP, 0)])
+def test_a_stop_that_was_asked_for_is_no_failure(number: int, status: int) -> None:
+    assert status_of(number) == status
 
 
 def test_a_configured_model_is_a_deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
