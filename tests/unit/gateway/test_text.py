@@ -139,6 +139,7 @@ def test_a_template_that_ends_processes_now_and_then_is_refused_for_a_while(
         monkeypatch.setattr(text, "_now", lambda: asyncio.get_running_loop().time() + later)
         await pool.prompt(chat(hostile, "Hi"))
         assert not pool._suspects
+        await asyncio.gather(*pool._respawns)
         await pool.close()
 
     asyncio.run(main())
