@@ -23,7 +23,7 @@ import uvloop
 
 from serverless_llm import framing, wire
 from serverless_llm.errors import ServerlessLLMError
-from serverless_llm.node import state
+from serverless_llm.node import logs, state
 from serverless_llm.node.devices import budgets
 from serverless_llm.node.links import CLOSE_LIMIT, MAX_MESSAGE, WebSocketLink
 from serverless_llm.node.options import AgentOptions
@@ -180,6 +180,7 @@ class Agent:
             began = clock()
             await asyncio.sleep(HEARTBEAT)
             asleep = clock() - began > ASLEEP
+            logs.cut(logs.log_path(self.options))
             for slot in self._slots:
                 slot.forgive() if asleep else slot.check()
             self._tell(

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from serverless_llm.node import state
+from serverless_llm.node.logs import log_path
 from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.processes import command, environment, exit_of
 
@@ -70,7 +71,3 @@ class Supervisor:
             pid = os.posix_spawn(arguments[0], arguments, environment(), file_actions=streams, setsid=True)
         await exit_of(pid)
         os.waitpid(pid, 0)
-
-
-def log_path(options: AgentOptions) -> Path:
-    return Path(options.state_dir) / "logs" / f"agent-{options.node}.log"
