@@ -72,3 +72,9 @@ class RequestError(ServerlessLLMError):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """Its JSON, as every surface shows it."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

@@ -55,11 +55,10 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The head's answer: the node's number in addresses, the head's generation, the replicas to keep."""
+    """The head's answer: the node's number in addresses, the head's generation."""
 
     node: int
     generation: int
-    keep: list[int]
 
 
 class Heartbeat(Message, frozen=True):

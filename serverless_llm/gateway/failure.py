@@ -34,20 +34,8 @@ def from_rejection(message: wire.Rejected) -> RequestError:
     return RequestError(message.status, message.code, message.message, retry_after=after)
 
 
-def body(error: RequestError) -> dict[str, dict[str, str | None]]:
-    """The error's JSON object."""
-    shown = {"message": error.message, "type": _type(error.status), "param": error.param, "code": error.code}
-    return {"error": shown}
-
-
-def _type(status: int) -> str:
-    if status == 429:
-        return "rate_limit_error"
-    return "server_error" if status >= 500 else "invalid_request_error"
-
-
 def encoded(error: RequestError) -> bytes:
-    return msgspec.json.encode(body(error))
+    return msgspec.json.encode(error.body())
 
 
 def headers(error: RequestError) -> dict[str, str]:

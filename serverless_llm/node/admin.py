@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -148,9 +148,3 @@ async def read_footprint(spec: ModelSpec) -> Footprint:
         return await asyncio.to_thread(footprint, spec)
     except CheckpointError as error:
         raise RequestError(400, "invalid_checkpoint", str(error), "source") from error
-
-
-def error_body(error: RequestError) -> dict[str, Any]:
-    """The body of an error as every surface shows it."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

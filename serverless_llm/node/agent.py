@@ -206,9 +206,8 @@ class Agent:
             self._slots[device - 1].relay(frame.raw)
             return
         match wire.decode(frame.header.kind, frame.body):
-            case wire.Welcome(node, generation, keep):
+            case wire.Welcome(node, generation):
                 self._number, self._generation = node, generation
-                self._store.keep(keep)
             case wire.StartLoad() as message:
                 self._store.start(message)
             case wire.Unload(replica):

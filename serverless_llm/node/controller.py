@@ -128,16 +128,10 @@ class Controller:
         number = self._numbers.setdefault(hello.node, len(self._numbers))
         peer = Peer(number, link, hello)
         self.peers[hello.node] = peer
-        held = [replica for replica, *_ in hello.replicas]
-        link.send(
-            wire.encode(
-                wire.Welcome(number, self.generation, held),
-                framing.CONTROLLER,
-                framing.agent_address(number),
-                self.generation,
-            )
-        )
-        log.info("%s joined: pid %d, %d devices, %d replicas", hello.node, hello.pid, len(hello.devices), len(held))
+        welcome = wire.Welcome(number, self.generation)
+        link.send(wire.encode(welcome, framing.CONTROLLER, framing.agent_address(number), self.generation))
+        counts = len(hello.devices), len(hello.replicas)
+        log.info("%s joined: pid %d, %d devices, %d replicas", hello.node, hello.pid, *counts)
         self.handle(translate.joined(hello))
         return peer
 

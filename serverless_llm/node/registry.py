@@ -14,7 +14,7 @@ import msgspec
 
 from serverless_llm import wire
 from serverless_llm.cluster import events
-from serverless_llm.errors import RequestError
+from serverless_llm.errors import RequestError, did_you_mean
 from serverless_llm.node import admin, catalog
 from serverless_llm.node.catalog import Clocks, Entry
 from serverless_llm.node.controller import Controller
@@ -107,11 +107,11 @@ class Registry:
         try:
             status, body = 200, await self._verbs[question.verb](question.name, question.body)
         except RequestError as error:
-            status, body = error.status, admin.error_body(error)
+            status, body = error.status, error.body()
         except Exception as error:  # the process's edge: whoever asked waits for an answer
             log.exception("%s of %r", question.verb, question.name)
             why = RequestError(500, "engine_error", f"{type(error).__name__}: {error}")
-            status, body = why.status, admin.error_body(why)
+            status, body = why.status, why.body()
         self._deliver(wire.Answer(question.id, status, msgspec.json.encode(body)))
 
     async def _deploy(self, name: str, body: bytes) -> JSON:
@@ -169,7 +169,8 @@ class Registry:
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
-            raise RequestError(404, "model_not_found", f"no model {name!r} is deployed")
+            near = did_you_mean(name, self._entries)
+            raise RequestError(404, "model_not_found", f"no model {name!r} is deployed{near}")
         return self._entries[name]
 
     def _usable(self, name: str) -> Entry:

@@ -109,12 +109,6 @@ class Store:
         replica.leaving = True
         self._drop(replica)
 
-    def keep(self, numbers: Sequence[int]) -> None:
-        """The head keeps these replicas; the others go."""
-        for replica in list(self._replicas.values()):
-            if replica.order.replica not in numbers:
-                self._drop(replica)
-
     def cancel_loads(self) -> None:
         """The head that waited for them is gone. What landed stays in DRAM."""
         for replica in list(self._replicas.values()):

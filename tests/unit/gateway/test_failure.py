@@ -14,7 +14,7 @@ from serverless_llm.gateway import failure
     [(400, "invalid_request_error"), (404, "invalid_request_error"), (429, "rate_limit_error"), (503, "server_error")],
 )
 def test_a_body_has_all_four_fields(status: int, kind: str) -> None:
-    shown = failure.body(RequestError(status, "code", "message", "param"))
+    shown = RequestError(status, "code", "message", "param").body()
     assert shown == {"error": {"message": "message", "type": kind, "param": "param", "code": "code"}}
 
 
