@@ -40,7 +40,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # --- what a visitor runs ---
 
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/demo.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python -m scripts.demo $(ARGS)
 
 test: lint unit
 
