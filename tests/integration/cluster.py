@@ -55,6 +55,10 @@ class Gateway:
         self._changed = asyncio.Event()
         self._asked = 0
 
+    def observe(self, decision: commands.Decided | commands.Outcome | commands.Evicted) -> None:
+        self.decisions.append(decision)
+        self._changed.set()
+
     def deliver(self, message: wire.Message) -> None:
         match message:
             case wire.Tokens(entries):
@@ -168,7 +172,7 @@ async def serving(directory: Path, *agents: AgentOptions, ready: bool = True) ->
     """A head on `directory` that keeps `agents` running. On leaving it only lets go: see `ended`."""
     kept = State(directory)
     gateway = Gateway()
-    head = Head(kept, Machine(Policy()), agents, gateway.deliver, [gateway.decisions.append])
+    head = Head(kept, Machine(Policy()), agents, gateway.deliver, [gateway.observe])
     gateway.send = head.receive
     app = web.Application()
     app.add_routes(head.routes())
