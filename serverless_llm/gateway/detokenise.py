@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import codecs
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from tokenizers import Tokenizer
+from tokenizers import decoders
 
 REPLACEMENT = "\ufffd"
+LONGEST_WINDOW = 64  # tokens without any text that a window takes in: a decoder's time stays in proportion; arbitrary
 PATIENCE = 16  # tokens after which bytes that make no character are shown as they are; a character takes 4 at most
 
 
@@ -77,25 +78,30 @@ class _TableDetokeniser:
         return text[removed:]
 
 
-class WholeVocabulary:
-    """For decoders without a table: overlapping windows decoded by the tokenizer itself.
+class WindowVocabulary:
+    """For decoders without a table: overlapping windows of tokens, see `text_wire.Table.decoder`."""
 
-    `nbytes` is what the caller knows of the tokenizer's size.
-    """
+    def __init__(self, blob: bytes, offsets: bytes, decoder: bytes) -> None:
+        self._strings = TableVocabulary(blob, offsets, 0)
+        self._decoder = decoders.Fuse()  # any will do: its state makes it the one that is meant
+        self._joined = decoder == b"null"
+        if not self._joined:
+            self._decoder.__setstate__(decoder)
+        self.nbytes = self._strings.nbytes
 
-    def __init__(self, tokenizer: Tokenizer, nbytes: int) -> None:
-        self.tokenizer = tokenizer
-        self.nbytes = nbytes
+    def text_of(self, tokens: Sequence[int]) -> str:
+        strings = [raw.decode() for token in tokens if (raw := self._strings.bytes_of((token,)))]
+        return " ".join(strings) if self._joined else self._decoder.decode(strings)
 
     def detokeniser(self) -> Detokeniser:
-        return _WindowDetokeniser(self.tokenizer)
+        return _WindowDetokeniser(self.text_of)
 
 
 class _WindowDetokeniser:
     """Decodes from the last two cuts on, so that what a token looks like beside its neighbours is kept."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, text_of: Callable[[Sequence[int]], str]) -> None:
+        self._text_of = text_of
         self._window: list[int] = []
         self._known = 0  # tokens of the window whose text was returned
 
@@ -103,7 +109,9 @@ class _WindowDetokeniser:
         self._window.extend(tokens)
         before, after = self._decoded()
         pending = len(self._window) - self._known
-        if len(after) <= len(before) or (after.endswith(REPLACEMENT) and pending < PATIENCE):
+        if len(after) <= len(before) and pending < LONGEST_WINDOW:
+            return ""
+        if after.endswith(REPLACEMENT) and pending < PATIENCE:
             return ""
         del self._window[: self._known]
         self._known = len(self._window)
@@ -115,8 +123,7 @@ class _WindowDetokeniser:
         return after[len(before) :]
 
     def _decoded(self) -> tuple[str, str]:
-        decode = self._tokenizer.decode
-        return decode(self._window[: self._known]), decode(self._window)
+        return self._text_of(self._window[: self._known]), self._text_of(self._window)
 
 
 class StopStrings:

@@ -9,13 +9,20 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
+from serverless_llm.errors import RequestError
 from serverless_llm.gateway.text_wire import Table
 
-WHOLE = Table(b"", b"", 0)  # a decoder that this module does not know: texts are decoded by the tokenizer itself
+# The gateway runs decoders that no table describes on its loop. These take a time in proportion to their input, and
+# write no more; so do the other steps that `_bounded` accepts.
+LINEAR = frozenset({"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "WordPiece"})
+MOST_STEPS = 16  # of such a decoder
+LONGEST_TOKEN = 4096  # bytes, there
 
 
 def byte_of_character() -> dict[str, int]:
@@ -60,13 +67,56 @@ def _piece(decoder: dict[str, Any]) -> tuple[Callable[[str], bytes], int] | None
     return _sentencepiece(decoder["decoders"]) if decoder["type"] == "Sequence" else None
 
 
+def _bounded(step: dict[str, Any]) -> bool:
+    """Whether a decoder's time and output are in proportion to its input, whatever that is."""
+    kind = step["type"]
+    if kind == "Replace":
+        pattern = step["pattern"].get("String")  # a regular expression may take for ever
+        return bool(pattern) and len(step["content"].encode()) <= len(pattern.encode())
+    if kind == "Strip":
+        return not step["stop"]  # tokenizers panics where a token is shorter than it says
+    return kind in LINEAR or (kind == "BPEDecoder" and bool(step["suffix"]))
+
+
+def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [step for part in decoder["decoders"] for step in _steps(part)]
+    return [decoder]
+
+
 def token_table(tokenizer: Tokenizer) -> Table:
-    """The table of a tokenizer; `WHOLE` where no table can say what its decoder does."""
-    decoder = tokenizer.decoder
-    rule = _piece(json.loads(decoder.__getstate__())) if decoder is not None else None
+    """The table of a tokenizer.
+
+    Raises:
+        RequestError: its decoder could keep the gateway busy.
+    """
+    decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    rule = None if decoder is None else _piece(decoder)
     if rule is None:
-        return WHOLE
-    to_bytes, strip = rule
+        return strings_table(tokenizer)
+    return _table(tokenizer, *rule)
+
+
+def strings_table(tokenizer: Tokenizer) -> Table:
+    """The table for a decoder that must see a token's neighbours. Raises as `token_table`."""
+    state = b"null" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+    steps = _steps(json.loads(state))
+    table = _table(tokenizer, str.encode, 0)
+    refused = [step["type"] for step in steps if not _bounded(step)]
+    if refused or len(steps) > MOST_STEPS or _longest(table) > LONGEST_TOKEN:
+        fault = f"{refused[0]} in its tokenizer's decoder is" if refused else "so long a decoder or token is"
+        raise RequestError(500, "engine_error", f"{fault} not supported")
+    return msgspec.structs.replace(table, decoder=state)
+
+
+def _longest(table: Table) -> int:
+    offsets = array("I", table.offsets)
+    return max((end - start for start, end in pairwise(offsets)), default=0)
+
+
+def _table(tokenizer: Tokenizer, to_bytes: Callable[[str], bytes], strip: int) -> Table:
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     tokens = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     pieces = [

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from tokenizers import Tokenizer
 
 import serverless_llm
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway.detokenise import TableVocabulary, Vocabulary, WholeVocabulary
+from serverless_llm.gateway.detokenise import TableVocabulary, Vocabulary, WindowVocabulary
 from serverless_llm.gateway.text_wire import LENGTH, Call, Fault, Reply, Table, frame, reply_decoder
-from serverless_llm.loader.manifest import confined
 
 START_SECONDS = 60.0  # until a text process must be ready; it takes a fraction of one where nothing is wrong
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries to start one
@@ -170,16 +168,9 @@ class TextPool:
         reply = await self._call(process, call, framed if known else frame(msgspec.structs.replace(call, table=True)))
         if isinstance(reply, Fault):
             raise RequestError(reply.status, reply.code, reply.message, reply.param)
-        vocabulary = self._vocabularies.get(key) or known or await self._vocabulary(call.directory, reply.table)
+        vocabulary = self._vocabularies.get(key) or known or _vocabulary(reply.table)
         self._remember(key, vocabulary)
         return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, tuple(reply.stop_ids))
-
-    async def _vocabulary(self, directory: str, table: Table | None) -> Vocabulary:
-        if table is not None and table.offsets:
-            return TableVocabulary(table.blob, table.offsets, table.strip)
-        path = confined(Path(directory), "tokenizer.json")
-        tokenizer = await asyncio.to_thread(Tokenizer.from_file, str(path))
-        return WholeVocabulary(tokenizer, 8 * path.stat().st_size)
 
     def _remember(self, key: tuple[str, str], vocabulary: Vocabulary) -> None:
         self._vocabularies[key] = vocabulary
@@ -282,6 +273,13 @@ class TextPool:
             await process.stop()
             raise
         self._release(process)
+
+
+def _vocabulary(table: Table | None) -> Vocabulary:
+    assert table is not None, "asked for"
+    if table.decoder:
+        return WindowVocabulary(table.blob, table.offsets, table.decoder)
+    return TableVocabulary(table.blob, table.offsets, table.strip)
 
 
 def _now() -> float:

@@ -34,13 +34,16 @@ class Table(msgspec.Struct, frozen=True, array_like=True):
     """Token id -> the bytes it stands for: `blob[offsets[id]:offsets[id + 1]]`, empty for special tokens.
 
     Attributes:
-        offsets: uint32, little endian, one more than there are ids; empty where this decoder needs whole texts.
+        offsets: uint32, little endian, one more than there are ids.
         strip: leading spaces that the whole text loses.
+        decoder: not empty: the bytes are those of the token itself (UTF-8), and this decoder of tokenizers, as JSON,
+            makes text of several.
     """
 
     blob: bytes
     offsets: bytes
     strip: int
+    decoder: bytes = b""
 
 
 class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from serverless_llm.demo.tokenizer import ASSISTANT, END, tokenizer_json
+from serverless_llm.errors import RequestError
 from serverless_llm.gateway.detokenise import (
+    LONGEST_WINDOW,
     REPLACEMENT,
     Detokeniser,
     StopStrings,
     TableVocabulary,
     Vocabulary,
-    WholeVocabulary,
+    WindowVocabulary,
+    _WindowDetokeniser,
 )
-from serverless_llm.gateway.tables import token_table
+from serverless_llm.gateway.tables import strings_table, token_table
 
 BYTE_LEVEL = Tokenizer.from_str(json.dumps(tokenizer_json()))
 
@@ -67,8 +70,13 @@ METASPACE = sentencepiece({"type": "Metaspace", "replacement": "▁", "prepend_s
 
 def tabled(tokenizer: Tokenizer) -> Vocabulary:
     table = token_table(tokenizer)
-    assert table.offsets
+    assert not table.decoder
     return TableVocabulary(table.blob, table.offsets, table.strip)
+
+
+def windowed(tokenizer: Tokenizer) -> Vocabulary:
+    table = strings_table(tokenizer)
+    return WindowVocabulary(table.blob, table.offsets, table.decoder)
 
 
 def deltas(detokeniser: Detokeniser, frames: Sequence[Sequence[int]]) -> list[str]:
@@ -85,7 +93,7 @@ def frames_of(ids: list[int], sizes: list[int]) -> list[list[int]]:
 
 
 CUTS = st.lists(st.integers(0, 5), max_size=10)
-WINDOW = WholeVocabulary(BYTE_LEVEL, 0)
+WINDOW = windowed(BYTE_LEVEL)
 
 
 @pytest.mark.parametrize("vocabulary", [tabled(BYTE_LEVEL), WINDOW], ids=["table", "window"])
@@ -111,14 +119,14 @@ def test_any_tokens_of_a_byte_fallback_vocabulary(
     tokenizer: Tokenizer, ids: list[int], tail: str, sizes: list[int]
 ) -> None:
     whole = ids + [3 + byte for byte in tail.encode()]
-    for vocabulary in (tabled(tokenizer), WholeVocabulary(tokenizer, 0)):
+    for vocabulary in (tabled(tokenizer), windowed(tokenizer)):
         assert "".join(deltas(vocabulary.detokeniser(), frames_of(whole, sizes))) == tokenizer.decode(whole)
 
 
 @given(ids=st.lists(st.integers(259, 265), max_size=30), sizes=CUTS)
 def test_a_decoder_without_a_table(ids: list[int], sizes: list[int]) -> None:
-    assert not token_table(METASPACE).offsets
-    pieces = deltas(WholeVocabulary(METASPACE, 0).detokeniser(), frames_of(ids, sizes))
+    assert token_table(METASPACE).decoder
+    pieces = deltas(windowed(METASPACE).detokeniser(), frames_of(ids, sizes))
     assert "".join(pieces) == METASPACE.decode(ids)
 
 
@@ -126,14 +134,58 @@ def test_a_decoder_without_a_table(ids: list[int], sizes: list[int]) -> None:
     "decoder",
     [
         {"type": "Sequence", "decoders": [*CHAIN[:2]]},
-        {"type": "Sequence", "decoders": [*CHAIN, STRIP | {"stop": 1}]},
         {"type": "Sequence", "decoders": [*CHAIN, STRIP | {"content": "x"}]},
-        {"type": "Sequence", "decoders": [CHAIN[0] | {"pattern": {"Regex": "▁"}}, *CHAIN[1:]]},
+        {"type": "BPEDecoder", "suffix": "</w>"},
         None,
     ],
 )  # fmt: skip
 def test_decoders_that_no_table_describes(decoder: Any) -> None:
-    assert not token_table(sentencepiece(decoder)).offsets
+    tokenizer = sentencepiece(decoder)
+    assert token_table(tokenizer).decoder
+    ids = [263, 3, *range(259, 265)]
+    assert "".join(deltas(windowed(tokenizer).detokeniser(), [ids])) == tokenizer.decode(ids)
+
+
+REPLACE = CHAIN[0]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "named"),
+    [
+        (REPLACE | {"pattern": {"Regex": "(a+)+b"}}, "Replace"),  # may take for ever
+        (REPLACE | {"pattern": {"String": ""}}, "Replace"),
+        (REPLACE | {"content": "aaaa"}, "Replace"),  # a chain of these writes without end
+        ({"type": "Sequence", "decoders": [{"type": "Sequence", "decoders": [REPLACE | {"content": "aaaa"}]}]}, "Rep"),
+        ({"type": "BPEDecoder", "suffix": ""}, "BPEDecoder"),
+        ({"type": "Sequence", "decoders": [*CHAIN, STRIP | {"stop": 1}]}, "Strip"),  # panics
+        ({"type": "CTC", "pad_token": "a", "word_delimiter_token": "", "cleanup": True}, "CTC"),
+        ({"type": "Sequence", "decoders": [REPLACE] * 17}, "so long"),
+    ],
+)
+def test_decoders_that_could_keep_the_gateway_busy_are_refused(decoder: dict[str, Any], named: str) -> None:
+    with pytest.raises(RequestError, match=f"{named}.* not supported"):
+        token_table(sentencepiece(decoder))
+
+
+def test_long_tokens_are_for_tables_only() -> None:
+    tokenizer = json.loads(METASPACE.to_str())
+    tokenizer["model"]["vocab"]["a" * 4097] = 266
+    with pytest.raises(RequestError, match="so long"):
+        token_table(Tokenizer.from_str(json.dumps(tokenizer)))
+
+
+def test_a_window_does_not_grow_without_text() -> None:
+    """Each token costs the same, however many came before."""
+    lengths: list[int] = []
+
+    def text_of(tokens: Sequence[int]) -> str:
+        lengths.append(len(tokens))
+        return ""
+
+    window = _WindowDetokeniser(text_of)
+    for token in range(1000):
+        window.feed([token])
+    assert max(lengths) <= 2 * LONGEST_WINDOW
 
 
 def test_an_incomplete_character_waits_for_its_last_byte() -> None:
