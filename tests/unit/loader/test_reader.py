@@ -132,7 +132,7 @@ def test_close_drops_the_queue(tmp_path: Path, pool: Pool) -> None:
     reader.submit(transfer(tmp_path / "a", 7 * MB, list(range(7)), news))
     news.get(timeout=30)
     reader.close()
-    assert news.qsize() <= 2
+    assert not any(news.get().last for _ in range(news.qsize()))
 
 
 def hanging(path: Path, slots: list[int], news: queue.SimpleQueue[Batch]) -> Transfer:
