@@ -64,36 +64,37 @@ async def beside_healthy_streams(
         return answers, status, content, len(executioner.killed)
 
 
-def test_a_request_that_always_kills_is_refused_by_name_and_healthy_streams_go_on(tmp_path: Path) -> None:
-    options = ("--devices", "cpu:1", "--device-memory", "24MiB", "--dram", "64MiB", "--limit", "upload=1GB/s")
-    source = checkpoint_dir(COUNT.name)
-    with Server(tmp_path / "state", *options, "--model", f"count={source}", "--model", f"poison={source}") as server:
-
-        def guilty(device: Device) -> bool:
-            return any(sequence["model"] == "poison" for sequence in device["sequences"])
-
-        body = {"model": "poison", "prompt": "1 2 3", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+def refused(
+    tmp_path: Path, limit: str, source: Path, guilty: Callable[[Device], bool], **body: Any
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Status and error of the request to the model `guilty`, and that model's status after it."""
+    options = ("--devices", "cpu:1", "--device-memory", "24MiB", "--dram", "64MiB", "--limit", limit)
+    models = ("--model", f"count={checkpoint_dir(COUNT.name)}", "--model", f"guilty={source}")
+    with Server(tmp_path / "state", *options, *models) as server:
+        body |= {"model": "guilty"}
         answers, status, content, deaths = asyncio.run(beside_healthy_streams(server, guilty, body))
         assert answers == [COUNT.answer(prompt) for prompt in HEALTHY]
-        assert (status, content["error"]["code"]) == (500, "engine_error")
-        assert "3 times" in content["error"]["message"]
         assert deaths <= 3
+        return status, content["error"], server.get("/v1/models/guilty")["status"]
+
+
+def test_a_request_that_always_kills_is_refused_by_name_and_healthy_streams_go_on(tmp_path: Path) -> None:
+    def guilty(device: Device) -> bool:
+        return any(sequence["model"] == "guilty" for sequence in device["sequences"])
+
+    options = {"prompt": "1 2 3", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+    status, error, model = refused(tmp_path, "upload=1GB/s", checkpoint_dir(COUNT.name), guilty, **options)
+    assert (status, error["code"]) == (500, "engine_error")
+    assert "3 times" in error["message"]
+    assert model["value"] != "failed"
 
 
 def test_a_checkpoint_that_always_kills_fails_by_name_and_healthy_streams_go_on(tmp_path: Path) -> None:
+    def guilty(device: Device) -> bool:
+        return any(one["model"] == "guilty" and one["state"] == "loading" for one in device["replicas"])
+
     make_checkpoint("tiny-llama", tmp_path / "bad", dtype="float32")
-    options = ("--devices", "cpu:1", "--device-memory", "24MiB", "--dram", "64MiB", "--limit", "disk=2MB/s")
-    models = ("--model", f"count={checkpoint_dir(COUNT.name)}", "--model", f"bad={tmp_path / 'bad'}")
-    with Server(tmp_path / "state", *options, *models) as server:
-
-        def guilty(device: Device) -> bool:
-            return any(one["model"] == "bad" and one["state"] == "loading" for one in device["replicas"])
-
-        body = {"model": "bad", "prompt": [1, 2, 3], "max_tokens": 4}
-        answers, status, content, deaths = asyncio.run(beside_healthy_streams(server, guilty, body))
-        assert answers == [COUNT.answer(prompt) for prompt in HEALTHY]
-        assert (status, content["error"]["code"]) == (503, "model_load_failed")
-        assert deaths <= 3
-        failed = server.get("/v1/models/bad")["status"]
-        assert failed["value"] == "failed"
-        assert "3 times" in failed["error"]
+    status, error, model = refused(tmp_path, "disk=2MB/s", tmp_path / "bad", guilty, prompt=[1, 2, 3], max_tokens=4)
+    assert (status, error["code"]) == (503, "model_load_failed")
+    assert model["value"] == "failed"
+    assert "3 times" in model["error"]
