@@ -1,7 +1,8 @@
 """Disk -> pool: a few threads around `preadv`, which release the GIL while the device works.
 
-O_DIRECT scattered straight into slots, in calls of up to 64 MiB, unless the bytes are in the page cache already. All
-transfers share one queue: by priority, then first come; a better one goes before the next call.
+O_DIRECT scattered straight into slots, in calls of up to 64 MiB, or, where the pool's pages are small, through a buffer
+of huge ones; the page cache is used for bytes that are there already. All transfers share one queue: by priority, then
+first come; a better one goes before the next call.
 
 A read may hang for ever in the kernel (a dying disk, a network mount). It keeps its thread and its slots until it
 returns; its transfer begins no other read meanwhile, and a fresh thread takes its place, so that others are read.
@@ -24,8 +25,12 @@ from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.source import PAGE, OpenFile, SourceFile
+from serverless_llm.loader.staging import Staging, pays
 
 CALL_BYTES = 64 << 20  # longer calls gain nothing; shorter ones suffer when a Python thread is busy
+THREADS = 2
+STAGED_CALL_BYTES = 16 << 20
+STAGED_THREADS = 4  # some copy while others read
 STUCK_S = 5.0  # after which a read counts as stuck: less than the control plane waits for the loads queued behind it
 MOST_STUCK = 16  # stuck reads that are replaced, each a thread; arbitrary
 log = logging.getLogger(__name__)
@@ -81,20 +86,24 @@ class _Read:
 
 
 class Reader:
-    """`threads` threads, and one that watches them; they end with `close`. `rate`: cap in bytes per second, 0: none."""
+    """`threads` threads (0: as many as are best), and one that watches them; they end with `close`.
 
-    def __init__(self, pool: Pool, threads: int = 2, rate: float = 0.0) -> None:
+    `rate`: cap in bytes per second, 0: none. `staged`: read through `Staging`; None: where it pays.
+    """
+
+    def __init__(self, pool: Pool, threads: int = 0, rate: float = 0.0, staged: bool | None = None) -> None:
         self.rate = rate
         self._pool = pool
         self._pacer = Pacer(rate)
-        self._call_bytes = plan.paced(rate, CALL_BYTES)
+        self._staged = pays(pool.pages) if staged is None else staged
+        self._call_bytes = plan.paced(rate, STAGED_CALL_BYTES if self._staged else CALL_BYTES)
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
         self._wake = threading.Condition()  # guards _queue, _calls and _flying of all in it, _reads and _threads
         self._closed = False
-        self._size = threads
+        self._size = threads or (STAGED_THREADS if self._staged else THREADS)
         self._threads: list[threading.Thread] = []
-        for _ in range(threads):
+        for _ in range(self._size):
             self._hire()
         self._watcher = threading.Thread(target=self._watch, name="reader-watch", daemon=True)
         self._watcher.start()
@@ -164,12 +173,13 @@ class Reader:
         return len(self._threads) - self._size - min(sum(read.stuck for read in self._reads), MOST_STUCK)
 
     def _work(self) -> None:
+        staging = Staging(self._call_bytes) if self._staged else None
         while (read := self._take()) is not None:
             if read.call:
                 read.transfer.started = read.transfer.started or time.monotonic()
                 self._pacer.wait(sum(span.length for span in read.call))
             read.began = time.monotonic()
-            batch = self._read(read.transfer, read.call)
+            batch = self._read(read.transfer, read.call, staging)
             with read.transfer._lock:
                 self._conclude(read.transfer, batch)
             with self._wake:
@@ -191,13 +201,14 @@ class Reader:
             self._threads.remove(threading.current_thread())
         return None
 
-    def _read(self, transfer: Transfer, call: tuple[Piece, ...]) -> Batch:
+    def _read(self, transfer: Transfer, call: tuple[Piece, ...], staging: Staging | None) -> Batch:
         nothing = Batch((), 0, 0, False, None)
         if not call:
             return nothing
         nbytes = sum(span.length for span in call)
         try:
-            cached = _opened(transfer, call[0].file).read(self._buffers(transfer, call), call[0].offset, nbytes)
+            file = _opened(transfer, call[0].file)
+            cached = file.read(self._buffers(transfer, call), call[0].offset, nbytes, staging)
         except CheckpointError as error:
             # a new error: the traceback of this one would keep the pool's buffers
             return nothing._replace(error=type(error)(str(error)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.loader.staging import Staging
 
 PAGE = 4096
 _CACHESTAT = 451  # system call number, the same on all architectures; Linux 6.5
@@ -63,10 +64,11 @@ class OpenFile:
         if (stat.st_size, stat.st_mtime_ns) != (self.source.size, self.source.mtime_ns):
             raise CheckpointError(f"{self.source.path} was changed after it was deployed")
 
-    def read(self, buffers: Sequence[memoryview], offset: int, length: int) -> bool:
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> bool:
         """Fills the buffers with `length` bytes from `offset`, a multiple of the page size.
 
-        The buffers are page-aligned and hold at least `length` bytes rounded up to pages.
+        The buffers are page-aligned and hold at least `length` bytes rounded up to pages. So does `staging`, through
+        which the device is read where it is given.
 
         Returns:
             True when the bytes came from the page cache.
@@ -78,7 +80,7 @@ class OpenFile:
         try:
             if self._read_cached(buffers, offset, length):
                 return True
-            self._read_device(buffers, offset, length)
+            self._read_device(buffers, offset, length, staging)
         except OSError as error:
             raise TransientError(f"{self.source.path} at byte {offset}: {error.strerror}") from error
         return False
@@ -98,10 +100,14 @@ class OpenFile:
         self._fill(self._buffered, buffers, offset, length)
         return True
 
-    def _read_device(self, buffers: Sequence[memoryview], offset: int, length: int) -> None:
+    def _read_device(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None) -> None:
         if self._direct >= 0:
             try:
-                self._fill(self._direct, buffers, offset, length)
+                if staging is None:
+                    self._fill(self._direct, buffers, offset, length)
+                else:
+                    self._fill(self._direct, [staging.view[: -(-length // PAGE) * PAGE]], offset, length)
+                    staging.copy(buffers, length)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # EINVAL: this file system or device wants another alignment
                     raise

@@ -54,7 +54,7 @@ def raw(fields: Any, data: bytes = b"", length: int | None = None) -> bytes:
 class Node:
     """The loader's parts of one agent; its loop is `turn`."""
 
-    def __init__(self, slots: int = 8, rate: float = 0.0, threads: int = 2, ahead: int = 0) -> None:
+    def __init__(self, slots: int = 8, rate: float = 0.0, threads: int = 0, ahead: int = 0) -> None:
         self.pool = Pool(slots << 20)
         self.tier = Tier(self.pool.slots, self.pool.slot_bytes)
         self.reader = Reader(self.pool, threads, rate)

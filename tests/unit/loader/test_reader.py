@@ -43,9 +43,12 @@ def until_last(news: queue.SimpleQueue[Batch]) -> list[Batch]:
     return batches
 
 
+@pytest.mark.parametrize("staged", [True, False])
 @pytest.mark.parametrize(("rate", "calls"), [(0.0, 1), (2e7, 4)])
-def test_slots_are_filled_in_calls_of_the_size(tmp_path: Path, pool: Pool, rate: float, calls: int) -> None:
-    reader, news = Reader(pool, rate=rate), queue.SimpleQueue[Batch]()
+def test_slots_are_filled_in_calls_of_the_size(
+    tmp_path: Path, pool: Pool, rate: float, calls: int, staged: bool
+) -> None:
+    reader, news = Reader(pool, rate=rate, staged=staged), queue.SimpleQueue[Batch]()
     read = transfer(tmp_path / "a", 2 * MB + 5, [5, 1, 3], news)
     reader.submit(read)
     batches = until_last(news)
@@ -153,7 +156,7 @@ def test_reads_that_hang_keep_no_other_waiting(
     tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rate: float
 ) -> None:
     monkeypatch.setattr(module, "STUCK_S", 0.02)
-    reader, stuck, news = Reader(pool, rate=rate), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    reader, stuck, news = Reader(pool, threads=2, rate=rate), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     bad = [hanging(tmp_path / name, slots, stuck) for name, slots in (("a", [0, 1, 2]), ("b", [3]), ("c", [4]))]
     for one in bad:
         reader.submit(one)
@@ -178,7 +181,7 @@ def test_a_read_that_hangs_keeps_nobody_from_closing(
     tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STUCK_S", 0.02)
-    reader, stuck, news = Reader(pool), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    reader, stuck, news = Reader(pool, threads=2), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     reader.submit(hanging(tmp_path / "a", [0], stuck))
     reader.submit(transfer(tmp_path / "b", 1, [1], news))
     until_last(news)

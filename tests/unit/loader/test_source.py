@@ -13,6 +13,7 @@ import pytest
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import source
 from serverless_llm.loader.source import OpenFile, SourceFile
+from serverless_llm.loader.staging import Staging
 
 
 def written(path: Path, content: bytes, cold: bool = False) -> SourceFile:
@@ -40,19 +41,25 @@ def content(nbytes: int) -> bytes:
     return os.urandom(nbytes)
 
 
-def fetch(file: OpenFile, offset: int, length: int, *buffers: int) -> tuple[bytes, bool]:
+def fetch(
+    file: OpenFile, offset: int, length: int, *buffers: int, staging: Staging | None = None
+) -> tuple[bytes, bool]:
     views = memory(*buffers)
-    cached = file.read(views, offset, length)
+    cached = file.read(views, offset, length, staging)
     return b"".join(views)[:length], cached
 
 
+@pytest.mark.parametrize("staged", [True, False])
 @pytest.mark.parametrize("cold", [True, False])
-def test_scattered_with_a_tail_that_is_no_page(tmp_path: Path, cold: bool) -> None:
+def test_scattered_with_a_tail_that_is_no_page(tmp_path: Path, cold: bool, staged: bool) -> None:
     data = content(20_001)
     file = OpenFile(written(tmp_path / "a", data, cold))
-    got, cached = fetch(file, 4096, len(data) - 4096, 8192, 8192)
+    staging = Staging(16_384) if staged else None
+    got, cached = fetch(file, 4096, len(data) - 4096, 8192, 8192, staging=staging)
     assert got == data[4096:]
     assert cached != cold
+    if staging:
+        assert (staging.view[: len(data) - 4096] == data[4096:]) == cold
     file.close()
 
 
