@@ -95,7 +95,7 @@ class Reader:
         self.rate = rate
         self._pool = pool
         self._pacer = Pacer(rate)
-        self._staged = pays(pool.pages) if staged is None else staged
+        self._staged = pays(pool.pages) and not rate if staged is None else staged
         self._call_bytes = plan.paced(rate, STAGED_CALL_BYTES if self._staged else CALL_BYTES)
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
