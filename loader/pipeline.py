@@ -135,10 +135,10 @@ class Pipeline:
         """
         begun = time.monotonic()
         pieces = self._pieces(manifest)
-        self.tier.wanted = max(self.tier.wanted, len(pieces))
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         slots = self.tier.reserve(manifest.checkpoint, pieces, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
+        self.tier.wanted = max(self.tier.wanted, len(pieces))
         total = manifest.file_bytes
         return Load(
             manifest, holder, on_landed, on_failed, priority, total, begun, _pipeline=self, _slots=slots, _files=files

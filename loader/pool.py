@@ -17,6 +17,7 @@ from serverless_llm.errors import CapacityError
 MIN_SLOT = 1 << 20
 MAX_SLOT = 16 << 20
 HUGE_PAGE = 2 << 20
+TOUCH = 1 << 20  # bytes taken in one call: others who map memory wait for it
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # fallocate(2)
 _POPULATE_WRITE = 23  # madvise(2); Linux 5.14
 _SHMEM_HUGE = ("[always]", "[within_size]", "[advise]", "[force]")
@@ -63,7 +64,9 @@ class Pool:
 
     def touch(self, slot: int) -> None:
         """Takes the slot's memory now, off the GIL; what it holds stays. Older kernels refuse: its first write pays."""
-        _LIBC.madvise(self._address + self.offset(slot), self.slot_bytes, _POPULATE_WRITE)
+        start = self._address + self.offset(slot)
+        for address in range(start, start + self.slot_bytes, TOUCH):
+            _LIBC.madvise(address, TOUCH, _POPULATE_WRITE)
 
     def punch(self, slots: Iterable[int]) -> None:
         """Gives these slots' memory back to the system; their next write takes new memory."""

@@ -71,6 +71,7 @@ class Transfer:
     _calls: deque[tuple[Piece, ...]] = field(default_factory=deque)
     _flying: int = 0
     _error: CheckpointError | None = None
+    _told: bool = False  # of a stuck read; a slow disk has many
     _opened: dict[int, OpenFile] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # guards _opened and the order of deliveries
 
@@ -163,8 +164,9 @@ class Reader:
         """Has another thread read for others. Caller holds `_wake`."""
         first = read.call[0] if read.call else Piece(0, 0, 0)
         path = read.transfer.files[first.file].path
-        log.warning("%s: a read at byte %d has not returned for %.1f s", path, first.offset, STUCK_S)
-        read.stuck = True
+        if not read.transfer._told:
+            log.warning("%s: a read at byte %d has not returned for %.1f s", path, first.offset, STUCK_S)
+        read.stuck = read.transfer._told = True
         if self._surplus() < 0:
             self._hire()
 

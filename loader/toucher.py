@@ -1,8 +1,10 @@
-"""Takes the memory of pool slots ahead of need, on a thread that runs only when a core has nothing else to do."""
+"""Takes the memory of pool slots ahead of need, on a thread of its own.
+
+Never at a lower priority: the kernel holds the process's memory map locked meanwhile, and every thread waits for it.
+"""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -29,7 +31,6 @@ class Toucher:
         self._thread.join()
 
     def _work(self) -> None:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread alone
         while order := self._orders.get():
             slot, done = order
             self._pool.touch(slot)

@@ -16,12 +16,14 @@ import difflib
 from collections.abc import Iterable
 from itertools import islice
 
-MOST_COMPARED = 500  # names; some 10 ms, for which whoever asks may hold up others
+LONGEST_COMPARED = 100  # characters of a name
+MOST_COMPARED = 100  # names. Both bound for how long whoever asks may hold up others: some milliseconds
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'x'?`, or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, islice(known, MOST_COMPARED), n=1)
+    short = (one for one in known if len(one) <= LONGEST_COMPARED) if len(name) <= LONGEST_COMPARED else ()
+    near = difflib.get_close_matches(name, islice(short, MOST_COMPARED), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -228,6 +228,13 @@ def test_memory_is_taken_ahead_of_need_and_kept_for_the_largest(tmp_path: Path) 
     node.close()
 
 
+def test_what_was_refused_is_not_waited_for(tmp_path: Path, node: Node) -> None:
+    before = node.tier.wanted
+    with pytest.raises(CapacityError):
+        node.load(checkpoint(tmp_path, 20))
+    assert node.tier.wanted == before
+
+
 def test_none_is_taken_while_bytes_are_read(tmp_path: Path, slow: Node) -> None:
     told = slow.load(checkpoint(tmp_path, 2))
     told.load.start()

@@ -174,6 +174,7 @@ def test_reads_that_hang_keep_no_other_waiting(
     while sum(thread.name == "reader" for thread in threading.enumerate()) > 2:  # those in their place go
         reader.submit(transfer(tmp_path / "good", 1, [5], news))
         until_last(news)
+    monkeypatch.undo()
     assert reader.close()
 
 
@@ -188,4 +189,5 @@ def test_a_read_that_hangs_keeps_nobody_from_closing(
     assert not reader.close()
     let_go(tmp_path / "a")
     assert until_last(stuck)[-1].error is not None
+    monkeypatch.undo()
     assert reader.close()
