@@ -64,13 +64,15 @@ def consider(turn: Turn, model: Model) -> None:
 def _reject_hopeless(turn: Turn, model: Model, fitting: list[Device]) -> bool:
     """Whether nothing can ever serve the model, or only what does not come up; who waits is told.
 
-    A budget of 0 says that the device's memory is not known.
+    A budget of 0 says that the device's memory is not known: it may hold what the others do not.
     """
-    able = fitting or list(turn.state.devices.values())
+    devices = list(turn.state.devices.values())
+    unknown = [device for device in devices if device.spec.budget == 0]
+    able = fitting or unknown or devices
     if all(device.failed_boots >= turn.policy.dead_boots for device in able):
         problems = "; ".join(device.problem for device in able)
         reject_waiters(turn, model, f"no device comes up: {problems}", turn.policy.reboot_s)
-    elif not fitting and turn.state.largest:
+    elif not fitting and not unknown:
         model.error = _too_large(turn, model)
         reject_waiters(turn, model, model.error, None)
     else:

@@ -315,3 +315,14 @@ def test_who_waits_for_a_device_of_unknown_memory_is_told_why_it_is_not_up() -> 
     (told,) = fail_boots(desk, 3)
     assert isinstance(told, c.Reject)
     assert told.message.endswith("no CUDA driver")
+
+
+def test_a_device_of_unknown_memory_may_hold_what_a_known_one_does_not() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    mixed = NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cuda", 0, "copy")))
+    desk.tell(e.NodeJoined(mixed, ((D0, 1),), (), ()))
+    desk.tell(deploy("big", size=95))
+    assert desk.tell(e.RequestArrived(1, "big", "sha-big")) == []
+    (told,) = fail_boots(desk, 3, D1)
+    assert isinstance(told, c.Reject)
+    assert (told.retry, told.message) == (True, "no device comes up: n0/1 is not up (3 boots failed): no CUDA driver")
