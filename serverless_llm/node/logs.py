@@ -20,9 +20,10 @@ def cut(path: Path) -> None:
     """Moves what a log over the limit holds to `<path>.1`, in place of what was there.
 
     Its writers append (O_APPEND) and so go on from its new beginning. What they write while it is copied is lost, as
-    is all of it when the disk is full.
+    is all of it when the disk is full. Left as it is where it cannot be reached: the log of an agent that was started
+    by hand, a disk that fails.
     """
-    with contextlib.suppress(FileNotFoundError):  # this agent was started by hand, with another log
+    with contextlib.suppress(OSError):
         if path.stat().st_size > LIMIT:
             with contextlib.suppress(OSError):
                 shutil.copyfile(path, path.with_name(f"{path.name}.1"))

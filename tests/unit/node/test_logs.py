@@ -27,3 +27,10 @@ def test_a_log_that_cannot_be_copied_is_cut_nevertheless(tmp_path: Path, monkeyp
     (tmp_path / "a.log").write_bytes(bytes(11))
     logs.cut(tmp_path / "a.log")
     assert (tmp_path / "a.log").read_bytes() == b""
+
+
+def test_a_log_that_cannot_be_reached_or_cut_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LIMIT", -1)
+    logs.cut(tmp_path)
+    (tmp_path / "file").touch()
+    logs.cut(tmp_path / "file" / "a.log")
