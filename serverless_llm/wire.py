@@ -355,7 +355,7 @@ class ModelInfo(Message, frozen=True):
     keep_alive: float
     pinned: bool
     until: float | None  # unix time of its expiry
-    estimate_s: float  # of its next cold start
+    estimate_s: float | None  # of a start for those who wait; None where nobody does
     waiting: int
     running: int
 

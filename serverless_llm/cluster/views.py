@@ -22,8 +22,8 @@ class ModelView:
         tier: the nearest that holds all of its bytes.
         progress: of its load, 0 ... 1.
         until: when its replica's keep-alive ends; None while it is used, or without end.
-        estimate_s: of a start on the best of the devices, for those who wait; inf where there is none, 0 where nobody
-            waits: the catalog of many idle models must cost next to nothing.
+        estimate_s: of a start on the best of the devices, for those who wait; inf where there is none, None where
+            nobody waits: the catalog of many idle models must cost next to nothing.
     """
 
     state: str
@@ -32,7 +32,7 @@ class ModelView:
     error: str
     devices: tuple[DeviceId, ...]
     until: float | None
-    estimate_s: float
+    estimate_s: float | None
     waiting: int
     running: int
 
@@ -48,7 +48,7 @@ def model(state: State, policy: Policy, one: Model, now: float) -> ModelView:
         one.error,
         tuple(sorted(replica.device for replica in present)),
         _until(state, ready),
-        _estimate_s(state, policy, one, now) if one.demand else 0.0,
+        _estimate_s(state, policy, one, now) if one.demand else None,
         one.demand,
         sum(len(replica.running) for replica in one.replicas.values()),
     )

@@ -97,9 +97,10 @@ class Completions:
     def _held_too_long(self, live: LiveRequest) -> RequestError:
         info = self._info(live.info.name) or live.info
         waited = f"no token within {self._options.hold:g} s"
+        after = info.estimate_s or 0.0  # None would say that a retry is useless
         if info.state == "loaded":
-            return RequestError(503, "overloaded", f"{waited}: the model is busy", retry_after=info.estimate_s)
-        return RequestError(503, "model_loading", f"{waited}: the model is loading", retry_after=info.estimate_s)
+            return RequestError(503, "overloaded", f"{waited}: the model is busy", retry_after=after)
+        return RequestError(503, "model_loading", f"{waited}: the model is loading", retry_after=after)
 
     # --- streaming ---
 

@@ -55,7 +55,7 @@ def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks
         keep_alive=spec.keep_alive,
         pinned=spec.pinned,
         until=round(clocks.unix_of(view.until), 1) if view and view.until else None,  # clocks' jitter is no change
-        estimate_s=min(view.estimate_s, policy.retry_cap_s) if view else 0.0,
+        estimate_s=min(view.estimate_s, policy.retry_cap_s) if view and view.estimate_s is not None else None,
         waiting=view.waiting if view else 0,
         running=view.running if view else 0,
     )
