@@ -94,9 +94,8 @@ def ls(state_dir: Path | None, as_json: bool) -> None:
 def ps(state_dir: Path | None, as_json: bool) -> None:
     """List the models that are on a device, or on their way there; and which devices are not up, and why."""
     status = find(state_dir).call("GET", "/admin/status")
-    for device in (device for node in status["nodes"] for device in node["devices"]):
-        if device["problem"]:
-            click.echo(device["problem"], err=True)
+    for problem in status["problems"]:
+        click.echo(problem, err=True)
     models = [row for row in status["models"] if row["state"] in {"loading", "loaded"}]
     if as_json:
         click.echo(json.dumps(models))

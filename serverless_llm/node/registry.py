@@ -165,6 +165,7 @@ class Registry:
             "generation": self._controller.generation,
             "models": [quoted(one) for one in self._infos(self._entries)],
             "nodes": catalog.nodes(machine, self._controller.peers),
+            "problems": catalog.problems(machine),
         }
 
     def _entry(self, name: str) -> Entry:

@@ -21,7 +21,7 @@ ROW = {
 
 
 def rows(server: Scripted, *changes: dict[str, Any]) -> None:
-    server.answers["GET", "/admin/status"] = (200, {"models": [ROW | change for change in changes], "nodes": []})
+    server.answers["GET", "/admin/status"] = (200, {"models": [ROW | change for change in changes], "problems": []})
 
 
 # --- finding a server ---
@@ -172,8 +172,7 @@ def test_ps_shows_what_holds_memory(cli: CommandLine, running: Scripted) -> None
 
 def test_ps_tells_which_device_is_not_up(cli: CommandLine, running: Scripted) -> None:
     problem = "node0/0 is not up (3 boots failed): no driver"
-    nodes = [{"devices": [{"problem": problem}, {"problem": ""}]}]
-    running.answers["GET", "/admin/status"] = (200, {"models": [], "nodes": nodes})
+    running.answers["GET", "/admin/status"] = (200, {"models": [], "problems": [problem]})
     assert cli("ps") == (0, "NAME  SIZE  STATE  TIER  DEVICE  UNTIL\n", f"{problem}\n")
 
 

@@ -71,6 +71,7 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         status, row = await desk.ask("deploy", "org/tiny", source=str(checkpoint), keep_alive="5m", context=100)
         assert status == 200
         assert (row["name"], row["state"], row["keep_alive"], row["context"]) == ("org/tiny", "unloaded", 300.0, 100)
+        assert row["estimate_s"] is None
         assert row["bytes"] == (checkpoint / "model.safetensors").stat().st_size
         assert desk.catalogs[-1].models[0].name == "org/tiny"
         assert not desk.catalogs[-1].ready
@@ -81,7 +82,7 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         assert (await desk.ask("unload", "org/tiny"))[0] == 200
         status, shown = await desk.ask("status")
         assert [one["name"] for one in shown["models"]] == ["org/tiny"]
-        assert shown["nodes"] == []
+        assert (shown["nodes"], shown["problems"]) == ([], ["no node has joined"])
         _, body = await desk.ask("load", "org/tini")
         assert body["error"]["message"] == "no model 'org/tini' is deployed; did you mean 'org/tiny'?"
         assert await desk.ask("delete", "org/tiny") == (200, {"name": "org/tiny", "deleted": True})
