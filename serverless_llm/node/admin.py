@@ -15,6 +15,7 @@ from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError
 from serverless_llm.loader import manifest
+from serverless_llm.node.threads import apart
 
 T = TypeVar("T")
 
@@ -138,13 +139,18 @@ def footprint(spec: ModelSpec) -> Footprint:
     )
 
 
-async def read_footprint(spec: ModelSpec) -> Footprint:
-    """`footprint`, beside the loop.
+async def read_footprint(spec: ModelSpec, limit: float | None = None) -> Footprint:
+    """`footprint`, beside the loop, within `limit` seconds.
 
     Raises:
-        RequestError: 400, it cannot be served.
+        RequestError: 400, it cannot be served, or what it lies on does not answer.
     """
     try:
-        return await asyncio.to_thread(footprint, spec)
+        async with asyncio.timeout(limit):
+            return await apart(lambda: footprint(spec))
+    except TimeoutError:
+        raise RequestError(
+            400, "invalid_checkpoint", f"{spec.source} did not answer within {limit:g} s", "source"
+        ) from None
     except CheckpointError as error:
         raise RequestError(400, "invalid_checkpoint", str(error), "source") from error

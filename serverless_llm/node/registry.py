@@ -23,6 +23,8 @@ from serverless_llm.node.state import Deployed, State
 
 log = logging.getLogger(__name__)
 
+READ_LIMIT = 10.0  # seconds for a checkpoint's headers when the head starts, which listens only then
+READERS = 64  # checkpoints whose headers it reads at once; a bound on the wait for each other
 CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
 JSON = dict[str, Any]
 
@@ -50,6 +52,7 @@ class Registry:
         self._roots = roots
         self._entries: dict[str, Entry] = {}
         self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
+        self._readers = asyncio.Semaphore(READERS)
         self._restored = False
         self._published: wire.Catalog | None = None
         self._publishing: asyncio.Handle | None = None
@@ -80,7 +83,7 @@ class Registry:
                     group.create_task(self._revive(model))
         for name, body in wanted.items():
             try:
-                await self._deploy(name, body)
+                await self._deploy(name, body, READ_LIMIT)
             except RequestError as error:
                 if name not in known:
                     raise RequestError(error.status, error.code, f"{name}: {error.message}", error.param) from error
@@ -92,7 +95,8 @@ class Registry:
     async def _revive(self, model: Deployed) -> None:
         spec = model.spec
         try:
-            footprint = await asyncio.to_thread(admin.footprint, spec)
+            async with self._readers:
+                footprint = await admin.read_footprint(spec, READ_LIMIT)
         except Exception as error:  # one model's checkpoint must not keep the others from being served
             log.warning("%s cannot be deployed any more", spec.name, exc_info=error)
             self._entries[spec.name] = Entry(spec, model.created, str(error) or type(error).__name__)
@@ -114,9 +118,9 @@ class Registry:
             status, body = why.status, why.body()
         self._deliver(wire.Answer(question.id, status, msgspec.json.encode(body)))
 
-    async def _deploy(self, name: str, body: bytes) -> JSON:
+    async def _deploy(self, name: str, body: bytes, limit: float | None = None) -> JSON:
         spec = admin.spec_of(name, body, self._keep_alive, self._roots)
-        footprint = await admin.read_footprint(spec)
+        footprint = await admin.read_footprint(spec, limit)
         async with self._changing:
             old = self._entries.get(name)
             created = old.created if old else int(time.time())
@@ -140,6 +144,10 @@ class Registry:
         return self._row(name)
 
     async def _load(self, name: str, body: bytes) -> JSON:
+        async with self._changing:
+            entry = self._entry(name)
+            if entry.error:  # what it lies on may be back
+                await self._revive(Deployed(entry.spec, entry.created))
         self._usable(name)
         self._controller.handle(events.Load(name))
         return self._row(name)

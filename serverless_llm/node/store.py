@@ -25,6 +25,7 @@ from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
 from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.slot import Slot
+from serverless_llm.node.threads import apart
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Store:
         self._pipeline = Pipeline(self._pool, self._tier, self._reader, loop.call_soon_threadsafe)
         self._upload = Link()
         self._manifests: dict[str, Manifest] = {}
+        self._reading: dict[tuple[str, str], asyncio.Future[Manifest]] = {}
         self._replicas: dict[int, Replica] = {}
 
     @property
@@ -188,11 +190,20 @@ class Store:
         self._manifests = {checkpoint: one for checkpoint, one in self._manifests.items() if checkpoint in here}
         found = self._manifests.get(order.checkpoint)
         if found is None:
-            found = await asyncio.to_thread(manifest.build, Path(order.source))
+            found = await asyncio.shield(self._read(order.source, order.checkpoint))
             if found.checkpoint != order.checkpoint:
                 raise CheckpointError(f"{order.source} was changed after it was deployed")
             self._manifests[order.checkpoint] = found
         return found
+
+    def _read(self, source: str, checkpoint: str) -> asyncio.Future[Manifest]:
+        """One reading for all who want it: on a dead mount it goes on when they have given up."""
+        key = source, checkpoint
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = self._reading[key] = apart(lambda: manifest.build(Path(source)))
+            reading.add_done_callback(lambda _: self._reading.pop(key))
+        return reading
 
     def _landed(self, replica: Replica, spans: Sequence[Landed], last: bool) -> None:
         assert replica.load is not None

@@ -26,6 +26,7 @@ from serverless_llm.errors import RequestError
 from serverless_llm.loader import manifest
 from serverless_llm.node import processes, state
 from serverless_llm.node.options import AgentOptions, DeviceOptions
+from tests.dead_mount import dead
 from tests.integration.cluster import MIB, Cluster, Stream, agent, ended, serving
 
 pytestmark = pytest.mark.slow
@@ -295,6 +296,29 @@ def test_a_load_can_be_taken_back_and_begun_anew(tmp_path: Path, checkpoint: Pat
             await gateway.seen(lambda _: not peer.resident_bytes, "an empty DRAM tier")
 
     story(tell, options)
+
+
+def test_a_dead_mount_keeps_no_other_model_from_loading(tmp_path: Path, checkpoint: Path) -> None:
+    make_checkpoint("tiny-llama", tmp_path / "hung", dtype="float32")
+
+    async def tell() -> None:
+        async with serving(tmp_path, agent(tmp_path)) as cluster:
+            gateway = cluster.gateway
+            await deployed(cluster, checkpoint)
+            await deployed(cluster, tmp_path / "hung", "hung")
+            with dead(tmp_path / "hung" / "config.json"):
+                for _ in range((os.cpu_count() or 1) + 5):  # one more than an executor has threads
+                    await gateway.ask("load", "hung")
+                    await gateway.seen(
+                        lambda now: [one["state"] for one in now[0]["replicas"]] == ["loading"], "a load"
+                    )
+                    await gateway.ask("unload", "hung")
+                    await gateway.seen(lambda now: not now[0]["replicas"], "no load")
+                async with asyncio.timeout(20):
+                    await gateway.generate("tiny", PROMPT, 8)
+                    await ended(agent(tmp_path))
+
+    story(tell, agent(tmp_path))
 
 
 def test_a_damaged_checkpoint_fails_alone(tmp_path: Path, checkpoint: Path) -> None:

@@ -19,9 +19,10 @@ from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import ModelSpec
 from serverless_llm.errors import RequestError
-from serverless_llm.node import admin
+from serverless_llm.node import admin, registry
 from serverless_llm.node.head import Head
 from serverless_llm.node.state import Deployed, State
+from tests.dead_mount import dead
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +232,28 @@ def test_a_configured_model_that_breaks_fails_alone_but_a_new_one_is_refused_by_
     on_a_desk(state, restored)
     (tmp_path / "tiny" / "model.safetensors").write_bytes(b"cut")
     on_a_desk(state, broken)
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_dead_mount_fails_its_models_alone_until_it_is_back(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, configured: bool
+) -> None:
+    monkeypatch.setattr(registry, "READ_LIMIT", 0.2)
+    make_checkpoint("tiny-llama", tmp_path / "hung", dtype="float32")
+    sources = {"hung": tmp_path / "hung", "good": checkpoint}
+    bodies = {name: json.dumps({"source": str(source)}).encode() for name, source in sources.items()}
+
+    async def whole() -> None:
+        desk = Desk(tmp_path / "state")
+        for name, source in sources.items():
+            desk.kept.save(Deployed(ModelSpec(name, str(source)), created=1))
+        with dead(tmp_path / "hung" / "config.json"):
+            await asyncio.wait_for(desk.head.restore(bodies if configured else {}), 5)
+            models = {one["name"]: one for one in (await desk.ask("status"))[1]["models"]}
+            assert (models["hung"]["state"], models["good"]["state"]) == ("failed", "unloaded")
+            assert models["hung"]["error"] == f"{sources['hung']} did not answer within 0.2 s"
+        monkeypatch.setattr(registry, "READ_LIMIT", 10.0)
+        assert (await desk.ask("load", "hung"))[0] == 200
+        desk.kept.close()
+
+    asyncio.run(whole())
