@@ -22,9 +22,9 @@ import msgspec
 import uvloop
 
 from serverless_llm import framing, wire
-from serverless_llm.errors import ServerlessLLMError
+from serverless_llm.errors import CapacityError, ServerlessLLMError
 from serverless_llm.node import logs, state
-from serverless_llm.node.devices import budgets
+from serverless_llm.node.devices import budgets, free
 from serverless_llm.node.links import CLOSE_LIMIT, MAX_MESSAGE, WebSocketLink
 from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.slot import Slot
@@ -244,9 +244,22 @@ class Agent:
                 log.warning("worker %d sent %s, which no agent takes", slot.device, type(other).__name__)
 
     def _up(self, slot: Slot) -> None:
-        if not any(device.budget for device in self._devices):
-            self.stop("the driver, which did not answer before, does now: another agent asks it for its memory")
+        if not self._devices[slot.device].budget:
+            self._ask_again(slot)
+            return
         self._tell(wire.WorkerUp(slot.device, slot.incarnation, slot.pid, slot.numerics_id))
+
+    def _ask_again(self, slot: Slot) -> None:
+        """A device without memory is of no use; the driver may tell of it by now."""
+        try:
+            free(slot.device)
+        except CapacityError as error:
+            slot.refuse(str(error))
+            return
+        if any(device.budget for device in self._devices):
+            slot.refuse("its memory, unknown when this node came up, is known now: restart the node to use it")
+        else:
+            self.stop("the driver, which did not answer before, does now: another agent asks it for its memory")
 
     def _lost(self, slot: Slot, cause: str) -> None:
         self._store.worker_lost(slot.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from serverless_llm.errors import CapacityError
 from serverless_llm.node.options import DeviceOptions
 
 log = logging.getLogger(__name__)
@@ -15,12 +16,25 @@ CUDA_RESERVE = 2 << 30  # bytes of a GPU left to its context, to workspaces and 
 def budgets(devices: Sequence[DeviceOptions]) -> list[int]:
     """Bytes for weights and KV of each device, asking the driver for those that state none.
 
-    0 of one that the driver does not have: why it cannot come up is its worker's to tell.
+    0 of one whose memory is not known or not free: it cannot come up, and its worker or `free` tells why.
     """
-    return [device.budget or _free(number) for number, device in enumerate(devices)]
+    return [device.budget or _asked(number) for number, device in enumerate(devices)]
 
 
-def _free(number: int) -> int:
+def _asked(number: int) -> int:
+    try:
+        return free(number)
+    except CapacityError as error:
+        log.warning("%s", error)
+        return 0
+
+
+def free(number: int) -> int:
+    """Bytes of a GPU that are free for weights and KV now.
+
+    Raises:
+        CapacityError: none are, or the driver does not tell.
+    """
     import pynvml
 
     try:
@@ -28,6 +42,10 @@ def _free(number: int) -> int:
         memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(number))
         pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        log.warning("cannot ask the NVIDIA driver for device %d: %s", number, error)
-        return 0
+        why = f"cannot ask the NVIDIA driver for device {number}: {error}; state --device-memory"
+        raise CapacityError(why) from error
+    if memory.free <= CUDA_RESERVE:
+        raise CapacityError(
+            f"device {number} has {memory.free} bytes free, and {CUDA_RESERVE} are left to its context and workspaces"
+        )
     return int(memory.free) - CUDA_RESERVE

@@ -111,6 +111,12 @@ class Slot:
             with contextlib.suppress(ProcessLookupError):  # reaped already, the report is on its way
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    def refuse(self, cause: str) -> None:
+        """Kills a worker that just came up, as if it had not: `lost` follows, and the next one boots later."""
+        self.up, self._verdict = False, cause
+        self._due = self._now()  # for `check`, should its process not be known yet
+        self.kill(cause)
+
     def forgive(self) -> None:
         """This agent was asleep itself: the worker's silence proves nothing."""
         if self._due is not None:

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
+import pynvml
 import pytest
 
 from serverless_llm.config import load
 from serverless_llm.node import processes
-from serverless_llm.node.devices import budgets
+from serverless_llm.node.devices import CUDA_RESERVE, budgets
 from serverless_llm.node.options import AgentOptions, DeviceOptions, local_agents
 
 
@@ -49,6 +51,18 @@ def test_a_missing_driver_is_said(caplog: pytest.LogCaptureFixture) -> None:
         pytest.skip("this machine has one")
     assert budgets([DeviceOptions("cuda", 7, "copy"), DeviceOptions("cuda", 0, "copy")]) == [7, 0]
     assert "NVIDIA driver for device 1" in caplog.text
+
+
+@pytest.mark.parametrize(("left", "budget"), [(CUDA_RESERVE + 5, 5), (CUDA_RESERVE, 0)])
+def test_a_gpu_without_free_memory_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, left: int, budget: int
+) -> None:
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(pynvml, name, lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: number)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=left))
+    assert budgets([DeviceOptions("cuda", 0, "copy")]) == [budget]
+    assert (f"device 0 has {left} bytes free" in caplog.text) == (budget == 0)
 
 
 def test_children_find_this_package(tmp_path: Path) -> None:

@@ -74,3 +74,39 @@ def test_a_forkserver_that_dies_before_any_worker_is_a_failed_boot() -> None:
     slot.forkserver_lost("the forkserver died")
     slot.forkserver_lost("it died again")
     assert lost == [(1, "the forkserver died"), (2, "it died again")]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_refused_when_it_is_up_counts_as_a_failed_boot() -> None:
+    lost: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
+
+    async def tell() -> None:
+        pool = Pool(MIB)
+        spawner = Spawner(
+            lambda: slot.boot(),
+            lambda device, incarnation, pid: slot.spawned(incarnation, pid),
+            lambda device, incarnation, status: slot.exited(incarnation, status),
+            lambda cause: slot.forkserver_lost(cause),
+        )
+        boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
+        slot = Slot(
+            boot,
+            pool.fd,
+            spawner,
+            lambda *_: None,
+            lambda one: one.refuse("no memory"),
+            lambda one, cause: lost.put_nowait((one.incarnation, cause)),
+            10.0,
+        )
+        spawner.start()
+        async with asyncio.timeout(60):
+            assert await lost.get() == (1, "no memory")
+            assert await lost.get() == (2, "no memory")
+        assert slot._failed_boots == 2
+        assert not slot.up
+        spawner.stop()
+        slot.forkserver_lost("stopped")
+        await asyncio.sleep(0)
+        pool.close()
+
+    asyncio.run(tell())
