@@ -22,6 +22,7 @@ from serverless_llm.loader.source import SourceFile
 from serverless_llm.loader.toucher import Toucher
 
 AHEAD = 1 << 30  # bytes
+PAUSE = 2.0  # seconds, in which a model that was loaded has its first tokens
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
 
 
@@ -93,21 +94,25 @@ class _Fill:
 class Pipeline:
     """Ties the tier's books, the pool and the reader together. `post` runs a callable on the owner's thread.
 
-    While nothing is read, free slots are made ready ahead of need: as many as the largest checkpoint so far had, at
-    least `ahead` bytes.
+    When nothing was read for `pause` seconds, free slots are made ready ahead of need: `ahead` bytes of them, or as many
+    as the largest checkpoint so far had.
 
     Attributes:
         disk: the disk as finished loads saw it.
     """
 
-    def __init__(self, pool: Pool, tier: Tier, reader: Reader, post: Post, ahead: int = AHEAD) -> None:
+    def __init__(
+        self, pool: Pool, tier: Tier, reader: Reader, post: Post, ahead: int = AHEAD, pause: float = PAUSE
+    ) -> None:
         self.disk = Link()
         self.tier = tier
         self._pool = pool
         self._reader = reader
         self._post = post
+        self._pause = pause
         self._fills: dict[CheckpointId, _Fill] = {}
         self._trimming = False  # a slot is being made ready, or `_trim` is posted
+        self._quiet_at = 0.0  # monotonic seconds
         self._closed = False
         self._toucher = Toucher(pool)
         self.tier.wanted = ahead // pool.slot_bytes
@@ -169,7 +174,8 @@ class Pipeline:
             self._post(self._trimmed)
         elif not self._fills and (slot := self.tier.grow()) is not None:
             self._trimming = True
-            self._toucher.touch(slot, lambda: self._post(self._trimmed))
+            delay = max(0.0, self._quiet_at - time.monotonic())
+            self._toucher.touch(slot, delay, lambda: self._post(self._trimmed))
 
     def _trimmed(self) -> None:
         self._trimming = False
@@ -226,6 +232,7 @@ class Pipeline:
     def _news(self, checkpoint: CheckpointId, batch: Batch) -> None:
         """One batch of a fill, on the owner's thread."""
         fill = self._fills[checkpoint]
+        self._quiet_at = time.monotonic() + self._pause
         if batch.error is None:
             self._land(checkpoint, fill, batch)
         if batch.last:

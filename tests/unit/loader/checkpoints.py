@@ -59,7 +59,7 @@ class Node:
         self.tier = Tier(self.pool.slots, self.pool.slot_bytes)
         self.reader = Reader(self.pool, threads, rate)
         self.posts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.pipeline = Pipeline(self.pool, self.tier, self.reader, self.posts.put, ahead)
+        self.pipeline = Pipeline(self.pool, self.tier, self.reader, self.posts.put, ahead, pause=0)
         self.settle()
 
     def settle(self) -> list[int]:
