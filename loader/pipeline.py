@@ -94,8 +94,8 @@ class _Fill:
 class Pipeline:
     """Ties the tier's books, the pool and the reader together. `post` runs a callable on the owner's thread.
 
-    When nothing was read for `pause` seconds, free slots are made ready ahead of need: `ahead` bytes of them, or as many
-    as the largest checkpoint so far had.
+    When nothing was read for `pause` seconds, free slots are made ready ahead of need: `ahead` bytes of them, or as
+    many as the largest checkpoint so far had.
 
     Attributes:
         disk: the disk as finished loads saw it.
