@@ -176,7 +176,7 @@ class Story:
         return self.killed(lambda: int(self.server.device_of("demo-count")["worker_pid"]), worker_gone)
 
     def agent_killed(self) -> str:
-        return self.killed(self.server.agent, AGENT_GONE)
+        return self.killed(self.server.agent, AGENT_GONE) + ", for its workers and its copy in DRAM died with it"
 
     def head_killed(self) -> str:
         self.ask("demo-count")

@@ -22,6 +22,7 @@ from serverless_llm.errors import ConfigurationError
 PREFIX = "SERVERLESS_LLM_"
 CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  # read elsewhere, no options
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
+LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 UNITS = {"": 1, "B": 1} | {
@@ -281,10 +282,11 @@ def _derived(raw: dict[str, Any], memory: int) -> dict[str, Any]:
     values["dram"] = parse_size(values.get("dram", f"{50 / nodes}%"), memory)
     if "device_memory" in values or kind == "cpu":
         values["device_memory"] = parse_size(values.get("device_memory", f"{50 / (nodes * devices):.3f}%"), memory)
-    if kind == "cpu" and values["device_memory"] > memory:
+    if kind == "cpu" and not LEAST_MEMORY <= values["device_memory"] <= memory:
         raise ConfigurationError(f"device_memory: {values['device_memory']} bytes, of {memory} that this machine has")
+    if not LEAST_MEMORY <= values["dram"] <= memory // nodes:
+        raise ConfigurationError(f"dram: {nodes} x {values['dram']} bytes, of {memory} that this machine has")
     cores = len(os.sched_getaffinity(0))
-    # Threads that wait for one another while the gateway runs only burn time; but half of all cores is too much for it.
     values.setdefault("threads", max(1, (cores - (cores > 2)) // (nodes * devices)))
     values["devices"] = f"{kind}:{devices}"
     return values

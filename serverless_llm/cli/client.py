@@ -65,10 +65,13 @@ class Server:
         response = self._send("POST", path, body)
         try:
             for line in response:
-                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                if line.startswith(b"data: [DONE]"):
+                    return
+                if line.startswith(b"data: "):
                     yield _event(json.loads(line[6:]))
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"the server at {self.url} broke off: {error}") from error
+        raise Unreachable(f"the server at {self.url} broke off before the end")
 
     def _send(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
         parts = urllib.parse.urlsplit(self.url)

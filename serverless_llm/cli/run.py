@@ -187,7 +187,7 @@ def _take(events: Iterator[dict[str, Any]], began: float, sink: TextIO) -> Answe
 
 def phases(first: float | None, metrics: dict[str, Any]) -> str:
     """Times as one line: `first token 2.81 s after the command | cold start 31 ms: queue 0.4 ms, ...`."""
-    parts = ["no token" if first is None else f"first token {first:.2f} s after the command"]
+    parts = ["no text" if first is None else f"first token {first:.2f} s after the command"]
     cold = {name: value for name, value in metrics.items() if name.startswith("cold_start")}
     if cold.get("cold_start_ms"):
         inner = cold.get("cold_start_phases") or {}

@@ -143,6 +143,8 @@ class Gateway:
         if self._draining:
             raise RequestError(503, "overloaded", "the server is stopping", retry_after=5.0)
         parsed = openai.parse(openai.decode(await request.read()), chat)
+        if "name" in request.match_info:
+            self._named(request.match_info["name"])  # an endpoint that is not there, whatever the body names
         info = self._named(_model_name(request, parsed.model))
         try:
             return await self._completions.answer(request, REQUEST_ID.get(), info, parsed)

@@ -152,6 +152,8 @@ class Controller:
             return
         message = wire.decode(frame.header.kind, frame.body)
         peer.hear(message)
+        if isinstance(message, wire.WorkerLost):
+            log.warning("%s/%d lost its worker: %s", peer.hello.node, message.device, message.cause)
         for event in translate.from_node(peer.hello.node, message):
             self.handle(event)
 

@@ -16,6 +16,8 @@ from serverless_llm.node.processes import command, died, environment
 
 log = logging.getLogger(__name__)
 
+# Compute threads that wait for one another sleep: if they spin, a third busy process makes steps 100 times longer.
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
 READY_LIMIT = 120.0  # seconds until a forkserver must be up; to import torch from a cold network disk takes some
 BACK_OFF = 1.0  # seconds before the next try after a forkserver that died before it was up; doubled each time
 BACK_OFF_LIMIT = 30.0
@@ -54,9 +56,8 @@ class Spawner:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         arguments = command("serverless_llm.node.forkserver", str(theirs.fileno()), str(os.getpid()))
-        self._process = subprocess.Popen(
-            arguments, pass_fds=[theirs.fileno()], env=environment(), stdin=subprocess.DEVNULL
-        )
+        environ = {**PATIENT, **environment()}
+        self._process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], env=environ, stdin=subprocess.DEVNULL)
         theirs.close()
         self._control, self._verdict = ours, ""
         loop = asyncio.get_running_loop()

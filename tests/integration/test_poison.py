@@ -68,7 +68,7 @@ def refused(
     tmp_path: Path, limit: str, source: Path, guilty: Callable[[Device], bool], **body: Any
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """Status and error of the request to the model `guilty`, and that model's status after it."""
-    options = ("--devices", "cpu:1", "--device-memory", "24MiB", "--dram", "64MiB", "--limit", limit)
+    options = ("--devices", "cpu:1", "--device-memory", "512MiB", "--dram", "512MiB", "--limit", limit)
     models = ("--model", f"count={checkpoint_dir(COUNT.name)}", "--model", f"guilty={source}")
     with Server(tmp_path / "state", *options, *models) as server:
         body |= {"model": "guilty"}
@@ -82,8 +82,9 @@ def test_a_request_that_always_kills_is_refused_by_name_and_healthy_streams_go_o
     def guilty(device: Device) -> bool:
         return any(sequence["model"] == "guilty" for sequence in device["sequences"])
 
-    options = {"prompt": "1 2 3", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
-    status, error, model = refused(tmp_path, "upload=1GB/s", checkpoint_dir(COUNT.name), guilty, **options)
+    make_checkpoint("smollm2-135m", tmp_path / "large", layers=4, dtype="float32")
+    prompt = [1] * 1000  # its first token takes so long that the executioner is there before it: a token would acquit
+    status, error, model = refused(tmp_path, "upload=1GB/s", tmp_path / "large", guilty, prompt=prompt, max_tokens=4)
     assert (status, error["code"]) == (500, "engine_error")
     assert "3 times" in error["message"]
     assert model["value"] != "failed"
@@ -94,7 +95,7 @@ def test_a_checkpoint_that_always_kills_fails_by_name_and_healthy_streams_go_on(
         return any(one["model"] == "guilty" and one["state"] == "loading" for one in device["replicas"])
 
     make_checkpoint("tiny-llama", tmp_path / "bad", dtype="float32")
-    status, error, model = refused(tmp_path, "disk=2MB/s", tmp_path / "bad", guilty, prompt=[1, 2, 3], max_tokens=4)
+    status, error, model = refused(tmp_path, "disk=1MB/s", tmp_path / "bad", guilty, prompt=[1, 2, 3], max_tokens=4)
     assert (status, error["code"]) == (503, "model_load_failed")
     assert model["value"] == "failed"
     assert "3 times" in model["error"]

@@ -93,6 +93,15 @@ def test_gpus_keep_their_own_memory() -> None:
     assert loaded({"devices": "cuda:2", "device_memory": "10GiB"}).device_memory == 10 * GIB
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"dram": "100TB"}, {"dram": "5GiB", "nodes": 2}, {"dram": "1KB"}, {"device_memory": "9GiB"}, {"device_memory": 9}],
+)
+def test_memory_that_is_not_there_or_holds_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="that this machine has"):
+        loaded({"devices": "cpu:1", **options})
+
+
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (9, 2), (64, 15)])
 def test_devices_share_the_cores_but_one(monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))

@@ -106,7 +106,7 @@ def test_unknown_model_without_server_is_a_usage_error(cli: CommandLine) -> None
 
 
 def test_phases_of_an_answer_without_tokens_or_metrics() -> None:
-    assert phases(None, {}) == "no token"
+    assert phases(None, {}) == "no text"
     assert phases(0.5, {"time_to_first_token_ms": 2.0}) == (
         "first token 0.50 s after the command | warm | time to first token 2.0 ms"
     )
