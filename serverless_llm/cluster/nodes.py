@@ -102,7 +102,7 @@ def progress(turn: Turn, event: Progress) -> None:
     for replica in list(device.replicas.values()):
         for sequence in list(replica.running.values()):
             if sequence.id in there:
-                _moves(turn, sequence, there[sequence.id])
+                mentioned(turn, sequence, there[sequence.id])
             elif _overdue(turn, sequence, _patience(turn, sequence)):
                 recall(turn, sequence)
 
@@ -238,13 +238,6 @@ def _patience(turn: Turn, sequence: Sequence) -> float:
     """A worker that never had it may still get it."""
     known = sequence.state is SequenceState.RUNNING
     return turn.policy.absent_s if known else turn.policy.dispatch_s
-
-
-def _moves(turn: Turn, sequence: Sequence, tokens: int) -> None:
-    suspect = sequence.id in turn.state.suspects
-    mentioned(turn, sequence, tokens)
-    if suspect:
-        turn.touch(sequence.model)
 
 
 def _tidy(turn: Turn, node: Node) -> None:

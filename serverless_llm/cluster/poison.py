@@ -1,9 +1,11 @@
 """Who ends workers: a crash is charged to all that was there, and those charged twice are tried alone.
 
-A sequence that runs, or a model that loads, when its worker dies is charged; progress in between acquits. Two charges
-in a row make a suspect. A trial gives a suspect a device of its own: what runs there goes back to its queue, nothing
-else is dispatched or started until the trial ends. A suspect that generates `progress_tokens` or ends is innocent; a
-worker that dies in a trial convicts it. So a sequence or a checkpoint that kills every time ends three workers.
+A sequence that runs, or a model that loads, when its worker dies is charged. Two charges make a suspect. A trial gives
+a suspect a device of its own: what runs there goes back to its queue, nothing else is dispatched or started until the
+trial ends. A worker that dies in a trial convicts. A sequence is acquitted when it has run alone for `trial_factor`
+times as long as the longest run that a death ended, and moved on: tokens alone prove nothing, for one that always kills
+may generate some before it does. So a sequence or a checkpoint that kills every time ends three workers. The first
+charge after an acquittal makes a suspect again; `trial_s` of life clear all charges.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def try_suspects(turn: Turn) -> None:
         return
     on_trial = [d for d in turn.state.devices.values() if d.trial is not None and d.trial[0] == "sequence"]
     for device in on_trial:
-        _judge(turn, device)
+        _try(turn, device)
     tried = {d.trial[1] for d in on_trial if d.trial is not None}
     for sequence in sorted(turn.state.suspects.values(), key=lambda s: s.order):
         if sequence.state is SequenceState.SUSPECT and sequence.id not in tried:
@@ -50,28 +52,40 @@ def isolate(turn: Turn, device: Device, trial: tuple[str, int]) -> None:
 
 
 def outlived(turn: Turn, device_id: DeviceId) -> None:
-    """A trial that took its full time proves innocence; one that could not begin makes way. Loads have deadlines."""
+    """The term of a trial is over: acquit, or wait for progress. One that could not begin makes way."""
     device = turn.device(device_id)
-    if device.trial is None or device.trial[0] == "load":
+    if device.trial is None or device.trial[0] == "load":  # loads have deadlines of their own
         return
     sequence = turn.state.suspects[device.trial[1]]
-    if sequence.replica is not None:
-        _acquit(turn, sequence)
+    if sequence.replica is None:
+        end_trial(turn, device, device.trial)
+        return
+    left = turn.policy.trial_s - (turn.now - sequence.dispatched)
+    if left > 0 and sequence.generated < sequence.resumed_at + turn.policy.progress_tokens:
+        turn.arm("trial", device_id, min(left, _term(turn, sequence)))
+        return
+    del turn.state.suspects[sequence.id]
+    sequence.deaths = turn.policy.suspect_deaths - 1
     end_trial(turn, device, device.trial)
 
 
 def _charge_sequence(turn: Turn, sequence: Sequence, trial: tuple[str, int] | None, cause: str) -> None:
-    moved_on = sequence.generated >= sequence.charged_at + turn.policy.progress_tokens
-    if moved_on:
-        _acquit(turn, sequence)
-    sequence.deaths += 1
-    if trial == ("sequence", sequence.id) and not moved_on:
+    ran = turn.now - sequence.dispatched
+    sequence.longest_charged = max(sequence.longest_charged, ran)
+    sequence.deaths = 1 if ran >= turn.policy.trial_s else sequence.deaths + 1
+    if trial == ("sequence", sequence.id):
         message = f"the request ended the engine process {sequence.deaths} times; last: {cause}"
         reject(turn, sequence, 500, "engine_error", message, None, retry=False)
     elif sequence.deaths >= turn.policy.suspect_deaths:
         suspect(turn, sequence)
     else:
         requeue(turn, sequence)
+
+
+def _term(turn: Turn, sequence: Sequence) -> float:
+    """Seconds that a sequence must run alone for."""
+    policy = turn.policy
+    return min(policy.trial_s, max(policy.trial_floor_s, policy.trial_factor * sequence.longest_charged))
 
 
 def _charge_load(turn: Turn, replica: Replica, trial: tuple[str, int] | None) -> None:
@@ -81,18 +95,17 @@ def _charge_load(turn: Turn, replica: Replica, trial: tuple[str, int] | None) ->
         convict(turn, model, model.load_deaths)
 
 
-def _judge(turn: Turn, device: Device) -> None:
-    """Acquit a suspect that moved on; dispatch one whose device has become quiet; free a device that is no use."""
+def _try(turn: Turn, device: Device) -> None:
+    """Dispatch a suspect whose device has become quiet; free a device that is no use."""
     assert device.trial is not None
     sequence = turn.state.suspects[device.trial[1]]
     if sequence.replica is not None:
-        if sequence.generated >= sequence.charged_at + turn.policy.progress_tokens:
-            _acquit(turn, sequence)
-            end_trial(turn, device, device.trial)
-    elif (replica := _court(turn, device, sequence)) is None:
+        return
+    if (replica := _court(turn, device, sequence)) is None:
         end_trial(turn, device, device.trial)
     elif not any(other.state in STARTING for other in device.replicas.values()):
         dispatch(turn, sequence, replica)
+        turn.arm("trial", device.id, _term(turn, sequence))
 
 
 def _begin(turn: Turn, sequence: Sequence) -> None:
@@ -102,16 +115,10 @@ def _begin(turn: Turn, sequence: Sequence) -> None:
     if courts:
         device = min(courts, key=lambda court: court.id)
         isolate(turn, device, ("sequence", sequence.id))
-        _judge(turn, device)
+        _try(turn, device)
 
 
 def _court(turn: Turn, device: Device, sequence: Sequence) -> Replica | None:
     """The replica on `device` that can serve the suspect."""
     ready = turn.state.models[sequence.model].ready()
     return next((replica for replica in ready if replica.device == device.id), None)
-
-
-def _acquit(turn: Turn, sequence: Sequence) -> None:
-    turn.state.suspects.pop(sequence.id, None)
-    sequence.deaths, sequence.charged_at = 0, sequence.generated
-    turn.touch(sequence.model)

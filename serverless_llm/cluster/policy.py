@@ -45,11 +45,15 @@ class Policy:
     # operator. Its agent goes on trying every 5 s.
     dead_boots: int = 3
     reboot_s: float = 5.0
-    # A crash with no sign of life since the last one makes a suspect on the second; the third, alone, convicts.
+    # Two crashes make a suspect; the third, alone, convicts.
     suspect_deaths: int = 2
-    # A resumed sequence gets one token from its prefill before the step that killed it, and it is resumed twice.
+    # What kills after a while may take longer the next time: 4x its longest life before. A second at least, for a life
+    # of milliseconds says little about the next one. The device is wanted by others, who wait behind every suspect.
+    trial_factor: float = 4.0
+    trial_floor_s: float = 1.0
+    # A resumed sequence gets one token from its prefill before the step that killed it.
     progress_tokens: int = 3
-    # A trial that has ended nothing in a minute proves enough; the device is wanted by others.
+    # A crash a minute costs less than finding who caused it.
     trial_s: float = 60.0
 
     # Loads nobody waits for any more: the client often comes back within a minute.

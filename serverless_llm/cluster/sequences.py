@@ -68,14 +68,11 @@ def prompt_ready(turn: Turn, event: PromptReady) -> None:
 
 
 def resumed(turn: Turn, event: Resumed) -> None:
-    """Tokens that its dead worker never reported count too."""
+    """Tokens that its dead worker never reported are no progress of this run."""
     sequence = _current(turn, event.sequence, event.epoch)
     if sequence is None:
         return
-    sequence.generated = max(sequence.generated, event.tokens)
-    if sequence.deaths == 1:
-        sequence.charged_at = sequence.generated
-    turn.touch(sequence.model)
+    sequence.generated = sequence.resumed_at = max(sequence.generated, event.tokens)
 
 
 def client_gone(turn: Turn, event: ClientGone) -> None:
@@ -146,6 +143,7 @@ def dispatch(turn: Turn, sequence: Sequence, replica: Replica) -> None:
     model.unready.pop(sequence.id, None)
     move(SEQUENCE, sequence, "dispatch", turn.now)
     sequence.replica, sequence.mentioned, sequence.absent_since = replica, turn.now, None
+    sequence.dispatched, sequence.resumed_at = turn.now, sequence.generated
     replica.running[sequence.id] = sequence
     replica.keep_alive = model.spec.keep_alive if sequence.keep_alive is None else sequence.keep_alive
     turn.disarm("idle", replica.id)

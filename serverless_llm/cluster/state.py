@@ -43,8 +43,10 @@ class Sequence:
         generated: tokens known to be generated.
         mentioned: when its worker last spoke of it, or when it was dispatched.
         absent_since: its worker's reports leave it out since then.
-        deaths: workers that died with it, none of its own progress between them.
-        charged_at: its tokens at the first of them.
+        dispatched: when it last was.
+        resumed_at: tokens it had then.
+        deaths: charges: workers that died with it, as far as neither a trial nor a long life has cleared it.
+        longest_charged: seconds of the longest run that ended so.
     """
 
     id: SequenceId
@@ -64,8 +66,10 @@ class Sequence:
     mentioned: float = 0.0
     absent_since: float | None = None
     refusals: int = 0
+    dispatched: float = 0.0
+    resumed_at: int = 0
     deaths: int = 0
-    charged_at: int = 0
+    longest_charged: float = 0.0
 
 
 @dataclass(slots=True, eq=False)

@@ -78,13 +78,19 @@ def refused(
         return status, content["error"], server.get("/v1/models/guilty")["status"]
 
 
-def test_a_request_that_always_kills_is_refused_by_name_and_healthy_streams_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before its first token", "after some tokens"])
+def test_a_request_that_always_kills_is_refused_by_name_and_healthy_streams_go_on(tmp_path: Path, when: str) -> None:
     def guilty(device: Device) -> bool:
         return any(sequence["model"] == "guilty" for sequence in device["sequences"])
 
-    make_checkpoint("smollm2-135m", tmp_path / "large", layers=4, dtype="float32")
-    prompt = [1] * 1000  # its first token takes so long that the executioner is there before it: a token would acquit
-    status, error, model = refused(tmp_path, "upload=1GB/s", tmp_path / "large", guilty, prompt=prompt, max_tokens=4)
+    if when == "before its first token":
+        source = tmp_path / "large"
+        make_checkpoint("smollm2-135m", source, layers=4, dtype="float32")
+        body: dict[str, Any] = {"prompt": [1] * 1000, "max_tokens": 4}
+    else:
+        source = checkpoint_dir(COUNT.name)
+        body = {"prompt": "1 2 3", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+    status, error, model = refused(tmp_path, "upload=1GB/s", source, guilty, **body)
     assert (status, error["code"]) == (500, "engine_error")
     assert "3 times" in error["message"]
     assert model["value"] != "failed"
@@ -94,7 +100,7 @@ def test_a_checkpoint_that_always_kills_fails_by_name_and_healthy_streams_go_on(
     def guilty(device: Device) -> bool:
         return any(one["model"] == "guilty" and one["state"] == "loading" for one in device["replicas"])
 
-    make_checkpoint("tiny-llama", tmp_path / "bad", dtype="float32")
+    make_checkpoint("tiny-llama", tmp_path / "bad", layers=16, dtype="float32")  # seconds of loading
     status, error, model = refused(tmp_path, "disk=1MB/s", tmp_path / "bad", guilty, prompt=[1, 2, 3], max_tokens=4)
     assert (status, error["code"]) == (503, "model_load_failed")
     assert model["value"] == "failed"

@@ -85,10 +85,10 @@ class Storm(RuleBasedStateMachine):
         for _ in range(count):
             self.world.request(model, tokens=tokens)
 
-    @rule(number=st.integers(0, 99), model=st.sampled_from(MODELS))
-    def ask_poisonously(self, number: int, model: str) -> None:
+    @rule(number=st.integers(0, 99), model=st.sampled_from(MODELS), after=st.sampled_from([0.0, 0.1, 1.0]))
+    def ask_poisonously(self, number: int, model: str, after: float) -> None:
         if number < 15:
-            self.world.poison.add(self.world.request(model))
+            self.world.poison[self.world.request(model, tokens=500)] = after
 
     @rule(number=st.integers(0, 999))
     def hang_up(self, number: int) -> None:
@@ -178,7 +178,7 @@ def make_trouble(trouble: Storm, chance: random.Random) -> None:
         lambda: trouble.change_weather(number < 2),
         lambda: trouble.shrink_device(number, number % 2 << 26),
         lambda: trouble.jam_loads(MODELS[number], number > 2),
-        lambda: trouble.ask_poisonously(number, MODELS[number]),
+        lambda: trouble.ask_poisonously(number, MODELS[number], number / 3),
         lambda: operate(trouble.world, MODELS[number], what),
     ]
     chance.choice(actions)()

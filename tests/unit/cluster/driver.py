@@ -58,7 +58,7 @@ class World:
         self.reads: Counter[CheckpointId] = Counter()
         self.deaths = 0
         self.events = 0
-        self.poison: set[SequenceId] = set()
+        self.poison: dict[SequenceId, float] = {}  # seconds into each run, half as many or half as many more
         self.poison_models: set[ModelName] = set()
         self.broken: dict[ModelName, tuple[str, bool]] = {}  # loads fail: message, permanent
         self.stuck: set[ModelName] = set()  # loads never end
@@ -443,10 +443,12 @@ class World:
         client = self.clients[run.sequence]
 
         def first() -> None:
-            if run.live and run.sequence in self.poison:
-                self.kill(agent, worker, f"CUDA error in sequence {run.sequence}")
-            elif run.live:
+            if run.live:
                 self.up_link(agent, e.FirstToken(run.sequence, run.epoch, self.prefill_s))
+
+        def die() -> None:
+            if run.live:
+                self.kill(agent, worker, f"CUDA error in sequence {run.sequence}")
 
         def last() -> None:
             if not run.live:
@@ -456,6 +458,8 @@ class World:
                 self._end(run.sequence, "done")
             self.up_link(agent, e.SequenceDone(run.sequence, run.epoch, FinishReason.LENGTH, client.tokens))
 
+        if run.sequence in self.poison:
+            self.after(self.poison[run.sequence] * self.chance.uniform(0.5, 1.5), die)
         self.after(self.prefill_s, first)
         self.after(self.prefill_s + self.token_s * max(0, client.tokens - run.base - 1), last)
 
