@@ -23,6 +23,7 @@ PREFIX = "SERVERLESS_LLM_"
 CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  # read elsewhere, no options
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
+LEAST_BODY = 1 << 10  # bytes; less holds no conversation
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 UNITS = {"": 1, "B": 1} | {
@@ -65,6 +66,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         port: 0 takes a free one.
         hosts: further names by which clients may call this server (`Host` header).
         api_key: what clients send; None on loopback needs none, elsewhere one is generated and kept in `state_dir`.
+        keys_file: a YAML list of keys with scopes and limits (docs/operations.md), beside or instead of `api_key`.
+        tls_cert: PEM certificate chain; with it and `tls_key` the server speaks TLS only.
+        connections: most at a time; further ones are told to come back.
+        body_limit: bytes of a request's body.
         state_dir: database, locks, tokens and logs; one server at a time.
         nodes: node agents on this machine.
         devices: of each node: `cpu:N` logical CPU devices, `cuda:N` GPUs, `auto` the GPUs or else one CPU device.
@@ -87,6 +92,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     port: int = 8000
     hosts: tuple[str, ...] = ()
     api_key: str | None = None
+    keys_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    connections: int = 10_000
+    body_limit: int = 16 << 20
     state_dir: Path
     nodes: int = 1
     devices: str = "auto"
@@ -232,12 +242,12 @@ def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: {error}") from error
     if not isinstance(raw, dict | None):
         raise ConfigurationError(f"{path}: a mapping of options is needed")
-    values: dict[str, Any] = _expand(raw or {}, environ)
+    values: dict[str, Any] = expand(raw or {}, environ)
     _check_keys(values, Config, str(path))
     return values
 
 
-def _expand(value: Any, environ: Mapping[str, str]) -> Any:
+def expand(value: Any, environ: Mapping[str, str]) -> Any:
     """`value` with every `${env.NAME}` of its texts replaced."""
 
     def variable(match: re.Match[str]) -> str:
@@ -248,8 +258,8 @@ def _expand(value: Any, environ: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         return re.sub(r"\$\{env\.(\w+)\}", variable, value)
     if isinstance(value, dict):
-        return {key: _expand(entry, environ) for key, entry in value.items()}
-    return [_expand(entry, environ) for entry in value] if isinstance(value, list) else value
+        return {key: expand(entry, environ) for key, entry in value.items()}
+    return [expand(entry, environ) for entry in value] if isinstance(value, list) else value
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -320,6 +330,7 @@ def _models(value: object) -> dict[str, dict[str, Any]]:
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "limits": _limits,
     "models": _models,
+    "body_limit": parse_size,
     "hosts": _list,
     "model_roots": _list,
     **dict.fromkeys(("keep_alive", "hold", "abandon_after", "drain", "orphan_grace"), parse_duration),
@@ -333,6 +344,10 @@ def _convert(values: dict[str, Any]) -> Config:
         raise ConfigurationError(f"configuration: {error}") from error
     if not 0 <= config.port <= 65535:
         raise ConfigurationError(f"port: {config.port} is not between 0 and 65535")
+    if config.connections < 1 or config.body_limit < LEAST_BODY:
+        raise ConfigurationError(f"connections must be at least 1 and body_limit {LEAST_BODY} bytes")
+    if (config.tls_cert is None) != (config.tls_key is None):
+        raise ConfigurationError("tls_cert and tls_key belong together: give both or none")
     roots = tuple(root.expanduser().resolve() for root in config.model_roots)
     return msgspec.structs.replace(config, state_dir=config.state_dir.expanduser().resolve(), model_roots=roots)
 

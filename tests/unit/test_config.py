@@ -264,3 +264,16 @@ model_roots models nodes orphan_grace port state_dir threads weights"""
 def test_every_option_was_agreed_on() -> None:
     """A new option needs a user who would set it: add it here, and to the README, once somebody named one."""
     assert sorted(Config.__struct_fields__) == OPTIONS.split()
+
+
+def test_tls_needs_certificate_and_key() -> None:
+    with pytest.raises(ConfigurationError, match="tls_cert and tls_key belong together"):
+        loaded({"tls_cert": Path("/x.pem")})
+    both = loaded({"tls_cert": Path("/x.pem")}, SERVERLESS_LLM_TLS_KEY="/y.pem")
+    assert (both.tls_cert, both.tls_key) == (Path("/x.pem"), Path("/y.pem"))
+
+
+@pytest.mark.parametrize("flags", [{"connections": 0}, {"body_limit": "1000"}])
+def test_limits_that_serve_nobody_are_refused(flags: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="connections must be at least 1 and body_limit 1024 bytes"):
+        loaded(flags)
