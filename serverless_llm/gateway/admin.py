@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from serverless_llm import wire
@@ -17,9 +19,12 @@ ACTIONS = ("load", "unload", "pin")
 class Admin:
     """Questions in flight, by number."""
 
-    def __init__(self, send: Callable[[wire.Message], None], timeout: float) -> None:
+    def __init__(
+        self, send: Callable[[wire.Message], None], timeout: float, traffic: Callable[[], dict[str, Any]]
+    ) -> None:
         self._send = send
         self._timeout = timeout
+        self._traffic = traffic
         self._number = 0
         self._asked: dict[int, asyncio.Future[wire.Answer]] = {}
 
@@ -39,7 +44,13 @@ class Admin:
             asked.set_result(message)
 
     async def status(self, _request: web.Request) -> web.Response:
-        return await self._ask("status", "", b"{}")
+        """What the controller knows, and what this gateway saw of traffic."""
+        answer = await self._question("status", "", b"{}")
+        if answer.status != 200:
+            return _shown(answer.status, answer.body)
+        status = msgspec.json.decode(answer.body, type=dict[str, msgspec.Raw])
+        status["traffic"] = msgspec.Raw(msgspec.json.encode(self._traffic()))
+        return _shown(200, msgspec.json.encode(status))
 
     async def deploy(self, request: web.Request) -> web.Response:
         raw = await request.read()
@@ -61,15 +72,23 @@ class Admin:
         return act  # type: ignore[return-value]  # aiohttp types handlers as awaitables
 
     async def _ask(self, verb: str, name: str, body: bytes) -> web.Response:
+        answer = await self._question(verb, name, body)
+        return _shown(answer.status, answer.body)
+
+    async def _question(self, verb: str, name: str, body: bytes) -> wire.Answer:
         self._number += 1
         number = self._number
-        asked = self._asked[number] = asyncio.get_running_loop().create_future()
+        asked: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
+        self._asked[number] = asked
         self._send(wire.Ask(number, verb, name, body))
         try:
             async with asyncio.timeout(self._timeout):
-                answer = await asked
+                return await asked
         except TimeoutError:
             raise RequestError(503, "overloaded", "the controller did not answer in time", retry_after=5.0) from None
         finally:
             del self._asked[number]
-        return web.Response(status=answer.status, body=answer.body, content_type="application/json")
+
+
+def _shown(status: int, body: bytes) -> web.Response:
+    return web.Response(status=status, body=body, content_type="application/json")

@@ -53,7 +53,7 @@ class Gateway:
         self._draining = False
         self._idle = asyncio.Event()
         self.live = LiveRequests(send, self.metrics, generation)
-        self._admin = Admin(send, self._options.admin_timeout)
+        self._admin = Admin(send, self._options.admin_timeout, self.metrics.traffic.shown)
         self._completions = Completions(self.live, text, self.metrics, self._options, self._models.get)
         self._receivers: dict[type[wire.Message], Callable[[Any], None]] = {
             wire.Attach: self.live.attach,

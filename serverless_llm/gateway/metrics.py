@@ -6,6 +6,7 @@ The series of a deleted model vanish (`forget`). Every `Metrics` has a registry 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serverless_llm.domain import LoadPhases
+from serverless_llm.gateway.traffic import Traffic
 
 # vLLM's buckets (vllm/v1/metrics/loggers.py)
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -93,6 +95,7 @@ class Metrics:
     def __init__(self) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self.traffic = Traffic()
         self._of_models: list[_Family] = []
         self._served = {name: self._metric(*spec[:3], SERVED, spec[3]) for name, spec in _SERVED.items()}
         self._bundles: dict[tuple[str, str], ServedSeries] = {}
@@ -142,6 +145,7 @@ class Metrics:
     def ended(self, model: str, device: str, reason: str) -> None:
         """A request ended: stop, length, abort (client gone) or error."""
         self._ends.child(model, device, reason).inc()
+        self.traffic.ended(reason == "error", time.monotonic())
 
     def cold_start(self, model: str, seconds: float) -> None:
         """From a request's arrival, no replica being resident, to its first token."""

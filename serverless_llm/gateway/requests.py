@@ -271,6 +271,7 @@ class LiveRequests:
         if count == 0:
             return
         live.series.generated.inc(count)
+        self._metrics.traffic.tokens(count, None if live.first else now - live.arrived, now - live.last, now)
         if live.first:
             live.series.gap.observe(now - live.last)
         else:

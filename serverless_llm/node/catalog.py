@@ -9,7 +9,7 @@ from typing import Any
 from serverless_llm import wire
 from serverless_llm.cluster import views
 from serverless_llm.cluster.policy import Policy
-from serverless_llm.cluster.state import Device, Model, Node, Replica, Sequence, State
+from serverless_llm.cluster.state import ACTUAL, Device, Model, Node, Replica, Sequence, State
 from serverless_llm.domain import ModelSpec, Tier
 from serverless_llm.node.peers import Peer
 
@@ -96,6 +96,7 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
         "weights": device.spec.weights,
         "budget": device.spec.budget,
         "granted": device.planned.used,
+        "memory": _memory(device, used),
         "worker_pid": worker.pid if worker else None,
         "incarnation": worker.incarnation if worker else 0,
         "step": worker.step if worker else 0,
@@ -108,6 +109,12 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
         "replicas": [_replica(one) for one in device.replicas.values()],
         "sequences": [_sequence(one) for replica in device.replicas.values() for one in replica.running.values()],
     }
+
+
+def _memory(device: Device, kv_used: int) -> dict[str, int]:
+    """What the budget is used for now, in bytes."""
+    weights = sum(one.footprint.weight_bytes for one in device.replicas.values() if one.state in ACTUAL)
+    return {"weights": weights, "kv": kv_used, "free": max(0, device.spec.budget - weights - kv_used)}
 
 
 def _sequence(one: Sequence) -> dict[str, Any]:
@@ -126,6 +133,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "model": replica.model,
         "state": replica.state.value,
         "bytes": replica.grant,
+        "weight_bytes": replica.footprint.weight_bytes,
         "done": replica.progress_done,
         "total": replica.progress_total,
         "predicted_s": replica.predicted_s,

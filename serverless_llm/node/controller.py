@@ -21,6 +21,7 @@ from serverless_llm.errors import ProtocolError
 from serverless_llm.node import translate
 from serverless_llm.node.links import CLOSE_LIMIT, MAX_MESSAGE, WebSocketLink
 from serverless_llm.node.peers import Peer
+from serverless_llm.node.starts import StartLog
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Controller:
         self.machine = machine
         self.generation = generation
         self.peers: dict[NodeId, Peer] = {}
+        self.starts = StartLog()
         self.changed: Callable[[bool], None] = lambda prompt: None
         self._token = token
         self._deliver = deliver
@@ -63,10 +65,17 @@ class Controller:
     def handle(self, event: events.Event) -> None:
         """Tells the machine, and does what it wants."""
         silent = isinstance(event, SILENT) and not self._moves_checkpoints(event)
+        if isinstance(event, events.FirstToken):
+            self._first_token(event)
         for command in self.machine.handle(event, self.now()):
             self.perform(command)
         if not silent:
             self.changed(isinstance(event, PROMPT))
+
+    def _first_token(self, event: events.FirstToken) -> None:
+        sequence = self.machine.state.sequences.get(event.sequence)
+        if sequence is not None and sequence.epoch == event.epoch:
+            self.starts.first_token(sequence, event.prefill_s)
 
     def _moves_checkpoints(self, event: events.Event) -> bool:
         """A heartbeat after which a checkpoint may be in another tier."""
@@ -188,6 +197,8 @@ class Controller:
 
     def _note(self, command: commands.Decided | commands.Outcome | commands.Evicted) -> None:
         log.info("%s", translate.described(command))
+        if isinstance(command, commands.Outcome):
+            self.starts.ready(command, self.now())
         for observer in self._observe:
             observer(command)
 

@@ -174,6 +174,7 @@ class Registry:
             "models": [quoted(one) for one in self._infos(self._entries)],
             "nodes": catalog.nodes(machine, self._controller.peers),
             "problems": catalog.problems(machine),
+            "starts": self._controller.starts.shown(machine, self._controller.now(), time.time()),
         }
 
     def _entry(self, name: str) -> Entry:
