@@ -177,7 +177,8 @@ def _mark_down(device: Device) -> None:
 
 
 def _empty(turn: Turn, device: Device) -> None:
-    device.trial, device.shortfall, device.avoid_until, device.absent_since = None, 0, 0.0, None
+    device.trial, device.shortfall, device.absent_since = None, 0, None
+    device.court_at = device.avoid_until = 0.0
     for replica in list(device.replicas.values()):
         leave(turn, replica, "lost")
     for kind in ("kill", "trial", "avoid", "short"):

@@ -4,8 +4,9 @@ A sequence that runs, or a model that loads, when its worker dies is charged. Tw
 a suspect a device of its own: what runs there goes back to its queue, nothing else is dispatched or started until the
 trial ends. A worker that dies in a trial convicts. A sequence is acquitted when it has run alone for `trial_factor`
 times as long as the longest run that a death ended, and moved on: tokens alone prove nothing, for one that always kills
-may generate some before it does. So a sequence or a checkpoint that kills every time ends three workers. The first
-charge after an acquittal makes a suspect again; `trial_s` of life clear all charges.
+may generate some before it does. So a sequence or a checkpoint that kills every time ends three workers, or a few more
+if each life is `trial_factor` times as long as all before it. The first charge after an acquittal makes a suspect
+again; `trial_s` of life clear all charges.
 """
 
 from __future__ import annotations
@@ -52,13 +53,18 @@ def isolate(turn: Turn, device: Device, trial: tuple[str, int]) -> None:
 
 
 def outlived(turn: Turn, device_id: DeviceId) -> None:
-    """The term of a trial is over: acquit, or wait for progress. One that could not begin makes way."""
+    """The term of a trial is over: acquit, or wait for progress. One that could not begin makes way for as long."""
     device = turn.device(device_id)
-    if device.trial is None or device.trial[0] == "load":  # loads have deadlines of their own
+    if device.trial is None:
+        turn.room = True
+        return
+    if device.trial[0] == "load":  # loads have deadlines of their own
         return
     sequence = turn.state.suspects[device.trial[1]]
     if sequence.replica is None:
         end_trial(turn, device, device.trial)
+        device.court_at = turn.now + turn.policy.trial_s
+        turn.arm("trial", device_id, turn.policy.trial_s)
         return
     left = turn.policy.trial_s - (turn.now - sequence.dispatched)
     if left > 0 and sequence.generated < sequence.resumed_at + turn.policy.progress_tokens:
@@ -101,9 +107,9 @@ def _try(turn: Turn, device: Device) -> None:
     sequence = turn.state.suspects[device.trial[1]]
     if sequence.replica is not None:
         return
-    if (replica := _court(turn, device, sequence)) is None:
+    if not device.usable or (replica := _court(turn, device, sequence)) is None:
         end_trial(turn, device, device.trial)
-    elif not any(other.state in STARTING for other in device.replicas.values()):
+    elif _quiet(device):
         dispatch(turn, sequence, replica)
         turn.arm("trial", device.id, _term(turn, sequence))
 
@@ -112,6 +118,7 @@ def _begin(turn: Turn, sequence: Sequence) -> None:
     model = turn.state.models[sequence.model]
     courts = [turn.device(replica.device) for replica in model.ready()]
     courts = [device for device in courts if device.trial is None and device.usable]
+    courts = [device for device in courts if device.court_at <= turn.now or _quiet(device)]
     if courts:
         device = min(courts, key=lambda court: court.id)
         isolate(turn, device, ("sequence", sequence.id))
@@ -122,3 +129,8 @@ def _court(turn: Turn, device: Device, sequence: Sequence) -> Replica | None:
     """The replica on `device` that can serve the suspect."""
     ready = turn.state.models[sequence.model].ready()
     return next((replica for replica in ready if replica.device == device.id), None)
+
+
+def _quiet(device: Device) -> bool:
+    """Whether nothing loads there."""
+    return not any(replica.state in STARTING for replica in device.replicas.values())

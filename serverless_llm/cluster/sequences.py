@@ -117,11 +117,14 @@ def refused(turn: Turn, event: SequenceRefused) -> None:
 
 def rested(turn: Turn, sequence_id: SequenceId) -> None:
     sequence = turn.state.sequences[sequence_id]
+    turn.touch(sequence.model)
+    if sequence_id in turn.state.suspects:
+        move(SEQUENCE, sequence, "suspected", turn.now)
+        return
     model = turn.state.models[sequence.model]
     del model.unready[sequence_id]
     move(SEQUENCE, sequence, "rested", turn.now)
     insort(model.waiting, sequence, key=_order)
-    turn.touch(sequence.model)
 
 
 def unmentioned(turn: Turn, sequence_id: SequenceId) -> None:

@@ -132,6 +132,7 @@ class Device:
         planned: grants of the replicas that have a claim, those that leave not counted.
         actual: grants of the replicas that may hold memory now.
         trial: the sequence or the load ("sequence" | "load", id) that has it for itself.
+        court_at: when a trial may next wait for loads to end there; one did, for its full time.
         avoid_until: its worker refused to make room.
         shortfall: bytes of the budget that it turned out not to have, for a while.
     """
@@ -147,6 +148,7 @@ class Device:
     killing: bool = False
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict, repr=False)
     trial: tuple[str, int] | None = None
+    court_at: float = 0.0
     avoid_until: float = 0.0
     shortfall: int = 0
     absent_since: float | None = None

@@ -73,6 +73,7 @@ SEQUENCE: Mapping[tuple[S, str], S] = {
     (S.WAITING, "dispatch"): S.DISPATCHED,
     (S.SUSPECT, "dispatch"): S.DISPATCHED,
     (S.RESTING, "rested"): S.WAITING,
+    (S.RESTING, "suspected"): S.SUSPECT,
     (S.DISPATCHED, "token"): S.RUNNING,
     (S.DISPATCHED, "refused"): S.RESTING,
     (S.RUNNING, "refused"): S.RESTING,

@@ -228,6 +228,36 @@ def test_a_trial_that_cannot_begin_makes_way(court: Court) -> None:
     for step in range(1, 10):
         court.tell(e.LoadProgress(replica_b, step, 30), after=7.0)
     assert court.machine.state.sequences[1].state is SequenceState.SUSPECT
+    assert dispatched(court.ask(5, "a")) == [5]
+    for step in range(10, 19):
+        court.tell(e.LoadProgress(replica_b, step, 30), after=7.0)
+    assert court.machine.state.sequences[5].state is SequenceState.WAITING  # the trial waits for the load once more
+    for step in range(19, 28):
+        court.tell(e.LoadProgress(replica_b, step, 30), after=7.0)
+    assert court.machine.state.sequences[5].replica is not None
+    assert dispatched(court.tell(e.ReplicaReady(replica_b, PHASES))) == [1]
+
+
+def test_no_trial_begins_on_a_worker_that_was_told_to_die(court: Court) -> None:
+    court.tell(deploy("b", size=30))
+    court.ask(4, "b")
+    replica_a, _ = sorted(court.machine.state.replicas)
+    court.tell(e.Reserved(D0, replica_a))
+    court.tell(e.ReplicaReady(replica_a, PHASES))
+    assert "KillWorker" in kinds(court.tick(30.0))  # it did not answer Reserve
+    assert dispatched(court.tell(e.Delete("b"))) == []
+    court.die()
+    assert dispatched(court.reload()) == [1]
+
+
+def test_a_suspect_that_is_refused_is_still_one(court: Court) -> None:
+    court.reload()
+    for sequence in (2, 3):
+        court.tell(e.ClientGone(sequence))
+    court.tell(e.SequenceRefused(1, 3, "no room"))
+    assert dispatched(court.tick(0.1)) == [1]
+    assert court.machine.state.devices[D0].trial == ("sequence", 1)
+    assert kinds(court.die())[0] == "Reject"
 
 
 def test_a_trial_of_a_minute_acquits(court: Court) -> None:
