@@ -1,23 +1,24 @@
 """One configuration: flags over `SERVERLESS_LLM_*` variables over one YAML file over defaults.
 
-Unknown keys are errors that name the nearest key. Sizes are written `2GiB` or `20MB`, rates `20MB/s`, shares of the
-available memory `50%`, durations `90s`, `5m`, `1h`, and `-1` for ever. `${env.NAME}` in the file is replaced by that
-variable, so that no secret needs to stand there. Everything raises ConfigurationError and nothing else.
+Unknown keys are errors that name the nearest key; every error names the flag, variable or key at fault. Quantities are
+written as `quantities` reads them. `${env.NAME}` in the file is replaced by that variable, so that no secret needs to
+stand there. Everything raises ConfigurationError and nothing else.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from serverless_llm.errors import ConfigurationError
+from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size
 
 PREFIX = "SERVERLESS_LLM_"
 CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  # read elsewhere, no options
@@ -25,17 +26,6 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
 LEAST_BODY = 1 << 10  # bytes; less holds no conversation
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-
-UNITS = {"": 1, "B": 1} | {
-    f"{letter}{suffix}": base**power
-    for suffix, base in (("B", 1000), ("", 1000), ("iB", 1024))
-    for power, letter in enumerate("KMGT", start=1)
-}
-SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-DURATION = re.compile(r"(-?)([0-9]+(?:\.[0-9]+)?|(?:[0-9]+(?:\.[0-9]+)?\s*(?:ms|[smhd])\s*)+)")
-PART = re.compile(r"([0-9.]+)\s*([a-z]*)")
-LONGEST = 1e12  # seconds; a longer time is a mistake, -1 is for ever
-QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,37 +105,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     models: dict[str, ModelEntry] = {}
 
 
-# --- quantities as people write them ---
+# --- devices ---
 
 
-def parse_size(value: object, whole: int | None = None) -> int:
-    """Bytes of `1536`, `2GiB`, `20MB` or, where `whole` is given, `50%` of it."""
-    match = QUANTITY.fullmatch(str(value))
-    if match and match[2] == "%" and whole is not None:
-        return int(whole * float(match[1]) / 100)
-    if not match or match[2] not in UNITS:
-        raise ConfigurationError(f"{value!r} is no size; write bytes, 512MiB or 2GB" + (" or 50%" if whole else ""))
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def parse_rate(value: object) -> float:
-    """Bytes per second of `20MB/s`, or of a number."""
-    return float(parse_size(str(value).strip().removesuffix("/s")))
-
-
-def parse_duration(value: object) -> float:
-    """Seconds of `90`, `500ms`, `5m`, `1h30m`; whatever is below 0 is for ever."""
-    match = DURATION.fullmatch(str(value).strip())
-    seconds = sum(float(number) * SECONDS[unit] for number, unit in PART.findall(match[2])) if match else math.inf
-    if match is None or seconds >= LONGEST:
-        raise ConfigurationError(f"{value!r} is no duration; write seconds, 500ms, 5m, 1h30m, or -1 for ever")
-    return math.inf if match[1] and seconds else seconds
-
-
-def parse_devices(value: str) -> tuple[str, int]:
-    """Kind (`cpu` or `cuda`) and number of a node's devices; `auto` looks for NVIDIA's device files."""
+def parse_devices(value: str, gpus: int = 0) -> tuple[str, int]:
+    """Kind (`cpu` or `cuda`) and number of a node's devices; `auto` takes all `gpus` there are."""
     if value == "auto":
-        gpus = sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
         return ("cuda", gpus) if gpus else ("cpu", 1)
     kind, _, number = value.partition(":")
     if kind not in {"cpu", "cuda"} or not (number or "1").isdigit() or int(number or "1") == 0:
@@ -153,19 +118,18 @@ def parse_devices(value: str) -> tuple[str, int]:
     return kind, int(number or "1")
 
 
-def parse_pairs(value: object) -> dict[str, Any]:
-    """`a=1,b=2`, a list of `a=1`, or a mapping."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    parts = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
-    bad = [part for part in parts if "=" not in str(part)]
-    if bad:
-        raise ConfigurationError(f"{bad[0]!r} is not of the form name=value")
-    return {name.strip(): text.strip() for name, _, text in (str(part).partition("=") for part in parts)}
-
-
 def _list(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+def count_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """The GPUs that have a device file, or as many of them as CUDA_VISIBLE_DEVICES names."""
+    there = sum(path.name[6:].isdigit() for path in devices.glob("nvidia*"))
+    names = environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return there
+    shown = itertools.takewhile(lambda name: name.strip() not in {"", "-1"}, names.split(","))
+    return min(there, len(list(shown)))
 
 
 # --- where values come from ---
@@ -211,6 +175,13 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
+class Given(NamedTuple):
+    """An option's value as somebody wrote it, and `where`: `--port`, `SERVERLESS_LLM_PORT` or `FILE: port`."""
+
+    value: Any
+    where: str
+
+
 def load(
     flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None = None, memory: int | None = None
 ) -> Config:
@@ -221,30 +192,46 @@ def load(
         environ: the process's environment.
         path: the YAML file; None: the first of `search_path` that exists.
         memory: available bytes, of which shares are taken; None: looked up.
+
+    Raises:
+        ConfigurationError: names the flag, variable or key at fault.
     """
     named = path or (Path(environ[f"{PREFIX}CONFIG"]) if environ.get(f"{PREFIX}CONFIG") else None)
     file = named or next((place for place in search_path(environ) if place.is_file()), None)
-    raw = {
+    given = {
         **(_from_file(file, environ) if file else {}),
         **_from_environ(environ),
-        **{name: value for name, value in flags.items() if value is not None},
+        **{name: Given(value, flag(name)) for name, value in flags.items() if value is not None},
     }
-    raw.setdefault("state_dir", str(default_state_dir(environ)))
-    return _convert(_derived(raw, available_memory() if memory is None else memory))
+    given.setdefault("state_dir", Given(str(default_state_dir(environ)), "state_dir"))
+    return _checked(given, count_gpus(environ), available_memory() if memory is None else memory)
 
 
-def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+def flag(name: str) -> str:
+    """The flag of an option: those of lists are in the singular, since they are given again and again."""
+    singular = name.removesuffix("s") if name in {"limits", "models", "model_roots", "hosts"} else name
+    return "--" + singular.replace("_", "-")
+
+
+def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Given]:
     import yaml
 
     try:
         raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{path}: {error}") from error
     if not isinstance(raw, dict | None):
         raise ConfigurationError(f"{path}: a mapping of options is needed")
-    values: dict[str, Any] = expand(raw or {}, environ)
-    _check_keys(values, Config, str(path))
-    return values
+    _check_keys(raw or {}, Config, str(path))
+    values = {name: Given(value, f"{path}: {name}") for name, value in (raw or {}).items() if value is not None}
+    return {name: one._replace(value=_expanded(one, environ)) for name, one in values.items()}
+
+
+def _expanded(given: Given, environ: Mapping[str, str]) -> Any:
+    try:
+        return expand(given.value, environ)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{given.where}: {error}") from None
 
 
 def expand(value: Any, environ: Mapping[str, str]) -> Any:
@@ -252,7 +239,7 @@ def expand(value: Any, environ: Mapping[str, str]) -> Any:
 
     def variable(match: re.Match[str]) -> str:
         if match[1] not in environ:
-            raise ConfigurationError(f"the configuration needs the environment variable {match[1]}, which is not set")
+            raise ConfigurationError(f"the environment variable {match[1]} is not set")
         return environ[match[1]]
 
     if isinstance(value, str):
@@ -262,9 +249,9 @@ def expand(value: Any, environ: Mapping[str, str]) -> Any:
     return [expand(entry, environ) for entry in value] if isinstance(value, list) else value
 
 
-def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Given]:
     names = [name for name in environ if name.startswith(PREFIX) and name not in CLIENT_VARIABLES]
-    values = {name.removeprefix(PREFIX).lower(): environ[name] for name in names if environ[name]}
+    values = {name.removeprefix(PREFIX).lower(): Given(environ[name], name) for name in names if environ[name]}
     _check_keys(values, Config, "environment", lambda key: PREFIX + key.upper())
     return values
 
@@ -281,78 +268,108 @@ def _check_keys(
 # --- from texts to values ---
 
 
-def _derived(raw: dict[str, Any], memory: int) -> dict[str, Any]:
-    """`raw` with quantities as numbers and the defaults that depend on this machine."""
-    values = dict(raw)
-    for name, parse in PARSERS.items():
-        if name in values:
-            values[name] = parse(values[name])
-    nodes = _count(values.get("nodes", 1), "nodes")
-    kind, devices = parse_devices(str(values.get("devices", "auto")))
-    values["dram"] = parse_size(values.get("dram", f"{50 / nodes}%"), memory)
-    if "device_memory" in values or kind == "cpu":
-        values["device_memory"] = parse_size(values.get("device_memory", f"{50 / (nodes * devices):.3f}%"), memory)
-    if kind == "cpu" and not LEAST_MEMORY <= values["device_memory"] <= memory:
-        raise ConfigurationError(f"device_memory: {values['device_memory']} bytes, of {memory} that this machine has")
-    if not LEAST_MEMORY <= values["dram"] <= memory // nodes:
-        raise ConfigurationError(f"dram: {nodes} x {values['dram']} bytes, of {memory} that this machine has")
-    cores = len(os.sched_getaffinity(0))
-    values.setdefault("threads", max(1, (cores - (cores > 2)) // (nodes * devices)))
-    values["devices"] = f"{kind}:{devices}"
-    return values
-
-
-def _count(value: object, name: str) -> int:
-    if not str(value).isdigit() or int(str(value)) < 1:
-        raise ConfigurationError(f"{name}: {value!r} is not a number from 1 up")
-    return int(str(value))
-
-
-def _limits(value: object) -> dict[str, float]:
-    pairs = parse_pairs(value)
-    _check_keys(pairs, Limits, "limits")
-    return {link: parse_rate(rate) for link, rate in pairs.items()}
-
-
-def _models(value: object) -> dict[str, dict[str, Any]]:
-    models = {}
-    for name, entry in parse_pairs(value).items():
-        if not NAME.fullmatch(name):
-            raise ConfigurationError(f"models: {name!r} is no name of a model (pattern {NAME.pattern})")
-        fields = {"source": entry} if isinstance(entry, str) else dict(entry or {})
-        _check_keys(fields, ModelEntry, f"models.{name}")
-        if fields.get("keep_alive") is not None:
-            fields["keep_alive"] = parse_duration(fields["keep_alive"])
-        models[name] = fields
-    return models
-
-
-PARSERS: dict[str, Callable[[Any], Any]] = {
-    "limits": _limits,
-    "models": _models,
-    "body_limit": parse_size,
-    "hosts": _list,
-    "model_roots": _list,
-    **dict.fromkeys(("keep_alive", "hold", "abandon_after", "drain", "orphan_grace"), parse_duration),
-}
-
-
-def _convert(values: dict[str, Any]) -> Config:
-    try:
-        config = msgspec.convert(values, Config, strict=False, dec_hook=_path)
-    except msgspec.ValidationError as error:
-        raise ConfigurationError(f"configuration: {error}") from error
-    if not 0 <= config.port <= 65535:
-        raise ConfigurationError(f"port: {config.port} is not between 0 and 65535")
-    if config.connections < 1 or config.body_limit < LEAST_BODY:
-        raise ConfigurationError(f"connections must be at least 1 and body_limit {LEAST_BODY} bytes")
+def _checked(given: Mapping[str, Given], gpus: int, memory: int) -> Config:
+    """The whole configuration; sizes and shares out of `memory`, and defaults that depend on this machine."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    values = {name: _typed(one, kinds[name], PARSERS.get(name), memory) for name, one in given.items()}
+    values |= _derived(values, {name: one.where for name, one in given.items()}, gpus, memory)
+    config = Config(**values)
     if (config.tls_cert is None) != (config.tls_key is None):
         raise ConfigurationError("tls_cert and tls_key belong together: give both or none")
     roots = tuple(root.expanduser().resolve() for root in config.model_roots)
     return msgspec.structs.replace(config, state_dir=config.state_dir.expanduser().resolve(), model_roots=roots)
 
 
+def _typed(given: Given, kind: Any, parse: Parser | None, memory: int) -> Any:
+    """The value as its option wants it."""
+    try:
+        value = parse(given.value, memory) if parse else given.value
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{given.where}: {error}") from None
+    return _converted(Given(value, given.where), kind)
+
+
+def _converted(given: Given, kind: Any) -> Any:
+    try:
+        return msgspec.convert(given.value, kind, strict=False, dec_hook=_path)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$")
+        raise ConfigurationError(f"{given.where}{place.removesuffix('`')}: {what}") from None
+
+
 def _path(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, str | Path):
         return Path(value)
-    raise NotImplementedError(f"{value!r} is no {kind.__name__}")
+    raise TypeError(f"{value!r} is no path")
+
+
+def _derived(values: dict[str, Any], where: Mapping[str, str], gpus: int, memory: int) -> dict[str, Any]:
+    """The options whose default depends on this machine or on others, and those that it bounds."""
+    for name, (least, most) in BOUNDS.items():
+        if not least <= values.get(name, least) <= most:
+            raise ConfigurationError(f"{where[name]}: {values[name]} is not between {least} and {most}")
+    nodes = values.get("nodes", 1)
+    kind, devices = parse_devices(values.get("devices", "auto"), gpus)
+    found = {"devices": f"{kind}:{devices}", "dram": values.get("dram", memory // (2 * nodes))}
+    if "device_memory" in values or kind == "cpu":
+        found["device_memory"] = values.get("device_memory", memory // (2 * nodes * devices))
+    if kind == "cpu" and not LEAST_MEMORY <= found["device_memory"] <= memory:
+        named = where.get("device_memory", "device_memory")
+        raise ConfigurationError(f"{named}: {found['device_memory']} bytes, of {memory} that this machine has")
+    if not LEAST_MEMORY <= found["dram"] <= memory // nodes:
+        named = where.get("dram", "dram")
+        raise ConfigurationError(f"{named}: {nodes} x {found['dram']} bytes, of {memory} that this machine has")
+    cores = len(os.sched_getaffinity(0))
+    found["threads"] = values.get("threads", max(1, (cores - (cores > 2)) // (nodes * devices)))
+    return found
+
+
+def _limits(value: object, memory: int) -> dict[str, float]:
+    pairs = parse_pairs(value)
+    _check_keys(pairs, Limits, "limits")
+    return {link: parse_rate(rate) for link, rate in pairs.items()}
+
+
+def _models(value: object, memory: int) -> dict[str, ModelEntry]:
+    return {str(name): _model(str(name), entry) for name, entry in parse_pairs(value).items()}
+
+
+def _model(name: str, entry: object) -> ModelEntry:
+    if not NAME.fullmatch(name):
+        raise ConfigurationError(f"{name!r} is no name of a model (pattern {NAME.pattern})")
+    fields = {"source": entry} if isinstance(entry, str) else entry
+    if not isinstance(fields, dict):
+        raise ConfigurationError(f"{name}: a source, or a mapping with one, is needed")
+    _check_keys(fields, ModelEntry, name)
+    given = {key: value for key, value in fields.items() if value is not None}
+    if "keep_alive" in given:
+        given["keep_alive"] = parse_duration(given["keep_alive"])
+    entry_: ModelEntry = _converted(Given(given, name), ModelEntry)
+    return entry_
+
+
+def _devices(value: object, memory: int) -> str:
+    parse_devices(str(value))
+    return str(value)
+
+
+Parser = Callable[[Any, int], Any]  # what was given, available bytes -> what `Config` holds
+MANY = 1 << 20  # of anything that is counted: an arbitrary bound
+BOUNDS = {
+    "nodes": (1, MANY),
+    "threads": (1, MANY),
+    "port": (0, 65535),
+    "connections": (1, MANY),
+    "body_limit": (LEAST_BODY, MANY << 20),
+}
+PARSERS: dict[str, Parser] = {
+    "devices": _devices,
+    "limits": _limits,
+    "models": _models,
+    **dict.fromkeys(("hosts", "model_roots"), lambda value, _: _list(value)),
+    **dict.fromkeys(("dram", "device_memory"), parse_size),
+    "body_limit": lambda value, _: parse_size(value),
+    **dict.fromkeys(
+        ("keep_alive", "hold", "abandon_after", "drain", "orphan_grace"), lambda value, _: parse_duration(value)
+    ),
+}

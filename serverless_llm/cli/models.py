@@ -13,7 +13,7 @@ import click
 from serverless_llm.cli.client import Refusal, Server, find, model_path, of_state_dir
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.sources import name_of, resolve
-from serverless_llm.config import parse_duration
+from serverless_llm.quantities import parse_duration
 
 
 def spec_of(source: str, **options: Any) -> dict[str, Any]:

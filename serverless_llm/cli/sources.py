@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from serverless_llm.config import NAME, parse_pairs
+from serverless_llm.config import NAME
 from serverless_llm.demo import tasks
 from serverless_llm.errors import did_you_mean
+from serverless_llm.quantities import parse_pairs
 
 
 def resolve(source: str) -> str:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
-from serverless_llm.config import LONGEST, parse_duration
 from serverless_llm.domain import FOREVER
 from serverless_llm.errors import ConfigurationError
 from serverless_llm.gateway.failure import invalid
+from serverless_llm.quantities import LONGEST, parse_duration
 
 Check = Callable[[Any, str], Any]
 

@@ -10,12 +10,13 @@ from typing import TypeVar
 
 import msgspec
 
-from serverless_llm.config import NAME, parse_duration
+from serverless_llm.config import NAME
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError
 from serverless_llm.loader import manifest
 from serverless_llm.node.threads import apart
+from serverless_llm.quantities import parse_duration
 
 T = TypeVar("T")
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from serverless_llm import config
-from serverless_llm.config import Config, load, parse_devices, parse_duration, parse_rate, parse_size
+from serverless_llm.config import Config, count_gpus, flag, load, parse_devices
 from serverless_llm.errors import ConfigurationError
+from serverless_llm.quantities import parse_duration, parse_rate, parse_size
 
 GIB = 1 << 30
 
@@ -180,7 +181,18 @@ def test_what_is_no_duration(text: str) -> None:
 def test_devices() -> None:
     assert parse_devices("cpu:2") == ("cpu", 2)
     assert parse_devices("cuda") == ("cuda", 1)
-    assert parse_devices("auto")[1] >= 1
+    assert parse_devices("auto") == ("cpu", 1)
+    assert parse_devices("auto", gpus=2) == ("cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [({}, 3), ({"CUDA_VISIBLE_DEVICES": "2,0"}, 2), ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+                          ({"CUDA_VISIBLE_DEVICES": "0,-1,1"}, 1), ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 3)],
+)  # fmt: skip
+def test_gpus_are_those_that_cuda_may_see(tmp_path: Path, visible: dict[str, str], gpus: int) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia7", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    assert count_gpus(visible, tmp_path) == gpus
 
 
 def test_models_by_name() -> None:
@@ -204,31 +216,83 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # --- mistakes ---
 
 
+MISTAKES = [  # in a file, the place that the message names after the file, and what it says
+    ("prot: 1", "", "unknown key 'prot'; did you mean 'port'?"),
+    ("limits: {dsik: 1}", "limits", "unknown key 'dsik'; did you mean 'disk'?"),
+    ("models: {m: {sauce: /x}}", "models", "m: unknown key 'sauce'; did you mean 'source'?"),
+    ("models: {m: {}}", "models", "m: Object missing required field `source`"),
+    ("models: {m: {source: /x, context: long}}", "models", "m.context: Expected `int | null`, got `str`"),
+    ("models: {m: {source: /x, keep_alive: soon}}", "models", "'soon' is no duration"),
+    ("models: {m: [/x]}", "models", "m: a source, or a mapping with one, is needed"),
+    ("models: {m: }", "models", "m: a source, or a mapping with one, is needed"),
+    ("models: {'a b': /x}", "models", "'a b' is no name of a model"),
+    ("models: 5", "models", "5 is not of the form name=value"),
+    ("- 1", "", "a mapping of options is needed"),
+    ("port: [", "", "while parsing"),
+    ("port: many", "port", "Expected `int`, got `str`"),
+    ("port: 70000", "port", "70000 is not between 0 and 65535"),
+    ("nodes: 0", "nodes", "0 is not between 1 and"),
+    ("threads: 0", "threads", "0 is not between 1 and"),
+    ("weights: move", "weights", "Invalid enum value 'move'"),
+    ("dram: lots", "dram", "'lots' is no size"),
+    ("dram: 100TB", "dram", "that this machine has"),
+    ("devices: 5", "devices", "'5' is neither cpu:N nor cuda:N nor auto"),
+    ("drain: soon", "drain", "'soon' is no duration"),
+    ("drain: .nan", "drain", "nan is no duration"),
+    ("limits: {disk: 5m/s}", "limits", "is no size"),
+    ("limits: disk", "limits", "'disk' is not of the form name=value"),
+    ("hosts: 5", "hosts", "Expected `array`, got `int`"),
+    ("model_roots: [5]", "model_roots[0]", "5 is no path"),
+    ("api_key: ${env.NOWHERE}", "api_key", "the environment variable NOWHERE is not set"),
+]
+
+
+@pytest.mark.parametrize(("text", "place", "message"), MISTAKES, ids=[text for text, *_ in MISTAKES])
+def test_what_a_mistake_says(file: Path, text: str, place: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigurationError) as raised:
+        load({}, {"HOME": "/home/someone"}, file, memory=8 * GIB)
+    assert str(raised.value).startswith(f"{file}: {place}")
+    assert message in str(raised.value)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "value", "message"),
     [
-        ("prot: 1", "unknown key 'prot'; did you mean 'port'?"),
-        ("limits: {dsik: 1}", "did you mean 'disk'?"),
-        ("models: {m: {sauce: /x}}", "models.m: unknown key 'sauce'; did you mean 'source'?"),
-        ("models: {m: {}}", "source"),
-        ("models: {'a b': /x}", "'a b' is no name of a model"),
-        ("models: 5", "'5' is not of the form|5 is not of the form"),
-        ("- 1", "a mapping of options is needed"),
-        ("port: [", "serverless-llm.yaml"),
-        ("port: many", r"Expected `int`, got `str` - at `\$.port`"),
-        ("port: 70000", "not between 0 and 65535"),
-        ("nodes: 0", "nodes: 0 is not a number from 1 up"),
-        ("weights: move", "weights"),
-        ("dram: lots", "'lots' is no size"),
-        ("drain: soon", "'soon' is no duration"),
-        ("limits: {disk: 5m/s}", "is no size"),
-        ("limits: disk", "'disk' is not of the form name=value"),
-        ("api_key: ${env.NOWHERE}", "NOWHERE, which is not set"),
+        ("PORT", "many", "Expected `int`, got `str`"),
+        ("NODES", "0", "0 is not between 1 and"),
+        ("DRAM", "lots", "'lots' is no size"),
+        ("DRAM", "100TB", "100000000000000 bytes, of 8589934592 that this machine has"),
+        ("DEVICES", "tpu:1", "'tpu:1' is neither cpu:N nor cuda:N nor auto"),
+        ("HOLD", "soon", "'soon' is no duration"),
+        ("WEIGHTS", "move", "Invalid enum value 'move'"),
+        ("LIMITS", "disk=fast", "'fast' is no size"),
+        ("MODELS", "m", "'m' is not of the form name=value"),
     ],
 )
-def test_what_a_mistake_says(file: Path, text: str, message: str) -> None:
-    file.write_text(text)
-    with pytest.raises(ConfigurationError, match=message):
+def test_a_mistake_in_a_variable_names_it(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        load({}, {"HOME": "/home/someone", f"SERVERLESS_LLM_{name}": value}, memory=8 * GIB)
+    assert str(raised.value).startswith(f"SERVERLESS_LLM_{name}: ")
+    assert message in str(raised.value)
+
+
+def test_what_this_machine_cannot_do_names_the_flag() -> None:
+    with pytest.raises(ConfigurationError, match=r"^--device-memory: 9 bytes"):
+        loaded({"device_memory": "9"})
+    assert [flag(name) for name in ("models", "model_roots", "limits", "threads")] == [
+        "--model", "--model-root", "--limit", "--threads",
+    ]  # fmt: skip
+
+
+def test_a_key_without_a_value_is_a_key_that_is_not_there(file: Path) -> None:
+    file.write_text("port:\ndram:\nmodels:\n")
+    assert loaded(path=file) == loaded()
+
+
+def test_secrets_are_not_in_messages(file: Path) -> None:
+    file.write_text("api_key: [s3cret]\n")
+    with pytest.raises(ConfigurationError, match=r"api_key: Expected `str \| null`, got `array`$"):
         loaded(path=file)
 
 
@@ -257,8 +321,8 @@ def test_an_empty_variable_is_none_at_all() -> None:
     assert loaded(SERVERLESS_LLM_PORT="").port == 8000
 
 
-OPTIONS = """abandon_after api_key device_memory devices drain dram heartbeat hold host hosts keep_alive limits
-model_roots models nodes orphan_grace port state_dir threads weights"""
+OPTIONS = """abandon_after api_key body_limit connections device_memory devices drain dram heartbeat hold host hosts
+keep_alive keys_file limits model_roots models nodes orphan_grace port state_dir threads tls_cert tls_key weights"""
 
 
 def test_every_option_was_agreed_on() -> None:
@@ -275,5 +339,5 @@ def test_tls_needs_certificate_and_key() -> None:
 
 @pytest.mark.parametrize("flags", [{"connections": 0}, {"body_limit": "1000"}])
 def test_limits_that_serve_nobody_are_refused(flags: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="connections must be at least 1 and body_limit 1024 bytes"):
+    with pytest.raises(ConfigurationError, match=r"is not between (1|1024) and"):
         loaded(flags)

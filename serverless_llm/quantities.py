@@ -1,0 +1,59 @@
+"""Quantities as people write them: `2GiB`, `20MB`, `20MB/s`, `50%` of something, `90s`, `1h30m`, `-1` for ever.
+
+All raise ConfigurationError, which does not say where the text stood: whoever read it does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from serverless_llm.errors import ConfigurationError
+
+UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for suffix, base in (("B", 1000), ("", 1000), ("iB", 1024))
+    for power, letter in enumerate("KMGT", start=1)
+}
+SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+DURATION = re.compile(r"(-?)([0-9]+(?:\.[0-9]+)?|(?:[0-9]+(?:\.[0-9]+)?\s*(?:ms|[smhd])\s*)+)")
+PART = re.compile(r"([0-9.]+)\s*([a-z]*)")
+LONGEST = 1e12  # seconds; a longer time is a mistake, -1 is for ever
+QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*")
+
+
+def parse_size(value: object, whole: int | None = None) -> int:
+    """Bytes of `1536`, `2GiB`, `20MB` or, where `whole` is given, `50%` of it."""
+    match = QUANTITY.fullmatch(str(value))
+    if match and match[2] == "%" and whole is not None:
+        return int(whole * float(match[1]) / 100)
+    if not match or match[2] not in UNITS:
+        raise ConfigurationError(f"{value!r} is no size; write bytes, 512MiB or 2GB" + (" or 50%" if whole else ""))
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_rate(value: object) -> float:
+    """Bytes per second of `20MB/s`, or of a number."""
+    return float(parse_size(str(value).strip().removesuffix("/s")))
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of `90`, `500ms`, `5m`, `1h30m`; whatever is below 0 is for ever."""
+    match = DURATION.fullmatch(str(value).strip())
+    seconds = sum(float(number) * SECONDS[unit] for number, unit in PART.findall(match[2])) if match else math.inf
+    if match is None or seconds >= LONGEST:
+        raise ConfigurationError(f"{value!r} is no duration; write seconds, 500ms, 5m, 1h30m, or -1 for ever")
+    return math.inf if match[1] and seconds else seconds
+
+
+def parse_pairs(value: object) -> dict[str, Any]:
+    """`a=1,b=2`, a list of `a=1`, or a mapping."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    parts = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    bad = [part for part in parts if "=" not in str(part)]
+    if bad:
+        raise ConfigurationError(f"{bad[0]!r} is not of the form name=value")
+    return {name.strip(): text.strip() for name, _, text in (str(part).partition("=") for part in parts)}
