@@ -93,15 +93,48 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True)
+class Shaping:
+    """What is done to a row of logits before a token is drawn from it.
+
+    Attributes:
+        presence_penalty: off the logit of every generated token.
+        frequency_penalty: off the logit of a generated token, for each time it was generated.
+        repetition_penalty: divides (negative ones: multiplies) the logits of tokens of the prompt or generated.
+        logit_bias: (token, addend), each token once.
+        min_tokens: so many tokens are generated before one of the stop ids can be.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn; greedy when `temperature` is 0. Randomness is a function of (seed, position)."""
+    """How the next token is drawn; greedy when `temperature` is 0. Randomness is a function of (seed, position).
+
+    Attributes:
+        top_k: likeliest tokens that are drawn from; 0: all.
+        min_p: tokens less likely than so many times the likeliest are not drawn.
+        shaping: None where logits are drawn from as the model gives them.
+        logprobs: None, or how many of the likeliest tokens are told with the logprob of each drawn one.
+    """
 
     temperature: float = 1.0
-    top_k: int = 0  # 0: no limit
+    top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
     max_tokens: int = 16
     stop_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    shaping: Shaping | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ A message's kind in a frame's header is its place in `KINDS`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
 from serverless_llm import framing
@@ -159,9 +161,21 @@ class Shutdown(Message, frozen=True):
 
 # --- sequences ---
 
+Likelihood = tuple[float, list[int], list[float]]  # logprob of a token; the likeliest tokens and their logprobs
+
+
+class Shaping(Message, frozen=True):
+    """Fields as in `domain.Shaping`."""
+
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: list[tuple[int, float]]
+    min_tokens: int
+
 
 class Run(Message, frozen=True):
-    """Gateway -> worker: start or resume a sequence from its tokens (int32, little endian)."""
+    """Gateway -> worker: start or resume a sequence from its tokens (int32, little endian); see `domain.Sampling`."""
 
     sequence: int
     epoch: int
@@ -174,6 +188,9 @@ class Run(Message, frozen=True):
     seed: int
     max_tokens: int
     stop_ids: list[int]
+    min_p: float = 0.0
+    shaping: Shaping | None = None
+    logprobs: int | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -183,9 +200,13 @@ class Cancel(Message, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """Worker -> gateway, one frame a step: (sequence, epoch, new tokens, finish reason or "")."""
+    """Worker -> gateway, one frame a step: (sequence, epoch, new tokens, finish reason or "").
+
+    `likelihoods`: one for each new token, of the sequences that asked for them.
+    """
 
     entries: list[tuple[int, int, list[int], str]]
+    likelihoods: Mapping[int, Sequence[Likelihood]] = {}
 
 
 class Step(Message, frozen=True):

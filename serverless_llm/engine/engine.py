@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from serverless_llm.domain import FinishReason, ReplicaId, SequenceId
+from serverless_llm.domain import FinishReason, ReplicaId, Sampling, SequenceId
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.blocks import Memory
 from serverless_llm.engine.config import Entries, ModelConfig, aligned
 from serverless_llm.engine.layout import dests, layout, stored_buffers
 from serverless_llm.engine.model import DTYPES, Model
 from serverless_llm.engine.runner import run
-from serverless_llm.engine.sampler import draw, greedy
+from serverless_llm.engine.sampler import draw, greedy, likelihood, shaped
 from serverless_llm.engine.scheduler import Batch, Scheduler, blocks_for
 from serverless_llm.engine.sequence import Emission, FirstToken, Sequence, SequenceStart, SequenceState, StepResult
 from serverless_llm.errors import CapacityError
@@ -190,7 +190,9 @@ class Engine:
         tokens = sequence.tokens
         if not sequence.prompt_length or sequence.prompt_length > config.context:
             raise CapacityError(f"a prompt has 1 to {config.context} tokens, not {sequence.prompt_length}")
-        if min(tokens) < 0 or max(tokens) >= config.vocab:
+        bias = sequence.sampling.shaping.logit_bias if sequence.sampling.shaping else ()
+        used = [*tokens, *(token for token, _ in bias)]
+        if min(used) < 0 or max(used) >= config.vocab:
             raise CapacityError(f"token ids are 0 to {config.vocab - 1}")
         most = min(sequence.prompt_length + sequence.sampling.max_tokens, config.context)
         needed, capacity = blocks_for(most), self._memory.capacity(sequence.replica)
@@ -210,7 +212,7 @@ class Engine:
 
     def step(self) -> StepResult:
         """Runs one batch of one model; models with work take turns."""
-        result = StepResult(self._ended, [])
+        result = StepResult(self._ended, [], {})
         self._ended = []
         batch = self._scheduler.next_batch(self._rows)
         self._settle()
@@ -240,7 +242,10 @@ class Engine:
         ended = self._clock()
         rows = sum(tokens for _, tokens in batch.chunks)
         self._pace[batch.replica] += 0.5 * ((ended - begun) / max(rows, ROWS_LEAST) - self._pace[batch.replica])
-        for sequence, token in zip(ending, drawn, strict=True):
+        for place, (sequence, token) in enumerate(zip(ending, drawn, strict=True)):
+            if sequence.sampling.logprobs is not None and token is not None:
+                told = likelihood(logits[place], token, sequence.sampling.logprobs)
+                result.likelihoods[sequence.sequence] = [told]
             self._deliver(sequence, token, ended, result)
         self._settle()
 
@@ -248,7 +253,7 @@ class Engine:
         if token is None:
             self._end(sequence, [], FinishReason.ERROR, result)
             return
-        sequence.tokens.append(token)
+        sequence.append(token)
         if not sequence.emitted and sequence.started is not None:
             result.first.append(FirstToken(sequence.sequence, sequence.epoch, now - sequence.started))
             sequence.emitted = True
@@ -314,9 +319,21 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int | None]:
     sound = logits.amax(dim=-1).isfinite().tolist()  # NaN anywhere in a row makes its maximum NaN
     likeliest = logits.argmax(dim=-1).tolist()
     return [
-        None if not ok else best if greedy(sequence.sampling) else draw(row, sequence.sampling, len(sequence.tokens))
+        None if not ok else best if _plain(sequence.sampling) else _drawn(row, sequence)
         for row, sequence, ok, best in zip(logits, sequences, sound, likeliest, strict=True)
     ]
+
+
+def _plain(sampling: Sampling) -> bool:
+    """Whether the likeliest token of the model is the next."""
+    return sampling.shaping is None and greedy(sampling)
+
+
+def _drawn(row: torch.Tensor, sequence: Sequence) -> int:
+    sampling = sequence.sampling
+    if sampling.shaping is not None:
+        row = shaped(row, sampling, sequence.counts or {}, sequence.generated)
+    return draw(row, sampling, len(sequence.tokens))
 
 
 def _state(sequence: Sequence) -> SequenceState:

@@ -1,13 +1,22 @@
-"""Drawing the next token. Randomness is a function of (seed, position), so that a resumed sequence draws the same."""
+"""Drawing the next token. Randomness is a function of (seed, position), so that a resumed sequence draws the same.
+
+The order of things is that of transformers' logits processors: bias, repetition penalty, frequency and presence
+penalty, stop ids while they are too early, temperature, top-k, top-p, min-p.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
 from serverless_llm.domain import Sampling
+from serverless_llm.engine.sequence import Likelihood
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+NEVER = torch.finfo(torch.float32).min  # not infinite: where nothing else is left, one of these is drawn after all
+LEAST_LOGPROB = -9999.0  # as everywhere: JSON knows no infinity
 
 
 def _mix(word: int) -> int:
@@ -29,14 +38,14 @@ def greedy(sampling: Sampling) -> bool:
 def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
     """The token at `position` (counted from the prompt's first), from float32 [vocabulary].
 
-    Temperature, then top-k, then top-p (the fewest likeliest tokens whose probabilities reach `top_p`), in float64.
-    Of equal logits the lower token id is the likelier.
+    Temperature, then top-k, then top-p (the fewest likeliest tokens whose probabilities reach `top_p`), then min-p, in
+    float64. Of equal logits the lower token id is the likelier.
     """
     if greedy(sampling):
         return int(logits.argmax())
     weights = torch.softmax(logits.double() / sampling.temperature, dim=-1)
     tokens = None
-    if 0 < sampling.top_k < weights.numel() or sampling.top_p < 1:
+    if 0 < sampling.top_k < weights.numel() or sampling.top_p < 1 or sampling.min_p > 0:
         weights, tokens = _likeliest(weights, sampling)
     cumulative = weights.cumsum(dim=0)
     threshold = cumulative[-1] * uniform(sampling.seed, position)
@@ -45,10 +54,44 @@ def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
 
 
 def _likeliest(weights: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """The candidates that top-k and top-p leave, likeliest first, and their token ids."""
+    """The candidates that top-k, top-p and min-p leave, likeliest first, and their token ids."""
     ordered, tokens = weights.sort(descending=True, stable=True)
     if sampling.top_k > 0:
         ordered, tokens = ordered[: sampling.top_k], tokens[: sampling.top_k]
     before = ordered.cumsum(dim=0) - ordered
-    kept = max(1, int((before < sampling.top_p * ordered.sum()).sum()))
-    return ordered[:kept], tokens[:kept]
+    kept = (before < sampling.top_p * ordered.sum()) & (ordered >= sampling.min_p * ordered[0])
+    count = max(1, int(kept.sum()))
+    return ordered[:count], tokens[:count]
+
+
+def shaped(logits: torch.Tensor, sampling: Sampling, counts: Mapping[int, int], generated: int) -> torch.Tensor:
+    """Logits as the sequence wants them, float32 [vocabulary]; `logits` stay as they are.
+
+    Args:
+        counts: how often each token of the sequence was generated; of the prompt: 0, where that matters.
+        generated: tokens so far.
+    """
+    assert sampling.shaping is not None
+    shaping, row = sampling.shaping, logits.clone()
+    if shaping.logit_bias:
+        row[[token for token, _ in shaping.logit_bias]] += row.new_tensor([bias for _, bias in shaping.logit_bias])
+    if counts:
+        tokens = torch.tensor(list(counts), device=row.device)
+        times = row.new_tensor(list(counts.values()))
+        seen, penalty = row[tokens], shaping.repetition_penalty
+        seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+        row[tokens] = seen - shaping.frequency_penalty * times - shaping.presence_penalty * (times > 0)
+    if generated < shaping.min_tokens:
+        row[[token for token in sampling.stop_ids if token < len(row)]] = NEVER
+    return row
+
+
+def likelihood(logits: torch.Tensor, token: int, likeliest: int) -> Likelihood:
+    """Of a drawn token and of the `likeliest` tokens, by the model itself: before bias, penalties and temperature."""
+    logprobs = torch.log_softmax(logits.double(), dim=-1).clamp(min=LEAST_LOGPROB)
+    if not likeliest:
+        return Likelihood(float(logprobs[token]), [], [])
+    least = logprobs.topk(min(likeliest, len(logprobs))).values[-1]
+    tokens = (logprobs >= least).nonzero()[:, 0]  # more than wanted where several are equal
+    values, order = logprobs[tokens].sort(descending=True, stable=True)
+    return Likelihood(float(logprobs[token]), tokens[order][:likeliest].tolist(), values[:likeliest].tolist())

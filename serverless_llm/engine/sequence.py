@@ -48,9 +48,20 @@ class SequenceState(NamedTuple):
     kv_blocks: int
 
 
+class Likelihood(NamedTuple):
+    """Log probabilities of a drawn token and of the likeliest ones, likeliest first; of equal ones the lower id."""
+
+    logprob: float
+    tokens: list[int]
+    logprobs: list[float]
+
+
 class StepResult(NamedTuple):
+    """`likelihoods`: of the new tokens of sequences that asked for them."""
+
     tokens: list[Emission]
     first: list[FirstToken]
+    likelihoods: dict[SequenceId, list[Likelihood]]
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +75,7 @@ class Sequence:
         blocks: byte offsets of its KV blocks in the arena.
         cached: tokens whose KV is in `blocks`, a prefix of `tokens`.
         started: clock when its prefill was first admitted, seconds; None before.
+        counts: what penalties count, see `sampler.shaped`; None where nothing is penalised.
     """
 
     sequence: SequenceId
@@ -78,6 +90,22 @@ class Sequence:
     cached: int = 0
     started: float | None = None
     emitted: bool = False
+    counts: dict[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        shaping = self.sampling.shaping
+        if shaping is not None and shaping.penalises:
+            self.counts = dict.fromkeys(self.tokens, 0) if shaping.repetition_penalty != 1 else {}
+            for token in self.tokens[self.prompt_length :]:
+                self._count(token)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self._count(token)
+
+    def _count(self, token: int) -> None:
+        if self.counts is not None:
+            self.counts[token] = self.counts.get(token, 0) + 1
 
     @property
     def generated(self) -> int:

@@ -15,7 +15,7 @@ Check = Callable[[Any, str], Any]
 
 MAX_STOPS = 16  # arbitrary; the official API takes 4
 MAX_STOP = 1024  # characters of one stop string; bounds what a stream holds back
-MAX_STOP_IDS = 1024  # arbitrary; every frame that starts or moves the sequence carries them
+MAX_STOP_IDS = MAX_BIASES = 1024  # arbitrary; every frame that starts or moves the sequence carries them
 
 
 def boolean(value: Any, name: str) -> bool:
@@ -54,6 +54,19 @@ SAMPLING: dict[str, Check] = {
     "temperature": number(0.0, 2.0),
     "top_p": number(0.0, 1.0, above=True),
     "top_k": whole(-1, MOST_TOKENS),
+    "min_p": number(0.0, 1.0),
+    "presence_penalty": number(-2.0, 2.0),
+    "frequency_penalty": number(-2.0, 2.0),
+    "repetition_penalty": number(0.0, 100.0, above=True),  # the bound is arbitrary
+}
+NEUTRAL: dict[str, float] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
 }
 
 
@@ -74,6 +87,22 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
     if len(value) > MAX_STOP_IDS:
         raise invalid(f"{name} takes at most {MAX_STOP_IDS} token ids", name)
     return tuple(value)
+
+
+def logit_bias(value: Any, name: str) -> tuple[tuple[int, float], ...]:
+    """Token id, as text, -> what is added to its logit; whether the vocabulary has it is seen later."""
+    if not isinstance(value, dict):
+        raise invalid(f"{name} must be an object", name)
+    if len(value) > MAX_BIASES:
+        raise invalid(f"{name} takes at most {MAX_BIASES} tokens", name)
+    addend = number(-100.0, 100.0)
+    biases = {}
+    for key, entry in value.items():
+        token = int(key) if key.isascii() and key.isdecimal() and len(key) <= 10 else -1
+        if not is_token(token):
+            raise invalid(f"{name}: {key[:20]!r} is no token id", name)
+        biases[token] = addend(entry, name)
+    return tuple(sorted(biases.items()))
 
 
 def is_token(value: Any) -> TypeGuard[int]:

@@ -24,7 +24,7 @@ class CompletionRequest:
     Attributes:
         chat: whether it came to /v1/chat/completions; then `messages` is set, else `prompt`.
         max_tokens: None: the rest of the context.
-        temperature, top_p, top_k: None: the checkpoint's default.
+        sampling: those of `fields.SAMPLING` that were given; the others are the checkpoint's.
         seed: the caller's, or drawn at arrival, so that a resumed sequence goes on with the same one.
         keep_alive: seconds, None: the model's own.
     """
@@ -34,9 +34,9 @@ class CompletionRequest:
     messages: list[dict[str, Any]] | None
     prompt: str | tuple[int, ...] | None
     max_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
+    sampling: dict[str, float]
+    logit_bias: tuple[tuple[int, float], ...]
+    min_tokens: int
     seed: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -56,6 +56,8 @@ def _text(value: Any, name: str) -> str:
 _COMMON: dict[str, fields.Check] = fields.SAMPLING | {
     "model": _text,
     "max_tokens": fields.whole(1, fields.MOST_TOKENS),
+    "min_tokens": fields.whole(0, fields.MOST_TOKENS),
+    "logit_bias": fields.logit_bias,
     "seed": fields.whole(-(2**63), 2**63 - 1),
     "stop": fields.stop_strings,
     "stop_token_ids": fields.token_ids,
@@ -79,12 +81,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "min_tokens": (0,),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "echo": (False,),
     "suffix": ("",),
     "tools": ([],),
@@ -150,9 +146,9 @@ def _request(given: dict[str, Any], chat: bool) -> CompletionRequest:
         messages=given.get("messages"),
         prompt=given.get("prompt"),
         max_tokens=_max_tokens(given, chat),
-        temperature=given.get("temperature"),
-        top_p=given.get("top_p"),
-        top_k=given.get("top_k"),
+        sampling={name: given[name] for name in fields.SAMPLING if name in given},
+        logit_bias=given.get("logit_bias", ()),
+        min_tokens=given.get("min_tokens", 0),
         seed=secrets.randbits(63) if seed is None else seed & (2**63 - 1),
         stop=given.get("stop", ()),
         stop_token_ids=given.get("stop_token_ids", ()),

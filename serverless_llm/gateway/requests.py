@@ -10,11 +10,12 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from serverless_llm import wire
 from serverless_llm.domain import WorkClass
 from serverless_llm.errors import RequestError
+from serverless_llm.gateway import fields
 from serverless_llm.gateway.detokenise import Detokeniser, StopStrings
 from serverless_llm.gateway.failure import from_rejection, invalid
 from serverless_llm.gateway.metrics import Metrics, ServedSeries
@@ -128,6 +129,10 @@ class LiveRequest:
             message = f"the context is {context} tokens long; the prompt has {tokens}{asked}"
             raise RequestError(400, "context_length_exceeded", message, "messages" if self.request.chat else "prompt")
         self.max_tokens = wanted or context - tokens
+        if self.request.min_tokens > self.max_tokens:
+            raise invalid(f"min_tokens must be at most {self.max_tokens}, as max_tokens or the context", "min_tokens")
+        if any(token >= prompt.vocabulary_size for token, _ in self.request.logit_bias):
+            raise invalid(f"logit_bias: token ids are 0 to {prompt.vocabulary_size - 1}", "logit_bias")
         ends = () if self.request.ignore_eos else prompt.stop_ids
         self._stop_ids = frozenset((*ends, *self.request.stop_token_ids))
         self._detokeniser = prompt.vocabulary.detokeniser()
@@ -142,20 +147,22 @@ class LiveRequest:
             self.restarts += 1
         self.epoch, self.device = attach.epoch, attach.device
         self.attached = time.monotonic()
-        request, defaults = self.request, self.prompt.defaults
-        top_k = int(defaults.get("top_k", 0)) if request.top_k is None else request.top_k
+        request = self.request
+        sampling = fields.NEUTRAL | self.prompt.defaults | request.sampling
         return wire.Run(
             sequence=self.sequence,
             epoch=attach.epoch,
             replica=attach.replica,
             prompt=self.prompt.ids,
             generated=self.log.tobytes(),
-            temperature=float(defaults.get("temperature", 1.0)) if request.temperature is None else request.temperature,
-            top_k=max(0, top_k),
-            top_p=float(defaults.get("top_p", 1.0)) if request.top_p is None else request.top_p,
+            temperature=sampling["temperature"],
+            top_k=max(0, int(sampling["top_k"])),
+            top_p=sampling["top_p"],
             seed=request.seed,
             max_tokens=self.max_tokens,
             stop_ids=sorted(self._stop_ids),
+            min_p=sampling["min_p"],
+            shaping=_shaping(sampling, request),
         )
 
     def extend(self, tokens: list[int], finish: str) -> None:
@@ -189,6 +196,15 @@ class LiveRequest:
         if not self.done:
             self.error = error
             self._event.set()
+
+
+def _shaping(sampling: Mapping[str, float], request: CompletionRequest) -> wire.Shaping | None:
+    """None where nothing is asked for, so that the plain path stays as short as it is."""
+    presence, frequency = sampling["presence_penalty"], sampling["frequency_penalty"]
+    repetition, bias = sampling["repetition_penalty"], list(request.logit_bias)
+    if not (presence or frequency or repetition != 1 or bias or request.min_tokens):
+        return None
+    return wire.Shaping(presence, frequency, repetition, bias, request.min_tokens)
 
 
 class LiveRequests:

@@ -217,7 +217,7 @@ class CheckpointText:
             RequestError: it cannot be made, and why.
         """
         table = token_table(self.tokenizer) if call.table else None
-        return Prompt(self._encoded(call), self.defaults(), self.stop_ids(), table)
+        return Prompt(self._encoded(call), self.defaults(), self.stop_ids(), table, self.vocabulary())
 
     def _encoded(self, call: Call) -> bytes:
         if call.ids is not None:

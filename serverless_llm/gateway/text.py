@@ -38,12 +38,16 @@ class TextLimits:
 
 @dataclass(frozen=True, slots=True)
 class TokenisedPrompt:
-    """A prompt (int32, little endian), what decodes its answer, and the checkpoint's own settings."""
+    """A prompt (int32, little endian), what decodes its answer, and the checkpoint's own settings.
+
+    `vocabulary_size`: token ids that its model has rows for.
+    """
 
     ids: bytes
     vocabulary: Vocabulary
     defaults: dict[str, float]
     stop_ids: tuple[int, ...]
+    vocabulary_size: int
 
 
 class _Process:
@@ -170,7 +174,7 @@ class TextPool:
             raise RequestError(reply.status, reply.code, reply.message, reply.param)
         vocabulary = self._vocabularies.get(key) or known or _vocabulary(reply.table)
         self._remember(key, vocabulary)
-        return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, tuple(reply.stop_ids))
+        return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, tuple(reply.stop_ids), reply.vocabulary_size)
 
     def _remember(self, key: tuple[str, str], vocabulary: Vocabulary) -> None:
         self._vocabularies[key] = vocabulary

@@ -49,13 +49,14 @@ class Table(msgspec.Struct, frozen=True, array_like=True):
 class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """A tokenised prompt (int32, little endian) and what its checkpoint's files say about generation.
 
-    `defaults`: temperature, top_p and top_k where generation_config.json names them.
+    `defaults`: of `fields.SAMPLING` what generation_config.json names.
     """
 
     ids: bytes
     defaults: dict[str, float]
     stop_ids: list[int]
     table: Table | None
+    vocabulary_size: int
 
 
 class Fault(msgspec.Struct, frozen=True, array_like=True, tag=2):

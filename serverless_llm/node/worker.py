@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serverless_llm import framing, wire
-from serverless_llm.domain import Sampling
+from serverless_llm.domain import Sampling, Shaping
 from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sequence import Emission, SequenceStart, StepResult
 from serverless_llm.errors import CapacityError, ProtocolError
@@ -139,10 +139,9 @@ class Worker:
         owner = self._owners.get(run.sequence)
         if owner is not None and owner.epoch >= run.epoch:
             return
-        sampling = Sampling(run.temperature, run.top_k, run.top_p, run.seed, run.max_tokens, tuple(run.stop_ids))
         prompt, generated = np.frombuffer(run.prompt, np.int32), np.frombuffer(run.generated, np.int32)
         try:
-            self._engine.add(SequenceStart(run.sequence, run.epoch, run.replica, prompt, generated, sampling))
+            self._engine.add(SequenceStart(run.sequence, run.epoch, run.replica, prompt, generated, _sampling(run)))
         except (KeyError, CapacityError) as error:
             why = str(error) if isinstance(error, CapacityError) else f"replica {run.replica} is not here"
             self._refused.append((run.sequence, run.epoch, why))
@@ -167,7 +166,7 @@ class Worker:
     def _publish(self, result: StepResult) -> None:
         """Tokens first, so that a gateway logs a sequence's last ones before the machine lets it go."""
         entries: dict[int, list[tuple[int, int, list[int], str]]] = defaultdict(list)
-        done = []
+        done, likely = [], result.likelihoods
         for emission in result.tokens:
             owner = self._owners[emission.sequence]
             entries[owner.gateway].append((emission.sequence, emission.epoch, emission.tokens, emission.finish or ""))
@@ -175,7 +174,8 @@ class Worker:
             if emission.finish:
                 done.append(self._done(emission, owner))
         for gateway, group in entries.items():
-            self._send(wire.Tokens(group), gateway)
+            told = {entry[0]: likely[entry[0]] for entry in group if entry[0] in likely} if likely else {}
+            self._send(wire.Tokens(group, told), gateway)
         if result.first or done:
             first = [(one.sequence, one.epoch, one.prefill_s) for one in result.first]
             self._tell(wire.Step(self._boot.device, self._boot.incarnation, first, done, []))
@@ -206,6 +206,25 @@ class Worker:
         kv = self._engine.kv_used, self._engine.kv_free
         self._tell(wire.Progress(self._boot.device, self._boot.incarnation, states, *kv))
         self._progress_due, self._progress_empty = now + PROGRESS, not states
+
+
+def _sampling(run: wire.Run) -> Sampling:
+    shaping = None
+    if run.shaping is not None:
+        one = run.shaping
+        penalties = one.presence_penalty, one.frequency_penalty, one.repetition_penalty
+        shaping = Shaping(*penalties, tuple(one.logit_bias), one.min_tokens)
+    return Sampling(
+        temperature=run.temperature,
+        top_k=run.top_k,
+        top_p=run.top_p,
+        seed=run.seed,
+        max_tokens=run.max_tokens,
+        stop_ids=tuple(run.stop_ids),
+        min_p=run.min_p,
+        shaping=shaping,
+        logprobs=run.logprobs,
+    )
 
 
 def main(link: socket.socket, pool: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from pathlib import Path
 
@@ -90,6 +91,33 @@ def test_the_synchronous_client_on_a_models_own_url(tmp_path: Path) -> None:
         assert decoded(server.controller.all(wire.Run)[0]) == ([65, 66], [])
 
     run(tmp_path, says("yes"), scenario)
+
+
+def test_what_a_request_asks_of_sampling(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        asked = {"min_p": 0.1, "frequency_penalty": 1, "logit_bias": {"7": -100, "3": 2}, "min_tokens": 2}
+        async with server.chat(**asked) as response:
+            assert response.status == 200
+        async with server.chat() as response:
+            assert response.status == 200
+        shaped, plain = server.controller.all(wire.Run)
+        assert (shaped.min_p, shaped.shaping) == (0.1, wire.Shaping(0.0, 1.0, 1.0, [(3, 2.0), (7, -100.0)], 2))
+        assert (plain.min_p, plain.shaping) == (0.0, None)
+
+    run(tmp_path, says("a"), scenario)
+
+
+def test_a_checkpoints_own_penalty_is_the_default(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        path = tmp_path / "demo" / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.25}))
+        async with server.chat() as first, server.chat(repetition_penalty=1) as second:
+            assert (first.status, second.status) == (200, 200)
+        default, neutral = server.controller.all(wire.Run)
+        assert default.shaping == wire.Shaping(0.0, 0.0, 1.25, [], 0)
+        assert neutral.shaping is None
+
+    run(tmp_path, says("a"), scenario)
 
 
 # --- a request's life, message by message ---

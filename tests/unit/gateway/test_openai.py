@@ -26,18 +26,22 @@ def test_a_chat_with_everything() -> None:
     body = CHAT | {
         "max_completion_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": -1, "stop": "\n",
         "stream": True, "stream_options": {"include_usage": True}, "keep_alive": "-1", "ignore_eos": True,
-        "stop_token_ids": [4], "chat_template_kwargs": {"a": 1},
+        "stop_token_ids": [4], "chat_template_kwargs": {"a": 1}, "min_p": 0.1, "presence_penalty": 1,
+        "frequency_penalty": -1, "repetition_penalty": 1.5, "logit_bias": {"7": 5, "3": -100}, "min_tokens": 2,
     }  # fmt: skip
     assert openai.parse(body, chat=True) == openai.CompletionRequest(
-        chat=True, model="m", messages=[{"role": "user", "content": "x"}], prompt=None, max_tokens=9, temperature=0.0,
-        top_p=0.5, top_k=3, seed=2**63 - 1, stop=("\n",), stop_token_ids=(4,), ignore_eos=True, stream=True,
+        chat=True, model="m", messages=[{"role": "user", "content": "x"}], prompt=None, max_tokens=9,
+        seed=2**63 - 1, stop=("\n",), stop_token_ids=(4,), ignore_eos=True, stream=True,
         include_usage=True, keep_alive=math.inf, variables={"a": 1},
+        sampling={"temperature": 0.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "presence_penalty": 1.0,
+                  "frequency_penalty": -1.0, "repetition_penalty": 1.5},
+        logit_bias=((3, -100.0), (7, 5.0)), min_tokens=2,
     )  # fmt: skip
 
 
 def test_defaults() -> None:
     chat, text = openai.parse(dict(CHAT), chat=True), openai.parse({"prompt": "x"}, chat=False)
-    assert (chat.max_tokens, chat.temperature, chat.stream, chat.keep_alive) == (None, None, False, None)
+    assert (chat.max_tokens, chat.sampling, chat.stream, chat.keep_alive) == (None, {}, False, None)
     assert (text.max_tokens, text.model, text.prompt) == (16, None, "x")
 
 
@@ -53,7 +57,7 @@ def test_a_seed_is_drawn_for_each_request() -> None:
         {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True},
         {"prompt_cache_key": "k", "safety_identifier": "s"},
         {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "n": 1, "logprobs": False},
-        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "min_p": 0.0},
+        {"logit_bias": {}, "min_tokens": 0},
         {
             "tools": None,
             "anything": None,
@@ -73,8 +77,9 @@ def test_accepted_without_effect(body: dict[str, Any]) -> None:
     ("name", "value"),
     [
         ("n", 2), ("n", True), ("logprobs", True), ("top_logprobs", 2), ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"), ("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1}),
-        ("presence_penalty", 0.5), ("echo", True), ("chat_template", "{{ x }}"), ("temprature", 1), ("prompt", "x"),
+        ("tool_choice", "required"), ("response_format", {"type": "json_object"}), ("echo", True),
+        ("chat_template", "{{ x }}"),
+        ("temprature", 1), ("prompt", "x"),
         ("reasoning_effort", "low"), ("messages_", []),
     ],
 )  # fmt: skip

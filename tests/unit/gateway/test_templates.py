@@ -221,6 +221,8 @@ def test_stop_ids_are_the_union(
     [
         ({"temperature": 0.6, "top_p": 0.95, "do_sample": True}, {"temperature": 0.6, "top_p": 0.95}),
         ({"top_k": 20, "do_sample": None}, {"top_k": 20}),
+        ({"repetition_penalty": 1.05, "min_p": 0.1}, {"repetition_penalty": 1.05, "min_p": 0.1}),
+        ({"repetition_penalty": 0, "min_p": 2}, {}),
         ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
         ({"temperature": None}, {}),
         ({"temperature": -1, "top_p": 1.5, "top_k": math.nan}, {}),

@@ -134,6 +134,18 @@ def test_a_sequence_is_told_to_its_gateway_and_its_end_to_the_controller(ready: 
     assert kinds.index(wire.Tokens) < kinds.index(wire.Step)
 
 
+def test_what_a_sequence_asks_of_sampling_reaches_the_engine(ready: Agent) -> None:
+    prompt = np.arange(5, dtype=np.int32).tobytes()
+    shaping = wire.Shaping(0.5, 0.5, 1.5, [(9, 100.0)], 3)
+    ready.send(wire.Run(1, 1, 1, prompt, b"", 0.0, 0, 1.0, 0, 5, [9], 0.5, shaping, 2), source=1)
+    ready.send(wire.Run(2, 1, 1, prompt, b"", 0.0, 0, 1.0, 0, 5, []), source=1)
+    ready.until(lambda: ready.finished(1) and ready.finished(2))
+    assert (len(ready.said(1)), ready.said(1)[-1]) == (4, 9)
+    told = [frame.likelihoods for frame in ready.all(wire.Tokens)]
+    assert all(set(one) <= {1} for one in told)
+    assert [len(one[1][0][1]) for one in told if one] == [2, 2, 2, 2]
+
+
 def test_one_frame_a_step_and_gateway(ready: Agent) -> None:
     for sequence, gateway in ((1, 1), (2, 1), (3, 2)):
         ready.run(sequence, gateway=gateway, tokens=40)
