@@ -67,7 +67,7 @@ class Server:
             for line in response:
                 if line.startswith(b"data: [DONE]"):
                     return
-                if line.startswith(b"data: "):
+                if line.startswith(b"data: ") and line.endswith(b"\n"):
                     yield _event(json.loads(line[6:]))
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"the server at {self.url} broke off: {error}") from error

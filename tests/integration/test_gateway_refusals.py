@@ -99,6 +99,7 @@ def test_an_engine_failure_before_any_token_is_a_500(tmp_path: Path) -> None:
         ("/v1/completions", {"prompt": "x"}, 400, "invalid_request_error", "model"),
         ("/models/demo/v1/completions", {"model": "team/demo-2", "prompt": "x"}, 400, "invalid_request_error", "model"),
         ("/models/nobody/v1/completions", {"prompt": "x"}, 404, "model_not_found", "model"),
+        ("/models/nobody/v1/completions", {"model": "demo", "prompt": "x"}, 404, "model_not_found", "model"),
         ("/v1/completions", {"model": "demo", "prompt": "x", "n": 2}, 400, "unsupported_parameter", "n"),
         ("/v1/completions", {"model": "demo", "prompt": "x" * 256}, 400, "context_length_exceeded", "prompt"),
         ("/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 256}, 400, "context_length_exceeded",

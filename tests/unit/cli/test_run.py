@@ -99,6 +99,16 @@ def test_unreachable_url_starts_no_server(cli: CommandLine, monkeypatch: pytest.
     assert cli("run", "demo-count", "1").status == 69
 
 
+@pytest.mark.parametrize("cut", [14, 30], ids=["between two lines", "in a line"])
+def test_a_stream_that_breaks_off_is_no_answer(cli: CommandLine, known: Scripted, cut: int) -> None:
+    whole = events({"choices": [{"text": "he"}]}, {"choices": [{"text": "llo"}]})
+    known.answers["POST", "/v1/completions"] = (200, whole[:-cut])
+    status, out, err = cli("run", "m", "hello", "--raw")
+    assert status == 69
+    assert out.startswith("he")
+    assert err.startswith(f"Error: the server at {known.url} broke off before the end")
+
+
 def test_unknown_model_without_server_is_a_usage_error(cli: CommandLine) -> None:
     outcome = cli("run", "no-such-model", "x")
     assert outcome.status == 2

@@ -11,6 +11,7 @@ import pytest
 from serverless_llm.errors import CapacityError, TransientError
 from serverless_llm.loader import manifest
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.toucher import Toucher
 from tests.unit.loader.checkpoints import Node, Told, random, write
 
 SLOW = 20e6  # bytes per second: a call is 50 ms
@@ -242,6 +243,15 @@ def test_none_is_taken_while_bytes_are_read(tmp_path: Path, slow: Node) -> None:
     taking = slow.pipeline._trimming
     slow.finish(told)
     assert (taking, slow.pipeline._trimming) == (False, True)
+
+
+def test_none_is_taken_soon_after_bytes_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(slots=16, ahead=4 << 20, pause=3600)
+    delays: list[float] = []
+    monkeypatch.setattr(Toucher, "touch", lambda _toucher, _slot, delay, _done: delays.append(delay))
+    node.fetch(checkpoint(tmp_path, 2))
+    assert [3500 < delay <= 3600 for delay in delays] == [True]
+    node.close()
 
 
 def test_a_closed_one_takes_and_gives_nothing(tmp_path: Path, node: Node) -> None:
