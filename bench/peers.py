@@ -43,7 +43,17 @@ PEERS = {
             "VLLM_LOGGING_LEVEL": "ERROR",
         },
         preloaded=("lib/libiomp5.so",),
-    )
+    ),
+    "fastapi-proxy": Peer(requirements=("fastapi==0.*", "uvicorn[standard]==0.*", "httpx==0.*")),
+    "litellm": Peer(
+        requirements=("litellm[proxy]==1.*",),
+        settings={
+            "LITELLM_LOG": "ERROR",
+            "LITELLM_MODE": "PRODUCTION",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # no download at the start
+            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # no key to check, in its favour
+        },
+    ),
 }
 
 
