@@ -26,7 +26,9 @@ from serverless_llm.cluster.state import State
 from serverless_llm.config import LOOPBACK, Config, ModelEntry
 from serverless_llm.demo import tasks
 from serverless_llm.errors import ConfigurationError, RequestError
+from serverless_llm.gateway import keys
 from serverless_llm.gateway.app import Gateway
+from serverless_llm.gateway.keys import Key
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.text import TextPool
@@ -181,14 +183,28 @@ def model_roots(config: Config) -> tuple[Path, ...]:
 def gateway_options(config: Config) -> GatewayOptions:
     """The gateway's part of the configuration. Off loopback a key is made where none is given."""
     local = config.host in LOOPBACK
-    key = config.api_key or (None if local else state.secret(config.state_dir / "api-key"))
     return GatewayOptions(
         hold=config.hold,
         heartbeat=config.heartbeat,
-        api_keys=(key,) if key else (),
+        connections=config.connections,
+        body_limit=config.body_limit,
+        keys=read_keys(config),
         hosts=config.hosts,
         open_metrics=local,
     )
+
+
+def read_keys(config: Config) -> tuple[Key, ...]:
+    """The keys of the file and of the configuration; off loopback one is made where there is none.
+
+    Raises:
+        ConfigurationError: the file of keys is unusable.
+    """
+    listed = keys.read(config.keys_file, os.environ) if config.keys_file else ()
+    single = config.api_key
+    if not single and not listed and config.host not in LOOPBACK:
+        single = state.secret(config.state_dir / "api-key")
+    return (*listed, keys.full(single)) if single else listed
 
 
 def deploy_body(entry: ModelEntry) -> bytes:

@@ -1,45 +1,73 @@
 """Who may speak to this server.
 
-With keys, a request carries one. Without, the server is bound to loopback and answers only to local names: a web page
-must not reach it through DNS rebinding (a foreign Host) or from a browser (a foreign Origin).
+With keys, a request carries one with the route's scope. Without, the server is bound to loopback and answers only to
+local names: a web page must not reach it through DNS rebinding (a foreign Host) or from a browser (a foreign Origin).
 """
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from serverless_llm.errors import RequestError
+from serverless_llm.gateway.keys import Key, digest
 from serverless_llm.gateway.options import GatewayOptions
 
 OPEN = ("/health", "/ready")
 AGENTS = "/agents/"  # agents show a token of their own to their own handler
+_ADMIN = "/admin/"
+_INFERENCE = ("/v1/", "/models/")
 
 
-def check(request: web.Request, options: GatewayOptions) -> None:
-    """
-    Raises:
-        RequestError: 401 without a valid key, 403 from a foreign place.
-    """
-    path = request.path
-    if path in OPEN or path.startswith(AGENTS):
-        return
-    if not options.api_keys:
-        _check_local(request.headers.get("Host", ""), request.headers.get("Origin"), options.hosts)
-    elif not (path == "/metrics" and options.open_metrics):
-        _check_key(request.headers.get("Authorization", ""), options.api_keys)
+class Access:
+    """The keys of one gateway, which may be read anew while it serves."""
+
+    def __init__(self, options: GatewayOptions) -> None:
+        self._options = options
+        self._keys: dict[bytes, Key] = {}
+        self.set_keys(options.keys)
+
+    def set_keys(self, keys: Iterable[Key]) -> None:
+        """From now on these keys count."""
+        self._keys = {key.digest: key for key in keys}
+
+    def check(self, request: web.Request) -> Key | None:
+        """The key of a request that may pass; None where none is needed.
+
+        Raises:
+            RequestError: 401 without a valid key, 403 from a foreign place or without the scope.
+        """
+        path = request.path
+        if path in OPEN or path.startswith(AGENTS):
+            return None
+        given = request.headers.get("Authorization", "")
+        if not self._keys or (path == "/metrics" and self._options.open_metrics and not given):
+            _check_local(request.headers.get("Host", ""), request.headers.get("Origin"), self._options.hosts)
+            return None
+        key = self._key(given)
+        scope = _scope(path)
+        if scope and scope not in key.scopes:
+            raise RequestError(403, "permission_denied", f"the key {key.id!r} does not have the scope {scope!r}")
+        return key
+
+    def _key(self, header: str) -> Key:
+        scheme, _, text = header.partition(" ")
+        given = text.strip().encode(errors="surrogateescape")  # as aiohttp decoded it
+        # found by its digest: the time of a look-up says nothing about a key
+        key = self._keys.get(digest(given)) if scheme.lower() == "bearer" else None
+        if key is None:
+            raise RequestError(401, "invalid_api_key", "a valid key is required: Authorization: Bearer ...")
+        return key
 
 
-def _check_key(header: str, keys: tuple[str, ...]) -> None:
-    scheme, _, key = header.partition(" ")
-    given = key.strip().encode(errors="surrogateescape")  # as aiohttp decoded it
-    # every key is compared, so that the time says nothing
-    known = [hmac.compare_digest(given, each.encode()) for each in keys]
-    if scheme.lower() != "bearer" or not any(known):
-        raise RequestError(401, "invalid_api_key", "a valid key is required: Authorization: Bearer ...")
+def _scope(path: str) -> str:
+    """The scope that a path needs; "": any key will do."""
+    if path.startswith(_ADMIN):
+        return "admin"
+    return "inference" if path.startswith(_INFERENCE) else ""
 
 
 def _check_local(host: str, origin: str | None, allowed: tuple[str, ...]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -16,18 +16,24 @@ from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import access, failure, openai
+from serverless_llm.gateway import failure, openai, records
+from serverless_llm.gateway.access import Access
 from serverless_llm.gateway.admin import Admin
 from serverless_llm.gateway.completions import Completions
+from serverless_llm.gateway.keys import Key
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.gateway.quotas import Quotas
+from serverless_llm.gateway.records import Record
 from serverless_llm.gateway.requests import LiveRequests
 from serverless_llm.gateway.text import TextPool
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 NAME = r"[A-Za-z0-9][\w.-]*(?:(?:/|%2[Ff])[\w.-]+)?"  # as config.NAME, in a path
-REQUEST_ID: ContextVar[str] = ContextVar("request_id")  # each request has a task of its own
+UNLOGGED = ("/health", "/ready", "/metrics")  # asked again and again, by machines
+CLIENT_GONE = 499  # no status of HTTP; nobody receives it, but logs tell of it, as nginx's do
+CALLER = web.RequestKey("caller", Key)
 _VALID_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _log = logging.getLogger("serverless_llm.gateway")
 
@@ -47,6 +53,8 @@ class Gateway:
     ) -> None:
         self._options = options or GatewayOptions()
         self.metrics = Metrics()
+        self._access = Access(self._options)
+        self._quotas = Quotas()
         self._models: dict[str, wire.ModelInfo] = {}
         self._ready = False
         self._problems: list[str] = []
@@ -74,6 +82,10 @@ class Gateway:
         self._models.clear()
         self._models.update(models)
         self._ready, self._problems = message.ready, message.problems
+
+    def set_keys(self, keys: Iterable[Key]) -> None:
+        """The keys were read anew."""
+        self._access.set_keys(keys)
 
     # --- stopping ---
 
@@ -116,22 +128,50 @@ class Gateway:
 
     @web.middleware
     async def _edge(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Identity, access, and every failure as an error body."""
+        """Identity, access, every failure as an error body, and the line in the log."""
         given = request.headers.get("x-request-id", "")
-        REQUEST_ID.set(given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex)
+        request_id = given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
+        record = Record(request_id, f"{request.method} {request.path}")
+        records.CURRENT.set(record)
         try:
-            access.check(request, self._options)
+            response = await self._answer(request, handler, record)
+            record.status = response.status
+        except asyncio.CancelledError:
+            record.status, record.end = CLIENT_GONE, "client gone"
+            raise
+        else:
+            return response
+        finally:
+            if request.path not in UNLOGGED:
+                record.write()
+
+    async def _answer(self, request: web.Request, handler: Handler, record: Record) -> web.StreamResponse:
+        try:
+            key = self._access.check(request)
+            if key is not None:
+                request[CALLER], record.key = key, key.id
             return await handler(request)
         except RequestError as error:
             return _refused(error)
         except web.HTTPException as error:
-            return _refused(_from_http(error, request))
+            return _refused(self._from_http(error, request), error)
         except ConnectionError:
             _abort(request)
-            return _refused(RequestError(499, "client_gone", "nobody reads this"))
+            return _refused(RequestError(CLIENT_GONE, "client_gone", "nobody reads this"))
         except Exception:  # noqa: BLE001  the edge: whatever it was, the client gets an error body
-            _log.exception("%s: %s %s failed", REQUEST_ID.get(), request.method, request.path)
+            _log.exception("%s: %s %s failed", record.request_id, request.method, request.path)
             return _refused(RequestError(500, "engine_error", "an internal error; the log tells more"))
+
+    def _from_http(self, error: web.HTTPException, request: web.Request) -> RequestError:
+        """aiohttp's own refusals: no such route, wrong method, body over the limit."""
+        if error.status == 404:
+            return failure.no_route(request.method, request.path)
+        if error.status == 405:
+            return RequestError(405, "method_not_allowed", f"there is no {request.method} {request.path}")
+        if error.status == 413:
+            limit = self._options.body_limit
+            return RequestError(413, "request_too_large", f"the body is over the limit of {limit} bytes")
+        return RequestError(error.status, "invalid_request_error", error.reason)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._complete(request, chat=True)
@@ -142,14 +182,39 @@ class Gateway:
     async def _complete(self, request: web.Request, chat: bool) -> web.StreamResponse:
         if self._draining:
             raise RequestError(503, "overloaded", "the server is stopping", retry_after=5.0)
-        parsed = openai.parse(openai.decode(await request.read()), chat)
-        if "name" in request.match_info:
-            self._named(request.match_info["name"])  # an endpoint that is not there, whatever the body names
-        info = self._named(_model_name(request, parsed.model))
+        with self._within_quota(request.get(CALLER)):
+            parsed = openai.parse(openai.decode(await self._body(request)), chat)
+            if "name" in request.match_info:
+                self._named(request.match_info["name"])  # an endpoint that is not there, whatever the body names
+            info = self._named(_model_name(request, parsed.model))
+            try:
+                return await self._completions.answer(request, records.CURRENT.get().request_id, info, parsed)
+            finally:
+                self._look_idle()
+
+    @contextlib.contextmanager
+    def _within_quota(self, key: Key | None) -> Iterator[None]:
+        """
+        Raises:
+            RequestError: 429, the caller's limit.
+        """
+        if key is None:
+            yield
+            return
+        self._quotas.enter(key, asyncio.get_running_loop().time())
         try:
-            return await self._completions.answer(request, REQUEST_ID.get(), info, parsed)
+            yield
         finally:
-            self._look_idle()
+            record = records.CURRENT.get()
+            self._quotas.leave(key, record.prompt + record.generated)
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._options.idle):
+                return await request.read()
+        except TimeoutError:
+            message = f"the body did not come within {self._options.idle:g} s"
+            raise RequestError(400, "invalid_request_error", message) from None
 
     def _named(self, name: str) -> wire.ModelInfo:
         info = self._models.get(name)
@@ -186,8 +251,8 @@ def _abort(request: web.Request) -> None:
         request.transport.abort()
 
 
-async def _mark(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["x-request-id"] = REQUEST_ID.get()
+async def _mark(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = records.CURRENT.get().request_id
 
 
 def _model_name(request: web.Request, given: str | None) -> str:
@@ -222,18 +287,9 @@ def _json(value: Any, status: int = 200) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
 
 
-def _refused(error: RequestError) -> web.Response:
+def _refused(error: RequestError, cause: web.HTTPException | None = None) -> web.Response:
+    records.CURRENT.get().end = error.code
     body, headers = failure.encoded(error), failure.headers(error)
+    if cause is not None and "Allow" in cause.headers:
+        headers["Allow"] = cause.headers["Allow"]
     return web.Response(status=error.status, body=body, headers=headers, content_type="application/json")
-
-
-def _from_http(error: web.HTTPException, request: web.Request) -> RequestError:
-    """aiohttp's own refusals: no such route, wrong method, body over the limit."""
-    where = f"{request.method} {request.path}"
-    if error.status == 404:
-        return RequestError(404, "not_found", f"there is no {where}")
-    if error.status == 405:
-        return RequestError(405, "method_not_allowed", f"there is no {where}")
-    if error.status == 413:
-        return RequestError(413, "request_too_large", "the body is over the limit")
-    return RequestError(error.status, "invalid_request_error", error.reason)

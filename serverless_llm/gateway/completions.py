@@ -11,8 +11,9 @@ from typing import Any
 from aiohttp import web
 
 from serverless_llm import wire
+from serverless_llm.domain import WorkClass
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import sse
+from serverless_llm.gateway import records, sse
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.openai import CompletionRequest
 from serverless_llm.gateway.options import GatewayOptions
@@ -163,13 +164,16 @@ class Completions:
             self._metrics.ended(name, live.device, reason)
             if live.finish:
                 self._observe(live)
+        record = records.CURRENT.get()
+        record.model, record.work_class, record.end = (
+            name,
+            WorkClass.ONLINE.value,
+            live.error.code if live.error else cause,
+        )
+        record.prompt, record.generated = len(live.prompt.ids) // 4 if live.prompt else 0, len(live.log)
+        record.device, record.restarts = live.device, live.restarts
         times = _metrics(live) if live.first else {}
-        _log.info(
-            "%s model=%s class=online status=%s end=%s prompt=%d generated=%d device=%s restarts=%d %s",
-            live.request_id, name, live.error.status if live.error else 200, cause,
-            len(live.prompt.ids) // 4 if live.prompt else 0, len(live.log), live.device or "-", live.restarts,
-            " ".join(f"{key}={value}" for key, value in times.items() if isinstance(value, float)),
-        )  # fmt: skip
+        record.phases = {key: value for key, value in times.items() if isinstance(value, float)} | _phases(live)
 
     def _observe(self, live: LiveRequest) -> None:
         series = live.series

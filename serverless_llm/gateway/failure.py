@@ -12,6 +12,43 @@ from serverless_llm.errors import RequestError, did_you_mean
 
 MAX_RETRY_AFTER = 60  # official clients ignore larger ones
 
+_FEATURES = {
+    "assistants": "assistants",
+    "audio": "audio",
+    "batches": "batches",
+    "containers": "containers",
+    "conversations": "conversations",
+    "detokenize": "detokenising",
+    "edits": "edits",
+    "embeddings": "embeddings",
+    "evals": "evals",
+    "files": "files",
+    "fine_tuning": "fine-tuning",
+    "images": "images",
+    "messages": "the messages API",
+    "moderations": "moderations",
+    "pooling": "pooling",
+    "realtime": "the realtime API",
+    "rerank": "reranking",
+    "responses": "the responses API",
+    "score": "scoring",
+    "threads": "threads",
+    "tokenize": "tokenising",
+    "uploads": "uploads",
+    "vector_stores": "vector stores",
+    "videos": "videos",
+}  # what other servers have under /v1/
+
+
+def no_route(method: str, path: str) -> RequestError:
+    """404: nothing is there; names the feature that other servers have there."""
+    message = f"there is no {method} {path}"
+    _, found, rest = path.rpartition("/v1/")
+    feature = _FEATURES.get(rest.partition("/")[0]) if found else None
+    if feature:
+        message += f": {feature} are not supported" if feature.endswith("s") else f": {feature} is not supported"
+    return RequestError(404, "not_found", message)
+
 
 def invalid(message: str, param: str | None = None) -> RequestError:
     """400: the request cannot be understood or done."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serverless_llm.gateway.keys import Key
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayOptions:
@@ -17,7 +19,9 @@ class GatewayOptions:
         unread_limit: characters that may wait for a client that does not read, before its sequence is dropped.
         write_stall: how long one write to such a client may take.
         admin_timeout: how long the controller may take to answer an admin request.
-        api_keys: any of these opens everything; empty: no key is needed, but Host and Origin must be local.
+        connections: most at a time; a further one is told to come back.
+        idle: how long a connection may stay open without a request, and how long a body may take to come.
+        keys: empty: no key is needed, but Host and Origin must be local.
         hosts: names other than loopback ones that a Host or Origin header may carry without a key.
         open_metrics: /metrics needs no key (bound to loopback).
     """
@@ -30,6 +34,8 @@ class GatewayOptions:
     unread_limit: int = 256 << 10
     write_stall: float = 60.0
     admin_timeout: float = 120.0
-    api_keys: tuple[str, ...] = ()
+    connections: int = 10_000
+    idle: float = 75.0
+    keys: tuple[Key, ...] = ()
     hosts: tuple[str, ...] = ()
     open_metrics: bool = True

@@ -12,6 +12,7 @@ import pytest
 import yarl
 
 from serverless_llm import wire
+from serverless_llm.gateway.keys import Key, digest, full
 from serverless_llm.gateway.options import GatewayOptions
 from tests.integration.scripted import (
     Controller,
@@ -156,7 +157,42 @@ def test_keys(tmp_path: Path) -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret") as ai:
             assert await collect(ai, stream=True) == ("hi", "stop")
 
-    run(tmp_path, says("hi"), scenario, GatewayOptions(api_keys=("secret",)))
+    run(tmp_path, says("hi"), scenario, GatewayOptions(keys=(full("secret"),)))
+
+
+def test_limits_of_a_key(tmp_path: Path) -> None:
+    limited = (Key("a", digest(b"a"), concurrency=1), Key("b", digest(b"b"), tokens_per_minute=10))
+
+    async def scenario(server: Served) -> None:
+        def chat(key: str) -> Any:
+            body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+            return server.http.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+
+        async with chat("b") as response:
+            assert response.status == 200
+        async with chat("b") as response:
+            error = await error_of(response)
+            assert (response.status, error["code"], error["type"]) == (429, "rate_limit_exceeded", "rate_limit_error")
+            assert int(response.headers["Retry-After"]) > 0
+        server.controller.on = attaches
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(status_of(chat("a")))
+            sequence = (await server.controller.saw(wire.Run, 2)).sequence
+            async with chat("a") as response:
+                assert (response.status, (await error_of(response))["code"]) == (429, "rate_limit_exceeded")
+            server.controller.tokens(sequence, [65], "length")
+        assert first.result() == 200
+        server.controller.on = says("hi")
+        async with chat("a") as response:
+            assert response.status == 200
+
+    run(tmp_path, says("hi, who are you?"), scenario, GatewayOptions(keys=limited))
+
+
+async def status_of(request: Any) -> int:
+    async with request as response:
+        status: int = response.status
+        return status
 
 
 def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -168,7 +204,7 @@ def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
         assert answer.startswith(b"HTTP/1.1 401 ")
         writer.close()
 
-    run(tmp_path, silent, scenario, GatewayOptions(api_keys=("secret",)))
+    run(tmp_path, silent, scenario, GatewayOptions(keys=(full("secret"),)))
 
 
 def test_a_bug_is_a_500_and_a_traceback_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

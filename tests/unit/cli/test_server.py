@@ -16,6 +16,7 @@ from serverless_llm.config import Config, ModelEntry, load
 from serverless_llm.demo import tasks
 from serverless_llm.domain import DeviceId, LoadPhases
 from serverless_llm.errors import RequestError
+from serverless_llm.gateway.keys import full
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.node.admin import spec_of
 from tests.unit.cluster.desk import Desk
@@ -29,24 +30,35 @@ def configured(state: Path, **flags: object) -> Config:
 
 def test_loopback_needs_no_key(tmp_path: Path) -> None:
     options = gateway_options(configured(tmp_path, hosts=("gpu.example",), hold="5s", heartbeat="comment"))
-    assert (options.api_keys, options.open_metrics, options.hosts) == ((), True, ("gpu.example",))
+    assert (options.keys, options.open_metrics, options.hosts) == ((), True, ("gpu.example",))
     assert (options.hold, options.heartbeat) == (5.0, "comment")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_elsewhere_a_key_is_made_and_kept(tmp_path: Path) -> None:
     options = gateway_options(configured(tmp_path, host="0.0.0.0"))
-    assert options.api_keys == ((tmp_path / "api-key").read_text(),)
+    made = (tmp_path / "api-key").read_text()
+    assert options.keys == (full(made),)
     assert not options.open_metrics
-    assert len(options.api_keys[0]) >= 32
+    assert len(made) >= 32
     assert (tmp_path / "api-key").stat().st_mode & 0o777 == 0o600
-    assert gateway_options(configured(tmp_path, host="0.0.0.0")).api_keys == options.api_keys
+    assert gateway_options(configured(tmp_path, host="0.0.0.0")).keys == options.keys
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_given_key_is_taken(tmp_path: Path, host: str) -> None:
-    assert gateway_options(configured(tmp_path, host=host, api_key="mine")).api_keys == ("mine",)
+    assert gateway_options(configured(tmp_path, host=host, api_key="mine")).keys == (full("mine"),)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_keys_stands_beside_the_one_or_instead(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"- {{id: ada, sha256: {'a' * 64}}}")
+    read = gateway_options(configured(tmp_path, host="0.0.0.0", keys_file=file)).keys
+    assert [key.id for key in read] == ["ada"]
+    both = gateway_options(configured(tmp_path, keys_file=file, api_key="mine")).keys
+    assert [key.id for key in both] == ["ada", "default"]
+    assert not (tmp_path / "api-key").exists()
 
 
 def test_model_roots_never_shut_out_the_demos(tmp_path: Path) -> None:
