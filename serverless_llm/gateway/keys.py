@@ -77,7 +77,11 @@ def read(path: Path, environ: Mapping[str, str]) -> tuple[Key, ...]:
         raise ConfigurationError(f"keys file {path}: a list of keys is needed")
     if mode & 0o077 and any(_is_secret(entry) for entry in raw):
         raise ConfigurationError(f"keys file {path}: it holds keys and others may read it; chmod 600 {path}")
-    keys = tuple(_key(entry, number, path) for number, entry in enumerate(expand(raw, environ), 1))
+    try:
+        entries = expand(raw, environ)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"keys file {path}: {error}") from None
+    keys = tuple(_key(entry, number, path) for number, entry in enumerate(entries, 1))
     for what, count in Counter(one for key in keys for one in (key.id, key.digest)).items():
         if count > 1:
             named = f"the id {what!r}" if isinstance(what, str) else "one of the keys"

@@ -53,7 +53,7 @@ def test_keys_with_scopes_and_limits(tmp_path: Path) -> None:
         ("- {id: a, sha256: canary}", "key a: sha256 must be 64"),
         ("- {id: a, key: canary, scopes: [root]}", "key a: Invalid enum value 'root'"),
         ("- {id: a, key: canary, concurrency: 0}", "key a: concurrency must be at least 1"),
-        ("- {id: a, key: '${env.NONE}'}", "needs the environment variable NONE"),
+        ("- {id: a, key: '${env.NONE}'}", "the environment variable NONE is not set"),
         ("- {id: a, key: x}\n- {id: a, key: y}", "the id 'a' is there 2 times"),
         ("- {id: a, key: canary}\n- {id: b, key: canary}", "one of the keys is there 2 times"),
     ],
@@ -63,7 +63,7 @@ def test_mistakes_name_the_file_and_the_key_and_no_secret(tmp_path: Path, text: 
     with pytest.raises(ConfigurationError) as raised:
         read(path, {})
     assert message in str(raised.value)
-    assert str(path) in str(raised.value) or "NONE" in str(raised.value)
+    assert str(path) in str(raised.value)
     assert "canary" not in str(raised.value)
 
 
