@@ -78,8 +78,11 @@ def outlived(turn: Turn, device_id: DeviceId) -> None:
 def _charge_sequence(turn: Turn, sequence: Sequence, trial: tuple[str, int] | None, cause: str) -> None:
     ran = turn.now - sequence.dispatched
     sequence.longest_charged = max(sequence.longest_charged, ran)
-    sequence.deaths = 1 if ran >= turn.policy.trial_s else sequence.deaths + 1
-    if trial == ("sequence", sequence.id):
+    if ran >= turn.policy.trial_s:  # also of one on trial, should the death be told before its term is noticed
+        turn.state.suspects.pop(sequence.id, None)
+        sequence.deaths = 0
+    sequence.deaths += 1
+    if trial == ("sequence", sequence.id) and sequence.id in turn.state.suspects:
         message = f"the request ended the engine process {sequence.deaths} times; last: {cause}"
         reject(turn, sequence, 500, "engine_error", message, None, retry=False)
     elif sequence.deaths >= turn.policy.suspect_deaths:

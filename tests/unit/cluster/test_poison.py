@@ -163,6 +163,13 @@ def test_without_progress_a_trial_goes_on_for_a_minute(court: Court) -> None:
     assert dispatched(court.tick(0.1)) == [2]
 
 
+def test_a_death_after_a_full_trial_convicts_nobody(court: Court) -> None:
+    court.reload()
+    court.tell(e.WorkerLost(D0, court.incarnation, "SIGSEGV"), after=60.0)
+    assert court.machine.state.sequences[1].deaths == 1
+    assert list(court.machine.state.suspects) == [2, 3]
+
+
 def test_what_is_resumed_in_an_epoch_that_is_over_counts_for_nothing(court: Court) -> None:
     court.reload()
     court.tell(e.Resumed(1, 2, 40))
