@@ -404,12 +404,18 @@ class Answer(Message, frozen=True):
     body: bytes  # JSON
 
 
+class News(Message, frozen=True):
+    """Controller -> gateways: something that operators who watch are told; a JSON object."""
+
+    body: bytes
+
+
 KINDS: tuple[type[Message], ...] = (
     Hello, Welcome, Heartbeat, StartLoad, Unload, Reserve, Reserved, Refused, LoadProgress, ReplicaReady,
     LoadFailed, Unloaded, WorkerUp, WorkerLost, KillWorker, Forget, Shutdown,
     Run, Cancel, Tokens, Step, Progress,
     Boot, Booted, Place, Landed, Placed, Drop, Dropped, Failed, Beat,
-    Arrive, Prompted, Gone, Attach, Rejected, Catalog, Ask, Answer,
+    Arrive, Prompted, Gone, Attach, Rejected, Catalog, Ask, Answer, News,
 )  # fmt: skip
 KIND: dict[type[Message], int] = {kind: number for number, kind in enumerate(KINDS, start=1)}
 

@@ -20,6 +20,7 @@ from serverless_llm.gateway import failure, openai, records
 from serverless_llm.gateway.access import Access
 from serverless_llm.gateway.admin import Admin
 from serverless_llm.gateway.completions import Completions
+from serverless_llm.gateway.feed import Feed
 from serverless_llm.gateway.keys import Key
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
@@ -62,6 +63,7 @@ class Gateway:
         self._idle = asyncio.Event()
         self.live = LiveRequests(send, self.metrics, generation)
         self._admin = Admin(send, self._options.admin_timeout, self.metrics.traffic.shown)
+        self._feed = Feed(self._options.heartbeat_every)
         self._completions = Completions(self.live, text, self.metrics, self._options, self._models.get)
         self._receivers: dict[type[wire.Message], Callable[[Any], None]] = {
             wire.Attach: self.live.attach,
@@ -69,6 +71,7 @@ class Gateway:
             wire.Rejected: self.live.reject,
             wire.Catalog: self._catalog,
             wire.Answer: self._admin.answered,
+            wire.News: lambda message: self._feed.tell(message.body),
         }
 
     def receive(self, message: wire.Message) -> None:
@@ -92,6 +95,7 @@ class Gateway:
     def drain(self) -> None:
         """Take no new request; `idle` tells when the last one has ended."""
         self._draining = True
+        self._feed.close()
         self._look_idle()
 
     async def idle(self) -> None:
@@ -124,7 +128,7 @@ class Gateway:
                 web.post(f"{prefix}/completions", self._completion),
                 web.get(f"{prefix}/models", self._list),
             ]
-        return routes + self._admin.routes()
+        return [*routes, web.get("/admin/events", self._feed.watch), *self._admin.routes()]
 
     @web.middleware
     async def _edge(self, request: web.Request, handler: Handler) -> web.StreamResponse:

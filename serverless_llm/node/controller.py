@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import time
 from collections.abc import Callable, Sequence
 
+import msgspec
 from aiohttp import web
 
 from serverless_llm import framing, wire
@@ -18,7 +20,7 @@ from serverless_llm.cluster import commands, events
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.domain import DeviceId, NodeId
 from serverless_llm.errors import ProtocolError
-from serverless_llm.node import translate
+from serverless_llm.node import news, translate
 from serverless_llm.node.links import CLOSE_LIMIT, MAX_MESSAGE, WebSocketLink
 from serverless_llm.node.peers import Peer
 from serverless_llm.node.starts import StartLog
@@ -67,8 +69,10 @@ class Controller:
         silent = isinstance(event, SILENT) and not self._moves_checkpoints(event)
         if isinstance(event, events.FirstToken):
             self._first_token(event)
+        self.tell(news.of_event(event, self.machine.state))
         for command in self.machine.handle(event, self.now()):
             self.perform(command)
+            self.tell(news.of_command(command))
         if not silent:
             self.changed(isinstance(event, PROMPT))
 
@@ -83,6 +87,12 @@ class Controller:
             return False
         node = self.machine.state.nodes.get(event.node)
         return node is not None and node.resident != dict(event.resident)
+
+    def tell(self, event: news.JSON | None) -> None:
+        """Tells those who watch, if there is news."""
+        if event is not None:
+            told = {"time": round(time.time(), 3)} | event
+            asyncio.get_running_loop().call_soon(self._deliver, wire.News(msgspec.json.encode(told)))
 
     def now(self) -> float:
         """The machine's time."""

@@ -15,7 +15,7 @@ import msgspec
 from serverless_llm import wire
 from serverless_llm.cluster import events
 from serverless_llm.errors import RequestError, did_you_mean
-from serverless_llm.node import admin, catalog
+from serverless_llm.node import admin, catalog, news
 from serverless_llm.node.catalog import Clocks, Entry
 from serverless_llm.node.controller import Controller
 from serverless_llm.node.peers import quoted
@@ -213,6 +213,10 @@ class Registry:
         ready = self._restored and any(device.usable for device in machine.devices.values())
         latest = wire.Catalog(self._infos(self._entries), ready, catalog.problems(machine))
         if latest != self._published:
+            before = {one.name: one.error for one in self._published.models} if self._published else {}
+            for one in latest.models:
+                if one.error and one.error != before.get(one.name):
+                    self._controller.tell(news.failed(one.name, one.error))
             self._published = latest
             self._deliver(latest)
 

@@ -38,6 +38,7 @@ class Desk:
     def __init__(self, directory: Path, roots: tuple[Path, ...] = ()) -> None:
         self.kept = State(directory)
         self.catalogs: list[wire.Catalog] = []
+        self.news: list[dict[str, Any]] = []
         self._answers: dict[int, asyncio.Future[wire.Answer]] = {}
         self.head = Head(self.kept, Machine(Policy()), [], self._deliver, keep_alive=120.0, roots=roots)
 
@@ -46,6 +47,8 @@ class Desk:
             self._answers[message.id].set_result(message)
         elif isinstance(message, wire.Catalog):
             self.catalogs.append(message)
+        elif isinstance(message, wire.News):
+            self.news.append(json.loads(message.body))
 
     async def ask(self, verb: str, name: str = "", raw: bytes | None = None, **body: Any) -> tuple[int, Any]:
         number = len(self._answers)
@@ -91,6 +94,8 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         for verb in ("show", "delete", "load", "unload", "pin"):
             status, body = await desk.ask(verb, "org/tiny")
             assert (status, body["error"]["code"]) == (404, "model_not_found")
+        assert [one["event"] for one in desk.news] == ["deployed", "pinned", "pinned", "deleted"]
+        assert all(one["model"] == "org/tiny" and one["time"] > 1.7e9 for one in desk.news)
 
     on_a_desk(tmp_path, tell)
 
@@ -110,6 +115,8 @@ def test_deploys_are_kept_and_what_broke_meanwhile_is_shown(tmp_path: Path, chec
         assert (models["a"]["keep_alive"], models["a"]["pinned"]) == (None, True)
         assert (models["b"]["state"], models["b"]["keep_alive"]) == ("failed", 120.0)
         assert "model.safetensors" in models["b"]["error"]
+        (failed,) = [one for one in desk.news if one["event"] == "model_failed"]
+        assert (failed["model"], failed["error"]) == ("b", models["b"]["error"])
         status, body = await desk.ask("load", "b")
         assert (status, body["error"]["code"]) == (503, "model_load_failed")
         assert (await desk.ask("delete", "b"))[0] == 200
