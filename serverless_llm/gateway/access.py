@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from serverless_llm.errors import RequestError
+from serverless_llm.gateway import page
 from serverless_llm.gateway.keys import Key, digest
 from serverless_llm.gateway.options import GatewayOptions
 
@@ -41,7 +42,7 @@ class Access:
             RequestError: 401 without a valid key, 403 from a foreign place or without the scope.
         """
         path = request.path
-        if path in OPEN or path.startswith(AGENTS):
+        if path in OPEN or path.startswith(AGENTS) or (self._keys and page.is_public(path)):
             return None
         given = request.headers.get("Authorization", "")
         if not self._keys or (path == "/metrics" and self._options.open_metrics and not given):

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import failure, openai, records
+from serverless_llm.gateway import failure, openai, page, records
 from serverless_llm.gateway.access import Access
 from serverless_llm.gateway.admin import Admin
 from serverless_llm.gateway.completions import Completions
@@ -128,7 +128,7 @@ class Gateway:
                 web.post(f"{prefix}/completions", self._completion),
                 web.get(f"{prefix}/models", self._list),
             ]
-        return [*routes, web.get("/admin/events", self._feed.watch), *self._admin.routes()]
+        return [*routes, web.get("/admin/events", self._feed.watch), *self._admin.routes(), *page.routes()]
 
     @web.middleware
     async def _edge(self, request: web.Request, handler: Handler) -> web.StreamResponse:

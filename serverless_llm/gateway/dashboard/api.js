@@ -1,0 +1,80 @@
+// Requests to the server that sent this page, with the operator's key where it wants one.
+
+const KEY = "serverless-llm-key"; // in sessionStorage: gone with the tab
+
+export class Refusal extends Error {
+  /** What the server said: status, code, and the field that it is about. */
+  constructor(status, message, code = "", param = null) {
+    super(message);
+    this.status = status;
+    this.code = code;
+    this.param = param;
+  }
+}
+
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+export const keepKey = (key) => sessionStorage.setItem(KEY, key);
+export const dropKey = () => sessionStorage.removeItem(KEY);
+
+function headers() {
+  const key = sessionStorage.getItem(KEY);
+  return key === null ? {} : { Authorization: `Bearer ${key}` };
+}
+
+async function refusal(response) {
+  try {
+    const { error } = await response.json();
+    return new Refusal(response.status, error.message, error.code, error.param);
+  } catch {
+    return new Refusal(response.status, `the server answered ${response.status}`);
+  }
+}
+
+async function send(method, path, { body, signal } = {}) {
+  const options = { method, signal, headers: headers(), cache: "no-store", credentials: "omit" };
+  if (body !== undefined) {
+    options.body = JSON.stringify(body);
+    options.headers["Content-Type"] = "application/json";
+  }
+  const response = await fetch(new URL(path, document.baseURI), options);
+  if (!response.ok) throw await refusal(response);
+  return response;
+}
+
+/** One request, answered in JSON. Throws `Refusal` where the server refuses, `TypeError` where there is none. */
+export async function ask(method, path, body, signal) {
+  return (await send(method, path, { body, signal })).json();
+}
+
+/** The path of a model's admin route. Slashes stay: names may have one. */
+export function modelPath(name, action = "") {
+  const path = name.split("/").map(encodeURIComponent).join("/");
+  return `admin/models/${path}${action && `/${action}`}`;
+}
+
+/**
+ * Follow a stream of server-sent events until it ends; `told(type, data)` gets each, its data parsed.
+ * Not EventSource, which cannot send a key.
+ */
+export async function follow(path, told, signal) {
+  const response = await send("GET", path, { signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split(/\r?\n\r?\n/);
+    rest = blocks.pop();
+    for (const block of blocks) report(block, told);
+  }
+}
+
+function report(block, told) {
+  let type = "message";
+  const data = [];
+  for (const line of block.split(/\r?\n/)) {
+    if (line.startsWith("event:")) type = line.slice(6).trim();
+    if (line.startsWith("data:")) data.push(line.slice(5).trimStart());
+  }
+  if (data.length) told(type, JSON.parse(data.join("\n")));
+}
