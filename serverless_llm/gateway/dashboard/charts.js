@@ -13,13 +13,13 @@ function axis(more) {
   return { stroke: color("muted"), grid, ticks: grid, font: "12px system-ui, sans-serif", ...more };
 }
 
-const TIMES = { size: 30, space: 90, values: (_chart, ticks) => ticks.map(clock) };
+const TIMES = { size: 30, space: 60, values: (_chart, ticks) => ticks.map((tick) => clock(tick, "minute")) };
 
 const line = (label, name, more = {}) => ({
   label,
   stroke: color(name),
   width: 2,
-  points: { show: true, size: 4, fill: color(name) },
+  points: { show: true, size: 5, fill: color(name) },
   ...more,
 });
 
@@ -59,7 +59,7 @@ const LATENCY = {
     line("between tokens P50", "chart-3", { dash: [2, 2] }),
   ],
   scale: { distr: 3, range: decades },
-  axis: { size: 64, splits: everyDecade, values: (_chart, ticks) => ticks.map(decade) },
+  axis: { size: 64, splits: everyDecade, filter: (_chart, ticks) => ticks, values: (_chart, ticks) => ticks.map(decade) },
   words: (_last, known) => [
     `first token P50 ${milliseconds(known("first_token_p50_ms"))}`,
     `first token P95 ${milliseconds(known("first_token_p95_ms"))}`,
@@ -90,6 +90,7 @@ class Chart {
       width: this.place.clientWidth || 400,
       height: HEIGHT,
       legend: { show: false },
+      padding: [12, 28, 0, 0],
       cursor: { drag: { x: false, y: false } },
       scales: { x: { time: true }, y: kind.scale },
       axes: [axis(TIMES), axis(kind.axis)],

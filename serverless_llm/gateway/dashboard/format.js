@@ -36,5 +36,8 @@ export function number(value) {
 /** Milliseconds, or that there were none. */
 export const milliseconds = (value) => (value === null ? "–" : seconds(value / 1000));
 
-/** The time of day of a unix time. */
-export const clock = (unix) => new Date(1000 * unix).toLocaleTimeString();
+/** The time of day of a unix time, to the "second" or "minute". */
+export function clock(unix, to = "second") {
+  const parts = { hour: "2-digit", minute: "2-digit", second: to === "second" ? "2-digit" : undefined };
+  return new Date(1000 * unix).toLocaleTimeString([], { ...parts, hourCycle: "h23" });
+}
