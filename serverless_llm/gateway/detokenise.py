@@ -14,8 +14,9 @@ from typing import Protocol
 from tokenizers import decoders
 
 REPLACEMENT = "\ufffd"
-LONGEST_WINDOW = 64  # tokens without any text that a window takes in: a decoder's time stays in proportion; arbitrary
-PATIENCE = 16  # tokens after which bytes that make no character are shown as they are; a character takes 4 at most
+# Tokens that a window takes in before it shows what they make, be it no text or no character: a decoder's time stays in
+# proportion. Arbitrary; a character takes 4 at most, but one may itself be U+FFFD, which looks like a part of one.
+LONGEST_WINDOW = 64
 
 
 class Detokeniser(Protocol):
@@ -106,12 +107,13 @@ class _WindowDetokeniser:
         self._known = 0  # tokens of the window whose text was returned
 
     def feed(self, tokens: Sequence[int]) -> str:
-        self._window.extend(tokens)
+        return "".join(map(self._feed, tokens))  # one by one: several may all end within characters
+
+    def _feed(self, token: int) -> str:
+        self._window.append(token)
         before, after = self._decoded()
         pending = len(self._window) - self._known
-        if len(after) <= len(before) and pending < LONGEST_WINDOW:
-            return ""
-        if after.endswith(REPLACEMENT) and pending < PATIENCE:
+        if pending < LONGEST_WINDOW and (len(after) <= len(before) or after.endswith(REPLACEMENT)):
             return ""
         del self._window[: self._known]
         self._known = len(self._window)

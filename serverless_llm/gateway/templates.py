@@ -111,6 +111,7 @@ class CheckpointText:
         self._generation = _json(directory, "generation_config.json")
         self.special = self._special_tokens()
         self.source = self._template_source()
+        self.reads_parts = READS_PARTS.search(self.source or "") is not None
         self._template: jinja2.Template | None = None
 
     def _special_tokens(self) -> dict[str, str]:
@@ -181,14 +182,13 @@ class CheckpointText:
 
     def _adapted(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Roles and text parts as this template can read them."""
-        source = self.source or ""
-        developer = "developer" if "developer" in source else "system"
-        parts = READS_PARTS.search(source) is not None
+        developer = "developer" if "developer" in (self.source or "") else "system"
         adapted = []
         for message in messages:
             role, content = message["role"], message["content"]
-            joined = content if parts or isinstance(content, str) else "".join(part["text"] for part in content)
-            adapted.append(message | {"role": developer if role == "developer" else role, "content": joined})
+            if not (self.reads_parts or isinstance(content, str)):
+                content = "".join(part["text"] for part in content)
+            adapted.append(message | {"role": developer if role == "developer" else role, "content": content})
         return adapted
 
     def encode_text(self, text: str) -> list[int]:

@@ -194,9 +194,15 @@ def test_an_incomplete_character_waits_for_its_last_byte() -> None:
         assert deltas(vocabulary.detokeniser(), [[byte] for byte in smile]) == ["", "", "", "😀", ""]
 
 
+def test_frames_that_all_end_within_a_character_are_no_broken_text() -> None:
+    detokeniser = WINDOW.detokeniser()
+    smiles = "😀" * 14
+    assert "".join(deltas(detokeniser, frames_of([*smiles.encode()], [7] * 8))) == smiles
+
+
 def test_bytes_that_make_no_character_do_not_wait_for_ever() -> None:
     detokeniser = WINDOW.detokeniser()
-    assert REPLACEMENT in "".join(detokeniser.feed([0x80]) for _ in range(40))
+    assert REPLACEMENT in "".join(detokeniser.feed([0x80]) for _ in range(LONGEST_WINDOW))
 
 
 def test_added_tokens_outside_the_byte_table_stand_for_themselves() -> None:
