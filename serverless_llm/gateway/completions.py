@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.domain import WorkClass
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import records, sse
+from serverless_llm.gateway import answers, records, sse
+from serverless_llm.gateway.live import Choice, LiveRequest
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.openai import CompletionRequest
 from serverless_llm.gateway.options import GatewayOptions
-from serverless_llm.gateway.requests import LiveRequest, LiveRequests
+from serverless_llm.gateway.requests import LiveRequests
 from serverless_llm.gateway.text import TextPool
 from serverless_llm.gateway.text_wire import Call
 
@@ -55,7 +57,7 @@ class Completions:
         cause = "client gone"
         try:
             response = await (self._stream(http, live) if request.stream else self._whole(live))
-            cause = live.finish or "error"
+            cause = "error" if live.error else live.lead.finish
         except RequestError as error:
             cause = error.code
             live.fail(error)
@@ -74,7 +76,12 @@ class Completions:
     async def _prepare(self, live: LiveRequest) -> None:
         """Not cancelled with its request: a text process ends its short call and is used again."""
         try:
-            self._live.prompted(live, await self._text.prompt(_call(live)))
+            for place, call in enumerate(_calls(live)):
+                prompt = await self._text.prompt(call)
+                for choice in live.choices[place * live.request.n :][: live.request.n]:
+                    self._live.prompted(choice, prompt)
+                if live.done:
+                    return
         except RequestError as error:
             live.fail(error)
         except Exception:  # noqa: BLE001  the task's edge: the request must end
@@ -87,13 +94,13 @@ class Completions:
         hold = live.opened + self._options.hold
         loop = asyncio.get_running_loop()
         while not live.done:
-            await live.news(None if live.first else hold)
-            if not live.first and not live.done and loop.time() >= hold:
+            await live.news(None if live.begun else hold)
+            if not live.begun and not live.done and loop.time() >= hold:
                 raise self._held_too_long(live)
         if live.error is not None:
             raise live.error
-        body = sse.whole(_identity(live), live.take(), live.finish, _usage(live), _metrics(live))
-        return web.Response(body=body, content_type="application/json", headers=_timing(live))
+        headers = answers.timing(live.lead)
+        return web.Response(body=answers.whole(live), content_type="application/json", headers=headers)
 
     def _held_too_long(self, live: LiveRequest) -> RequestError:
         info = self._info(live.info.name) or live.info
@@ -109,37 +116,39 @@ class Completions:
         live.unread_limit = self._options.unread_limit
         live.overrun = lambda: http.transport.abort() if http.transport else None
         await live.news(live.opened + self._options.commit_after)
-        if live.error is not None and not live.first:
+        if live.error is not None and not live.begun:
             raise live.error
-        response = web.StreamResponse(headers=sse.HEADERS | _timing(live))
+        response = web.StreamResponse(headers=sse.HEADERS | answers.timing(live.lead))
         await response.prepare(http)
         await self._pump(live, http, response)
         return response
 
     async def _pump(self, live: LiveRequest, http: web.Request, response: web.StreamResponse) -> None:
         """Every piece of text, heartbeats in between, and the end; one write for all that is there."""
-        chunks = sse.Chunks(_identity(live), live.request.include_usage)
+        parts = [answers.ChoiceStream(choice) for choice in live.choices]
         loop, every = asyncio.get_running_loop(), self._options.heartbeat_every
-        beat = loop.time() + (every if live.first else 0.0)  # headers without a token are followed by a heartbeat
+        beat = loop.time() + (every if live.begun else 0.0)  # headers without a token are followed by a heartbeat
         while True:
-            done, text = live.done, live.take()
-            out = chunks.delta(text) if text else b""
+            done = live.done
+            out = b"".join([part.news() for part in parts])
             if done:
-                await self._write(http, response, out + self._end(live, chunks))
+                await self._write(http, response, out + self._end(live))
                 return
-            out = out or (self._heartbeat(chunks) if loop.time() >= beat else b"")
+            if live.unfinished < len(parts):
+                parts = [part for part in parts if not part.ended]
+            out = out or (self._heartbeat(parts[0]) if loop.time() >= beat else b"")
             if out:
                 await self._write(http, response, out)
                 beat = loop.time() + every
             await live.news(beat)
 
-    def _end(self, live: LiveRequest, chunks: sse.Chunks) -> bytes:
+    def _end(self, live: LiveRequest) -> bytes:
         if live.error is not None:
             return sse.failed(live.error)
-        return chunks.last(live.finish, _usage(live), _metrics(live))
+        return sse.closing(answers.identity(live), answers.usage(live) if live.request.include_usage else None)
 
-    def _heartbeat(self, chunks: sse.Chunks) -> bytes:
-        return sse.PING if self._options.heartbeat == "comment" else chunks.heartbeat()
+    def _heartbeat(self, part: answers.ChoiceStream) -> bytes:
+        return sse.PING if self._options.heartbeat == "comment" else part.heartbeat()
 
     async def _write(self, http: web.Request, response: web.StreamResponse, data: bytes) -> None:
         """
@@ -158,89 +167,53 @@ class Completions:
     # --- afterwards ---
 
     def _ended(self, live: LiveRequest, cause: str) -> None:
-        name = live.info.name
+        name, lead = live.info.name, live.lead
         if self._info(name) is not None:
-            reason = live.finish or ("error" if live.error is not None else "abort")
-            self._metrics.ended(name, live.device, reason)
-            if live.finish:
-                self._observe(live)
+            for choice in live.choices:
+                self._observe(choice)
+            if live.error is None and not live.unfinished and lead.cold:
+                self._metrics.cold_start(name, lead.first - live.arrived)
         record = records.CURRENT.get()
-        record.model, record.work_class, record.end = (
-            name,
-            WorkClass.ONLINE.value,
-            live.error.code if live.error else cause,
-        )
-        record.prompt, record.generated = len(live.prompt.ids) // 4 if live.prompt else 0, len(live.log)
-        record.device, record.restarts = live.device, live.restarts
-        times = _metrics(live) if live.first else {}
-        record.phases = {key: value for key, value in times.items() if isinstance(value, float)} | _phases(live)
+        record.model, record.work_class = name, WorkClass.ONLINE.value
+        record.end = live.error.code if live.error else cause
+        record.prompt, record.generated = live.prompt_tokens, live.generated_tokens
+        record.device, record.restarts = lead.device, sum(choice.restarts for choice in live.choices)
+        times = answers.metrics(lead) if lead.first else {}
+        phases = {key: value for key, value in times.items() if isinstance(value, float)}
+        record.phases = phases | answers.phases(lead)
 
-    def _observe(self, live: LiveRequest) -> None:
-        series = live.series
+    def _observe(self, choice: Choice) -> None:
+        """Every choice counts as a request, as in vLLM."""
+        live, series = choice.live, choice.series
+        reason = choice.finish or ("error" if live.error is not None else "abort")
+        self._metrics.ended(live.info.name, choice.device, reason)
+        if not choice.finish:
+            return
         assert series is not None, "finished without an attachment"
-        usage = _usage(live)
-        generated = usage["completion_tokens"]
-        decode = live.last - live.first
-        series.prompt.inc(usage["prompt_tokens"])
-        series.prompt_size.observe(usage["prompt_tokens"])
+        assert choice.prompt is not None, "finished without a prompt"
+        prompt, generated = len(choice.prompt.ids) // 4, len(choice.log)
+        decode = choice.last - choice.first
+        series.prompt.inc(prompt)
+        series.prompt_size.observe(prompt)
         series.generated_size.observe(generated)
-        series.allowed_size.observe(live.max_tokens)
-        series.latency.observe(live.last - live.arrived)
-        series.queue.observe(live.queue_ms / 1000)
-        series.prefill.observe(live.prefill)
+        series.allowed_size.observe(choice.max_tokens)
+        series.latency.observe(choice.last - live.arrived)
+        series.queue.observe(choice.queue_ms / 1000)
+        series.prefill.observe(choice.prefill)
         series.decode.observe(decode)
-        series.inference.observe(live.prefill + decode)
+        series.inference.observe(choice.prefill + decode)
         if generated > 1:
             series.per_token.observe(decode / (generated - 1))
-        if live.cold:
-            self._metrics.cold_start(live.info.name, live.first - live.arrived)
 
 
-def _call(live: LiveRequest) -> Call:
+def _calls(live: LiveRequest) -> Iterator[Call]:
+    """What the text processes are asked for, prompt by prompt."""
     info, request = live.info, live.request
-    text = request.prompt if isinstance(request.prompt, str) else None
-    ids = array("i", request.prompt).tobytes() if isinstance(request.prompt, tuple) else None
-    return Call(info.name, info.source, info.checkpoint, request.messages, text, ids, variables=request.variables)
-
-
-def _identity(live: LiveRequest) -> sse.Identity:
-    return sse.Identity(live.request.chat, live.request_id, live.created, live.info.name)
-
-
-def _usage(live: LiveRequest) -> dict[str, int]:
-    prompt = len(live.prompt.ids) // 4 if live.prompt else 0
-    generated = len(live.log)
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
-
-
-def _phases(live: LiveRequest) -> dict[str, float]:
-    """Of a cold start, in milliseconds, as far as they are known."""
-    if not live.cold:
-        return {}
-    prefill = {"prefill_ms": _ms(live.prefill)} if live.first else {}
-    return {phase: round(value, 3) for phase, value in live.cold.items()} | prefill
-
-
-def _metrics(live: LiveRequest) -> dict[str, Any]:
-    to_first = _ms(live.first - live.arrived) if live.first else 0.0
-    return {
-        "time_to_first_token_ms": to_first,
-        "queue_time_ms": round(live.queue_ms, 3),
-        "generation_time_ms": _ms(live.last - live.first),
-        "cold_start_ms": to_first if live.cold else 0.0,
-        "cold_start_phases": _phases(live),
-    }
-
-
-def _timing(live: LiveRequest) -> dict[str, str]:
-    """`Server-Timing`: the phases known now."""
-    phases = {"queue_ms": round(live.queue_ms, 3)} if live.attached else {}
-    phases |= _phases(live)
-    if live.first:
-        phases["first_token_ms"] = _ms(live.first - live.arrived)
-    value = ", ".join(f"{name.removesuffix('_ms')};dur={duration:g}" for name, duration in phases.items())
-    return {"Server-Timing": value} if value else {}
+    call = Call(info.name, info.source, info.checkpoint, request.messages, variables=request.variables)
+    if request.chat:
+        yield call
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            yield msgspec.structs.replace(call, text=prompt)
+        else:
+            yield msgspec.structs.replace(call, ids=array("i", prompt).tobytes())

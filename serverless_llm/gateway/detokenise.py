@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from tokenizers import decoders
@@ -34,14 +34,19 @@ class Vocabulary(Protocol):
 
     def detokeniser(self) -> Detokeniser: ...
 
+    def piece(self, token: int) -> bytes:
+        """What one token stands for amid others; a special one: its name."""
+        ...
+
 
 class TableVocabulary:
     """Token id -> bytes, see `text_wire.Table`."""
 
-    def __init__(self, blob: bytes, offsets: bytes, strip: int) -> None:
+    def __init__(self, blob: bytes, offsets: bytes, strip: int, special: Mapping[int, str] | None = None) -> None:
         self._blob = blob
         self._offsets = array("I", offsets)
         self._strip = strip
+        self._special = special or {}
         self.nbytes = len(blob) + len(offsets)
 
     def bytes_of(self, tokens: Sequence[int]) -> bytes:
@@ -51,6 +56,9 @@ class TableVocabulary:
             token = tokens[0]
             return blob[offsets[token] : offsets[token + 1]] if 0 <= token < last else b""
         return b"".join(blob[offsets[token] : offsets[token + 1]] for token in tokens if 0 <= token < last)
+
+    def piece(self, token: int) -> bytes:
+        return self.bytes_of((token,)) or self._special.get(token, "").encode()
 
     def detokeniser(self) -> Detokeniser:
         return _TableDetokeniser(self, self._strip)
@@ -82,8 +90,8 @@ class _TableDetokeniser:
 class WindowVocabulary:
     """For decoders without a table: overlapping windows of tokens, see `text_wire.Table.decoder`."""
 
-    def __init__(self, blob: bytes, offsets: bytes, decoder: bytes) -> None:
-        self._strings = TableVocabulary(blob, offsets, 0)
+    def __init__(self, blob: bytes, offsets: bytes, decoder: bytes, special: Mapping[int, str] | None = None) -> None:
+        self._strings = TableVocabulary(blob, offsets, 0, special)
         self._decoder = decoders.Fuse()  # any will do: its state makes it the one that is meant
         self._joined = decoder == b"null"
         if not self._joined:
@@ -93,6 +101,11 @@ class WindowVocabulary:
     def text_of(self, tokens: Sequence[int]) -> str:
         strings = [raw.decode() for token in tokens if (raw := self._strings.bytes_of((token,)))]
         return " ".join(strings) if self._joined else self._decoder.decode(strings)
+
+    def piece(self, token: int) -> bytes:
+        if not self._strings.bytes_of((token,)):
+            return self._strings.piece(token)
+        return self.text_of((token, token))[len(self.text_of((token,))) :].encode()
 
     def detokeniser(self) -> Detokeniser:
         return _WindowDetokeniser(self.text_of)

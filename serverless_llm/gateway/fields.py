@@ -12,6 +12,7 @@ from serverless_llm.gateway.failure import invalid
 from serverless_llm.quantities import LONGEST, parse_duration
 
 Check = Callable[[Any, str], Any]
+Prompt = str | tuple[int, ...]  # a text, or token ids
 
 MAX_STOPS = 16  # arbitrary; the official API takes 4
 MAX_STOP = 1024  # characters of one stop string; bounds what a stream holds back
@@ -158,17 +159,21 @@ def _fits(value: Any) -> bool:
     return True
 
 
-def prompt(value: Any, name: str) -> str | tuple[int, ...]:
-    """A text or token ids, one prompt a request."""
-    listed = isinstance(value, list) and len(value) > 0
-    one = value[0] if listed and len(value) == 1 and isinstance(value[0], str | list) else value
-    if isinstance(one, str):
-        return one
-    if isinstance(one, list) and one and all(is_token(token) for token in one):
-        return tuple(one)
-    if listed:
-        raise invalid(f"{name}: one prompt a request; lists of prompts are not supported", name)
-    raise invalid(f"{name} must be a string or a list of token ids, not empty", name)
+def prompts(value: Any, name: str) -> tuple[Prompt, ...]:
+    """A text, token ids, or a list of such."""
+    several = isinstance(value, list) and not (value and all(is_token(token) for token in value))
+    listed = value if several else [value]
+    if not listed:
+        raise invalid(f"{name} must not be empty", name)
+    return tuple(_prompt(one, name) for one in listed)
+
+
+def _prompt(value: Any, name: str) -> Prompt:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(is_token(token) for token in value):
+        return tuple(value)
+    raise invalid(f"{name} must be a string, a list of token ids, or a list of such, none of them empty", name)
 
 
 _ROLES = ("system", "developer", "user", "assistant")

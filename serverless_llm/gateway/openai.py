@@ -15,6 +15,7 @@ from serverless_llm.gateway import fields
 from serverless_llm.gateway.failure import invalid, unsupported
 
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as everywhere
+MAX_CHOICES = 128  # of one request, all prompts together; the official API's bound of `n`
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,11 @@ class CompletionRequest:
     """One request for text.
 
     Attributes:
-        chat: whether it came to /v1/chat/completions; then `messages` is set, else `prompt`.
+        chat: whether it came to /v1/chat/completions; then `messages` is set, else `prompts`.
         max_tokens: None: the rest of the context.
+        n: choices of each prompt.
         sampling: those of `fields.SAMPLING` that were given; the others are the checkpoint's.
+        logprobs: None, or how many of the likeliest tokens are told of with each generated one.
         seed: the caller's, or drawn at arrival, so that a resumed sequence goes on with the same one.
         keep_alive: seconds, None: the model's own.
     """
@@ -32,11 +35,14 @@ class CompletionRequest:
     chat: bool
     model: str | None
     messages: list[dict[str, Any]] | None
-    prompt: str | tuple[int, ...] | None
+    prompts: tuple[fields.Prompt, ...]
+    n: int
     max_tokens: int | None
     sampling: dict[str, float]
     logit_bias: tuple[tuple[int, float], ...]
     min_tokens: int
+    logprobs: int | None
+    echo: bool
     seed: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -45,6 +51,15 @@ class CompletionRequest:
     include_usage: bool
     keep_alive: float | None
     variables: dict[str, Any]
+
+    @property
+    def choices(self) -> int:
+        return self.n * (len(self.prompts) or 1)
+
+    @property
+    def subject(self) -> str:
+        """The field that the prompt came in."""
+        return "messages" if self.chat else "prompt"
 
 
 def _text(value: Any, name: str) -> str:
@@ -56,6 +71,7 @@ def _text(value: Any, name: str) -> str:
 _COMMON: dict[str, fields.Check] = fields.SAMPLING | {
     "model": _text,
     "max_tokens": fields.whole(1, fields.MOST_TOKENS),
+    "n": fields.whole(1, MAX_CHOICES),
     "min_tokens": fields.whole(0, fields.MOST_TOKENS),
     "logit_bias": fields.logit_bias,
     "seed": fields.whole(-(2**63), 2**63 - 1),
@@ -70,16 +86,21 @@ _CHAT = _COMMON | {
     "messages": fields.messages,
     "max_completion_tokens": fields.whole(1, fields.MOST_TOKENS),
     "chat_template_kwargs": fields.variables,
+    "logprobs": fields.boolean,
+    "top_logprobs": fields.whole(0, 20),
 }
-_COMPLETION = _COMMON | {"prompt": fields.prompt}
+_COMPLETION = _COMMON | {
+    "prompt": fields.prompts,
+    "logprobs": fields.whole(0, 5),
+    "echo": fields.boolean,
+    "best_of": fields.whole(1, MAX_CHOICES),
+}
 
 _WITHOUT_EFFECT = frozenset(
     ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
@@ -134,21 +155,20 @@ def parse(body: dict[str, Any], chat: bool) -> CompletionRequest:
 
 
 def _request(given: dict[str, Any], chat: bool) -> CompletionRequest:
-    required = "messages" if chat else "prompt"
-    if required not in given:
-        raise invalid(f"{required} is required", required)
-    if "stream_options" in given and not given.get("stream"):
-        raise invalid("stream_options needs stream: true", "stream_options")
+    _agree(given, chat)
     seed = given.get("seed")
     return CompletionRequest(
         chat=chat,
         model=given.get("model"),
         messages=given.get("messages"),
-        prompt=given.get("prompt"),
+        prompts=given.get("prompt", ()),
+        n=given.get("n", 1),
         max_tokens=_max_tokens(given, chat),
         sampling={name: given[name] for name in fields.SAMPLING if name in given},
         logit_bias=given.get("logit_bias", ()),
         min_tokens=given.get("min_tokens", 0),
+        logprobs=_logprobs(given, chat),
+        echo=given.get("echo", False),
         seed=secrets.randbits(63) if seed is None else seed & (2**63 - 1),
         stop=given.get("stop", ()),
         stop_token_ids=given.get("stop_token_ids", ()),
@@ -158,6 +178,31 @@ def _request(given: dict[str, Any], chat: bool) -> CompletionRequest:
         keep_alive=given.get("keep_alive"),
         variables=given.get("chat_template_kwargs", {}),
     )
+
+
+def _agree(given: dict[str, Any], chat: bool) -> None:
+    """Fields that need, or exclude, one another."""
+    required = "messages" if chat else "prompt"
+    if required not in given:
+        raise invalid(f"{required} is required", required)
+    if "stream_options" in given and not given.get("stream"):
+        raise invalid("stream_options needs stream: true", "stream_options")
+    if given.get("top_logprobs") and not given.get("logprobs"):
+        raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+    if given.get("echo") and "logprobs" in given:
+        raise unsupported("echo", "logprobs of the prompt are not supported: echo and logprobs exclude one another")
+    n = given.get("n", 1)
+    if given.get("best_of", n) != n:
+        raise unsupported("best_of", "best_of is supported only where it equals n")
+    if n * len(given.get("prompt", ())) > MAX_CHOICES:
+        raise invalid(f"a request has at most {MAX_CHOICES} choices, those of all prompts together", "prompt")
+
+
+def _logprobs(given: dict[str, Any], chat: bool) -> int | None:
+    asked = given.get("logprobs")
+    if not chat or not asked:
+        return None if chat else asked
+    return int(given.get("top_logprobs", 0))
 
 
 def _max_tokens(given: dict[str, Any], chat: bool) -> int | None:

@@ -37,46 +37,48 @@ class Identity:
 
 
 class Chunks:
-    """Encodes one stream. Its first data event, whichever it is, carries the role, once."""
+    """Encodes one choice of a stream. Its first data event, whichever it is, carries the role, once."""
 
-    def __init__(self, identity: Identity, include_usage: bool) -> None:
+    def __init__(self, identity: Identity, include_usage: bool, index: int = 0) -> None:
         self._chat = identity.chat
-        self._usage = {"usage": None} if include_usage else {}
-        self._base = identity.fields(chunk=True)
-        opening = _encode(self._base | self._usage)[:-1]
-        if identity.chat:
-            self._head = b"data: " + opening + b',"choices":[{"index":0,"delta":{"content":'
-            self._tail = b'},"logprobs":null,"finish_reason":null}]}\n\n'
-            self._empty = b"data: " + opening + b',"choices":[{"index":0,"delta":{' + self._tail
-        else:
-            self._head = b"data: " + opening + b',"choices":[{"index":0,"text":'
-            self._tail = b',"logprobs":null,"finish_reason":null}]}\n\n'
-            self._empty = self._head + b'""' + self._tail
+        self._index = index
+        self._base = identity.fields(chunk=True) | ({"usage": None} if include_usage else {})
+        opening = b"data: " + _encode(self._base)[:-1] + b',"choices":[{"index":%d,' % index
+        close = b"}" if identity.chat else b""
+        self._head = opening + (b'"delta":{"content":' if identity.chat else b'"text":')
+        self._scored = close + b',"logprobs":'
+        self._open = b',"finish_reason":null}]}\n\n'
+        self._tail = self._scored + b"null" + self._open
+        self._empty = self._head.removesuffix(b'"content":') + (b"" if identity.chat else b'""') + self._tail
         self._first = self._head.removesuffix(b'"content":') + b'"role":"assistant","content":'
         self._begun = not identity.chat
 
-    def delta(self, text: str) -> bytes:
+    def delta(self, text: str, logprobs: dict[str, Any] | None = None) -> bytes:
+        tail = self._tail if logprobs is None else self._scored + _encode(logprobs) + self._open
         if self._begun:
-            return self._head + _encode(text) + self._tail
+            return self._head + _encode(text) + tail
         self._begun = True
-        return self._first + _encode(text) + self._tail
+        return self._first + _encode(text) + tail
 
     def heartbeat(self) -> bytes:
         """An ordinary chunk without text."""
         return self._empty if self._begun else self.delta("")
 
-    def last(self, finish: str, usage: dict[str, Any], metrics: dict[str, Any]) -> bytes:
-        """The end of a complete stream: finish reason with metrics, usage where it was asked for, `[DONE]`."""
+    def last(self, finish: str, metrics: dict[str, Any]) -> bytes:
+        """The end of a complete choice: finish reason and metrics."""
         opening = b"" if self._begun else self.delta("")
         content: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
-        ends = [self._event({"choices": [choice], **self._usage, "metrics": metrics})]
-        if self._usage:
-            ends.append(self._event({"choices": [], "usage": usage}))
-        return opening + b"".join(ends) + DONE
+        choice = {"index": self._index, **content, "logprobs": None, "finish_reason": finish}
+        return opening + _event(self._base | {"choices": [choice], "metrics": metrics})
 
-    def _event(self, fields: dict[str, Any]) -> bytes:
-        return b"data: " + _encode(self._base | fields) + b"\n\n"
+
+def _event(fields: dict[str, Any]) -> bytes:
+    return b"data: " + _encode(fields) + b"\n\n"
+
+
+def closing(identity: Identity, usage: dict[str, Any] | None) -> bytes:
+    """The end of a complete stream: usage where it was asked for, `[DONE]`."""
+    return (_event(identity.fields(chunk=True) | {"choices": [], "usage": usage}) if usage else b"") + DONE
 
 
 def failed(error: RequestError) -> bytes:
@@ -84,10 +86,14 @@ def failed(error: RequestError) -> bytes:
     return b"data: " + failure.encoded(error) + b"\n\n" + DONE
 
 
-def whole(identity: Identity, text: str, finish: str, usage: dict[str, Any], metrics: dict[str, Any]) -> bytes:
-    """The body of an answer that does not stream."""
+def choice(chat: bool, index: int, text: str, finish: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    """One choice of an answer that does not stream."""
     content: dict[str, Any] = (
-        {"message": {"role": "assistant", "content": text, "refusal": None}} if identity.chat else {"text": text}
+        {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
     )
-    choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
-    return _encode(identity.fields(chunk=False) | {"choices": [choice], "usage": usage, "metrics": metrics})
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+
+
+def whole(identity: Identity, choices: list[dict[str, Any]], usage: dict[str, Any], metrics: dict[str, Any]) -> bytes:
+    """The body of an answer that does not stream."""
+    return _encode(identity.fields(chunk=False) | {"choices": choices, "usage": usage, "metrics": metrics})

@@ -117,7 +117,8 @@ def _longest(table: Table) -> int:
 
 
 def _table(tokenizer: Tokenizer, to_bytes: Callable[[str], bytes], strip: int) -> Table:
-    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    added = tokenizer.get_added_tokens_decoder().items()
+    special = {number: token.content for number, token in added if token.special}
     tokens = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     pieces = [
         to_bytes(tokens[number]) if number in tokens and number not in special else b""
@@ -126,4 +127,4 @@ def _table(tokenizer: Tokenizer, to_bytes: Callable[[str], bytes], strip: int) -
     offsets = array("I", [0])
     for piece in pieces:
         offsets.append(offsets[-1] + len(piece))
-    return Table(b"".join(pieces), offsets.tobytes(), strip)
+    return Table(b"".join(pieces), offsets.tobytes(), strip, special=special)

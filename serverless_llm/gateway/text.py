@@ -282,8 +282,8 @@ class TextPool:
 def _vocabulary(table: Table | None) -> Vocabulary:
     assert table is not None, "asked for"
     if table.decoder:
-        return WindowVocabulary(table.blob, table.offsets, table.decoder)
-    return TableVocabulary(table.blob, table.offsets, table.strip)
+        return WindowVocabulary(table.blob, table.offsets, table.decoder, table.special)
+    return TableVocabulary(table.blob, table.offsets, table.strip, table.special)
 
 
 def _now() -> float:

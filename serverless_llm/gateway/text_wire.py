@@ -38,12 +38,14 @@ class Table(msgspec.Struct, frozen=True, array_like=True):
         strip: leading spaces that the whole text loses.
         decoder: not empty: the bytes are those of the token itself (UTF-8), and this decoder of tokenizers, as JSON,
             makes text of several.
+        special: names of the special tokens.
     """
 
     blob: bytes
     offsets: bytes
     strip: int
     decoder: bytes = b""
+    special: dict[int, str] = {}
 
 
 class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -28,21 +28,23 @@ def test_a_chat_with_everything() -> None:
         "stream": True, "stream_options": {"include_usage": True}, "keep_alive": "-1", "ignore_eos": True,
         "stop_token_ids": [4], "chat_template_kwargs": {"a": 1}, "min_p": 0.1, "presence_penalty": 1,
         "frequency_penalty": -1, "repetition_penalty": 1.5, "logit_bias": {"7": 5, "3": -100}, "min_tokens": 2,
+        "n": 3, "logprobs": True, "top_logprobs": 4,
     }  # fmt: skip
     assert openai.parse(body, chat=True) == openai.CompletionRequest(
-        chat=True, model="m", messages=[{"role": "user", "content": "x"}], prompt=None, max_tokens=9,
+        chat=True, model="m", messages=[{"role": "user", "content": "x"}], prompts=(), max_tokens=9,
         seed=2**63 - 1, stop=("\n",), stop_token_ids=(4,), ignore_eos=True, stream=True,
         include_usage=True, keep_alive=math.inf, variables={"a": 1},
         sampling={"temperature": 0.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "presence_penalty": 1.0,
                   "frequency_penalty": -1.0, "repetition_penalty": 1.5},
         logit_bias=((3, -100.0), (7, 5.0)), min_tokens=2,
+        n=3, logprobs=4, echo=False,
     )  # fmt: skip
 
 
 def test_defaults() -> None:
     chat, text = openai.parse(dict(CHAT), chat=True), openai.parse({"prompt": "x"}, chat=False)
     assert (chat.max_tokens, chat.sampling, chat.stream, chat.keep_alive) == (None, {}, False, None)
-    assert (text.max_tokens, text.model, text.prompt) == (16, None, "x")
+    assert (text.max_tokens, text.model, text.prompts) == (16, None, ("x",))
 
 
 def test_a_seed_is_drawn_for_each_request() -> None:
@@ -76,7 +78,7 @@ def test_accepted_without_effect(body: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("n", True), ("logprobs", True), ("top_logprobs", 2), ("tools", [{"type": "function"}]),
+        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"), ("response_format", {"type": "json_object"}), ("echo", True),
         ("chat_template", "{{ x }}"),
         ("temprature", 1), ("prompt", "x"),
@@ -100,6 +102,8 @@ def test_fields_of_one_route_only() -> None:
         (CHAT | {"model": 5}, "model"),
         (CHAT | {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
         (CHAT | {"stream_options": {"include_usage": True}}, "stream_options"),
+        (CHAT | {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT | {"top_logprobs": 2, "logprobs": False}, "top_logprobs"),
         (CHAT | {"max_tokens": 0}, "max_tokens"),
         (CHAT | {"temperature": 2.5}, "temperature"),
         (CHAT | {"seed": 2**63}, "seed"),
@@ -107,6 +111,31 @@ def test_fields_of_one_route_only() -> None:
 )
 def test_what_contradicts_or_is_missing(body: dict[str, Any], param: str) -> None:
     assert refused(body).param == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": "m"}, "prompt"),
+        ({"prompt": "x", "echo": True, "logprobs": 0}, "echo"),
+        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "best_of": 1, "n": 2}, "best_of"),
+        ({"prompt": ["x"] * 65, "n": 2}, "prompt"),
+        ({"prompt": "x", "logprobs": True}, "logprobs"),
+        ({"prompt": "x", "logprobs": 6}, "logprobs"),
+        ({"prompt": "x", "top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_what_a_text_request_cannot_have(body: dict[str, Any], param: str) -> None:
+    assert refused(body, chat=False).param == param
+
+
+def test_choices() -> None:
+    text = openai.parse({"prompt": ["a", [1, 2]], "n": 3, "best_of": 3, "logprobs": 0}, chat=False)
+    assert (text.prompts, text.n, text.choices, text.logprobs) == (("a", (1, 2)), 3, 6, 0)
+    chat = [openai.parse(CHAT | body, chat=True) for body in ({}, {"n": 2}, {"logprobs": True}, {"logprobs": False})]
+    assert [one.choices for one in chat] == [1, 2, 1, 1]
+    assert [one.logprobs for one in chat] == [None, None, 0, None]
 
 
 @pytest.mark.parametrize(
@@ -134,4 +163,4 @@ def test_no_body_does_worse_than_400(body: dict[str, Any], chat: bool) -> None:
     except RequestError as error:
         assert error.status == 400
     else:
-        assert parsed.messages is not None or parsed.prompt is not None
+        assert parsed.messages is not None or parsed.prompts

@@ -21,11 +21,14 @@ def test_an_attachment_that_fails_ends_its_request(caplog: pytest.LogCaptureFixt
         requests = LiveRequests(sent.append, Metrics(), 1)
         asked = openai.parse({"model": "demo", "prompt": "x"}, chat=False)
         live = requests.open("r1", model("demo", Path("/nowhere")), asked)
-        attach = wire.Attach(live.sequence, 0, 7, framing.worker_address(0, 0), "n0/0", 0.0, {})
+        (choice,) = live.choices
+        attach = wire.Attach(choice.sequence, 0, 7, framing.worker_address(0, 0), "n0/0", 0.0, {})
         requests.attach(attach)  # before there is a prompt
         assert live.error is not None
         assert (live.error.status, live.error.code) == (500, "engine_error")
-        assert [message for message in sent if isinstance(message, wire.Gone)] == [wire.Gone([live.sequence], "error")]
+        assert [message for message in sent if isinstance(message, wire.Gone)] == [
+            wire.Gone([choice.sequence], "error")
+        ]
         requests.attach(attach)
         assert not any(isinstance(message, wire.Run) for message in sent)
         requests.close(live, "engine_error")
