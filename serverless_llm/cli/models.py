@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from serverless_llm.cli.client import Refusal, Server, find, model_path, of_state_dir
-from serverless_llm.cli.output import as_json, say
+from serverless_llm.cli.output import as_json, say, show, size
 from serverless_llm.cli.sources import name_of, resolve
 from serverless_llm.quantities import parse_duration
 
@@ -113,24 +112,6 @@ def deployed(server: Server) -> list[dict[str, Any]]:
     """Every deployed model as the admin API shows it."""
     models: list[dict[str, Any]] = server.call("GET", "/admin/status")["models"]
     return models
-
-
-def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table with aligned columns, plain in a pipe and on a terminal."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    for line in lines:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-
-
-def size(count: int) -> str:
-    """Bytes as Ollama prints them: 3.8 MB."""
-    units = ["B", "KB", "MB", "GB", "TB"]
-    value = float(count)
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def state(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a person may name as a model's source: a directory, or one of the demo checkpoints that come with the wheel."""
+"""What a person may name as a model's source: a directory, a demo checkpoint of the wheel, or a hub's id."""
 
 from __future__ import annotations
 
@@ -8,34 +8,65 @@ from pathlib import Path
 import click
 
 from serverless_llm.config import NAME
-from serverless_llm.demo import tasks
 from serverless_llm.errors import did_you_mean
 from serverless_llm.quantities import parse_pairs
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
 
 def resolve(source: str) -> str:
-    """The absolute directory of a source.
+    """The absolute directory of a source. A hub's repository is pulled unless the cache has it.
 
     Raises:
-        click.UsageError: it is neither a directory nor the name of a demo checkpoint.
+        click.UsageError: it is neither a directory nor the name of a demo checkpoint, nor could it be a hub's id.
+        CheckpointError: the hub has nothing of that name that can be served.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return str(path.resolve())
-    if source in tasks.TASKS:
-        return str(tasks.checkpoint_dir(source))
+    if source in demos():
+        return str(_demo(source))
+    if HUB_ID.fullmatch(source):
+        return str(_of_hub(source))
     raise click.UsageError(
-        f"{source!r} is neither a directory nor one of {', '.join(tasks.TASKS)}{did_you_mean(source, tasks.TASKS)}"
+        f"{source!r} is neither a directory nor one of {', '.join(demos())}, nor a hub's owner/name"
+        f"{did_you_mean(source, demos())}"
     )
 
 
+def demos() -> tuple[str, ...]:
+    """The demo checkpoints' names."""
+    from serverless_llm.demo import tasks
+
+    return tasks.NAMES
+
+
+def _demo(name: str) -> Path:
+    from serverless_llm.demo import tasks
+
+    return tasks.checkpoint_dir(name)
+
+
+def _of_hub(source: str) -> Path:
+    from serverless_llm.cli import hub
+    from serverless_llm.cli.pull import bring
+
+    wanted = hub.repository(source)
+    assert wanted is not None
+    return (hub.cached(wanted) or bring(wanted)).directory
+
+
 def is_source(text: str) -> bool:
-    return text in tasks.TASKS or Path(text).expanduser().is_dir()
+    """Whether `resolve` has a chance."""
+    return text in demos() or Path(text).expanduser().is_dir() or HUB_ID.fullmatch(text) is not None
 
 
 def name_of(source: str) -> str:
-    """A model's name made of its source's last part."""
-    name = re.sub(r"[^\w.-]+", "-", Path(source).expanduser().resolve().name).lstrip("-._")
+    """A model's name made of its source: a hub's id as it is, without its revision, else the last part."""
+    path = Path(source).expanduser()
+    if HUB_ID.fullmatch(source) and not path.is_dir():
+        return source.partition("@")[0]
+    name = re.sub(r"[^\w.-]+", "-", path.resolve().name).lstrip("-._")
     if not NAME.fullmatch(name):
         raise click.UsageError(f"no name can be made of {source!r}; give it one: serverless-llm deploy NAME DIR")
     return name

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from serverless_llm.cli import models
+from serverless_llm.cli.output import size
 from serverless_llm.cli.sources import name_of, named, resolve
 from serverless_llm.demo import tasks
 from tests.unit.cli.conftest import CommandLine, Scripted
@@ -199,7 +200,7 @@ def test_until(change: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (1500, "1.5 KB"), (16_400_000_000, "16.4 GB")])
 def test_sizes(count: int, text: str) -> None:
-    assert models.size(count) == text
+    assert size(count) == text
 
 
 # --- sources ---

@@ -1,0 +1,306 @@
+"""Models of a Hugging Face hub: which files of a repository are needed, and their way into the hub's own cache.
+
+Weights are read into `blobs/<etag>.partial`, which a later pull goes on with, and checked against their digest;
+`huggingface_hub` does all else (names, tokens, redirects, the cache's layout), and is imported only when it is needed.
+`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from io import BufferedRandom
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from serverless_llm.cli.sources import HUB_ID
+from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
+from serverless_llm.loader import manifest
+
+TOKENIZER = "tokenizer.json"
+CONNECTIONS = 4  # files at a time; one stream does not fill a fast link
+ANSWER_SECONDS = 10.0  # of the hub, before the cache is asked
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Told = Callable[[str, int, int], None]  # file, bytes that are there, bytes of all; called from several threads
+
+
+class Repository(NamedTuple):
+    """`name` is `owner/name`; `revision` a branch, a tag or a commit."""
+
+    name: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        return self.name if self.revision == "main" else f"{self.name}@{self.revision}"
+
+
+class Pulled(NamedTuple):
+    """A snapshot in the cache. `files`: how many it needs; `offline`: why the hub was not asked, if it was not."""
+
+    directory: Path
+    files: int
+    nbytes: int
+    offline: str = ""
+
+
+def repository(text: str) -> Repository | None:
+    """What `owner/name` or `owner/name@revision` names; None of any other text."""
+    name, _, revision = text.partition("@")
+    return Repository(name, revision or "main") if HUB_ID.fullmatch(text) else None
+
+
+def cached(wanted: Repository) -> Pulled | None:
+    """The snapshot in the cache, if all that is needed of it is there; asks nobody."""
+    hub = _hub()
+    found = hub.try_to_load_from_cache(wanted.name, manifest.CONFIG, revision=wanted.revision)
+    if not isinstance(found, str):
+        return None
+    directory = Path(found).parent
+    try:
+        names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+        needed = texts(str(wanted), names) + shards(directory, names)
+    except CheckpointError:
+        return None
+    if not set(needed) <= set(names):
+        return None
+    return Pulled(directory, len(needed), sum((directory / name).stat().st_size for name in needed))
+
+
+def pull(wanted: Repository, told: Told) -> Pulled:
+    """Brings what is missing of a repository's newest commit into the cache.
+
+    Raises:
+        CheckpointError: there is no such repository, or it holds nothing that can be served; nothing is read then.
+        TransientError: the hub does not answer and the cache does not hold it, or the disk has no room.
+    """
+    hub = _hub()
+    if hub.is_offline_mode():
+        return _from_cache(wanted, "HF_HUB_OFFLINE is set")
+    errors = hub.errors
+    try:
+        return _Pull(wanted, told).run()
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"{wanted}: its terms must be accepted on the hub, and HF_TOKEN set") from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{wanted.name} has no revision {wanted.revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has no repository {wanted.name!r}, or it is private and HF_TOKEN opens it not"
+        ) from error
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+        return _from_cache(wanted, f"the hub failed: {error}")
+
+
+def _from_cache(wanted: Repository, why: str) -> Pulled:
+    found = cached(wanted)
+    if found is None:
+        raise TransientError(f"{wanted} is not in the cache ({_storage(wanted)}), and {why}")
+    return found._replace(offline=why)
+
+
+def texts(name: str, names: Sequence[str]) -> list[str]:
+    """The files beside the weights that are needed, of those that are there.
+
+    Raises:
+        CheckpointError: one is missing without which nothing can be served.
+    """
+    for needed in (manifest.CONFIG, TOKENIZER):
+        if needed not in names:
+            raise CheckpointError(f"{name} has no {needed}")
+    templates = [one for one in names if one.startswith("additional_chat_templates/")]
+    return [manifest.CONFIG, *(one for one in manifest.TEXTS if one in names), *templates]
+
+
+def shards(directory: Path, names: Sequence[str]) -> list[str]:
+    """The weights' files, by the index in `directory` where there is one, and that index.
+
+    Raises:
+        CheckpointError: there are none but pickle files, or the index is bad.
+    """
+    if manifest.choose(list(names), str(directory)) == manifest.SINGLE:
+        return [manifest.SINGLE]
+    try:
+        text = (directory / manifest.INDEX).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{manifest.INDEX}: {error}") from error
+    return [manifest.INDEX, *sorted(set(manifest.weight_map_of(text).values()))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Commit:
+    """One commit of a repository: its files and their sizes in bytes."""
+
+    sha: str
+    sizes: dict[str, int]
+
+
+class _Pull:
+    """One repository on its way into the cache."""
+
+    def __init__(self, wanted: Repository, told: Told) -> None:
+        self._wanted = wanted
+        self._told = told
+        self._storage = _storage(wanted)
+        self._stop = threading.Event()
+
+    def run(self) -> Pulled:
+        """Raises whatever `huggingface_hub` does, and CheckpointError."""
+        commit = self._commit()
+        names = list(commit.sizes)
+        manifest.choose(names, str(self._wanted))
+        small = texts(str(self._wanted), names) + [one for one in names if one == manifest.INDEX]
+        for name in small:
+            directory = self._small(name, commit)
+        large = [name for name in shards(directory, names) if name != manifest.INDEX]
+        missing = [name for name in large if not (directory / name).exists()]
+        if unknown := set(large) - set(names):
+            raise CheckpointError(f"{self._wanted} has no {min(unknown)}, which its index names")
+        self._demand_room(sum(commit.sizes[name] for name in missing))
+        self._all(missing, commit)
+        self._keep_reference(commit)
+        needed = small + large
+        return Pulled(directory, len(needed), sum(commit.sizes[name] for name in needed))
+
+    def _commit(self) -> _Commit:
+        info = _hub().HfApi().model_info(
+            self._wanted.name, revision=self._wanted.revision, files_metadata=True, timeout=ANSWER_SECONDS
+        )  # fmt: skip
+        return _Commit(info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()})
+
+    def _small(self, name: str, commit: _Commit) -> Path:
+        """Reads a file of a few MiB; the snapshot's directory."""
+        place = Path(_hub().hf_hub_download(self._wanted.name, name, revision=commit.sha, tqdm_class=_Silent))
+        self._told(name, commit.sizes[name], commit.sizes[name])
+        return Path(str(place).removesuffix(name))
+
+    def _demand_room(self, nbytes: int) -> None:
+        """Partial files count as missing: what they hold is at most slack."""
+        free = shutil.disk_usage(self._storage).free
+        if nbytes > free:
+            raise TransientError(f"{self._wanted} needs {nbytes} bytes in {self._storage}, where {free} are free")
+
+    def _all(self, names: Sequence[str], commit: _Commit) -> None:
+        pool = ThreadPoolExecutor(CONNECTIONS)
+        try:
+            waiting = [pool.submit(self._large, name, commit) for name in names]
+            done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+            for one in done:
+                one.result()
+        finally:
+            self._stop.set()  # on Ctrl-C each ends with the next bytes that come
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _large(self, name: str, commit: _Commit) -> None:
+        """Reads one file of weights, from where an earlier pull left it."""
+        hub = _hub()
+        url = hub.hf_hub_url(self._wanted.name, name, revision=commit.sha)
+        meta = hub.get_hf_file_metadata(url, token=None, headers=hub.utils.build_hf_headers())
+        blob = self._storage / "blobs" / meta.etag
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with blob.with_name(f"{meta.etag}.partial").open("a+b") as partial:
+            fcntl.flock(partial, fcntl.LOCK_EX)  # another pull of the same file goes first
+            if not blob.exists():
+                self._read(url, partial, name, meta.size)
+                check(partial, meta.etag, name)
+                os.fsync(partial.fileno())
+                Path(partial.name).rename(blob)
+            else:
+                Path(partial.name).unlink(missing_ok=True)
+        hub.hf_hub_download(self._wanted.name, name, revision=commit.sha, tqdm_class=_Silent)
+        self._told(name, meta.size, meta.size)
+
+    def _read(self, url: str, partial: BufferedRandom, name: str, size: int) -> None:
+        from huggingface_hub.file_download import http_get
+
+        have = partial.seek(0, os.SEEK_END)
+        if have > size:
+            have = partial.truncate(0)
+        self._told(name, have, size)
+        sink = _Sink(partial, lambda done: self._told(name, done, size), self._stop)
+        headers = _hub().utils.build_hf_headers()
+        http_get(url, sink, resume_size=have, headers=headers, expected_size=size, tqdm_class=_Silent)
+        partial.flush()
+
+    def _keep_reference(self, commit: _Commit) -> None:
+        """What `revision` means, for those who ask the cache later."""
+        if self._wanted.revision != commit.sha:
+            reference = self._storage / "refs" / self._wanted.revision
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(commit.sha)
+
+
+def check(partial: BufferedRandom, etag: str, name: str) -> None:
+    """Compares with the digest that the hub names large files by.
+
+    Raises:
+        CheckpointError: it is another file, and is emptied.
+    """
+    partial.seek(0)
+    if SHA256.fullmatch(etag) and hashlib.file_digest(partial, "sha256").hexdigest() != etag:
+        partial.truncate(0)
+        raise CheckpointError(f"{name}: what came is not what the hub names by {etag}; pull it again")
+
+
+class _Sink:
+    """A file that tells how long it is, and refuses to grow once `stop` is set. As `http_get` writes to it."""
+
+    def __init__(self, file: BufferedRandom, told: Callable[[int], None], stop: threading.Event) -> None:
+        self._file = file
+        self._told = told
+        self._stop = stop
+        self.seek, self.tell, self.truncate = file.seek, file.tell, file.truncate
+
+    def write(self, data: bytes) -> int:
+        if self._stop.is_set():
+            raise InterruptedError("stopped")
+        count = self._file.write(data)
+        self._told(self._file.tell())
+        return count
+
+
+class _Silent:
+    """Stands where `huggingface_hub` wants a bar of tqdm."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.total = self.n = 0
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def _storage(wanted: Repository) -> Path:
+    """The repository's folder in the cache."""
+    hub = _hub()
+    folder: str = hub.file_download.repo_folder_name(repo_id=wanted.name, repo_type="model")
+    return Path(hub.constants.HF_HUB_CACHE) / folder
+
+
+def _hub() -> Any:
+    """`huggingface_hub`, imported when first wanted.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+        import huggingface_hub.file_download
+        import huggingface_hub.utils
+    except ImportError as error:
+        why = f"models of a hub need huggingface_hub ({error}): pip install 'serverless-llm[hub]'"
+        raise ConfigurationError(why) from error
+    return huggingface_hub

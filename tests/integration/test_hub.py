@@ -1,0 +1,201 @@
+"""`pull`, and hub ids as sources: the real `huggingface_hub` in real processes against a hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.demo import tasks
+from serverless_llm.node.processes import command, environment
+from tests.integration.hub import Hub, Repository
+from tests.serving import until
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 60.0
+DEMO = {path.name: path.read_bytes() for path in tasks.checkpoint_dir("demo-add").iterdir()}
+OTHERS = {"README.md": b"#", "pytorch_model.bin": b"\x80", "consolidated.safetensors": b"x", "onnx/model.onnx": b"o"}
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+
+
+def sharded(seed: int, nbytes: int = 3 << 20) -> dict[str, bytes]:
+    """A repository whose weights are in two files of random bytes."""
+    small = {name: DEMO[name] for name in ("config.json", "tokenizer.json")}
+    weights = {name: random.Random(f"{seed}{name}").randbytes(nbytes) for name in SHARDS}
+    index = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode()
+    return small | weights | {"model.safetensors.index.json": index}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    repositories = {
+        "owner/demo": Repository(DEMO | OTHERS, ("main", "v1")),
+        "owner/shards": Repository(sharded(1) | OTHERS),
+        "owner/pickle": Repository({"config.json": b"{}", "tokenizer.json": b"{}", "pytorch_model.bin": b"\x80"}),
+        "owner/wordless": Repository({name: DEMO[name] for name in ("config.json", "model.safetensors")}),
+        "owner/gated": Repository(DEMO, gated=True),
+        "owner/torn": Repository({name: data for name, data in sharded(2).items() if name != SHARDS[1]}),
+    }
+    with Hub(repositories) as running:
+        yield running
+
+
+class Shell:
+    """Runs command lines whose hub is `hub` and whose cache is in `folder`."""
+
+    def __init__(self, folder: Path, hub: Hub) -> None:
+        self.cache = folder / "hf" / "hub"
+        self.environment = {
+            **{name: value for name, value in environment().items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "hf"),
+            "HF_TOKEN": "hf_secret",
+            "SERVERLESS_LLM_STATE_DIR": str(folder / "state"),
+            "SERVERLESS_LLM_DEVICES": "cpu:1",
+            "SERVERLESS_LLM_DRAM": "32MiB",
+        }
+
+    def __call__(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command("serverless_llm", *arguments),
+            env=self.environment | changes, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        nowhere = subprocess.DEVNULL
+        return subprocess.Popen(command("serverless_llm", *arguments), env=self.environment, stdout=nowhere)
+
+
+@pytest.fixture
+def shell(tmp_path: Path, hub: Hub) -> Shell:
+    return Shell(tmp_path, hub)
+
+
+def held(directory: str) -> dict[str, bytes]:
+    root = Path(directory)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_pull_reads_what_is_needed_and_nothing_twice(shell: Shell, hub: Hub) -> None:
+    first = shell("pull", "owner/demo")
+    assert first.returncode == 0, first.stderr
+    assert held(first.stdout.strip()) == DEMO
+    assert Path(first.stdout.strip()).is_relative_to(shell.cache)
+    assert "model.safetensors: " in first.stderr
+    assert "\x1b" not in first.stderr
+    assert {one.token for one in hub.asked if "owner/demo" in one.path} == {"Bearer hf_secret"}
+    hub.asked.clear()
+    again = json.loads(shell("pull", "owner/demo", "--json").stdout)
+    assert again["directory"] == first.stdout.strip()
+    assert (again["files"], again["commit"]) == (len(DEMO), hub.repositories["owner/demo"].commit)
+    assert [one.path for one in hub.asked if "/resolve/" in one.path and one.method == "GET"] == []
+
+
+def test_a_cached_snapshot_needs_no_hub(shell: Shell, hub: Hub) -> None:
+    refused = shell("pull", "owner/shards", HF_HUB_OFFLINE="1")
+    assert refused.returncode == 1
+    assert "owner/shards is not in the cache" in refused.stderr
+    directory = shell("pull", "owner/shards").stdout
+    hub.asked.clear()
+    offline = shell("pull", "owner/shards", HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, directory)
+    assert "taken from the cache, since HF_HUB_OFFLINE is set" in offline.stderr
+    assert hub.asked == []
+    away = shell("pull", "owner/shards", HF_ENDPOINT="http://127.0.0.1:1")
+    assert (away.returncode, away.stdout) == (0, directory)
+    (Path(directory.strip()) / SHARDS[1]).unlink()
+    assert shell("pull", "owner/shards", HF_HUB_OFFLINE="1").returncode == 1
+
+
+def test_a_killed_pull_is_gone_on_with(shell: Shell, hub: Hub) -> None:
+    hub.repositories["owner/shards"] = Repository(sharded(3, 12 << 20))
+    most = 11 << 20  # more than the 10 MB that `huggingface_hub` writes at a time
+    hub.stalls = dict.fromkeys(SHARDS, most)
+    victim = shell.start("pull", "owner/shards")
+
+    def begun() -> bool:
+        return [path.stat().st_size > 0 for path in shell.cache.glob("*/blobs/*.partial")] == [True, True]
+
+    try:
+        until(begun, "both files to begin", PATIENCE)
+    finally:
+        victim.kill()
+        victim.wait()
+    hub.stalls = {}
+    hub.asked.clear()
+    done = shell("pull", "owner/shards")
+    assert done.returncode == 0, done.stderr
+    assert {name: held(done.stdout.strip())[name] for name in SHARDS} == {
+        name: hub.repositories["owner/shards"].files[name] for name in SHARDS
+    }
+    assert all(0 < one.begin <= most for one in hub.gets(".safetensors"))
+    assert list(shell.cache.glob("*/blobs/*.partial")) == []
+
+
+def test_what_is_not_what_the_hub_names_is_refused(shell: Shell, hub: Hub) -> None:
+    hub.stalls = dict.fromkeys(SHARDS, 1 << 20)
+    victim = shell.start("pull", "owner/shards")
+    try:
+        until(lambda: len(list(shell.cache.glob("*/blobs/*.partial"))) == 2, "both files to begin", PATIENCE)
+    finally:
+        victim.kill()
+        victim.wait()
+    hub.stalls = {}
+    for partial in shell.cache.glob("*/blobs/*.partial"):
+        partial.write_bytes(b"\0" * 1000)  # as a lost page cache leaves it
+    bad = shell("pull", "owner/shards")
+    assert bad.returncode == 1
+    assert "is not what the hub names" in bad.stderr
+    assert shell("pull", "owner/shards").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("owner/pickle", 1, "has weights only as pytorch_model.bin: not opened, since unpickling runs code"),
+        ("owner/wordless", 1, "owner/wordless has no tokenizer.json"),
+        ("owner/gated", 1, "owner/gated: its terms must be accepted on the hub, and HF_TOKEN set"),
+        ("owner/nothing", 1, "the hub has no repository 'owner/nothing', or it is private"),
+        ("owner/demo@v9", 1, "owner/demo has no revision 'v9'"),
+        ("owner/torn", 1, f"owner/torn has no {SHARDS[1]}, which its index names"),
+        ("demo", 2, "'demo' is not of the form owner/name or owner/name@revision"),
+    ],
+)
+def test_what_cannot_be_pulled(shell: Shell, hub: Hub, name: str, status: int, message: str) -> None:
+    refused = shell("pull", name)
+    assert refused.returncode == status, refused.stderr
+    assert message in refused.stderr
+    assert hub.gets(".bin") == hub.gets(".safetensors") == []
+
+
+def test_bars_on_a_terminal(shell: Shell) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command("serverless_llm", "pull", "owner/demo@v1"),
+        env=shell.environment | {"TERM": "xterm"}, stdout=subprocess.PIPE, stderr=theirs,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                piece = os.read(ours, 65536)
+            except OSError:  # EIO: the other side is closed
+                break
+            seen += piece
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"model.safetensors" in seen
+    assert b"\x1b[" in seen
+
+
+def test_a_hub_id_is_a_source(shell: Shell) -> None:
+    answer = shell("run", "owner/demo", "12+34")
+    assert (answer.returncode, answer.stdout) == (0, "46\n"), answer.stderr
+    assert "model.safetensors: " in answer.stderr
