@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway import keys
 from serverless_llm.gateway.app import Gateway
 from serverless_llm.gateway.keys import Key
+from serverless_llm.gateway.listen import Runner, listen, load_certificate, tls_context
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.text import TextPool
@@ -51,10 +53,12 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._tls = tls_context(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         self._state = state.State(config.state_dir)
         self._agents = local_agents(config)
         self._text = TextPool()
-        self._gateway = Gateway(self._to_head, self._text, self._state.generation, gateway_options(config))
+        self._options = gateway_options(config)
+        self._gateway = Gateway(self._to_head, self._text, self._state.generation, self._options)
         self._head = Head(
             self._state,
             Machine(Policy(abandon_after=config.abandon_after)),
@@ -69,7 +73,7 @@ class Server:
     async def run(self, announce: Callable[[str], None]) -> int:
         """Serves until a signal; the exit status. `announce` is told the URL once requests are accepted."""
         self._listen_for_signals()
-        runner = web.AppRunner(self._application(), handler_cancellation=True, access_log=None)
+        runner = Runner(self._application(), self._options)
         background: list[asyncio.Task[None]] = []
         try:
             await self._deploy()  # before agents of a former head can dial in: what they hold must have a name
@@ -106,17 +110,18 @@ class Server:
         return app
 
     async def _open(self, runner: web.AppRunner) -> str:
-        """Listens, and tells the agents where."""
-        config = self._config
+        """Listens, and tells the agents and the command line where.
+
+        They are on this machine, and need not know whose certificate it is: with TLS they have a port on loopback.
+        """
+        config, options = self._config, self._options
         await runner.setup()
-        try:
-            await web.TCPSite(runner, config.host, config.port).start()
-        except OSError as error:
-            raise ConfigurationError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from error
-        port = runner.addresses[0][1]
+        port = await listen(runner, config.host, config.port, options, self._tls)
+        scheme = "https" if self._tls else "http"
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-        url = f"http://{f'[{local}]' if ':' in local else local}:{port}"
-        self._head.listening(url)
+        url = f"{scheme}://{f'[{local}]' if ':' in local else local}:{port}"
+        own = f"http://127.0.0.1:{await listen(runner, '127.0.0.1', 0, options)}" if self._tls else url
+        self._head.listening(own)
         return url
 
     async def _deploy(self) -> None:
@@ -148,6 +153,20 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, STOP):
             loop.add_signal_handler(number, self._signalled, number)
+        if not sys.stderr.isatty():  # on a terminal it means that the terminal is gone
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _reload(self) -> None:
+        """Reads keys and certificate anew; what cannot be read leaves the old ones in force."""
+        config = self._config
+        try:
+            self._gateway.set_keys(read_keys(config))
+            if self._tls and config.tls_cert and config.tls_key:
+                load_certificate(self._tls, config.tls_cert, config.tls_key)
+        except ConfigurationError as error:
+            log.error("not read anew: %s", error)  # noqa: TRY400 - a message for the operator, not a trace
+        else:
+            log.warning("keys and certificate were read anew")
 
     def _signalled(self, number: int) -> None:
         if self._signal.done():

@@ -42,7 +42,7 @@ _log = logging.getLogger("serverless_llm.gateway")
 class Gateway:
     """One gateway. Messages from the controller come by `receive`, those to it leave by `send`.
 
-    The application must run with `handler_cancellation=True`: a client that goes away stops its sequence.
+    `listen.Runner` serves the application: a client that goes away stops its sequence.
     """
 
     def __init__(
@@ -256,7 +256,11 @@ def _abort(request: web.Request) -> None:
 
 
 async def _mark(_request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["x-request-id"] = records.CURRENT.get().request_id
+    record = records.CURRENT.get(None)
+    response.headers["x-request-id"] = record.request_id if record else uuid.uuid4().hex
+    if isinstance(response, web.HTTPException):  # aiohttp's own, from before `_edge`: an expectation it cannot meet
+        response.body = failure.encoded(RequestError(response.status, "invalid_request_error", response.reason))
+        response.content_type = "application/json"
 
 
 def _model_name(request: web.Request, given: str | None) -> str:

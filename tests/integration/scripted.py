@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 import openai
-from aiohttp import web
 
 from serverless_llm import framing, wire
 from serverless_llm.demo import tokenizer
 from serverless_llm.gateway.app import Gateway
+from serverless_llm.gateway.listen import Runner, listen
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.text import TextPool
 
@@ -146,11 +146,10 @@ async def served(
     gateway = Gateway(controller.receive, text, generation=3, options=options)
     controller.deliver = gateway.receive
     gateway.receive(wire.Catalog([model("demo", source), model("team/demo-2", source)], True))
-    runner = web.AppRunner(gateway.application(), handler_cancellation=True, access_log=None)
+    options = options or GatewayOptions()
+    runner = Runner(gateway.application(), options)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    url = f"http://127.0.0.1:{await listen(runner, '127.0.0.1', 0, options)}"
     try:
         async with aiohttp.ClientSession(url) as http:
             yield Served(gateway, controller, text, url, http)

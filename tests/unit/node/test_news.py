@@ -10,6 +10,7 @@ from serverless_llm.cluster import commands, events
 from serverless_llm.cluster.state import State
 from serverless_llm.domain import DeviceId, DeviceSpec, Footprint, LoadPhases, ModelSpec, NodeSpec
 from serverless_llm.node import news
+from tests.unit.cluster.desk import Desk, deploy
 
 DEVICE = DeviceId("n0", 1)
 DEPLOY = events.Deploy(ModelSpec("m", "/models/m"), Footprint("c", 1, 1, 1, 16))
@@ -54,3 +55,20 @@ def test_decisions(command: commands.Command, told: dict[str, Any]) -> None:
 
 def test_what_is_no_news() -> None:
     assert news.of_command(commands.WakeAt(1.0)) is None
+
+
+def test_a_load_that_fails_names_its_model() -> None:
+    desk = Desk()
+    desk.join()
+    desk.tell(deploy("m"))
+    desk.ask(1, "m")
+    (number,) = desk.machine.state.replicas
+    told = news.of_event(events.LoadFailed(number, "no config.json", True), desk.machine.state)
+    assert told == {
+        "event": "load_failed",
+        "model": "m",
+        "replica": number,
+        "device": "n0/0",
+        "error": "no config.json",
+        "permanent": True,
+    }

@@ -1,0 +1,164 @@
+"""Where connections come in: how many, for how long without a word, over TLS or not; bad HTTP is answered in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import ssl
+import uuid
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from serverless_llm.errors import ConfigurationError, RequestError
+from serverless_llm.gateway import failure
+from serverless_llm.gateway.options import GatewayOptions
+
+BACKLOG = 1024  # connections that the kernel holds until they are accepted; a burst of clients
+PASSIVE = socket.AI_PASSIVE
+RESERVED = 128  # descriptors for all else: agents, text processes, logs, the database
+
+
+def _answer(error: RequestError) -> web.Response:
+    headers = failure.headers(error) | {"x-request-id": uuid.uuid4().hex}
+    answer = web.Response(
+        status=error.status, body=failure.encoded(error), headers=headers, content_type="application/json"
+    )
+    answer.force_close()
+    return answer
+
+
+_FULL_BODY = failure.encoded(RequestError(503, "overloaded", "too many connections"))
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+    b"x-request-id: none\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(_FULL_BODY)
+) + _FULL_BODY
+
+
+class _Full(asyncio.Protocol):
+    """A connection too many: told so, and closed."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(_FULL)
+        transport.close()
+
+
+class _Connection(web.RequestHandler):
+    """As aiohttp's, but what is no HTTP gets the error body that everything gets, and no trace in the log."""
+
+    def handle_error(
+        self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if status == 500:
+            super().handle_error(request, status, exc, message)  # a bug: logs it
+            return _answer(RequestError(500, "engine_error", "an internal error; the log tells more"))
+        return _answer(RequestError(400, "invalid_request_error", "this is no valid HTTP request"))
+
+
+class _Door(web.Server):
+    """Makes the protocol of each new connection."""
+
+    def __init__(self, like: web.Server, most: int) -> None:
+        super().__init__(
+            like.request_handler,
+            request_factory=like.request_factory,
+            handler_cancellation=like.handler_cancellation,
+            loop=like._loop,
+            **like._kwargs,
+        )
+        self._most = most
+
+    def __call__(self) -> Any:
+        if len(self._connections) >= self._most:
+            return _Full()
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class Runner(web.AppRunner):
+    """Serves a gateway's application; a client that goes away ends its handler."""
+
+    __slots__ = ("_most",)
+
+    def __init__(self, app: web.Application, options: GatewayOptions) -> None:
+        super().__init__(app, handler_cancellation=True, access_log=None, keepalive_timeout=options.idle)
+        self._most = most_connections(options.connections)
+
+    async def _make_server(self) -> web.Server:
+        return _Door(await super()._make_server(), self._most)
+
+
+def most_connections(wanted: int) -> int:
+    """How many connections this process has descriptors for, at most `wanted`; raises its soft limit for them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + RESERVED
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - RESERVED))
+
+
+async def listen(
+    runner: web.AppRunner, host: str, port: int, options: GatewayOptions, tls: ssl.SSLContext | None = None
+) -> int:
+    """Accepts connections; returns the port.
+
+    Raises:
+        ConfigurationError: the address is not there or taken.
+    """
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=PASSIVE):
+            sock = _bound(family, (address[0], port, *address[2:]), options)
+            port = sock.getsockname()[1]  # of a free one: the same for every address of the host
+            await web.SockSite(runner, sock, ssl_context=tls, backlog=BACKLOG).start()
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return port
+
+
+def _bound(family: int, address: tuple[object, ...], options: GatewayOptions) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # a client that takes nothing of what was sent is cut by the kernel; accepted sockets inherit it
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * options.write_stall))
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """For a server of this certificate chain.
+
+    Raises:
+        ConfigurationError: names the file at fault.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    load_certificate(context, certificate, key)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """New connections of `context` show this certificate. Raises as `tls_context`."""
+    for name, path, mark in (("tls_cert", certificate, "CERTIFICATE"), ("tls_key", key, "PRIVATE KEY")):
+        try:
+            text = path.read_text(errors="replace")
+        except OSError as error:
+            raise ConfigurationError(f"{name}: {path}: {error.strerror}") from None
+        if f"{mark}-----" not in text:
+            raise ConfigurationError(f"{name}: {path} holds no {mark} in PEM form")
+    try:
+        context.load_cert_chain(certificate, key, password=_no_password)
+    except (ssl.SSLError, ConfigurationError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        raise ConfigurationError(f"tls_cert {certificate} and tls_key {key}: {reason}") from None
+
+
+def _no_password() -> str:
+    raise ConfigurationError("the key is encrypted; give one without a password")

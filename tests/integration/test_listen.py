@@ -1,0 +1,221 @@
+"""Connections: too many, silent, slow, deaf, no HTTP at all; and TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from aiohttp import ClientSession, ClientSSLError, web
+
+from serverless_llm import wire
+from serverless_llm.errors import ConfigurationError
+from serverless_llm.gateway.listen import RESERVED, Runner, listen, most_connections, tls_context
+from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.node.processes import environment
+from tests.integration.scripted import Controller, Served, run, silent
+
+pytestmark = pytest.mark.slow
+
+
+def port_of(server: Served) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+async def exchange(server: Served, raw: bytes) -> bytes:
+    """What comes for `raw` until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+    try:
+        writer.write(raw)
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+def shape(answer: bytes) -> tuple[int, str]:
+    """Status and error code of a raw answer that has the error body and an id."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"x-request-id: " in head
+    assert b"Content-Type: application/json" in head
+    error = msgspec.json.decode(body)["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return int(head.split()[1]), error["code"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"hello\r\n\r\n",
+        b"GET / HTTP/9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno header\r\n\r\n",
+        b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    ],
+    ids=["words", "version", "header", "line", "field", "length", "tls"],
+)
+def test_what_is_no_http_gets_the_error_body(tmp_path: Path, raw: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: Served) -> None:
+        assert shape(await exchange(server, raw)) == (400, "invalid_request_error")
+
+    run(tmp_path, silent, scenario)
+    assert "Traceback" not in caplog.text
+
+
+def test_an_expectation_that_nobody_knows(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: tea\r\n"
+        assert shape(await exchange(server, head + b"Content-Length: 2\r\n\r\n{}")) == (417, "invalid_request_error")
+
+    run(tmp_path, silent, scenario)
+
+
+def test_one_connection_too_many(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        held = [await asyncio.open_connection("127.0.0.1", port_of(server)) for _ in range(2)]
+        assert shape(await exchange(server, b"")) == (503, "overloaded")
+        for _, writer in held:
+            writer.close()
+            await writer.wait_closed()
+        async with server.http.get("/health") as response:
+            assert response.status == 200
+
+    run(tmp_path, silent, scenario, GatewayOptions(connections=2))
+
+
+def test_a_connection_without_a_request_is_closed(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        assert await exchange(server, b"") == b""
+        assert await exchange(server, b"GET /health HT") == b""
+
+    run(tmp_path, silent, scenario, GatewayOptions(idle=0.05))
+
+
+def test_a_body_that_does_not_come(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 20\r\n\r\n{"
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        writer.write(head)
+        answer = await reader.readuntil(b"}}")
+        assert shape(answer) == (400, "invalid_request_error")
+        assert b"did not come within 0.05 s" in answer
+        writer.close()
+
+    run(tmp_path, silent, scenario, GatewayOptions(idle=0.05))
+
+
+def test_a_client_that_never_reads_an_answer_that_does_not_stream_is_cut(tmp_path: Path) -> None:
+    def answers(controller: Controller, message: wire.Message) -> None:
+        if isinstance(message, wire.Ask):
+            controller.deliver(wire.Answer(message.id, 200, b"x" * 8_000_000))
+
+    async def scenario(server: Served) -> None:
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(deaf, ("127.0.0.1", port_of(server)))
+            await loop.sock_sendall(deaf, b"GET /admin/models/x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            mine = deaf.getsockname()
+            while mine in [one.raddr for one in psutil.Process().net_connections()]:  # the server's end of it
+                async with server.http.get("/health") as response:
+                    assert response.status == 200
+
+    run(tmp_path, answers, scenario, GatewayOptions(write_stall=0.2))
+
+
+def test_the_limit_on_connections_follows_the_descriptors_that_there_are() -> None:
+    script = (
+        "import resource; from serverless_llm.gateway.listen import most_connections;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 256)); print(most_connections(10), most_connections(5000),"
+        "resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["10", str(256 - RESERVED), "256"]
+    assert most_connections(1) == 1
+
+
+def test_a_port_in_use_is_named() -> None:
+    async def main() -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            options = GatewayOptions()
+            runner = Runner(web.Application(), options)
+            await runner.setup()
+            with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in"):
+                await listen(runner, "127.0.0.1", port, options)
+            with pytest.raises(ConfigurationError, match=r"cannot listen on no\.such\.host\.invalid port 1"):
+                await listen(runner, "no.such.host.invalid", 1, options)
+            await runner.cleanup()
+
+    asyncio.run(main())
+
+
+# --- TLS ---
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with cert.pem and key.pem, for localhost; other.pem belongs to another certificate."""
+    folder = tmp_path_factory.mktemp("tls")
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    for certificate, key in (("cert.pem", "key.pem"), ("other-cert.pem", "other.pem")):
+        subprocess.run(
+            [*make, *named, "-out", certificate, "-keyout", key], cwd=folder, check=True, capture_output=True
+        )
+    pem = (folder / "key.pem").read_text()
+    (folder / "broken.pem").write_text(pem[: len(pem) // 2] + "\n-----END PRIVATE KEY-----\n")
+    encrypt = ["openssl", "pkcs8", "-topk8", "-in", "key.pem", "-out", "locked.pem", "-passout", "pass:x"]
+    subprocess.run(encrypt, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("cert", "key", "message"),
+    [
+        ("none.pem", "key.pem", "tls_cert: .*none.pem: No such file"),
+        ("cert.pem", "none.pem", "tls_key: .*none.pem: No such file"),
+        ("key.pem", "key.pem", "tls_cert: .*key.pem holds no CERTIFICATE"),
+        ("cert.pem", "cert.pem", "tls_key: .*cert.pem holds no PRIVATE KEY"),
+        ("cert.pem", "other.pem", "other.pem: KEY_VALUES_MISMATCH"),
+        ("cert.pem", "broken.pem", "tls_key .*broken.pem: "),
+        ("cert.pem", "locked.pem", "locked.pem: the key is encrypted"),
+        (".", "key.pem", "tls_cert: .*: Is a directory"),
+    ],
+)
+def test_a_bad_certificate_or_key_is_named(certificate: Path, cert: str, key: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        tls_context(certificate / cert, certificate / key)
+
+
+def test_tls(certificate: Path) -> None:
+    async def hello(_request: web.Request) -> web.Response:
+        return web.Response(text="hello")
+
+    async def main() -> None:
+        app = web.Application()
+        app.add_routes([web.get("/", hello)])
+        options = GatewayOptions()
+        runner = Runner(app, options)
+        await runner.setup()
+        context = tls_context(certificate / "cert.pem", certificate / "key.pem")
+        port = await listen(runner, "localhost", 0, options, context)
+        trusting = ssl.create_default_context(cafile=certificate / "cert.pem")
+        async with ClientSession() as http:
+            async with http.get(f"https://localhost:{port}/", ssl=trusting) as response:
+                assert await response.text() == "hello"
+            with pytest.raises(ClientSSLError):
+                await http.get(f"https://localhost:{port}/")
+        await runner.cleanup()
+
+    asyncio.run(main())
