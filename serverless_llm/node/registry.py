@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -26,7 +27,9 @@ log = logging.getLogger(__name__)
 READ_LIMIT = 10.0  # seconds for a checkpoint's headers when the head starts, which listens only then
 READERS = 64  # checkpoints whose headers it reads at once; a bound on the wait for each other
 CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
+WRITE_AGAIN = 10.0  # seconds after which a client may ask again for what the disk did not take; arbitrary
 JSON = dict[str, Any]
+T = TypeVar("T")
 
 
 class Registry:
@@ -124,7 +127,7 @@ class Registry:
         async with self._changing:
             old = self._entries.get(name)
             created = old.created if old else int(time.time())
-            await asyncio.to_thread(self._state.save, Deployed(spec, created))
+            await self._write(self._state.save, Deployed(spec, created))
             self._entries[name] = Entry(spec, created)
             self._controller.handle(events.Deploy(spec, footprint))
         self._publish()
@@ -133,7 +136,7 @@ class Registry:
     async def _delete(self, name: str, body: bytes) -> JSON:
         async with self._changing:
             entry = self._entry(name)
-            await asyncio.to_thread(self._state.delete, name)
+            await self._write(self._state.delete, name)
             del self._entries[name]
             if not entry.error:
                 self._controller.handle(events.Delete(name))
@@ -162,7 +165,7 @@ class Registry:
         async with self._changing:
             entry = self._usable(name)
             spec = dataclasses.replace(entry.spec, pinned=pinned)
-            await asyncio.to_thread(self._state.save, Deployed(spec, entry.created))
+            await self._write(self._state.save, Deployed(spec, entry.created))
             self._entries[name] = Entry(spec, entry.created)
             self._controller.handle(events.Pin(name, pinned))
         return self._row(name)
@@ -176,6 +179,18 @@ class Registry:
             "problems": catalog.problems(machine),
             "starts": self._controller.starts.shown(machine, self._controller.now(), time.time()),
         }
+
+    async def _write(self, change: Callable[[T], object], value: T) -> None:
+        """
+        Raises:
+            RequestError: 503, the change is not on disk, and nothing else happened.
+        """
+        try:
+            await asyncio.to_thread(change, value)
+        except sqlite3.OperationalError as error:
+            log.exception("the state database cannot be written")
+            message = f"the state database cannot be written ({error}); nothing was changed"
+            raise RequestError(503, "overloaded", message, retry_after=WRITE_AGAIN) from error
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:

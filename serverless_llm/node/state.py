@@ -2,14 +2,19 @@
 
 Layout: `lock` (flock by the head), `state.db` (SQLite, WAL), `head.json` (where the head listens, for agents),
 `agent-token`, `api-key` (where one was made), `agents/`, `logs/`. A deploy is synced before it is answered.
+
+The database has a schema version. An older one is copied to `state.db.schema<N>` and migrated in one transaction;
+a newer one is refused and left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,10 +22,11 @@ import msgspec
 from serverless_llm.domain import ModelSpec
 from serverless_llm.errors import ConfigurationError
 
-SCHEMA = 1
-_SCRIPT = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS models (name TEXT PRIMARY KEY, spec BLOB NOT NULL, created INTEGER NOT NULL) WITHOUT ROWID;
+MIGRATIONS: tuple[str, ...] = ()  # SQL; the first leads from schema 1 to 2
+LOCK_SECONDS = 5.0  # that another program (a backup) may hold the database when the head starts
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE models (name TEXT PRIMARY KEY, spec BLOB NOT NULL, created INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -80,13 +86,13 @@ def agent_token(directory: Path) -> str:
 
 def secret(path: Path) -> str:
     """The secret that a state directory keeps at `path`, made at first use (mode 0600)."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+    with _usable(path):
+        if not path.exists():
+            scratch = path.with_suffix(".tmp")  # renamed when it is whole: a full disk leaves no empty secret
+            with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32))
+            scratch.rename(path)
         return path.read_text().strip()
-    with os.fdopen(descriptor, "w") as file:
-        file.write(made := secrets.token_urlsafe(32))
-    return made
 
 
 def write_head(directory: Path, address: HeadAddress) -> None:
@@ -106,35 +112,66 @@ def read_head(directory: Path) -> HeadAddress | None:
         return None
 
 
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        ConfigurationError: what the system said about `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename or path}: {error.strerror}") from None
+
+
 class State:
     """The state directory of one head, locked. `generation` is one more than the last head's.
 
+    Args:
+        patience: seconds that another program may hold the database.
+
     Raises:
-        ConfigurationError: another head runs on it, or its schema is a newer version's.
+        ConfigurationError: another head runs on it, its schema is a newer version's, or it cannot be read or written.
     """
 
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for part in ("agents", "logs"):
-            (directory / part).mkdir(exist_ok=True, mode=0o700)
+    def __init__(self, directory: Path, patience: float = LOCK_SECONDS) -> None:
+        with _usable(directory):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for part in ("agents", "logs"):
+                (directory / part).mkdir(exist_ok=True, mode=0o700)
+            self._lock = lock(directory / "lock", "another server")
         self.directory = directory
-        self._lock = lock(directory / "lock", "another server")
-        self._database = sqlite3.connect(directory / "state.db", isolation_level=None, check_same_thread=False)
+        self.path = directory / "state.db"
         try:
+            self._database = sqlite3.connect(self.path, timeout=patience, isolation_level=None, check_same_thread=False)
             self._open()
+            self.generation = self._next_generation()
+        except sqlite3.Error as error:
+            self.close()
+            raise ConfigurationError(_why(self.path, error)) from error
         except ConfigurationError:
             self.close()
             raise
-        self.generation = self._next_generation()
 
     def close(self) -> None:
-        self._database.close()
+        if hasattr(self, "_database"):
+            self._database.close()
         os.close(self._lock)
 
     def models(self) -> list[Deployed]:
-        """All deployed models, in order of names."""
-        rows = self._database.execute("SELECT spec, created FROM models ORDER BY name")
-        return [Deployed(msgspec.msgpack.decode(spec, type=ModelSpec), created) for spec, created in rows]
+        """All deployed models, in order of names.
+
+        Raises:
+            ConfigurationError: a row is not what was written.
+        """
+        rows = self._database.execute("SELECT name, spec, created FROM models ORDER BY name").fetchall()
+        return [Deployed(self._spec(name, spec), created) for name, spec, created in rows]
+
+    def _spec(self, name: str, spec: bytes) -> ModelSpec:
+        try:
+            return msgspec.msgpack.decode(spec, type=ModelSpec)
+        except (msgspec.MsgspecError, TypeError) as error:
+            raise ConfigurationError(f"{self.path}: the model {name!r} cannot be read: {error}") from error
 
     def save(self, model: Deployed) -> None:
         """Adds or replaces a model; durable on return."""
@@ -148,13 +185,37 @@ class State:
     def _open(self) -> None:
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
-        self._database.executescript(_SCRIPT)
-        self._database.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (SCHEMA,))
-        schema = self._meta("schema")
-        if schema > SCHEMA:
+        ((verdict,),) = self._database.execute("PRAGMA quick_check(1)").fetchall()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(str(verdict))
+        schema, newest = self._schema(), 1 + len(MIGRATIONS)
+        if schema is None:
+            made = f"INSERT INTO meta VALUES ('schema', {newest});"
+            self._database.executescript(f"BEGIN IMMEDIATE;\n{_TABLES}{made}\nCOMMIT;")
+        elif schema > newest:
             raise ConfigurationError(
-                f"{self.directory}/state.db has schema {schema}, this version knows up to {SCHEMA}: use a newer version"
+                f"{self.path} has schema {schema}, this version knows up to {newest}: use a newer version"
             )
+        elif schema < newest:
+            self._migrate(schema)
+
+    def _schema(self) -> int | None:
+        """Its version; None of a database that is new."""
+        tables = "SELECT count(*) FROM sqlite_master WHERE name = 'meta'"
+        return self._meta("schema") if self._database.execute(tables).fetchone() == (1,) else None
+
+    def _migrate(self, schema: int) -> None:
+        """Leaves a copy of the database as it was."""
+        with contextlib.closing(sqlite3.connect(self.path.with_name(f"{self.path.name}.schema{schema}"))) as copy:
+            self._database.backup(copy)
+        steps = "".join(f"{step};\n" for step in MIGRATIONS[schema - 1 :])
+        done = f"UPDATE meta SET value = {1 + len(MIGRATIONS)} WHERE name = 'schema';\n"
+        try:
+            self._database.executescript(f"BEGIN IMMEDIATE;\n{steps}{done}COMMIT;")
+        except sqlite3.Error:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise
 
     def _next_generation(self) -> int:
         self._database.execute(
@@ -165,3 +226,15 @@ class State:
     def _meta(self, name: str) -> int:
         (value,) = self._database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return int(value)
+
+
+def _why(path: Path, error: sqlite3.Error) -> str:
+    """What an operator can do about a database that fails."""
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return f"{path} is locked by another program (a backup, a shell); end it and try again"
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return f"{path} cannot be opened for writing: {error}"
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        return f"{path} cannot be written: {error}; is the disk full?"
+    return f"{path} is damaged ({error}); restore a copy of it, or move it away to begin with no deployed models"

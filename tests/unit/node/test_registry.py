@@ -126,6 +126,22 @@ def test_deploys_are_kept_and_what_broke_meanwhile_is_shown(tmp_path: Path, chec
     on_a_desk(tmp_path / "state", second)
 
 
+def test_what_the_disk_does_not_take_is_not_done(tmp_path: Path, checkpoint: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        await desk.ask("deploy", "a", source=str(checkpoint))
+        desk.kept._database.execute("PRAGMA query_only = ON")  # as a disk that went read-only
+        deploy = json.dumps({"source": str(checkpoint)}).encode()
+        for verb, name, raw in (("deploy", "b", deploy), ("pin", "a", b"{}"), ("delete", "a", b"{}")):
+            status, answer = await desk.ask(verb, name, raw)
+            assert (status, answer["error"]["code"]) == (503, "overloaded")
+            assert "cannot be written" in answer["error"]["message"]
+        desk.kept._database.execute("PRAGMA query_only = OFF")
+        (row,) = (await desk.ask("status"))[1]["models"]
+        assert (row["name"], row["pinned"]) == ("a", False)
+
+    on_a_desk(tmp_path, tell)
+
+
 BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("bad name", {}, 400, "name"),
     ("m", {"source": "relative"}, 400, "source"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sqlite3
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from serverless_llm.domain import ModelSpec
 from serverless_llm.errors import ConfigurationError
+from serverless_llm.node import state
 from serverless_llm.node.state import (
     Deployed,
     HeadAddress,
@@ -60,6 +63,123 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="schema 7"):
         State(tmp_path)
     assert holder(tmp_path / "lock") is None
+
+
+def test_an_older_schema_is_copied_and_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = State(tmp_path)
+    old.save(deployed("a"))
+    old.close()
+    monkeypatch.setattr(state, "MIGRATIONS", ("ALTER TABLE models ADD COLUMN note TEXT", "CREATE TABLE notes (a)"))
+    new = State(tmp_path)
+    assert new.generation == old.generation + 1
+    assert new._meta("schema") == 3
+    assert new._database.execute("SELECT name, note FROM models").fetchall() == [("a", None)]
+    new.close()
+    copy = sqlite3.connect(tmp_path / "state.db.schema1")
+    assert copy.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == (1,)
+    assert copy.execute("SELECT name FROM models").fetchall() == [("a",)]
+    copy.close()
+    State(tmp_path).close()  # it is migrated once
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = State(tmp_path)
+    old.save(deployed("a"))
+    old.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "MIGRATIONS", ("CREATE TABLE notes (a)", "DROP TABLE nowhere"))
+        with pytest.raises(ConfigurationError, match="no such table: nowhere"):
+            State(tmp_path)
+    back = State(tmp_path)
+    assert back.models() == [deployed("a")]
+    assert back._database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'notes'").fetchone() == (0,)
+    back.close()
+
+
+def test_a_new_database_has_the_newest_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "MIGRATIONS", ("DROP TABLE nowhere",))  # it is made so, not led there
+    new = State(tmp_path)
+    assert new._meta("schema") == 2
+    new.close()
+    assert not (tmp_path / "state.db.schema1").exists()
+
+
+def test_a_locked_database_is_named(tmp_path: Path) -> None:
+    State(tmp_path).close()
+    other = sqlite3.connect(tmp_path / "state.db", isolation_level=None)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(ConfigurationError, match=r"state\.db is locked by another program"):
+        State(tmp_path, patience=0.0)
+    other.close()
+    State(tmp_path, patience=0.0).close()
+
+
+@pytest.mark.parametrize("damage", ["rubbish", "page", "row"])
+def test_a_corrupt_database_is_named(tmp_path: Path, damage: str) -> None:
+    first = State(tmp_path)
+    for number in range(100):
+        first.save(deployed(f"m{number}"))
+    if damage == "row":
+        first._database.execute("UPDATE models SET spec = x'c1' WHERE name = 'm7'")
+    first.close()
+    path = tmp_path / "state.db"
+    if damage == "rubbish":
+        path.write_bytes(b"rubbish" * 1000)
+    if damage == "page":
+        raw = bytearray(path.read_bytes())
+        raw[4096:] = os.urandom(len(raw) - 4096)
+        path.write_bytes(raw)
+    with pytest.raises(ConfigurationError, match=r"state\.db") as raised:
+        State(tmp_path).models()
+    assert ("'m7' cannot be read" if damage == "row" else "is damaged") in str(raised.value)
+
+
+def test_a_database_that_is_read_only_is_named(tmp_path: Path) -> None:
+    State(tmp_path).close()
+    with unprivileged(tmp_path):
+        (tmp_path / "state.db").chmod(0o400)
+        with pytest.raises(ConfigurationError, match=r"state\.db cannot be opened for writing"):
+            State(tmp_path)
+
+
+def test_a_state_directory_that_is_read_only_is_named(tmp_path: Path) -> None:
+    with unprivileged(tmp_path):
+        tmp_path.chmod(0o500)
+        with pytest.raises(ConfigurationError, match="Permission denied"):
+            State(tmp_path / "state")
+        with pytest.raises(ConfigurationError, match="api-key"):
+            state.secret(tmp_path / "api-key")
+        tmp_path.chmod(0o700)
+
+
+@contextlib.contextmanager
+def unprivileged(directory: Path) -> Iterator[None]:
+    """Permissions hold for root as well, and `directory` with all in it is this user's."""
+    nobody = 65534
+    if os.geteuid():
+        yield
+        return
+    for path in (directory, *directory.rglob("*")):
+        os.chown(path, nobody, nobody)
+    for parent in directory.parents:
+        parent.chmod(parent.stat().st_mode | 0o011) if parent.owner() == "root" else None
+    os.seteuid(nobody)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    one = State(tmp_path)
+    (pages,) = one._database.execute("PRAGMA page_count").fetchone()
+    one._database.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(sqlite3.OperationalError, match="full") as raised:
+        one.save(deployed("a", "/x" * 5000))
+    assert "is the disk full?" in state._why(one.path, raised.value)
+    assert one.models() == []
+    one.close()
 
 
 def test_deploys_are_synced_before_they_are_answered(tmp_path: Path) -> None:
