@@ -92,6 +92,9 @@ def progress(turn: Turn, event: Progress) -> None:
     device = turn.state.devices.get(event.device)
     if device is None or device.incarnation != event.incarnation or not device.usable:
         return
+    if device.recalled:
+        device.recalled &= {sequence_id for sequence_id, *_ in event.sequences}
+        turn.room = True
     there = {}
     for sequence_id, epoch, tokens, _ in event.sequences:
         sequence = turn.state.sequences.get(sequence_id)
@@ -179,6 +182,7 @@ def _mark_down(device: Device) -> None:
 def _empty(turn: Turn, device: Device) -> None:
     device.trial, device.shortfall, device.absent_since = None, 0, None
     device.court_at = device.avoid_until = 0.0
+    device.recalled.clear()
     for replica in list(device.replicas.values()):
         leave(turn, replica, "lost")
     for kind in ("kill", "trial", "avoid", "short"):

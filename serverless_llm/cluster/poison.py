@@ -12,7 +12,7 @@ again; `trial_s` of life clear all charges.
 from __future__ import annotations
 
 from serverless_llm.cluster.failures import convict
-from serverless_llm.cluster.sequences import dispatch, end_trial, recall, reject, requeue, suspect
+from serverless_llm.cluster.sequences import accuse, dispatch, end_trial, recall, reject, requeue, suspect
 from serverless_llm.cluster.state import STARTING, Device, Replica, Sequence
 from serverless_llm.cluster.transitions import ReplicaState, SequenceState
 from serverless_llm.cluster.turn import Turn
@@ -22,10 +22,13 @@ from serverless_llm.domain import DeviceId
 def charge(turn: Turn, device: Device, cause: str) -> None:
     """The worker of `device` died, by itself: its sequences leave it, charged, and so are the loads there."""
     trial = device.trial
-    sequences = [s for replica in device.replicas.values() for s in replica.running.values()]
-    loads = [r for r in device.replicas.values() if r.state in STARTING and r.state is not ReplicaState.CLAIMING]
-    for sequence in sequences:
+    sequences = {s.id: s for replica in device.replicas.values() for s in replica.running.values()}
+    recalled = sorted(device.recalled & (turn.state.sequences.keys() - sequences.keys()))
+    loads = [replica for replica in device.replicas.values() if replica.state is ReplicaState.LOADING]
+    for sequence in sequences.values():
         _charge_sequence(turn, sequence, trial, cause)
+    for sequence_id in recalled:
+        _charge_recalled(turn, turn.state.sequences[sequence_id])
     for replica in loads:
         _charge_load(turn, replica, trial)
 
@@ -45,7 +48,7 @@ def try_suspects(turn: Turn) -> None:
 
 def isolate(turn: Turn, device: Device, trial: tuple[str, int]) -> None:
     """The device belongs to `trial`; what ran there goes on later, or elsewhere."""
-    device.trial = trial
+    device.trial, device.isolated_at = trial, turn.now
     turn.arm("trial", device.id, turn.policy.trial_s)
     for replica in list(device.replicas.values()):
         for sequence in list(replica.running.values()):
@@ -53,9 +56,9 @@ def isolate(turn: Turn, device: Device, trial: tuple[str, int]) -> None:
 
 
 def outlived(turn: Turn, device_id: DeviceId) -> None:
-    """The term of a trial is over: acquit, or wait for progress. One that could not begin makes way for as long."""
+    """The term of a trial is over: acquit, or wait for progress. One that could not begin makes way."""
     device = turn.device(device_id)
-    if device.trial is None:
+    if device.trial is None:  # others had their turn
         turn.room = True
         return
     if device.trial[0] == "load":  # loads have deadlines of their own
@@ -63,8 +66,6 @@ def outlived(turn: Turn, device_id: DeviceId) -> None:
     sequence = turn.state.suspects[device.trial[1]]
     if sequence.replica is None:
         end_trial(turn, device, device.trial)
-        device.court_at = turn.now + turn.policy.trial_s
-        turn.arm("trial", device_id, turn.policy.trial_s)
         return
     left = turn.policy.trial_s - (turn.now - sequence.dispatched)
     if left > 0 and sequence.generated < sequence.resumed_at + turn.policy.progress_tokens:
@@ -89,6 +90,13 @@ def _charge_sequence(turn: Turn, sequence: Sequence, trial: tuple[str, int] | No
         suspect(turn, sequence)
     else:
         requeue(turn, sequence)
+
+
+def _charge_recalled(turn: Turn, sequence: Sequence) -> None:
+    """It was taken back, but its worker may have died of it before it knew."""
+    sequence.deaths += 1
+    if sequence.deaths >= turn.policy.suspect_deaths and sequence.state is SequenceState.WAITING:
+        accuse(turn, sequence)
 
 
 def _term(turn: Turn, sequence: Sequence) -> float:
@@ -121,7 +129,7 @@ def _begin(turn: Turn, sequence: Sequence) -> None:
     model = turn.state.models[sequence.model]
     courts = [turn.device(replica.device) for replica in model.ready()]
     courts = [device for device in courts if device.trial is None and device.usable]
-    courts = [device for device in courts if device.court_at <= turn.now or _quiet(device)]
+    courts = [device for device in courts if device.court_at <= turn.now or not _wanted(turn, device)]
     if courts:
         device = min(courts, key=lambda court: court.id)
         isolate(turn, device, ("sequence", sequence.id))
@@ -135,5 +143,11 @@ def _court(turn: Turn, device: Device, sequence: Sequence) -> Replica | None:
 
 
 def _quiet(device: Device) -> bool:
-    """Whether nothing loads there."""
-    return not any(replica.state in STARTING for replica in device.replicas.values())
+    """Whether nothing loads there, and the worker is in no step with those that were taken back from it."""
+    return not device.recalled and not any(replica.state in STARTING for replica in device.replicas.values())
+
+
+def _wanted(turn: Turn, device: Device) -> bool:
+    """Whether anybody else runs or loads there, or waits."""
+    used = any(replica.running or replica.state in STARTING for replica in device.replicas.values())
+    return used or any(model.waiting for model in turn.state.models.values())

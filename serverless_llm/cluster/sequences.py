@@ -79,8 +79,7 @@ def client_gone(turn: Turn, event: ClientGone) -> None:
     sequence = turn.state.sequences.get(event.sequence)
     if sequence is None:
         return
-    if sequence.replica is not None:
-        turn.emit(Cancel(sequence.replica.device, sequence.id, sequence.epoch))
+    _take_back(turn, sequence)
     end(turn, sequence)
 
 
@@ -198,9 +197,16 @@ def suspect(turn: Turn, sequence: Sequence) -> None:
 
 def recall(turn: Turn, sequence: Sequence) -> None:
     """Requeue a sequence whose worker lives: should it run there after all, it ends."""
-    assert sequence.replica is not None
-    turn.emit(Cancel(sequence.replica.device, sequence.id, sequence.epoch))
+    _take_back(turn, sequence)
     requeue(turn, sequence)
+
+
+def accuse(turn: Turn, sequence: Sequence) -> None:
+    """From its queue among those that are to be tried alone."""
+    model = turn.state.models[sequence.model]
+    model.waiting.remove(sequence)
+    move(SEQUENCE, sequence, "suspected", turn.now)
+    turn.state.suspects[sequence.id] = model.unready[sequence.id] = sequence
 
 
 def reject(
@@ -249,11 +255,12 @@ def refuse_oversized(turn: Turn, model: Model, sequence: Sequence) -> None:
 
 
 def end_trial(turn: Turn, device: Device, trial: tuple[str, int]) -> None:
-    """If `device` is given over to `trial`, it is open to all again."""
+    """If `device` is given over to `trial`, it is open to all again: for as long as that took, if they want it."""
     if device.trial != trial:
         return
-    device.trial = None
-    turn.disarm("trial", device.id)
+    took = turn.now - device.isolated_at
+    device.trial, device.court_at = None, turn.now + took
+    turn.arm("trial", device.id, took)
     turn.room = True
     for replica in device.replicas.values():
         turn.touch(replica.model)
@@ -261,6 +268,13 @@ def end_trial(turn: Turn, device: Device, trial: tuple[str, int]) -> None:
 
 def _order(sequence: Sequence) -> int:
     return sequence.order
+
+
+def _take_back(turn: Turn, sequence: Sequence) -> None:
+    """Off a worker that lives: it may be in a step with it until it says otherwise."""
+    if sequence.replica is not None:
+        turn.device(sequence.replica.device).recalled.add(sequence.id)
+        turn.emit(Cancel(sequence.replica.device, sequence.id, sequence.epoch))
 
 
 def _current(turn: Turn, sequence_id: SequenceId, epoch: int) -> Sequence | None:

@@ -132,7 +132,9 @@ class Device:
         planned: grants of the replicas that have a claim, those that leave not counted.
         actual: grants of the replicas that may hold memory now.
         trial: the sequence or the load ("sequence" | "load", id) that has it for itself.
-        court_at: when a trial may next wait for loads to end there; one did, for its full time.
+        isolated_at: when the latest trial began.
+        court_at: when the next one may, while others want the device.
+        recalled: sequences that were taken back from its worker, which may still be in a step with them.
         avoid_until: its worker refused to make room.
         shortfall: bytes of the budget that it turned out not to have, for a while.
     """
@@ -148,7 +150,9 @@ class Device:
     killing: bool = False
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict, repr=False)
     trial: tuple[str, int] | None = None
+    isolated_at: float = 0.0
     court_at: float = 0.0
+    recalled: set[SequenceId] = field(default_factory=set)
     avoid_until: float = 0.0
     shortfall: int = 0
     absent_since: float | None = None

@@ -71,6 +71,7 @@ REPLICA: Mapping[tuple[R, str], R] = {
 SEQUENCE: Mapping[tuple[S, str], S] = {
     (S.TOKENISING, "tokenised"): S.WAITING,
     (S.WAITING, "dispatch"): S.DISPATCHED,
+    (S.WAITING, "suspected"): S.SUSPECT,
     (S.SUSPECT, "dispatch"): S.DISPATCHED,
     (S.RESTING, "rested"): S.WAITING,
     (S.RESTING, "suspected"): S.SUSPECT,

@@ -150,6 +150,8 @@ class Worker:
         self._progress_empty = False  # it is reported, or its end is
 
     def _cancel(self, sequences: list[tuple[int, int]]) -> None:
+        """The next report confirms it: until then the machine thinks that a step may be under way with them."""
+        self._progress_empty = False
         for sequence, epoch in sequences or [(sequence, owner.epoch) for sequence, owner in self._owners.items()]:
             self._engine.cancel(sequence, epoch)
             owner = self._owners.get(sequence)

@@ -274,10 +274,13 @@ class World:
 
     def _speak(self, agent: Agent, number: int) -> None:
         worker = agent.workers[number]
+        self._report(agent, worker)
+        self.after(self.progress_s if worker.runs else 0.5, lambda: self._speak(agent, number))
+
+    def _report(self, agent: Agent, worker: Worker) -> None:
         if agent.up and worker.up:
             held = tuple((run.sequence, run.epoch, self.tokens(run), 1) for run in worker.runs.values())
             self.up_link(agent, e.Progress(worker.device, worker.incarnation, held))
-        self.after(self.progress_s if worker.runs else 0.5, lambda: self._speak(agent, number))
 
     # --- workers ---
 
@@ -468,6 +471,7 @@ class World:
             run = worker.runs.get(command.sequence)
             if run is not None and run.epoch <= command.epoch:
                 self.stop(worker, run)
+            self._report(agent, worker)
 
         self.down_link(command.device, command, arrive)
 
