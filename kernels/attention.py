@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from serverless_llm.domain import BLOCK_TOKENS
+from serverless_llm.kernels.activation import soft_cap
 
 CHUNK_BLOCKS = 4
 CHUNK = BLOCK_TOKENS * CHUNK_BLOCKS  # keys that are reduced together
 TILE_ROWS = 16  # rows of a product, at most, where a KV head has no more heads than that
+CAPPED_QUERIES = 256  # query tokens whose scores `gathered_attention` holds at a time where it caps them
 
 
 def tile_tokens(heads: int, kv_heads: int) -> int:
@@ -44,7 +46,8 @@ class TileGroup(NamedTuple):
     """Sequences whose KV is gathered together: N with one tile each, or one with many tiles.
 
     Attributes:
-        rows: int64 [N * C * CHUNK_BLOCKS], rows of layer 0 in the arena; a short table repeats its first block.
+        rows: int64 [N * C * CHUNK_BLOCKS], rows of layer 0 in the arena, from the first chunk that any of a sequence's
+            tokens sees; a short table repeats its first block.
     """
 
     rows: torch.Tensor
@@ -52,28 +55,54 @@ class TileGroup(NamedTuple):
     tiles: list[Tile]
 
 
-def hidden_keys(position_NP: torch.Tensor, chunks: int, group: int) -> torch.Tensor:  # noqa: N803
-    """The `hidden` of a tile whose query tokens have these positions; `group` = A / G."""
-    key_CK = torch.arange(chunks * CHUNK, device=position_NP.device).view(chunks, CHUNK)  # noqa: N806
-    query_NR = position_NP.repeat_interleave(group, dim=1)  # noqa: N806
-    return key_CK[None, :, None, None, :] > query_NR[:, None, None, :, None]
+class Scores(NamedTuple):
+    """How scores come from products of query and key: times `scale`, then softly capped unless `cap` is 0."""
+
+    scale: float
+    cap: float = 0.0
 
 
-def tiled_attention(q_TAD: torch.Tensor, kv: torch.Tensor, layer: int, groups: list[TileGroup]) -> torch.Tensor:  # noqa: N803
+def hidden_keys(
+    position_NP: torch.Tensor,  # noqa: N803
+    chunks: int,
+    group: int,
+    window: int = 0,
+    first_N: torch.Tensor | None = None,  # noqa: N803
+) -> torch.Tensor:
+    """The `hidden` of a tile whose query tokens have these positions; `group` = A / G.
+
+    `window`: tokens that a token sees, itself included, 0 for all; `first_N`: int64 [N], number of the first chunk of
+    each sequence that is gathered, None where it is 0.
+    """
+    key = torch.arange(chunks * CHUNK, device=position_NP.device).view(1, chunks, 1, 1, CHUNK)
+    if first_N is not None:
+        key = key + first_N.view(-1, 1, 1, 1, 1) * CHUNK
+    query = position_NP.repeat_interleave(group, dim=1)[:, None, None, :, None]
+    hidden = key > query
+    return hidden.logical_or_(key <= query - window) if window else hidden
+
+
+def tiled_attention(
+    q_TAD: torch.Tensor,  # noqa: N803
+    kv: torch.Tensor,
+    layer: int,
+    groups: list[TileGroup],
+    how: Scores,
+) -> torch.Tensor:
     """Attention of each query token over its sequence's keys up to itself; float32 [T, A * D].
 
     Every product has R rows and CHUNK keys, scores of hidden keys become exact zeros, and chunks are summed one after
-    the other: a token's result depends neither on other sequences, nor on how its sequence was cut into steps. Stale
-    numbers behind hidden keys must be finite.
+    the other: a token's result depends neither on other sequences, nor on how its sequence was cut into steps, nor on
+    whether chunks that it does not see are there at all. Stale numbers behind hidden keys must be finite.
     """
     tokens, heads, size = q_TAD.shape
     out = q_TAD.new_zeros(tokens, heads * size)
-    scaled = q_TAD * size**-0.5
+    scaled = q_TAD * how.scale
     for group in groups:
         keys, values = _gather(kv, layer, group)
         for tile in group.tiles:
             q = scaled.index_select(0, tile.tokens).view(group.sequences, -1, heads, size)
-            out.index_copy_(0, tile.tokens, _attend(q, keys, values, tile))
+            out.index_copy_(0, tile.tokens, _attend(q, keys, values, tile, how.cap))
     return out
 
 
@@ -85,7 +114,7 @@ def _gather(kv: torch.Tensor, layer: int, group: TileGroup) -> tuple[torch.Tenso
     return both[0], both[1]
 
 
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: Tile) -> torch.Tensor:
+def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: Tile, cap: float) -> torch.Tensor:
     """`q`: [N, P, A, D], scaled. Returns [N * P, A * D]."""
     count, tokens, heads, size = q.shape
     kv_heads, group = keys.shape[1], heads // keys.shape[1]
@@ -95,6 +124,8 @@ def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: Til
     products = q.shape[0]
     keys, values = keys.view(-1, CHUNK, size)[:products], values.view(-1, CHUNK, size)[:products]
     scores = torch.bmm(q, keys.transpose(1, 2)).view(*shape, CHUNK)
+    if cap:
+        scores = soft_cap(scores, cap)
     scores.masked_fill_(tile.hidden, -torch.inf)
     scores.sub_(scores.amax(dim=-1, keepdim=True).amax(dim=1, keepdim=True)).exp_()
     total = _in_order(scores.sum(dim=-1))
@@ -116,8 +147,8 @@ class Span(NamedTuple):
 
     Attributes:
         start, stop: its query tokens in the step.
-        rows: int64 [blocks], rows of layer 0 in the arena.
-        keys: tokens it may see.
+        rows: int64 [blocks], rows of layer 0 in the arena, of the blocks that any of them sees.
+        keys: tokens in these blocks that were run.
         visible: bool [stop - start, keys], None where its one query token sees all.
     """
 
@@ -128,7 +159,13 @@ class Span(NamedTuple):
     visible: torch.Tensor | None
 
 
-def gathered_attention(q_TAD: torch.Tensor, kv: torch.Tensor, layer: int, spans: list[Span]) -> torch.Tensor:  # noqa: N803
+def gathered_attention(
+    q_TAD: torch.Tensor,  # noqa: N803
+    kv: torch.Tensor,
+    layer: int,
+    spans: list[Span],
+    how: Scores,
+) -> torch.Tensor:
     """The same by torch's own kernel, sequence by sequence, any dtype and device; [T, A * D]."""
     tokens, heads, size = q_TAD.shape
     out = q_TAD.new_zeros(tokens, heads, size)
@@ -138,6 +175,27 @@ def gathered_attention(q_TAD: torch.Tensor, kv: torch.Tensor, layer: int, spans:
             blocks[:, part].reshape(-1, *kv.shape[3:])[: span.keys].transpose(0, 1)[None] for part in (0, 1)
         )
         q = q_TAD[span.start : span.stop].transpose(0, 1)[None]
-        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=span.visible, enable_gqa=True)
+        if how.cap:
+            mixed = _capped(q, keys, values, span.visible, how)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=span.visible, scale=how.scale, enable_gqa=True
+            )
         out[span.start : span.stop] = mixed[0].transpose(0, 1)
     return out.view(tokens, heads * size)
+
+
+def _capped(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, how: Scores
+) -> torch.Tensor:
+    """`q`: [1, A, n, D]; torch's kernel has no cap. Scores are float32, of some query tokens at a time."""
+    _, heads, count, size = q.shape
+    q = q.view(keys.shape[1], -1, count, size)
+    parts = []
+    for first in range(0, count, CAPPED_QUERIES):
+        part = slice(first, first + CAPPED_QUERIES)
+        scores = soft_cap(torch.matmul(q[:, :, part], keys[0][:, None].transpose(-1, -2)).float() * how.scale, how.cap)
+        if visible is not None:
+            scores.masked_fill_(~visible[part], -torch.inf)
+        parts.append(torch.matmul(scores.softmax(dim=-1).to(values.dtype), values[0][:, None]))
+    return torch.cat(parts, dim=2).view(1, heads, count, size)

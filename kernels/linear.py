@@ -54,12 +54,3 @@ def wide_agrees(weight_t: torch.Tensor) -> bool:
         tiles = torch.cat([torch.mm(rows, weight_t) for rows in torch.chunk(x, WIDE // TILE)])
         _wide_agrees[shape] = torch.equal(torch.mm(x, weight_t), tiles)
     return _wide_agrees[shape]
-
-
-def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up; overwrites gate.
-
-    Not torch's own silu: its vectorised body and its scalar tail round differently, so that an element's bits would
-    depend on its place in the batch. exp, sum and quotient do not have that fault.
-    """
-    return gate.div_(torch.exp(-gate).add_(1)).mul_(up)

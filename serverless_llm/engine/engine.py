@@ -254,6 +254,8 @@ class Engine:
             self._end(sequence, [], FinishReason.ERROR, result)
             return
         sequence.append(token)
+        if len(sequence.tokens) == self._models[sequence.replica].config.rope_switch + 1:
+            self._scheduler.preempt(sequence)  # all its keys are to be turned anew
         if not sequence.emitted and sequence.started is not None:
             result.first.append(FirstToken(sequence.sequence, sequence.epoch, now - sequence.started))
             sequence.emitted = True

@@ -1,4 +1,4 @@
-"""Llama and Qwen3: one step's tokens in, logits out. The weights are views, bound by name.
+"""A decoder: one step's tokens in, logits out. The weights are views, bound by name.
 
 Shape letters: T rows of the step (tokens, padded to whole tiles in deterministic mode), H hidden, A heads, G KV heads,
 D head size, V vocabulary.
@@ -6,56 +6,43 @@ D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from serverless_llm.domain import BLOCK_TOKENS
+from serverless_llm.engine.architectures.description import QueryNorm
 from serverless_llm.engine.arena import Arena
-from serverless_llm.engine.config import EMBEDDING, HEAD, ModelConfig
-from serverless_llm.kernels.linear import silu_gate, tiled_linear
-from serverless_llm.kernels.norm import rms_norm
-from serverless_llm.kernels.rope import frequencies, rotate, table
+from serverless_llm.engine.config import ModelConfig
+from serverless_llm.engine.layers import Layer, Mlp, Projection, Tensors, activation, bind_layer, bind_norm
+from serverless_llm.engine.rotary import Rotary
+from serverless_llm.kernels.activation import soft_cap
+from serverless_llm.kernels.attention import Scores
+from serverless_llm.kernels.experts import mix, route
+from serverless_llm.kernels.linear import padded, tiled_linear
+from serverless_llm.kernels.rope import rotate, rotate_part
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ROPE_CHUNK = 1024  # positions by which the tables grow: a fixed shape, so that a position's bits never change
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 Attention = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-
-class Projection(NamedTuple):
-    """`weight`: [in, out], the transposed view of what is stored."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-class Layer(NamedTuple):
-    """`qkv` and `gate_up` are one fused projection each, or one for each part."""
-
-    input_norm: torch.Tensor
-    qkv: list[Projection]
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    output: Projection
-    post_norm: torch.Tensor
-    gate_up: list[Projection]
-    down: Projection
+Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class StepInput(NamedTuple):
     """One batch on the device.
 
     Attributes:
-        ids, position: int64 [T].
+        ids: int64 [T].
+        position: int64 [T], rows in the model's table of positions.
         length: one past the highest position.
         tokens: rows of T that are tokens, the others are padding.
         slots: int64 [tokens], where each token's K of layer 0 goes, in rows of one token in the arena.
         drawn: int64, the rows whose logits are wanted, padded like T.
-        attend: (q [T, A, D], arena as `kernels.attention` sees it, layer) -> [T, A * D].
+        attend: for each of the model's windows: (q [T, A, D], arena as `kernels.attention` sees it, layer) ->
+            [T, A * D].
     """
 
     ids: torch.Tensor
@@ -64,7 +51,7 @@ class StepInput(NamedTuple):
     tokens: int
     slots: torch.Tensor
     drawn: torch.Tensor
-    attend: Attention
+    attend: list[Attention]
 
 
 def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -72,70 +59,111 @@ def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
-def plain_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate).mul_(up)
-
-
 class Model:
     """One model bound to its weights and to the arena where its KV lies.
 
     Args:
         tensors: every tensor of the config, in the served dtype, on the arena's device.
-        fused: QKV and gate-up rows are adjacent in one storage, and are multiplied at once.
+        fused: rows of QKV and of gate-up are adjacent in one storage, and are multiplied at once.
         tiled: deterministic mode.
+
+    Attributes:
+        windows: those that its layers have, each once.
+        scores: how attention scores are made.
     """
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], arena: Arena, fused: bool, tiled: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Tensors, arena: Arena, fused: bool, tiled: bool) -> None:
+        names = config.names
         self.config = config
         self.tiled = tiled
+        self.windows = list(dict.fromkeys(config.windows))
+        self.scores = Scores(config.score_scale, config.score_cap)
         self._linear: Linear = tiled_linear if tiled else plain_linear
-        self._gate = silu_gate if tiled else plain_gate
-        self._embedding = tensors[EMBEDDING]
-        self._head = Projection(tensors[EMBEDDING if config.tied else HEAD].t(), None)
-        self._norm = tensors["model.norm.weight"]
-        self._layers = [_bind(config, tensors, f"model.layers.{n}.", fused) for n in range(config.layers)]
+        self._activate = activation(config, tiled)
+        self._embedding = tensors[f"{names.embedding}.weight"]
+        self._positions = tensors[f"{names.positions}.weight"] if names.positions else None
+        self._inward, self._outward = (
+            Projection(tensors[f"{name}.weight"].t(), None) if name else None for name in (names.inward, names.outward)
+        )
+        self._head = Projection(tensors[f"{names.embedding if config.tied else names.head}.weight"].t(), None)
+        self._norm = bind_norm(config, tensors, names.last_norm) if names.last_norm else None
+        self._layers = [bind_layer(config, tensors, number, self.windows, fused) for number in range(config.layers)]
+        self._whole = config.query_norm is QueryNorm.WHOLE
         dtype, width = DTYPES[config.dtype], config.kv_heads * config.head_dim
+        # The reference rounds the scale to the served dtype.
+        self._scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self._kv = arena.rows(dtype, 2, BLOCK_TOKENS, config.kv_heads, config.head_dim)
         self._kv_tokens = self._kv.view(-1, width)
-        rope = config.rope
-        self._frequency = frequencies(
-            rope.theta, config.head_dim, rope.kind, rope.factor, rope.low_freq_factor, rope.high_freq_factor,
-            rope.original_context,
-        )  # fmt: skip
-        empty = self._kv.new_empty(0, config.head_dim)
-        self._cosine, self._sine = empty, empty
+        self._rotaries = [Rotary(rope, self._kv) for rope in (config.rope, config.local_rope) if rope]
+        self._rotate = rotate if config.rope and config.rope.dim == config.head_dim else rotate_part
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> torch.Tensor:
         """Runs all layers over the step's tokens and writes their KV; float32 logits [rows of `drawn`, V]."""
-        config = self.config
-        cosine, sine = self._angles(step.position, step.length)
-        x = self._embedding.index_select(0, step.ids)
+        angles = [rotary.angles(step.position, step.length) for rotary in self._rotaries]
+        x = self._embed(step)
         for number, layer in enumerate(self._layers):
-            q, k, v = self._qkv(rms_norm(x, layer.input_norm, config.rms_eps), layer)
-            q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+            said = x if layer.before_attention is None else layer.before_attention(x)
+            q, k, v = self._qkv(said, layer)
+            if angles:
+                cosine, sine = angles[layer.local]
+                q, k = self._rotate(q, cosine, sine), self._rotate(k, cosine, sine)
             self._store(k, v, step, number)
-            x = self._linear(step.attend(q, self._kv, number), *layer.output).add_(x)
-            x = self._mlp(rms_norm(x, layer.post_norm, config.rms_eps), layer).add_(x)
+            said = self._linear(step.attend[layer.view](q, self._kv, number), *layer.output)
+            x = (said if layer.after_attention is None else layer.after_attention(said)).add_(x)
+            x = x if layer.above_attention is None else layer.above_attention(x)
+            said = x if layer.before_mlp is None else layer.before_mlp(x)
+            said = self._mlp(said, layer.mlps[0]) if layer.router is None else self._mixture(said, layer, step.tokens)
+            x = (said if layer.after_mlp is None else layer.after_mlp(said)).add_(x)
+            x = x if layer.above_mlp is None else layer.above_mlp(x)
         if not step.drawn.numel():
-            return x.new_empty(0, config.vocab, dtype=torch.float32)
-        last = rms_norm(x.index_select(0, step.drawn), self._norm, config.rms_eps)
-        return self._linear(last, *self._head).float()
+            return x.new_empty(0, self.config.vocab, dtype=torch.float32)
+        return self._logits(x.index_select(0, step.drawn))
+
+    def _embed(self, step: StepInput) -> torch.Tensor:
+        x = self._embedding.index_select(0, step.ids)
+        if self._scale != 1:
+            x.mul_(self._scale)
+        if self._inward is not None:
+            x = self._linear(x, *self._inward)
+        if self._positions is not None:
+            x.add_(self._positions.index_select(0, step.position + self.config.position_offset))
+        return x
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        if self._norm is not None:
+            x = self._norm(x)
+        if self._outward is not None:
+            x = self._linear(x, *self._outward)
+        logits = self._linear(x, *self._head).float()
+        return soft_cap(logits, self.config.logit_cap) if self.config.logit_cap else logits
 
     def _qkv(self, x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config = self.config
         heads = (config.heads, config.kv_heads, config.kv_heads)
-        parts = self._project(x, layer.qkv, [count * config.head_dim for count in heads])
-        q, k, v = (part.reshape(-1, count, config.head_dim) for part, count in zip(parts, heads, strict=True))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            return rms_norm(q, layer.q_norm, config.rms_eps), rms_norm(k, layer.k_norm, config.rms_eps), v
+        q, k, v = self._project(x, layer.qkv, [count * config.head_dim for count in heads])
+        if self._whole and layer.query_norm is not None and layer.key_norm is not None:
+            q, k = layer.query_norm(q), layer.key_norm(k)
+        q, k, v = (part.reshape(-1, count, config.head_dim) for part, count in zip((q, k, v), heads, strict=True))
+        if not self._whole and layer.query_norm is not None and layer.key_norm is not None:
+            q, k = layer.query_norm(q), layer.key_norm(k)
         return q, k, v
 
-    def _mlp(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        gate, up = self._project(x, layer.gate_up, [self.config.intermediate] * 2)
-        return self._linear(self._gate(gate, up), *layer.down)
+    def _mlp(self, x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
+        return self._linear(self._activate(*self._project(x, mlp.up, mlp.widths)), *mlp.down)
+
+    def _mixture(self, x: torch.Tensor, layer: Layer, tokens: int) -> torch.Tensor:
+        """The layer's experts, for the rows that are tokens."""
+        assert self.config.experts and layer.router
+        each, normalised = self.config.experts.each, self.config.experts.normalised
+        routes = route(self._linear(x, *layer.router)[:tokens], each, normalised)
+        return mix(x, routes, len(layer.mlps), partial(self._expert, layer.mlps))
+
+    def _expert(self, mlps: list[Mlp], number: int, x: torch.Tensor) -> torch.Tensor:
+        rows = len(x)
+        if self.tiled and rows % padded(1):
+            x = torch.cat((x, x.new_zeros(padded(rows) - rows, x.shape[1])))
+        return self._mlp(x, mlps[number])[:rows]
 
     def _project(self, x: torch.Tensor, projections: list[Projection], widths: list[int]) -> list[torch.Tensor]:
         outs = [self._linear(x, *projection) for projection in projections]
@@ -146,38 +174,3 @@ class Model:
         slots = step.slots + 2 * BLOCK_TOKENS * layer
         self._kv_tokens.index_copy_(0, slots, k[: step.tokens].reshape(-1, width))
         self._kv_tokens.index_copy_(0, slots + BLOCK_TOKENS, v[: step.tokens].reshape(-1, width))
-
-    def _angles(self, position: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and signed sine, [T, 1, D]."""
-        while self._cosine.shape[0] < length:
-            cosine, sine = table(self._frequency, self._cosine.shape[0], ROPE_CHUNK)
-            self._cosine = torch.cat((self._cosine, cosine.to(self._cosine)))
-            self._sine = torch.cat((self._sine, sine.to(self._sine)))
-        return self._cosine.index_select(0, position)[:, None], self._sine.index_select(0, position)[:, None]
-
-
-def _bind(config: ModelConfig, tensors: Mapping[str, torch.Tensor], prefix: str, fused: bool) -> Layer:
-    def projections(*names: str) -> list[Projection]:
-        weights = [tensors[f"{prefix}{name}.weight"] for name in names]
-        biases = [tensors[f"{prefix}{name}.bias"] for name in names if f"{prefix}{name}.bias" in tensors]
-        if fused:
-            weights, biases = [_adjacent(weights)], [_adjacent(biases)] if biases else []
-        return [Projection(weight.t(), biases[n] if biases else None) for n, weight in enumerate(weights)]
-
-    norm = f"{prefix}self_attn.%s_norm.weight"
-    return Layer(
-        input_norm=tensors[f"{prefix}input_layernorm.weight"],
-        qkv=projections("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        q_norm=tensors[norm % "q"] if config.qk_norm else None,
-        k_norm=tensors[norm % "k"] if config.qk_norm else None,
-        output=projections("self_attn.o_proj")[0],
-        post_norm=tensors[f"{prefix}post_attention_layernorm.weight"],
-        gate_up=projections("mlp.gate_proj", "mlp.up_proj"),
-        down=projections("mlp.down_proj")[0],
-    )
-
-
-def _adjacent(parts: list[torch.Tensor]) -> torch.Tensor:
-    """One view over tensors whose rows follow each other in the arena."""
-    rows = sum(part.shape[0] for part in parts)
-    return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())

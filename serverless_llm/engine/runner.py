@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from serverless_llm.domain import BLOCK_TOKENS
-from serverless_llm.engine.model import Model, StepInput
+from serverless_llm.engine.model import Attention, Model, StepInput
 from serverless_llm.engine.scheduler import Chunk
 from serverless_llm.kernels.attention import (
     CHUNK,
@@ -33,21 +33,26 @@ GROUP_BYTES = 32 << 20  # of gathered KV at a time, about
 
 
 class _Query(NamedTuple):
-    """One sequence's part of a step: `tokens` tokens from `start` in the step, from position `first`."""
+    """One sequence's part of a step: `tokens` tokens from `start` in the step, from position `first`.
+
+    Attributes:
+        rows: of its blocks, layer 0.
+        hidden: chunks before the first that any of these tokens sees.
+        chunks: that they see.
+    """
 
     start: int
     first: int
     tokens: int
     rows: Integers
-
-    @property
-    def chunks(self) -> int:
-        return -(-(self.first + self.tokens) // CHUNK)
+    hidden: int
+    chunks: int
 
     def table(self, chunks: int) -> Integers:
         """Block rows of so many chunks; what lies beyond the sequence repeats its first block."""
-        held = self.rows[: chunks * CHUNK_BLOCKS]
-        return np.concatenate([held, np.full(chunks * CHUNK_BLOCKS - len(held), self.rows[0])])
+        begin = self.hidden * CHUNK_BLOCKS
+        held = self.rows[begin : begin + chunks * CHUNK_BLOCKS]
+        return np.concatenate([held, np.full(chunks * CHUNK_BLOCKS - len(held), held[0])])
 
 
 def run(model: Model, chunks: list[Chunk], device: torch.device) -> torch.Tensor:
@@ -71,23 +76,39 @@ def _step(model: Model, chunks: list[Chunk], ends: list[int], device: torch.devi
     )
     drawn = starts[1:][ends] - 1
     total = len(ids)
-    if model.tiled:
-        groups = _groups(model, chunks, rows, starts, device)
-        attend = partial(tiled_attention, groups=groups)
-    else:
-        spans = [_span(chunk, row, int(start), device) for chunk, row, start in zip(chunks, rows, starts, strict=False)]
-        attend = partial(gathered_attention, spans=spans)
     size = padded(total) if model.tiled else total
     drawn_size = padded(len(ends)) if model.tiled else len(ends)
     return StepInput(
         ids=_move(_pad(np.array(ids, dtype=np.int64), size), device),
-        position=_move(_pad(position, size), device),
+        position=_move(_pad(_table_rows(model, chunks, position), size), device),
         length=int(position.max()) + 1,
         tokens=total,
         slots=_move(slots, device),
         drawn=_move(_pad(drawn, drawn_size), device),
-        attend=attend,
+        attend=[_attention(model, window, chunks, rows, starts, device) for window in model.windows],
     )
+
+
+def _table_rows(model: Model, chunks: list[Chunk], position: Integers) -> Integers:
+    """Where in the model's table of positions each token's is, see `kernels.rope.table`."""
+    switch = model.config.rope_switch
+    if not switch:
+        return position
+    late = [len(sequence.tokens) > switch for sequence, _ in chunks]
+    return 2 * position + np.repeat(np.array(late, dtype=np.int64), [n for _, n in chunks])
+
+
+def _attention(
+    model: Model, window: int, chunks: list[Chunk], rows: list[Integers], starts: Integers, device: torch.device
+) -> Attention:
+    """What layers with this window do."""
+    if model.tiled:
+        groups = _groups(model, window, chunks, rows, starts, device)
+        return partial(tiled_attention, groups=groups, how=model.scores)
+    spans = [
+        _span(chunk, window, row, int(start), device) for chunk, row, start in zip(chunks, rows, starts, strict=False)
+    ]
+    return partial(gathered_attention, spans=spans, how=model.scores)
 
 
 def _pad(values: Integers, size: int) -> Integers:
@@ -98,29 +119,43 @@ def _move(values: Integers, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(values).to(device)
 
 
-def _span(chunk: Chunk, rows: Integers, start: int, device: torch.device) -> Span:
-    first, keys = chunk.sequence.cached, chunk.sequence.cached + chunk.tokens
+def _unseen(position: int, window: int) -> int:
+    """Keys before the first that a token at this position sees."""
+    return max(0, position - window + 1) if window else 0
+
+
+def _span(chunk: Chunk, window: int, rows: Integers, start: int, device: torch.device) -> Span:
+    first, end = chunk.sequence.cached, chunk.sequence.cached + chunk.tokens
+    block = _unseen(first, window) // BLOCK_TOKENS
+    base = block * BLOCK_TOKENS
     visible = None
-    if chunk.tokens > 1:
-        query = torch.arange(first, keys, device=device)
-        visible = torch.arange(keys, device=device)[None, :] <= query[:, None]
-    return Span(start, start + chunk.tokens, _move(rows[: -(-keys // BLOCK_TOKENS)], device), keys, visible)
+    if chunk.tokens > 1 or _unseen(first, window) > base:
+        query = torch.arange(first, end, device=device)[:, None]
+        key = torch.arange(base, end, device=device)[None, :]
+        visible = (key <= query) & (key > query - window) if window else key <= query
+    held = _move(rows[block : -(-end // BLOCK_TOKENS)], device)
+    return Span(start, start + chunk.tokens, held, end - base, visible)
 
 
 def _groups(
-    model: Model, chunks: list[Chunk], rows: list[Integers], starts: Integers, device: torch.device
+    model: Model, window: int, chunks: list[Chunk], rows: list[Integers], starts: Integers, device: torch.device
 ) -> list[TileGroup]:
     """Short chunks share groups, sorted by length so that little is padded; a long one is a group of its own."""
     heads, kv_heads = model.config.heads, model.config.kv_heads
     width = tile_tokens(heads, kv_heads)
     sequences = [
-        _Query(int(start), sequence.cached, n, row)
-        for (sequence, n), row, start in zip(chunks, rows, starts, strict=False)
+        _query(chunk, window, row, int(start)) for chunk, row, start in zip(chunks, rows, starts, strict=False)
     ]
     short = sorted((query for query in sequences if query.tokens <= width), key=lambda query: query.chunks)
     most = max(1, GROUP_BYTES // (CHUNK_BLOCKS * model.config.kv_layer_bytes))
     grouped = _pack(short, most) + [[query] for query in sequences if query.tokens > width]
-    return [_tile_group(group, width, heads // kv_heads, device) for group in grouped]
+    return [_tile_group(group, window, width, heads // kv_heads, device) for group in grouped]
+
+
+def _query(chunk: Chunk, window: int, rows: Integers, start: int) -> _Query:
+    first = chunk.sequence.cached
+    hidden = _unseen(first, window) // CHUNK
+    return _Query(start, first, chunk.tokens, rows, hidden, -(-(first + chunk.tokens) // CHUNK) - hidden)
 
 
 def _pack(queries: list[_Query], most: int) -> list[list[_Query]]:
@@ -135,21 +170,23 @@ def _pack(queries: list[_Query], most: int) -> list[list[_Query]]:
     return groups
 
 
-def _tile_group(queries: list[_Query], width: int, group: int, device: torch.device) -> TileGroup:
+def _tile_group(queries: list[_Query], window: int, width: int, group: int, device: torch.device) -> TileGroup:
     chunks = max(query.chunks for query in queries)
     table = np.concatenate([query.table(chunks) for query in queries])
     longest = max(query.tokens for query in queries)
+    hidden = np.array([query.hidden for query in queries])
+    before = _move(hidden, device) if hidden.any() else None
     tiles = []
     for begin in range(0, longest, width):
         # A tile that is not full repeats its last token: the same row twice in a product gives the same bits twice.
         steps = np.stack([np.minimum(np.arange(begin, begin + width), query.tokens - 1) for query in queries])
         position = steps + np.array([[query.first] for query in queries])
-        seen = int(position.max()) // CHUNK + 1
+        seen = int((position // CHUNK - hidden[:, None]).max()) + 1
         tiles.append(
             Tile(
                 tokens=_move((steps + np.array([[query.start] for query in queries])).ravel(), device),
                 chunks=seen,
-                hidden=hidden_keys(_move(position, device), seen, group),
+                hidden=hidden_keys(_move(position, device), seen, group, window, before),
             )
         )
     return TileGroup(_move(table, device), len(queries), tiles)

@@ -38,7 +38,7 @@ def test_greedy_tokens_are_the_oracles(name: str, dtype: str, tolerance: float) 
     model = oracle(VARIANTS[name], tensors)
     for number, tokens in prompts.items():
         assert told[number][1] is FinishReason.LENGTH
-        assert_near_oracle(model, tokens, told[number][0], tolerance)
+        assert_near_oracle(model, tokens, told[number][0], tolerance, config.rope_switch)
 
 
 def test_conversion_on_the_way_to_the_device() -> None:

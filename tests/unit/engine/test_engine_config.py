@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from serverless_llm.engine.config import ALIGNMENT, ModelConfig, Rope
+from serverless_llm.engine.config import ALIGNMENT, ModelConfig
 from serverless_llm.errors import CheckpointError
+from serverless_llm.kernels.rope_kinds import Rope
 from tests.unit.engine.tiny import LLAMA3_ROPE, VARIANTS, config_json, entries_of, tensors_of
 
 
@@ -22,7 +23,7 @@ def test_no_torch() -> None:
     ("keys", "named"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "architectures"),
-        ({"architectures": None}, "architectures"),
+        ({"architectures": None, "model_type": None}, "architectures"),
         ({"architectures": ["LlamaForCausalLM", "Qwen3ForCausalLM"]}, "architectures"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
@@ -30,7 +31,7 @@ def test_no_torch() -> None:
         ({"sliding_window": 128}, "sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": 5}, "layer_types"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor"),
@@ -78,20 +79,20 @@ def test_harmless_keys(keys: dict[str, Any]) -> None:
 
 
 def test_qwen3_does_not_use_the_window_that_it_names() -> None:
-    assert ModelConfig.parse(config_json("Qwen3ForCausalLM", sliding_window=64)).qk_norm
+    assert ModelConfig.parse(config_json("Qwen3ForCausalLM", sliding_window=64)).windows == (0, 0)
 
 
 @pytest.mark.parametrize(
     ("keys", "rope"),
     [
-        ({}, Rope(10000.0)),
-        ({"rope_theta": 5e5}, Rope(5e5)),
-        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, Rope(1e6)),
-        ({"rope_scaling": {"type": "linear", "factor": 4}}, Rope(10000.0, "linear", 4.0)),
-        ({"rope_scaling": LLAMA3_ROPE}, Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 64)),
+        ({}, Rope(10000.0, 16)),
+        ({"rope_theta": 5e5}, Rope(5e5, 16)),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, Rope(1e6, 16)),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, Rope(10000.0, 16, "linear", 4.0)),
+        ({"rope_scaling": LLAMA3_ROPE}, Rope(10000.0, 16, "llama3", 8.0, 64, 1.0, 4.0)),
         (
             {"rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if not k.startswith("original")}},
-            Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 512),
+            Rope(10000.0, 16, "llama3", 8.0, 512, 1.0, 4.0),
         ),
     ],
 )
@@ -118,7 +119,7 @@ def test_defaults_of_absent_keys() -> None:
     for key in ("head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act"):
         del raw[key]
     config = ModelConfig.parse(raw)
-    assert (config.head_dim, config.kv_heads, config.rms_eps, config.rope.theta) == (16, 4, 1e-6, 10000.0)
+    assert (config.head_dim, config.kv_heads, config.eps, config.rope) == (16, 4, 1e-6, Rope(10000.0, 16))
 
 
 def test_footprint() -> None:
@@ -136,7 +137,7 @@ def test_buffers_hold_every_tensor_once(name: str) -> None:
     assert sorted(held) == sorted(config.tensors())
     fused = [buffer.tensors for buffer in config.buffers() if len(buffer.tensors) == 3]
     assert all(["q_proj" in q and "k_proj" in k and "v_proj" in v for q, k, v in fused])
-    assert len(fused) == config.layers * (2 if config.attention_bias else 1)
+    assert len(fused) == (0 if name.startswith("phi3") else config.layers * (2 if config.qkv_bias else 1))
 
 
 def test_a_checkpoint_that_is_not_what_its_config_says() -> None:
@@ -158,8 +159,10 @@ def test_a_checkpoint_that_is_not_what_its_config_says() -> None:
 
 
 def test_more_layers_than_tensors_are_refused_before_anything_is_built_for_them() -> None:
-    config = ModelConfig.parse(config_json(num_hidden_layers=2**31 - 1))
-    with pytest.raises(CheckpointError, match="num_hidden_layers 2147483647, but 1 tensors"):
+    with pytest.raises(CheckpointError, match="num_hidden_layers must be an integer from 1 to 9999"):
+        ModelConfig.parse(config_json(num_hidden_layers=2**31 - 1))
+    config = ModelConfig.parse(config_json(num_hidden_layers=9999))
+    with pytest.raises(CheckpointError, match="num_hidden_layers 9999, but 1 tensors"):
         config.weight_bytes({"lm_head.weight": ("F32", (160, 64))})
 
 

@@ -11,9 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serverless_llm.domain import BLOCK_TOKENS
+from serverless_llm.kernels import attention
+from serverless_llm.kernels.activation import (
+    gelu_tanh_gate,
+    plain_gelu_tanh_gate,
+    plain_silu_gate,
+    relu_gate,
+    silu_gate,
+    soft_cap,
+)
 from serverless_llm.kernels.attention import (
     CHUNK,
     CHUNK_BLOCKS,
+    Scores,
     Span,
     Tile,
     TileGroup,
@@ -22,9 +32,11 @@ from serverless_llm.kernels.attention import (
     tile_tokens,
     tiled_attention,
 )
-from serverless_llm.kernels.linear import TILE, WIDE, padded, silu_gate, tiled_linear, wide_agrees
-from serverless_llm.kernels.norm import rms_norm
-from serverless_llm.kernels.rope import frequencies, rotate, table
+from serverless_llm.kernels.experts import mix, route
+from serverless_llm.kernels.linear import TILE, WIDE, padded, tiled_linear, wide_agrees
+from serverless_llm.kernels.norm import layer_norm, rms_norm, wide_rms_norm
+from serverless_llm.kernels.rope import frequencies, rotate, rotate_part, table
+from serverless_llm.kernels.rope_kinds import Rope
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,14 +88,29 @@ def test_wide_products_are_used_only_where_they_agree() -> None:
 def test_elementwise_rows_are_their_own(rows: int, width: int, data: st.DataObject) -> None:
     x, y = random(rows, width) * 4, random(rows, width, seed=1)
     first = data.draw(st.integers(0, rows - 1))
-    expected = silu_gate(x.clone(), y)[first:]
-    assert torch.equal(silu_gate(x[first:].clone(), y[first:]), expected)
-    assert torch.equal(rms_norm(x[first:], y[0], 1e-6), rms_norm(x, y[0], 1e-6)[first:])
+    for gate in (silu_gate, gelu_tanh_gate, relu_gate):
+        assert torch.equal(gate(x[first:].clone(), y[first:]), gate(x.clone(), y)[first:])
+    assert torch.equal(soft_cap(x[first:].clone(), 3.0), soft_cap(x.clone(), 3.0)[first:])
+    for norm in (rms_norm, wide_rms_norm):
+        assert torch.equal(norm(x[first:], y[0], 1e-6), norm(x, y[0], 1e-6)[first:])
+    assert torch.equal(layer_norm(x[first:], y[0], y[-1], 1e-5), layer_norm(x, y[0], y[-1], 1e-5)[first:])
+    routes, rest = route(x, min(3, width), True), route(x[first:], min(3, width), True)
+    assert torch.equal(routes.expert[first:], rest.expert)
+    assert torch.equal(routes.weight[first:], rest.weight)
 
 
-def test_silu_gate() -> None:
-    gate, up = torch.tensor([-200.0, -5.0, 0.0, 3.0, 200.0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    torch.testing.assert_close(silu_gate(gate.clone(), up), F.silu(gate) * up)
+def test_gates() -> None:
+    gate, up = torch.tensor([-200.0, -5.0, -0.1, 0.0, 3.0, 200.0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    for silu in (silu_gate, plain_silu_gate):
+        torch.testing.assert_close(silu(gate.clone(), up), F.silu(gate) * up)
+    for gelu in (gelu_tanh_gate, plain_gelu_tanh_gate):
+        torch.testing.assert_close(gelu(gate.clone(), up), F.gelu(gate, approximate="tanh") * up)
+    torch.testing.assert_close(relu_gate(gate.clone(), up), F.relu(gate) * up)
+
+
+def test_soft_cap() -> None:
+    x = torch.tensor([-1e9, -40.0, -0.5, 0.0, 1e-3, 20.0, 1e9])
+    torch.testing.assert_close(soft_cap(x.clone(), 30.0), 30 * (x / 30).tanh(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,7 +123,7 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 
 
 def test_rotate_turns_pairs_by_position_times_frequency() -> None:
-    frequency = frequencies(100.0, 8)
+    frequency = frequencies(Rope(100.0, 8))
     cosine, sine = table(frequency, 5, 3)
     x = random(3, 2, 8)
     turned = rotate(x, cosine[:, None], sine[:, None])
@@ -108,10 +135,24 @@ def test_rotate_turns_pairs_by_position_times_frequency() -> None:
         assert complex(real, imaginary) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_part_of_each_head_is_turned() -> None:
+    cosine, sine = table(frequencies(Rope(100.0, 4)), 0, 3)
+    x = random(3, 2, 8)
+    turned = rotate_part(x, cosine[:, None], sine[:, None])
+    assert torch.equal(turned[..., 4:], x[..., 4:])
+    assert torch.equal(turned[..., :4], rotate(x[..., :4], cosine[:, None], sine[:, None]))
+
+
+def test_two_sets_of_frequencies_alternate_in_the_table() -> None:
+    rope = Rope(100.0, 4, "longrope", original_context=8, short_factors=(1.0, 2.0), long_factors=(4.0, 8.0))
+    cosine, _ = table(frequencies(rope), 5, 2)
+    torch.testing.assert_close(cosine[:, 1], torch.tensor([5 / 2, 5 / 8, 6 / 2, 6 / 8]).div(10).cos())
+
+
 def test_scaled_frequencies() -> None:
-    plain = frequencies(10000.0, 64)
-    torch.testing.assert_close(frequencies(10000.0, 64, "linear", factor=4.0), plain / 4)
-    stretched = frequencies(10000.0, 64, "llama3", 8.0, 1.0, 4.0, 1024)
+    plain = frequencies(Rope(10000.0, 64))
+    torch.testing.assert_close(frequencies(Rope(10000.0, 64, "linear", factor=4.0)), plain / 4)
+    stretched = frequencies(Rope(10000.0, 64, "llama3", 8.0, 1024, 1.0, 4.0))
     wavelength = 2 * math.pi / plain
     assert torch.equal(stretched[wavelength < 256], plain[wavelength < 256])
     torch.testing.assert_close(stretched[wavelength > 1024], plain[wavelength > 1024] / 8)
@@ -136,48 +177,65 @@ class Paged:
                 row = self.rows[-1][token // BLOCK_TOKENS] + 1  # layer 1
                 self.kv[row, 0, token % BLOCK_TOKENS], self.kv[row, 1, token % BLOCK_TOKENS] = k[token], v[token]
 
-    def expected(self, sequence: int, q: torch.Tensor) -> torch.Tensor:
+    def expected(self, sequence: int, q: torch.Tensor, window: int = 10**9, cap: float = 0.0) -> torch.Tensor:
         """`q`: [n, A, D], the sequence's last n tokens."""
         k, v = (x[sequence].repeat_interleave(self.group, 1).double() for x in (self.k, self.v))
         scores = torch.einsum("tad,kad->atk", q.double(), k) * q.shape[-1] ** -0.5
-        position = torch.arange(len(k) - len(q), len(k))
-        scores.masked_fill_(torch.arange(len(k))[None, :] > position[:, None], -torch.inf)
+        scores = (scores / cap).tanh() * cap if cap else scores
+        position = torch.arange(len(k) - len(q), len(k))[:, None]
+        key = torch.arange(len(k))[None, :]
+        scores.masked_fill_((key > position) | (key <= position - window), -torch.inf)
         return torch.einsum("atk,kad->tad", scores.softmax(-1), v).flatten(1).float()
+
+    def last(self, sequences: list[int], chunks: int, how: Scores, window: int = 0, skip: bool = False) -> torch.Tensor:
+        """Tiled attention of the last token of each sequence, tables filled up to so many chunks; [N, A * D].
+
+        `skip`: chunks before the window are left out of the tables.
+        """
+        size, heads = self.kv.shape[-1], self.heads
+        width = tile_tokens(heads, heads // self.group)
+        length = [len(self.k[n]) for n in sequences]
+        first = [max(0, count - window) // CHUNK if skip else 0 for count in length]
+        rows = [self.rows[n][begin * CHUNK_BLOCKS :] for n, begin in zip(sequences, first, strict=True)]
+        table = [row + [row[0]] * (chunks * CHUNK_BLOCKS - len(row)) for row in rows]
+        position = torch.tensor([[count - 1] * width for count in length])
+        hidden = hidden_keys(position, chunks, self.group, window, torch.tensor(first) if skip else None)
+        tile = Tile(torch.arange(len(rows)).repeat_interleave(width), chunks, hidden)
+        q = torch.stack([random(heads, size, seed=n) for n in sequences])
+        return tiled_attention(q, self.kv, 1, [TileGroup(torch.tensor(table).ravel(), len(rows), [tile])], how)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (4, 4, 8), (6, 1, 24), (40, 2, 8)])
-def test_tiled_attention(heads: int, kv_heads: int, size: int) -> None:
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (1, 0.0), (70, 0.0), (0, 0.5), (33, 2.0)])
+def test_tiled_attention(heads: int, kv_heads: int, size: int, window: int, cap: float) -> None:
     paged = Paged([1, 40, 200], heads, kv_heads, size)
-    width, chunks = tile_tokens(heads, kv_heads), -(-200 // CHUNK)
-    table = [[*paged.rows[n], *[paged.rows[n][0]] * (chunks * CHUNK_BLOCKS - len(paged.rows[n]))] for n in range(3)]
-    position = torch.tensor([[0] * width, [39] * width, [199] * width])
-    tile = Tile(torch.arange(3).repeat_interleave(width), chunks, hidden_keys(position, chunks, paged.group))
-    q = random(3, heads, size)
-    out = tiled_attention(q, paged.kv, 1, [TileGroup(torch.tensor(table).ravel(), 3, [tile])])
+    out = paged.last([0, 1, 2], -(-200 // CHUNK), Scores(size**-0.5, cap), window)
     for n in range(3):
-        torch.testing.assert_close(out[n : n + 1], paged.expected(n, q[n : n + 1]), rtol=1e-4, atol=1e-5)
-
-
-def attended(paged: Paged, sequences: list[int], chunks: int) -> torch.Tensor:
-    """The last token of each sequence, their tables filled up to so many chunks; [N, A * D]."""
-    width, count = tile_tokens(4, 2), len(sequences)
-    rows = [[*paged.rows[n], *[paged.rows[n][0]] * (chunks * CHUNK_BLOCKS - len(paged.rows[n]))] for n in sequences]
-    position = torch.tensor([[len(paged.k[n]) - 1] * width for n in sequences])
-    tile = Tile(torch.arange(count).repeat_interleave(width), chunks, hidden_keys(position, chunks, paged.group))
-    q = torch.stack([random(4, 16, seed=n) for n in sequences])
-    return tiled_attention(q, paged.kv, 1, [TileGroup(torch.tensor(rows).ravel(), count, [tile])])
+        q = random(heads, size, seed=n)[None]
+        expected = paged.expected(n, q, window or 10**9, cap)
+        torch.testing.assert_close(out[n : n + 1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_company_does_not_change_a_long_sequence() -> None:
     """Bit by bit the same alone, beside others, and with tables filled up to any length."""
     paged = Paged([1300, 700, 3, 2100], 4, 2, 16)
-    together = attended(paged, [0, 1, 2, 3], 40)
+    together = paged.last([0, 1, 2, 3], 40, Scores(0.25))
     for n, chunks in ((0, 21), (1, 11), (2, 1), (3, 33)):
-        assert torch.equal(attended(paged, [n], chunks)[0], together[n])
+        assert torch.equal(paged.last([n], chunks, Scores(0.25))[0], together[n])
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 130, 700])
+def test_chunks_before_the_window_need_not_be_there(window: int) -> None:
+    """Bit by bit: what is hidden adds zeros."""
+    paged = Paged([1300, 700, 3], 4, 2, 16)
+    whole = paged.last([0, 1, 2], 21, Scores(0.25), window)
+    chunks = -(-window // CHUNK) + 1
+    assert torch.equal(paged.last([0, 1, 2], chunks, Scores(0.25), window, skip=True), whole)
 
 
 @pytest.mark.parametrize("n", [1, 30])
-def test_gathered_attention(n: int) -> None:
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_gathered_attention(n: int, cap: float) -> None:
     paged = Paged([50, 33], 4, 2, 16)
     q = random(2 * n, 4, 16)
     spans = []
@@ -185,7 +243,32 @@ def test_gathered_attention(n: int) -> None:
         visible = torch.arange(length)[None, :] <= torch.arange(length - n, length)[:, None]
         rows = torch.tensor(paged.rows[number])
         spans.append(Span(number * n, number * n + n, rows, length, None if n == 1 else visible))
-    out = gathered_attention(q, paged.kv, 1, spans)
+    out = gathered_attention(q, paged.kv, 1, spans, Scores(0.25, cap))
     for number in range(2):
         part = slice(number * n, number * n + n)
-        torch.testing.assert_close(out[part], paged.expected(number, q[part]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[part], paged.expected(number, q[part], cap=cap), rtol=1e-4, atol=1e-5)
+
+
+def test_capped_attention_takes_long_queries_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    paged = Paged([60], 4, 2, 16)
+    q = random(40, 4, 16)
+    visible = torch.arange(60)[None, :] <= torch.arange(20, 60)[:, None]
+    spans = [Span(0, 40, torch.tensor(paged.rows[0]), 60, visible)]
+    monkeypatch.setattr(attention, "CAPPED_QUERIES", 16)
+    out = gathered_attention(q, paged.kv, 1, spans, Scores(0.25, 2.0))
+    torch.testing.assert_close(out, paged.expected(0, q, cap=2.0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixture_of_experts() -> None:
+    """Against each token's own sum, with more rows than routes."""
+    x, logits, weights = random(7, 8), random(5, 4, seed=1), random(4, 8, 8, seed=2)
+    for normalised in (True, False):
+        routes = route(logits, 2, normalised)
+        out = mix(x, routes, 4, lambda number, rows: rows @ weights[number])
+        for token in range(5):
+            share = logits[token].softmax(0)
+            best = share.topk(2).indices
+            share = share[best] / (share[best].sum() if normalised else 1)
+            expected = sum(float(s) * (x[token] @ weights[number]) for s, number in zip(share, best, strict=True))
+            torch.testing.assert_close(out[token], expected)
+        assert out[5:].eq(0).all()
