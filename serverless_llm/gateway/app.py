@@ -82,6 +82,7 @@ class Gateway:
         models = {info.name: info for info in message.models}
         for name in self._models.keys() - models.keys():
             self.metrics.forget(name)
+        self.metrics.deployed(models.keys())
         self._models.clear()
         self._models.update(models)
         self._ready, self._problems = message.ready, message.problems

@@ -7,12 +7,14 @@ The series of a deleted model vanish (`forget`). Every `Metrics` has a registry 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from serverless_llm.domain import LoadPhases
 from serverless_llm.gateway.traffic import Traffic
@@ -65,6 +67,34 @@ _SERVED: dict[str, tuple[type[Counter] | type[Histogram], str, str, tuple[float,
     "allowed_size": (Histogram, "vllm:request_max_num_generation_tokens", "Tokens it might generate.", TOKENS),
 }
 
+# What vLLM counts and this engine does not do: it takes no running sequence's KV away and shares no prefixes.
+_STILL = {
+    "vllm:num_preemptions": "Running sequences that had to give up their KV: none.",
+    "vllm:prefix_cache_queries": "Prompt tokens looked up in a prefix cache: there is none.",
+    "vllm:prefix_cache_hits": "Prompt tokens found in a prefix cache: there is none.",
+}
+# Names that older dashboards of vLLM ask for, and those that have what they mean.
+_ALIASES = {
+    "vllm:time_per_output_token_seconds": "vllm:inter_token_latency_seconds",
+    "vllm:gpu_cache_usage_perc": "vllm:kv_cache_usage_perc",
+    "vllm:gpu_prefix_cache_queries": "vllm:prefix_cache_queries",
+    "vllm:gpu_prefix_cache_hits": "vllm:prefix_cache_hits",
+}
+
+
+class _Aliases(Collector):
+    """The same samples under other names; made when the page is."""
+
+    def __init__(self, families: Mapping[str, _Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        for alias, name in _ALIASES.items():
+            for metric in self._families[name].metric.collect():
+                renamed = Metric(alias, f"Another name of {name}.", metric.type)
+                renamed.samples = [one._replace(name=one.name.replace(name, alias, 1)) for one in metric.samples]
+                yield renamed
+
 
 @dataclass(slots=True)
 class _Family:
@@ -97,10 +127,14 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.traffic = Traffic()
         self._of_models: list[_Family] = []
+        self._families: dict[str, _Family] = {}
+        self._gone: set[str] = set()
         self._served = {name: self._metric(*spec[:3], SERVED, spec[3]) for name, spec in _SERVED.items()}
         self._bundles: dict[tuple[str, str], ServedSeries] = {}
         self._running = self._metric(Gauge, "vllm:num_requests_running", "Sequences on a device.", SERVED)
         self._waiting = self._metric(Gauge, "vllm:num_requests_waiting", "Sequences without a device.", SERVED)
+        self._swapped = self._metric(Gauge, "vllm:num_requests_swapped", "Sequences swapped out: none.", SERVED)
+        self._still = [self._metric(Counter, name, text, SERVED) for name, text in _STILL.items()]
         self._kv = self._metric(Gauge, "vllm:kv_cache_usage_perc", "KV in use, 1 is all.", SERVED)
         self._ends = self._metric(
             Counter, "vllm:request_success", "Requests by how they ended.", (*SERVED, "finished_reason")
@@ -112,6 +146,7 @@ class Metrics:
         self._evictions = self._ours(Counter, "evictions", "Replicas that left a device.", "reason", of_model=False)
         self._bytes = self._ours(Counter, "bytes_moved", "Bytes moved by link.", "node", "link", of_model=False)
         self._moved: dict[tuple[str, str], int] = {}
+        self.registry.register(_Aliases(self._families))
 
     def _metric(
         self,
@@ -123,7 +158,7 @@ class Metrics:
         of_model: bool = True,
     ) -> _Family:
         options = {"buckets": buckets} if buckets else {}
-        family = _Family(kind(name, text, labels, registry=self.registry, **options))
+        family = self._families[name] = _Family(kind(name, text, labels, registry=self.registry, **options))
         if of_model:
             self._of_models.append(family)
         return family
@@ -135,11 +170,15 @@ class Metrics:
         return self._metric(kind, f"serverless_llm_{name}", text, named, buckets, of_model)
 
     def served(self, model: str, device: str) -> ServedSeries:
-        """The series of a model on a device."""
+        """The series of a model on a device; on no page where the model is deleted."""
         found = self._bundles.get((model, device))
         if found is None:
             children = {name: family.child(model, device) for name, family in self._served.items()}
+            for family in self._still:
+                family.child(model, device)
             found = self._bundles[model, device] = ServedSeries(**children)
+            if model in self._gone:  # its last sequences go on
+                self.forget(model)
         return found
 
     def ended(self, model: str, device: str, reason: str) -> None:
@@ -177,6 +216,7 @@ class Metrics:
         for family, counts in ((self._running, running), (self._waiting, waiting)):
             for labels in {*family.children, *counts}:
                 family.child(*labels).set(counts.get((labels[0], labels[1]), 0))
+                self._swapped.child(*labels)
 
     def kv_usage(self, fractions: Mapping[tuple[str, str], float]) -> None:
         """Of every replica, by (model, device); series of others vanish."""
@@ -185,10 +225,15 @@ class Metrics:
             self._kv.child(*labels).set(fraction)
 
     def forget(self, model: str) -> None:
-        """The model is deleted: so are its series."""
+        """The model is deleted: so are its series, until it is `deployed` again."""
+        self._gone.add(model)
         for family in self._of_models:
             family.forget(model)
         self._bundles = {key: bundle for key, bundle in self._bundles.items() if key[0] != model}
+
+    def deployed(self, models: Collection[str]) -> None:
+        """These have series."""
+        self._gone.difference_update(models)
 
     def page(self) -> bytes:
         """Prometheus' text format."""

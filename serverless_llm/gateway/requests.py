@@ -107,6 +107,8 @@ class LiveRequests:
         if count == 0:
             return
         choice.series.generated.inc(count)
+        since = None if choice.first else now - choice.live.arrived
+        self._metrics.traffic.tokens(count, since, now - choice.last, now)
         if choice.first:
             choice.series.gap.observe(now - choice.last)
         else:

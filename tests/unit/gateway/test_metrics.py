@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from serverless_llm.domain import LoadPhases
 from serverless_llm.gateway.metrics import Metrics
 
@@ -20,7 +22,7 @@ def filled(*models: str) -> Metrics:
         metrics.estimate(model, predicted=2.0, actual=1.0)
         metrics.estimate(model, predicted=0.0, actual=1.0)
     metrics.kv_usage({(model, "n0/0"): 0.25 for model in models})
-    metrics.occupancy({(model, "n0/0"): 2 for model in models}, {})
+    metrics.occupancy({(model, "n0/0"): 2 for model in models}, {(model, "n0/0"): 0 for model in models})
     metrics.evicted("memory")
     return metrics
 
@@ -76,3 +78,62 @@ def test_a_deleted_models_series_vanish() -> None:
     assert b'"gone"' not in metrics.page()
     assert b'"stays"' in metrics.page()
     assert metrics.served("gone", "n0/0") is not old
+
+
+def test_a_deleted_models_last_sequences_bring_no_series_back() -> None:
+    metrics = filled("gone")
+    metrics.forget("gone")
+    metrics.served("gone", "n0/1").generated.inc()
+    assert b'"gone"' not in metrics.page()
+    metrics.deployed(["gone"])
+    metrics.served("gone", "n0/1").generated.inc()
+    assert value(metrics, "vllm:generation_tokens_total", model_name="gone", engine="n0/1") == 1
+
+
+# vLLM's names, as its own dashboards ask for them
+VLLM = (
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_requests_swapped",
+    "kv_cache_usage_perc",
+    "gpu_cache_usage_perc",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "request_success_total",
+    "num_preemptions_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "gpu_prefix_cache_queries_total",
+    "gpu_prefix_cache_hits_total",
+)
+HISTOGRAMS = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_inference_time_seconds",
+    "request_time_per_output_token_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+)
+
+
+@pytest.mark.parametrize("name", [*VLLM, *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum"))])
+def test_every_series_of_vllm_is_there_for_a_served_model(name: str) -> None:
+    lines = filled("a").page().decode().splitlines()
+    found = [line for line in lines if line.startswith(f"vllm:{name}{{")]
+    assert found
+    assert all('model_name="a"' in line and 'engine="n0/0"' in line for line in found)
+
+
+def test_aliases_have_their_originals_values() -> None:
+    metrics = filled("a")
+    served = {"model_name": "a", "engine": "n0/0"}
+    metrics.served("a", "n0/0").gap.observe(0.06)
+    assert value(metrics, "vllm:time_per_output_token_seconds_bucket", **served, le="0.05") == 0
+    assert value(metrics, "vllm:time_per_output_token_seconds_bucket", **served, le="0.075") == 1
+    assert value(metrics, "vllm:gpu_cache_usage_perc", **served) == 0.25
