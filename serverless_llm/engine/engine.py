@@ -251,7 +251,7 @@ class Engine:
 
     def _deliver(self, sequence: Sequence, token: int | None, now: float, result: StepResult) -> None:
         if token is None:
-            self._end(sequence, [], FinishReason.ERROR, result)
+            self._end(sequence, [], FinishReason.NOT_FINITE, result)
             return
         sequence.append(token)
         if len(sequence.tokens) == self._models[sequence.replica].config.rope_switch + 1:

@@ -21,6 +21,11 @@ from serverless_llm.gateway.metrics import ServedSeries
 from serverless_llm.gateway.openai import CompletionRequest
 from serverless_llm.gateway.text import TokenisedPrompt
 
+FAILURES = {  # how a worker ends a sequence that has no more text, and what its client is told
+    "error": "the engine failed on this sequence",
+    "not_finite": "the model's logits are NaN or infinite, so that there is no next token: its weights are damaged, "
+    "or its numbers overflow in its dtype; check the checkpoint, or deploy it with dtype float32",
+}
 GOLDEN = 0x9E3779B97F4A7C15  # between the seeds of two choices, as between the states of SplitMix64
 
 
@@ -252,8 +257,8 @@ class Choice:
         assert self._detokeniser is not None, "tokens before the prompt"
         self.log.extend(tokens)
         self.told = bool(finish)
-        if finish == "error":
-            self.fail(RequestError(500, "engine_error", "the engine failed on this sequence"))
+        if finish in FAILURES:
+            self.fail(RequestError(500, "engine_error", FAILURES[finish]))
             return
         shown = tokens[:-1] if finish == "stop" and tokens and tokens[-1] in self._stop_ids else tokens
         if self._scores is None:

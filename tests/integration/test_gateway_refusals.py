@@ -78,16 +78,19 @@ def test_a_failure_in_mid_stream_is_an_event_and_the_end(tmp_path: Path, cause: 
     run(tmp_path, begins, scenario)
 
 
-def test_an_engine_failure_before_any_token_is_a_500(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("finish", "says"), [("error", "engine failed"), ("not_finite", "logits are NaN or infinite")])
+def test_an_engine_failure_before_any_token_is_a_500(tmp_path: Path, finish: str, says: str) -> None:
     def fails(controller: Controller, message: wire.Message) -> None:
         attaches(controller, message)
         if isinstance(message, wire.Run):
-            controller.tokens(message.sequence, [], "error")
+            controller.tokens(message.sequence, [], finish)
 
     async def scenario(server: Served) -> None:
         for stream in (True, False):
             async with server.chat(stream=stream) as response:
-                assert (response.status, (await error_of(response))["code"]) == (500, "engine_error")
+                error = await error_of(response)
+                assert (response.status, error["code"]) == (500, "engine_error")
+                assert says in error["message"]
 
     run(tmp_path, fails, scenario)
 

@@ -285,7 +285,7 @@ def test_nan_ends_its_sequence_alone() -> None:
         made.add(start(1, good))
         made.add(start(2, bad, Sampling(temperature=rounds, max_tokens=5)))
         told = drain(made)
-        assert told[2] == ([], FinishReason.ERROR)
+        assert told[2] == ([], FinishReason.NOT_FINITE)
         assert len(told[1][0]) == 12
 
 
