@@ -17,7 +17,7 @@ from serverless_llm.gateway import page
 from serverless_llm.gateway.keys import Key, digest
 from serverless_llm.gateway.options import GatewayOptions
 
-OPEN = ("/health", "/ready")
+OPEN = ("/health", "/ready", "/openapi.json")
 AGENTS = "/agents/"  # agents show a token of their own to their own handler
 _ADMIN = "/admin/"
 _INFERENCE = ("/v1/", "/models/")

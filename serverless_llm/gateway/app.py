@@ -16,7 +16,7 @@ from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import failure, openai, page, records
+from serverless_llm.gateway import failure, openai, openapi, page, records
 from serverless_llm.gateway.access import Access
 from serverless_llm.gateway.admin import Admin
 from serverless_llm.gateway.completions import Completions
@@ -129,6 +129,7 @@ class Gateway:
                 web.post(f"{prefix}/completions", self._completion),
                 web.get(f"{prefix}/models", self._list),
             ]
+        routes.append(web.get("/openapi.json", self._openapi))
         return [*routes, web.get("/admin/events", self._feed.watch), *self._admin.routes(), *page.routes()]
 
     @web.middleware
@@ -241,6 +242,9 @@ class Gateway:
     async def _get_ready(self, _request: web.Request) -> web.Response:
         ready = self._ready and not self._draining
         return _json({"ready": ready, "problems": self._problems}, status=200 if ready else 503)
+
+    async def _openapi(self, _request: web.Request) -> web.Response:
+        return web.Response(body=openapi.document(), content_type="application/json")
 
     async def _metrics_page(self, _request: web.Request) -> web.Response:
         shown = [live for live in self.live if live.info.name in self._models]
