@@ -28,6 +28,7 @@ READ_LIMIT = 10.0  # seconds for a checkpoint's headers when the head starts, wh
 READERS = 64  # checkpoints whose headers it reads at once; a bound on the wait for each other
 CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
 WRITE_AGAIN = 10.0  # seconds after which a client may ask again for what the disk did not take; arbitrary
+BROKEN = "%s cannot be served: %s; mend that and deploy it again, or: serverless-llm rm %s"
 JSON = dict[str, Any]
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ class Registry:
             except RequestError as error:
                 if name not in known:
                     raise RequestError(error.status, error.code, f"{name}: {error.message}", error.param) from error
-                log.warning("%s cannot be deployed any more: %s", name, error.message)
+                log.warning(BROKEN, name, error.message, name)
                 self._entries[name] = Entry(known[name].spec, known[name].created, error.message)
         self._restored = True
         self.changed(prompt=True)
@@ -101,7 +102,7 @@ class Registry:
             async with self._readers:
                 footprint = await admin.read_footprint(spec, READ_LIMIT)
         except Exception as error:  # one model's checkpoint must not keep the others from being served
-            log.warning("%s cannot be deployed any more", spec.name, exc_info=error)
+            log.warning(BROKEN, spec.name, error, spec.name, exc_info=None if isinstance(error, RequestError) else error)
             self._entries[spec.name] = Entry(spec, model.created, str(error) or type(error).__name__)
             return
         self._entries[spec.name] = Entry(spec, model.created)

@@ -100,7 +100,9 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
     on_a_desk(tmp_path, tell)
 
 
-def test_deploys_are_kept_and_what_broke_meanwhile_is_shown(tmp_path: Path, checkpoint: Path) -> None:
+def test_deploys_are_kept_and_what_broke_meanwhile_is_shown(
+    tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = tmp_path / "copy"
     make_checkpoint("tiny-llama", copy, dtype="float32")
 
@@ -124,6 +126,11 @@ def test_deploys_are_kept_and_what_broke_meanwhile_is_shown(tmp_path: Path, chec
     on_a_desk(tmp_path / "state", first)
     (copy / "model.safetensors").unlink()
     on_a_desk(tmp_path / "state", second)
+    said, _ = caplog.records  # at the start, and at its load
+    assert said.exc_info is None  # one line for the operator
+    assert said.message.startswith("b cannot be served: ")
+    assert str(copy) in said.message
+    assert said.message.endswith("serverless-llm rm b")
 
 
 def test_what_the_disk_does_not_take_is_not_done(tmp_path: Path, checkpoint: Path) -> None:
