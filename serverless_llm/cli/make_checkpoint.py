@@ -102,8 +102,8 @@ def _write_shard(path: Path, tensors: list[TensorShape], dtype: str, values: Ran
     with path.open("wb") as file:
         file.write(header(tensors, dtype))
         for tensor in tensors:
-            if tensor.norm:
-                file.write(_cast(np.ones(tensor.shape, np.float32), dtype).tobytes())
+            if tensor.fill is not None:
+                file.write(_cast(np.full(tensor.shape, tensor.fill, np.float32), dtype).tobytes())
             else:
                 values.write(file, _size(tensor, dtype))
 
@@ -128,8 +128,8 @@ def make_checkpoint(
 ) -> None:
     """Write a checkpoint of the shape called `like` with random weights, tokenizer included, at `directory`.
 
-    Weights are normal around 0 with the shape's `initializer_range`, norms are 1. The same arguments give the same
-    bytes. The directory appears whole or not at all. Raises ValueError for an unknown shape or dtype or an
+    Weights are normal around 0 with the shape's `initializer_range`, norms have scale 1. The same arguments give the
+    same bytes. The directory appears whole or not at all. Raises ValueError for an unknown shape or dtype or an
     impossible number of layers or shards, and FileExistsError if `directory` is there and not empty.
     """
     shape = shape_of(like, layers)

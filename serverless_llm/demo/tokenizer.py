@@ -110,6 +110,6 @@ def write_tokenizer(directory: Path, longest: int) -> None:
 
 def write_configs(directory: Path, config: dict[str, Any]) -> None:
     """Write `config.json` and `generation_config.json` with this tokenizer's end marker as the stop token."""
-    tokens = {"bos_token_id": BEGIN, "eos_token_id": END}
+    tokens = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
     write_json(directory / "config.json", config | tokens)
-    write_json(directory / "generation_config.json", tokens | {"pad_token_id": END, "do_sample": False})
+    write_json(directory / "generation_config.json", tokens | {"do_sample": False})

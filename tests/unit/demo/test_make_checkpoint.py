@@ -25,6 +25,17 @@ PUBLISHED = {
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "olmo-2-7b": 7_298_617_344,
+    "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
+    "phi-3-mini-4k": 3_821_079_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
@@ -57,11 +68,11 @@ def test_transformers_finds_each_tensor_that_it_wants_and_no_other(like: str, tm
     assert not any(info.values())
     assert model.dtype == torch.bfloat16
     assert model.config.eos_token_id == 257
-    rope = model.config.rope_parameters
-    assert (rope["rope_theta"], rope["rope_type"]) == (
-        SHAPES[like]["rope_theta"],
-        "llama3" if like == "tiny-llama3" else "default",
-    )
+    ours = ModelConfig.parse(SHAPES[like])
+    if ours.rope:
+        rope = model.config.rope_parameters
+        rope = rope["full_attention"] if ours.local_rope else rope
+        assert (rope["rope_theta"], rope["rope_type"]) == (ours.rope.theta, ours.rope.kind)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +90,12 @@ def test_weights_are_normal_and_norms_are_one(dtype: str, torch_dtype: torch.dty
         else:
             assert abs(value.float().std().item() / 0.125 - 1) < 0.1
             assert abs(value.float().mean().item()) < 0.02
+
+
+def test_norms_that_add_one_to_their_weight_begin_at_zero(tmp_path: Path) -> None:
+    make_checkpoint("tiny-gemma2", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(bool((value == 0).all()) for name, value in weights.items() if "norm" in name)
 
 
 def test_bfloat16_is_rounded_as_torch_rounds(tmp_path: Path) -> None:
