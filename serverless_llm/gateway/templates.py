@@ -206,7 +206,7 @@ class CheckpointText:
     def _given(self, raw: bytes) -> bytes:
         largest = max(array("i", raw), default=0)
         if largest >= self.vocabulary():
-            message = f"token id {largest} is outside the vocabulary of {self.vocabulary()}"
+            message = f"prompt: token id {largest} is outside the vocabulary of {self.vocabulary()}"
             raise RequestError(400, "invalid_request_error", message, "prompt")
         return raw
 
