@@ -53,11 +53,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What `serverless-llm serve` runs with. Sizes are bytes, times are seconds.
 
     Attributes:
+        host: address to listen on; off loopback a key is needed.
         port: 0 takes a free one.
         hosts: further names by which clients may call this server (`Host` header).
         api_key: what clients send; None on loopback needs none, elsewhere one is generated and kept in `state_dir`.
         keys_file: a YAML list of keys with scopes and limits (docs/operations.md), beside or instead of `api_key`.
         tls_cert: PEM certificate chain; with it and `tls_key` the server speaks TLS only.
+        tls_key: PEM key of that certificate.
         connections: most at a time; further ones are told to come back.
         body_limit: bytes of a request's body.
         state_dir: database, locks, tokens and logs; one server at a time.
@@ -66,6 +68,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         device_memory: bytes for weights and KV of one CPU device; of CUDA devices too, None: nearly all there is.
         weights: on CPU devices, `view` (tensors are views into DRAM) or `copy` (a private arena).
         dram: capacity of one node's DRAM tier.
+        limits: caps on what a node's links move, for operators and tests: `disk`, `upload`.
         threads: compute threads of one CPU device; by default an equal share of the cores, one of three or more left to
             the gateway.
         keep_alive: how long an unused model stays on its device, unless its spec says otherwise.

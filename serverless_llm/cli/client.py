@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from serverless_llm.config import PREFIX, state_dir
+from serverless_llm.errors import ConfigurationError
 
 UNREACHABLE = 69
 ANSWER_SECONDS = 300.0  # a cold start of a large model from a slow disk, with its heartbeats in between
@@ -46,14 +47,14 @@ class Server:
     url: str
     api_key: str | None = None
 
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON answer of one request.
+    def call(self, method: str, path: str, body: Any = None, seconds: float = ANSWER_SECONDS) -> Any:
+        """The JSON answer of one request, for which is waited at most so many `seconds`.
 
         Raises:
             Unreachable: nobody listens there, or the connection broke.
             Refusal: the answer is an error.
         """
-        response = self._send(method, path, body)
+        response = self._send(method, path, body, seconds)
         try:
             text = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -62,7 +63,7 @@ class Server:
 
     def stream(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
         """The data events of a streaming request, as they come. Raises as `call`."""
-        response = self._send("POST", path, body)
+        response = self._send("POST", path, body, ANSWER_SECONDS)
         try:
             for line in response:
                 if line.startswith(b"data: [DONE]"):
@@ -73,14 +74,14 @@ class Server:
             raise Unreachable(f"the server at {self.url} broke off: {error}") from error
         raise Unreachable(f"the server at {self.url} broke off before the end")
 
-    def _send(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
+    def _send(self, method: str, path: str, body: Any, seconds: float) -> http.client.HTTPResponse:
         parts = urllib.parse.urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         try:
-            connection = kind(parts.hostname or "", parts.port, timeout=ANSWER_SECONDS)
+            connection = kind(parts.hostname or "", parts.port, timeout=seconds)
             content = None if body is None else json.dumps(body)
             connection.request(method, parts.path.rstrip("/") + path, content, headers)
             response = connection.getresponse()
@@ -120,13 +121,24 @@ def find(given: Path | None = None) -> Server:
     key = os.environ.get(f"{PREFIX}API_KEY")
     url = os.environ.get(f"{PREFIX}URL")
     if url and given is None:
-        return Server(url.rstrip("/"), key)
+        return Server(_checked(url), key)
     folder = given or state_dir(os.environ)
     head = read_head(folder)
     if head is None:
         raise nobody(folder)
     kept = _kept_key(folder)
     return Server(head["url"], (kept or key) if given else (key or kept))
+
+
+def _checked(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        valid = False
+    if not valid:
+        raise ConfigurationError(f"{PREFIX}URL: {url!r} is not of the form http://host:port")
+    return url.rstrip("/")
 
 
 def nobody(folder: Path) -> Unreachable:

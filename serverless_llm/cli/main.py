@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import click
 
+from serverless_llm.cli.signals import Terminated
 from serverless_llm.errors import ConfigurationError, ServerlessLLMError
 
 FAILURE, CONFIGURATION, INTERRUPTED = 1, 78, 130
@@ -32,6 +33,8 @@ VERBS = {
     "rm": Verb("models", "rm", "Take a model's endpoint away."),
     "ls": Verb("models", "ls", "List the deployed models."),
     "ps": Verb("models", "ps", "List the models that hold memory now."),
+    "logs": Verb("logs", "logs", "Show what the server and its agents logged."),
+    "completion": Verb("completion", "completion", "Print a shell's completion script."),
     "stop": Verb("stop", "stop", "Stop the running server."),
     "make-checkpoint": Verb("make_checkpoint", "make_checkpoint_command", "Write a checkpoint of random weights."),
 }
@@ -74,9 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
+    except Terminated as signal:
+        return signal.status
     except ServerlessLLMError as error:
         click.echo(f"serverless-llm: {error}", err=True)
         return CONFIGURATION if isinstance(error, ConfigurationError) else FAILURE
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe went away: nobody is left to be told
+        return FAILURE
+    except OSError as error:
+        click.echo(f"serverless-llm: {error}", err=True)
         return FAILURE

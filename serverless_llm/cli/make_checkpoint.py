@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from serverless_llm.cli.options import COUNT
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.demo.shapes import SHAPES, TensorShape, shape_of, tensors_of
 from serverless_llm.demo.tokenizer import write_configs, write_json, write_tokenizer
@@ -154,9 +155,9 @@ def make_checkpoint(
 @click.command("make-checkpoint")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--like", required=True, metavar="SHAPE", help=f"The model to resemble: {', '.join(SHAPES)}.")
-@click.option("--layers", type=int, help="Layers, if not as many as the real model has.")
+@click.option("--layers", type=COUNT, help="Layers, if not as many as the real model has.")
 @click.option("--dtype", type=click.Choice(list(VALUE_BYTES)), default="bfloat16", show_default=True)
-@click.option("--shards", type=int, default=1, show_default=True, help="Number of safetensors files.")
+@click.option("--shards", type=COUNT, default=1, show_default=True, help="Number of safetensors files.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @as_json
 def make_checkpoint_command(
@@ -166,8 +167,8 @@ def make_checkpoint_command(
     start = time.monotonic()
     try:
         make_checkpoint(like, directory, layers, dtype, shards, seed)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     size = sum(path.stat().st_size for path in directory.iterdir())
     seconds = time.monotonic() - start
     value = {"directory": str(directory), "bytes": size, "seconds": seconds}

@@ -9,17 +9,16 @@ from typing import Any
 
 import click
 
+from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, find, model_path, of_state_dir
+from serverless_llm.cli.options import ANY_COUNT, COUNT, TIME
 from serverless_llm.cli.output import as_json, say, show, size
 from serverless_llm.cli.sources import name_of, resolve
-from serverless_llm.quantities import parse_duration
 
 
 def spec_of(source: str, **options: Any) -> dict[str, Any]:
     """The body of a deploy: the source and every option that was given."""
     given = {name: value for name, value in options.items() if value is not None}
-    if "keep_alive" in given:
-        parse_duration(given["keep_alive"])  # refused here, before the server is asked
     return {"source": resolve(source), **given}
 
 
@@ -27,17 +26,17 @@ def spec_of(source: str, **options: Any) -> dict[str, Any]:
 @click.argument("name")
 @click.argument("source", required=False)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Served precision.")
-@click.option("--keep-alive", metavar="TIME", help="How long it stays on its device unused: 5m, 0, or -1 for ever.")
-@click.option("--min-replicas", type=int, help="Replicas that stay loaded.")
-@click.option("--max-replicas", type=int, help="Most replicas at a time.")
-@click.option("--max-concurrency", type=int, help="Sequences in one replica at a time.")
-@click.option("--max-queue", type=int, help="Waiting requests beyond which a new one is refused.")
-@click.option("--context", type=int, help="Most tokens of a request, prompt and answer together.")
+@click.option("--keep-alive", type=TIME, help="How long it stays on its device unused: 5m, 0, or -1 for ever.")
+@click.option("--min-replicas", type=ANY_COUNT, help="Replicas that stay loaded.")
+@click.option("--max-replicas", type=COUNT, help="Most replicas at a time.")
+@click.option("--max-concurrency", type=COUNT, help="Sequences in one replica at a time.")
+@click.option("--max-queue", type=ANY_COUNT, help="Waiting requests beyond which a new one is refused.")
+@click.option("--context", type=COUNT, help="Most tokens of a request, prompt and answer together.")
 @click.option("--pinned", is_flag=True, default=None, help="Never evict it.")
 @of_state_dir
 @as_json
 def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool, **options: Any) -> None:
-    """Give the checkpoint SOURCE (a directory, or demo-count, demo-add, demo-reverse) the endpoint NAME.
+    """Give the checkpoint SOURCE (a directory, a hub's owner/name, or demo-count, demo-add, demo-reverse) an endpoint.
 
     Nothing is loaded until a first request comes. Without SOURCE, NAME itself names the checkpoint. A NAME that is
     deployed already is replaced: what is not given is at its default again, not as it was.
@@ -63,7 +62,7 @@ def is_deployed(server: Server, name: str) -> bool:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.models)
 @of_state_dir
 @as_json
 def rm(name: str, state_dir: Path | None, as_json: bool) -> None:
@@ -95,6 +94,8 @@ def ps(state_dir: Path | None, as_json: bool) -> None:
     status = find(state_dir).call("GET", "/admin/status")
     for problem in status["problems"]:
         click.echo(problem, err=True)
+    if not status["nodes"] and not status["problems"]:
+        click.echo("no node is connected; it may be about to come back", err=True)
     models = [row for row in status["models"] if row["state"] in {"loading", "loaded"}]
     if as_json:
         click.echo(json.dumps(models))

@@ -16,8 +16,11 @@ from typing import Any, NamedTuple, TextIO
 
 import click
 
+from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir, read_head
+from serverless_llm.cli.options import COUNT
 from serverless_llm.cli.output import as_json, say
+from serverless_llm.cli.signals import unwinding
 from serverless_llm.cli.sources import is_source, name_of, resolve
 from serverless_llm.config import PREFIX
 
@@ -41,10 +44,10 @@ class Answer(NamedTuple):
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=completion.models)
 @click.argument("prompt", required=False)
-@click.option("--max-tokens", type=int, help="Most tokens of the answer.")
-@click.option("--temperature", type=float, help="0 takes the likeliest token every time.")
+@click.option("--max-tokens", type=COUNT, help="Most tokens of the answer.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token every time.")
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the model's chat template.")
 @click.option("--quiet", "-q", is_flag=True, help="No phases on standard error.")
@@ -55,8 +58,8 @@ def run(
 ) -> None:
     """Send PROMPT (or standard input) to MODEL and stream the answer; the phases of the start go to standard error.
 
-    MODEL is a deployed name, a directory, or demo-count, demo-add, demo-reverse. With no server running, one is
-    started for this answer and stopped after it.
+    MODEL is a deployed name, a directory, a hub's owner/name, or demo-count, demo-add, demo-reverse. With no server
+    running, one is started for this answer and stopped after it.
     """
     began = time.monotonic()
     text = prompt if prompt is not None else _standard_input()
@@ -82,14 +85,16 @@ def _server(model: str, state_dir: Path | None) -> Iterator[tuple[Server, str]]:
     """A server that has the model, and its name there."""
     try:
         server = find(state_dir)
-    except Unreachable:
+    except Unreachable as error:
         if state_dir or os.environ.get(f"{PREFIX}URL"):
             raise
+        if not is_source(model):
+            raise Unreachable(f"{model!r} is no directory, hub id or demo checkpoint, and {error.message}") from None
     else:
         yield server, _deployed(server, model)
         return
     name = name_of(model)
-    with ephemeral(f"{name}={resolve(model)}") as server:
+    with unwinding(), ephemeral(f"{name}={resolve(model)}") as server:
         yield server, name
 
 

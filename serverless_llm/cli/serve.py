@@ -2,61 +2,75 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
 from serverless_llm.cli import sources
+from serverless_llm.cli.log import logged
+from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, SHARE, TIME
 from serverless_llm.cli.output import as_json, say
-from serverless_llm.config import Config, load
+from serverless_llm.config import Config, count_gpus, load, parse_devices
+from serverless_llm.errors import ConfigurationError
 
 
 @click.command()
 @click.option("--config", type=click.Path(path_type=Path), help="The YAML file, instead of the search path.")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-@click.option("--port", type=int, help="0 takes a free one.  [default: 8000]")
+@click.option("--port", type=click.IntRange(0, 65535), help="0 takes a free one.  [default: 8000]")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM certificate chain; speak TLS only.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key of the certificate.")
 @click.option("--keys-file", type=click.Path(path_type=Path), help="YAML list of keys with scopes and limits.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Database, locks, tokens and logs.")
-@click.option("--nodes", type=int, help="Node agents on this machine.  [default: 1]")
-@click.option("--devices", metavar="KIND:N", help="Of each node: cpu:2, cuda:1, or auto.")
-@click.option("--device-memory", metavar="SIZE", help="Weights and KV of one device: 2GiB, 20%.")
+@click.option("--nodes", type=COUNT, help="Node agents on this machine.  [default: 1]")
+@click.option("--devices", type=DEVICES, help="Of each node: cpu:2, cuda:1, or auto.")
+@click.option("--device-memory", type=SHARE, help="Weights and KV of one device: 2GiB, 20%.")
 @click.option("--weights", type=click.Choice(["view", "copy"]), help="On CPU devices: views into DRAM, or an arena.")
-@click.option("--dram", metavar="SIZE", help="DRAM tier of one node: 8GiB, 50%.")
-@click.option("--limit", "limits", metavar="LINK=RATE", multiple=True, help="Rate cap: disk=20MB/s, upload=1GB/s.")
-@click.option("--threads", type=int, help="Compute threads of one CPU device.")
-@click.option("--keep-alive", metavar="TIME", help="How long an unused model stays on its device.  [default: 5m]")
-@click.option("--hold", metavar="TIME", help="How long an answer that does not stream waits for a start.")
-@click.option("--drain", metavar="TIME", help="What running streams get when the server stops.  [default: 30s]")
-@click.option("--orphan-grace", metavar="TIME", help="How long agents wait for a new head.  [default: 60s]")
+@click.option("--dram", type=SHARE, help="DRAM tier of one node: 8GiB, 50%.")
+@click.option("--limit", "limits", type=LIMIT, multiple=True, help="Rate cap: disk=20MB/s, upload=1GB/s.")
+@click.option("--threads", type=COUNT, help="Compute threads of one CPU device.")
+@click.option("--keep-alive", type=TIME, help="How long an unused model stays on its device.  [default: 5m]")
+@click.option("--hold", type=TIME, help="How long an answer that does not stream waits for a start.")
+@click.option("--drain", type=TIME, help="What running streams get when the server stops.  [default: 30s]")
+@click.option("--orphan-grace", type=TIME, help="How long agents wait for a new head.  [default: 60s]")
 @click.option("--model-root", "model_roots", multiple=True, help="A deploy may read only below this directory.")
 @click.option(
-    "--model", "models", metavar="[NAME=]SOURCE", multiple=True, help="Deploy at start, a directory or demo-*."
+    "--model",
+    "models",
+    metavar="[NAME=]SOURCE",
+    multiple=True,
+    help="Deploy at start: a directory, hub id or demo-*.",
 )
+@click.option("--print-schema", is_flag=True, help="Print the configuration file's JSON Schema, and end.")
 @click.option("--die-with", type=int, hidden=True, help="End with this parent process.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every decision.")
 @as_json
-def serve(config: Path | None, die_with: int | None, verbose: bool, as_json: bool, **flags: Any) -> None:
+def serve(
+    config: Path | None, die_with: int | None, verbose: bool, print_schema: bool, as_json: bool, **flags: Any
+) -> None:
     """Start the server on this machine. The first Ctrl-C or SIGTERM drains and stops it, a second one at once.
 
     Exits with 0 after `serverless-llm stop`, 130 after Ctrl-C, 143 after SIGTERM, 78 for a bad configuration.
     """
-    settings = load(settled(flags), os.environ, config)
+    if print_schema:
+        from serverless_llm.cli.schema import schema
+
+        click.echo(json.dumps(schema(), indent=2))
+        return
+    settings = sourced(load(settled(flags), os.environ, config))
+    demand_gpus(settings, count_gpus(os.environ))
     if die_with is not None:
         from serverless_llm.node.processes import die_with as follow
 
         follow(die_with)
-    logging.basicConfig(
-        level=logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
-    click.get_current_context().exit(_run(settings, as_json))
+    with logged(made(settings.state_dir), verbose):
+        status = _run(settings, as_json)
+    click.get_current_context().exit(status)
 
 
 def settled(flags: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +79,37 @@ def settled(flags: dict[str, Any]) -> dict[str, Any]:
     if "models" in given:
         given["models"] = sources.named(given["models"])
     return given
+
+
+def sourced(settings: Config) -> Config:
+    """With a directory as the source of every model; what is meant as one is left to the server to judge."""
+    models = {}
+    for name, entry in settings.models.items():
+        known = entry.source in sources.demos() or sources.HUB_ID.fullmatch(entry.source)
+        models[name] = replace(entry, source=sources.resolve(entry.source)) if known else entry
+    return replace(settings, models=models)
+
+
+def demand_gpus(settings: Config, there: int) -> None:
+    """Raises ConfigurationError where more GPUs are wanted than there are."""
+    kind, count = parse_devices(settings.devices)
+    if kind == "cuda" and count > there:
+        raise ConfigurationError(f"devices: {settings.devices} on a machine where {there} NVIDIA GPU(s) can be seen")
+
+
+def made(state_dir: Path) -> Path:
+    """The folder of the logs, in a state directory that nobody else may read.
+
+    Raises:
+        ConfigurationError: it cannot be made.
+    """
+    folder = state_dir / "logs"
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigurationError(f"state_dir: {error.filename or state_dir}: {error.strerror}") from error
+    return folder
 
 
 def _run(settings: Config, as_json: bool) -> int:

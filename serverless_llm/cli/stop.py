@@ -19,7 +19,9 @@ POLL = 0.05  # seconds; a process that is not a child can only be asked
 
 @click.command()
 @click.option("--now", is_flag=True, help="Do not wait for running streams.")
-@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for its end.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait for its end.  [default: 60]"
+)
 @of_state_dir
 @as_json
 def stop(now: bool, timeout: float, state_dir: Path | None, as_json: bool) -> None:

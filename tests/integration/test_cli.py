@@ -183,3 +183,59 @@ def test_module_runs_as_the_script_does() -> None:
         [sys.executable, "-m", "serverless_llm", "--help"], capture_output=True, text=True, env=os.environ, check=True
     )
     assert done.stdout.startswith("Usage: serverless-llm")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_that_is_ended_leaves_nothing(tmp_path: Path, number: int) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    surroundings = environment() | {"SERVERLESS_LLM_STATE_DIR": str(tmp_path / "state"), "TMPDIR": str(folder)}
+    surroundings |= {"SERVERLESS_LLM_DRAM": "32MiB", "SERVERLESS_LLM_DEVICES": "cpu:1"}
+    with subprocess.Popen(
+        command("serverless_llm", "run", "demo-count", "1 2 3"), env=surroundings, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)  # it answers
+        process.send_signal(number)
+        process.stdout.read()
+        assert process.wait(PATIENCE) == 128 + number
+    assert list(folder.iterdir()) == []
+    assert not any(str(folder) in line for line in command_lines())
+
+
+def test_logs_are_kept_and_followed(served: Serve) -> None:
+    served.url()
+    with subprocess.Popen(
+        command("serverless_llm", "logs", "head", "-f", "--requests", "--json"),
+        env=served.environment, stdout=subprocess.PIPE, text=True,
+    ) as follow:  # fmt: skip
+        assert follow.stdout is not None
+        served.cli("run", "demo-reverse", "canary", "-q")
+        lines = (json.loads(line) for line in follow.stdout)
+        line = next(line for line in lines if line.get("model"))
+        follow.send_signal(signal.SIGINT)
+        assert follow.wait(PATIENCE) == 130
+    assert (line["source"], line["model"], line["end"]) == ("head", "demo-reverse", "stop")
+    assert "canary" not in (served.state / "logs" / "head.log").read_text()
+    assert "joined: pid" in served.cli("logs").stdout
+
+
+def test_a_shell_completes_verbs_and_models(served: Serve, tmp_path: Path) -> None:
+    served.url()
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "serverless-llm"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m serverless_llm "$@"\n')
+    script.chmod(0o755)
+    lines = """
+        eval "$(serverless-llm completion bash)"
+        ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _serverless_llm_completion "$1"
+                echo "${COMPREPLY[@]}"; }
+        ask serverless-llm mak
+        ask serverless-llm rm demo
+    """
+    done = subprocess.run(
+        ["bash", "-c", lines], env=served.environment | {"PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=PATIENCE, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["make-checkpoint", "demo-reverse"]

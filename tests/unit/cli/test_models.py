@@ -22,7 +22,10 @@ ROW = {
 
 
 def rows(server: Scripted, *changes: dict[str, Any]) -> None:
-    server.answers["GET", "/admin/status"] = (200, {"models": [ROW | change for change in changes], "problems": []})
+    server.answers["GET", "/admin/status"] = (
+        200,
+        {"models": [ROW | change for change in changes], "problems": [], "nodes": [{}]},
+    )
 
 
 # --- finding a server ---
@@ -131,7 +134,8 @@ def test_deploy_refuses_what_is_no_source(cli: CommandLine, running: Scripted) -
 
 def test_deploy_refuses_what_is_no_time(cli: CommandLine, running: Scripted, tmp_path: Path) -> None:
     outcome = cli("deploy", "m", str(tmp_path), "--keep-alive", "soon")
-    assert outcome.status == 78
+    assert outcome.status == 2
+    assert "Invalid value for '--keep-alive': 'soon' is no duration" in outcome.err
     assert not running.seen
 
 
@@ -173,8 +177,13 @@ def test_ps_shows_what_holds_memory(cli: CommandLine, running: Scripted) -> None
 
 def test_ps_tells_which_device_is_not_up(cli: CommandLine, running: Scripted) -> None:
     problem = "node0/0 is not up (3 boots failed): no driver"
-    running.answers["GET", "/admin/status"] = (200, {"models": [], "problems": [problem]})
+    running.answers["GET", "/admin/status"] = (200, {"models": [], "problems": [problem], "nodes": [{}]})
     assert cli("ps") == (0, "NAME  SIZE  STATE  TIER  DEVICE  UNTIL\n", f"{problem}\n")
+
+
+def test_ps_tells_that_no_node_is_there(cli: CommandLine, running: Scripted) -> None:
+    running.answers["GET", "/admin/status"] = (200, {"models": [], "problems": [], "nodes": []})
+    assert cli("ps").err == "no node is connected; it may be about to come back\n"
 
 
 @pytest.mark.parametrize("verb", ["ls", "ps"])

@@ -109,10 +109,11 @@ def test_a_stream_that_breaks_off_is_no_answer(cli: CommandLine, known: Scripted
     assert err.startswith(f"Error: the server at {known.url} broke off before the end")
 
 
-def test_unknown_model_without_server_is_a_usage_error(cli: CommandLine) -> None:
+def test_a_name_without_a_server_says_that_none_runs_and_how_to_start_one(cli: CommandLine) -> None:
     outcome = cli("run", "no-such-model", "x")
-    assert outcome.status == 2
-    assert "neither a directory nor one of" in outcome.err
+    assert outcome.status == 69
+    assert "'no-such-model' is no directory, hub id or demo checkpoint, and no server is running" in outcome.err
+    assert "start one: serverless-llm serve" in outcome.err
 
 
 def test_phases_of_an_answer_without_tokens_or_metrics() -> None:

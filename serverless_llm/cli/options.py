@@ -1,0 +1,45 @@
+"""Types of the command line's values: what cannot be read is a usage error that names its flag (status 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from serverless_llm.errors import ConfigurationError
+from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size
+
+
+class Quantity(click.ParamType):  # type: ignore[type-arg]  # click before 8.2 knows no argument
+    """A text that `parse` reads; it is passed on as it stands, since its meaning may depend on the machine."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            self._parse(value)
+        except ConfigurationError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+def _devices(value: str) -> None:
+    from serverless_llm.config import parse_devices
+
+    parse_devices(value)
+
+
+def _limit(value: str) -> None:
+    for rate in parse_pairs(value).values():
+        parse_rate(rate)
+
+
+TIME = Quantity("time", parse_duration)
+SHARE = Quantity("size", lambda value: parse_size(value, whole=1))
+LIMIT = Quantity("link=rate", _limit)
+DEVICES = Quantity("kind:n", _devices)
+COUNT = click.IntRange(min=1)
+ANY_COUNT = click.IntRange(min=0)

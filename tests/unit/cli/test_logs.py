@@ -1,0 +1,143 @@
+"""`logs`: the order of time over several files, and following them across rotation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.cli import log, logs
+from tests.unit.cli.conftest import CommandLine
+
+LOCAL = "2026-11-21 07:48:{:02},000"
+
+
+def head_line(second: int, **fields: object) -> str:
+    stamp = {"time": f"2026-11-21T07:48:{second:02}.000", "level": "INFO", "logger": "serverless_llm.node.head"}
+    return json.dumps(stamp | fields)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A state directory with the head's log and two agents'."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "head.log").write_text(
+        head_line(1, message="begins")
+        + "\n"
+        + head_line(5, logger="serverless_llm.request", request_id="abc", status=200, ms=1.5)
+        + "\n"
+    )
+    agent = [f"{LOCAL.format(2)} WARNING agent slow", "Traceback", f"{LOCAL.format(6)} INFO agent ends"]
+    (tmp_path / "logs" / "agent-node0.log").write_text("\n".join(agent) + "\n")
+    (tmp_path / "logs" / "agent-node1.log").write_text(f"{LOCAL.format(3)} INFO agent begins\n")
+    return tmp_path
+
+
+def test_all_logs_in_the_order_of_time(cli: CommandLine, folder: Path) -> None:
+    assert cli("logs").out.splitlines() == [
+        "head  2026-11-21 07:48:01,000 INFO serverless_llm.node.head begins",
+        "node0  2026-11-21 07:48:02,000 WARNING agent slow",
+        "node0  Traceback",
+        "node1  2026-11-21 07:48:03,000 INFO agent begins",
+        "head  2026-11-21 07:48:05,000 INFO serverless_llm.request request_id=abc status=200 ms=1.5",
+        "node0  2026-11-21 07:48:06,000 INFO agent ends",
+    ]
+
+
+def test_some_of_them(cli: CommandLine, folder: Path) -> None:
+    assert cli("logs", "node1", "head", "-n", "1").out.splitlines() == [
+        "node1  2026-11-21 07:48:03,000 INFO agent begins",
+        "head  2026-11-21 07:48:05,000 INFO serverless_llm.request request_id=abc status=200 ms=1.5",
+    ]
+    assert cli("logs", "-n", "0") == (0, "", "")
+    (line,) = cli("logs", "--requests", "--json").out.splitlines()
+    assert json.loads(line)["source"] == "head"
+    assert json.loads(line)["request_id"] == "abc"
+    assert json.loads(cli("logs", "node1", "--json").out)["message"].endswith("agent begins")
+
+
+def test_no_logs_is_a_failure(cli: CommandLine, folder: Path, tmp_path: Path) -> None:
+    outcome = cli("logs", "node9")
+    assert (outcome.status, outcome.err) == (1, f"Error: there are no logs of node9 in {tmp_path / 'logs'}\n")
+
+
+def texts(lines: list[logs.Line]) -> list[str]:
+    return [line.text for line in lines]
+
+
+def test_following_rotation_a_cut_and_a_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "head.log"
+    path.write_text("1\n")
+    read = logs.Log(path)
+    assert texts(read.last(10)) == ["1"]
+    with path.open("a") as file:
+        file.write("2\nhal")
+    assert texts(read.more()) == ["2"]
+    with path.open("a") as file:
+        file.write("f\n3\n")
+    path.rename(tmp_path / "head.log.1")
+    path.write_text("4\n")
+    assert texts(read.more()) == ["half", "3", "4"]
+    path.write_text("")  # cut in place, as agents' logs are
+    assert texts(read.more()) == []
+    with path.open("a") as file:
+        file.write("5\n")
+    assert texts(read.more()) == ["5"]
+    path.unlink()
+    assert texts(read.more()) == []
+    path.write_text("6\n")
+    assert texts(read.more()) == ["6"]
+    read.close()
+    again = logs.Log(path)
+    assert texts(again.last(3)) == ["half", "3", "6"]
+    again.close()
+
+
+def test_a_log_that_begins_later_is_followed_too(folder: Path) -> None:
+    known = logs.find_logs(folder, ())
+    for one in known:
+        one.last(0)
+    coming = logs.following(folder, (), known)
+    (folder / "logs" / "agent-node2.log").write_text(f"{LOCAL.format(9)} INFO agent begins\n")
+    assert next(coming).source == "node2"
+    for one in known:
+        one.close()
+
+
+@pytest.fixture
+def root() -> object:
+    """Puts the root logger back as it was."""
+    logger = logging.getLogger()
+    handlers, level, raising = list(logger.handlers), logger.level, logging.raiseExceptions
+    yield logger
+    logger.handlers[:], logger.level, logging.raiseExceptions = handlers, level, raising
+
+
+def test_the_head_keeps_its_log_as_json(tmp_path: Path, root: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with log.logged(tmp_path, verbose=False):
+        logging.getLogger("a.b").info("hello %s", "you")
+        logging.getLogger("a.b").info("told otherwise", extra={"fields": {"status": 200}})
+        logging.getLogger("a.b").error("failed", exc_info=ValueError("bad"))
+    kept = [json.loads(line) for line in (tmp_path / "head.log").read_text().splitlines()]
+    assert kept == [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line.get("message") for line in kept] == ["hello you", None, "failed"]
+    assert (kept[0]["level"], kept[0]["logger"], kept[1]["status"]) == ("INFO", "a.b", 200)
+    assert "ValueError: bad" in kept[2]["exception"]
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, root: object) -> None:
+    with log.logged(tmp_path / "nowhere", verbose=False):
+        logging.getLogger("a.b").info("hello")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_log_is_rotated(tmp_path: Path, root: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "LIMIT", 1000)
+    with log.logged(tmp_path, verbose=False):
+        for _ in range(100):
+            logging.getLogger("a.b").info("hello")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head.log", "head.log.1"]
+    assert all(path.stat().st_size <= 1000 for path in tmp_path.iterdir())

@@ -1,0 +1,73 @@
+"""Which status a mistake ends with, and what it says: 2 on the command line, 78 in what a server is configured with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import CommandLine
+
+USAGE = [  # a value that cannot be, whichever verb it is given to
+    ("serve --port many", "Invalid value for '--port'"),
+    ("serve --port 70000", "Invalid value for '--port'"),
+    ("serve --nodes 0", "Invalid value for '--nodes'"),
+    ("serve --threads -1", "Invalid value for '--threads'"),
+    ("serve --devices tpu:1", "Invalid value for '--devices': devices: 'tpu:1' is neither cpu:N nor cuda:N nor auto"),
+    ("serve --dram lots", "Invalid value for '--dram': 'lots' is no size"),
+    ("serve --device-memory 5x", "Invalid value for '--device-memory': '5x' is no size"),
+    ("serve --drain soon", "Invalid value for '--drain': 'soon' is no duration"),
+    ("serve --limit disk", "Invalid value for '--limit': 'disk' is not of the form name=value"),
+    ("serve --limit disk=fast", "Invalid value for '--limit': 'fast' is no size"),
+    ("serve --model no-such-model", "'no-such-model' is neither a directory nor one of demo-count"),
+    ("serve --no-such-flag", "No such option"),
+    ("deploy m demo-add --min-replicas -1", "Invalid value for '--min-replicas'"),
+    ("deploy m demo-add --context 0", "Invalid value for '--context'"),
+    ("run demo-add x --max-tokens 0", "Invalid value for '--max-tokens'"),
+    ("run demo-add x --temperature -1", "Invalid value for '--temperature'"),
+    ("stop --timeout -1", "Invalid value for '--timeout'"),
+    ("logs --lines -1", "Invalid value for '--lines'"),
+    ("completion tcsh", "Invalid value for '{bash|zsh|fish}'"),
+    ("make-checkpoint DIR --like nothing", "nothing"),
+    ("make-checkpoint DIR --like qwen3-0.6b --layers 0", "Invalid value for '--layers'"),
+    ("make-checkpoint DIR --like qwen3-0.6b --layers 1 --shards 1000", "cannot fill 1000 shards"),
+    ("pull nothing", "'nothing' is not of the form owner/name"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), USAGE, ids=[line for line, _ in USAGE])
+def test_a_value_that_cannot_be_is_a_usage_error(cli: CommandLine, tmp_path: Path, line: str, message: str) -> None:
+    outcome = cli(*line.replace("DIR", str(tmp_path / "new")).split())
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+CONFIGURATION = [
+    ("PORT", "many", "serve", "SERVERLESS_LLM_PORT: "),
+    ("PROT", "1", "serve", "did you mean 'SERVERLESS_LLM_PORT'?"),
+    ("MODELS", "m=no/such/directory", "serve --port 0", "m"),
+    ("URL", "localhost:8000", "ls", "SERVERLESS_LLM_URL: 'localhost:8000' is not of the form http://host:port"),
+    ("URL", "http://host:port", "ps", "SERVERLESS_LLM_URL: 'http://host:port' is not of the form"),
+    ("DRAM", "1000TB", "serve", "SERVERLESS_LLM_DRAM: 1 x 1000000000000000 bytes, of "),
+    ("CUDA_VISIBLE_DEVICES", "", "serve --devices cuda:1", "cuda:1 on a machine where 0 NVIDIA GPU(s) can be seen"),
+    ("STATE_DIR", "/proc/nothing", "serve", "state_dir: /proc/nothing: "),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "line", "message"), CONFIGURATION, ids=lambda text: str(text)[:30])
+def test_what_a_server_cannot_run_with_is_78(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, value: str, line: str, message: str
+) -> None:
+    monkeypatch.setenv(name if name.startswith("CUDA") else f"SERVERLESS_LLM_{name}", value)
+    monkeypatch.setenv("SERVERLESS_LLM_DEVICES", "cpu:1")
+    outcome = cli(*line.split())
+    assert outcome.status == 78
+    assert message in outcome.err
+
+
+def test_what_the_system_refuses_is_a_line_and_1(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    outcome = cli("make-checkpoint", str(tmp_path / "file"), "--like", "qwen3-0.6b", "--layers", "1")
+    assert outcome.status == 1
+    assert "exists and is not an empty directory" in outcome.err
