@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint unit soak fuzz bench bench-smoke accuracy train-demo gpu report clean
+.PHONY: demo test lint unit browser screenshots soak fuzz bench bench-smoke accuracy train-demo gpu report clean
 
 # --- environment ---
 
@@ -58,6 +58,13 @@ unit: $(VENV)/.installed-dev
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/python scripts/coverage_gate.py
+
+# The dashboard in the machine's own Chromium (apt-get install chromium, or CHROMIUM=PATH)
+browser: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
+
+screenshots: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m scripts.screenshots $(ARGS)
 
 soak: $(VENV)/.installed-dev
 	$(BENCH)soak --seed $(SEED) $(ARGS)

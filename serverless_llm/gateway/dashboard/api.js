@@ -53,7 +53,7 @@ export function modelPath(name, action = "") {
 }
 
 /**
- * Follow a stream of server-sent events until it ends; `told(type, data)` gets each, its data parsed.
+ * Follow a stream of server-sent events until it ends; `told` gets the data of each, parsed.
  * Not EventSource, which cannot send a key.
  */
 export async function follow(path, told, signal) {
@@ -63,18 +63,10 @@ export async function follow(path, told, signal) {
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const blocks = (rest + value).split(/\r?\n\r?\n/);
-    rest = blocks.pop();
-    for (const block of blocks) report(block, told);
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data: ")) told(JSON.parse(line.slice("data: ".length)));
+    }
   }
-}
-
-function report(block, told) {
-  let type = "message";
-  const data = [];
-  for (const line of block.split(/\r?\n/)) {
-    if (line.startsWith("event:")) type = line.slice(6).trim();
-    if (line.startsWith("data:")) data.push(line.slice(5).trimStart());
-  }
-  if (data.length) told(type, JSON.parse(data.join("\n")));
 }

@@ -3,7 +3,7 @@
 import { Refusal } from "./api.js";
 import { byId, put, say } from "./dom.js";
 
-/** A dialog whose form calls `submit(fields)` and closes when that succeeds. */
+/** A dialog whose form calls `submit(fields)`, closes when that succeeds, and then calls what it gave. */
 export class Asking {
   constructor(id, submit) {
     this.dialog = byId(id);
@@ -34,8 +34,9 @@ export class Asking {
     }
     this.busy = true;
     try {
-      await this.submit(this.form.elements);
+      const then = await this.submit(this.form.elements);
       this.dialog.close();
+      then();
     } catch (error) {
       this.complain(error.message, error instanceof Refusal ? error.param : null);
     } finally {

@@ -134,7 +134,7 @@ const deploy = new Asking("deploy", async (fields) => {
   const name = fields.name.value.trim();
   await ask("PUT", modelPath(name), deployBody(fields));
   tell(`${name} is deployed`);
-  look();
+  return look;
 });
 byId("deploy-open").addEventListener("click", () => deploy.open());
 
@@ -146,8 +146,10 @@ const remove = new Asking("remove", async () => {
   } catch (error) {
     failed(error, removing);
   }
-  byId("models").focus();
-  look();
+  return () => {
+    byId("models").focus(); // the button that had it is gone
+    look();
+  };
 });
 
 function askRemove(name) {
@@ -166,7 +168,7 @@ const key = new Asking("key", async (fields) => {
     dropKey();
     throw error;
   }
-  look();
+  return look;
 });
 
 /** Whether another key would help: this one is unknown, or lacks the scope. */
