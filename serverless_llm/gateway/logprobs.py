@@ -31,10 +31,10 @@ class Scores:
         self._decoded = self._sent = 0  # characters
 
     def feed(self, detokeniser: Detokeniser, tokens: Sequence[int], likelihoods: Sequence[wire.Likelihood]) -> str:
-        """The text of `tokens`; there may be one likelihood more, of a stop id."""
+        """The text of `tokens`; `likelihoods` may have one more, of a stop id."""
         pieces = []
-        for token, likelihood in zip(tokens, likelihoods, strict=False):
-            self._waiting.append(Scored(token, self._decoded, likelihood))
+        for place, token in enumerate(tokens):
+            self._waiting.append(Scored(token, self._decoded, likelihoods[place]))
             pieces.append(detokeniser.feed((token,)))
             self._decoded += len(pieces[-1])
         return "".join(pieces)

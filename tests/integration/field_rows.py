@@ -126,7 +126,7 @@ def _kept(ask: Ask) -> bool:
 def _chat_logprobs(ask: Ask) -> bool:
     said = ask(logprobs=True)
     content = said.choices[0]["logprobs"]["content"]
-    return "".join(entry["token"] for entry in content) == said.text and all(
+    return "".join(entry["token"] for entry in content) == said.text == ask().text and all(
         entry["logprob"] <= 0 and entry["top_logprobs"] == [] and bytes(entry["bytes"]).decode() == entry["token"]
         for entry in content
     )
@@ -134,7 +134,7 @@ def _chat_logprobs(ask: Ask) -> bool:
 
 def _top_logprobs(ask: Ask) -> bool:
     content = ask(logprobs=True, top_logprobs=3).choices[0]["logprobs"]["content"]
-    return all(
+    return len(content) == MAX_TOKENS and all(
         entry["top_logprobs"][0]["token"] == entry["token"]
         and len(entry["top_logprobs"]) == 3
         and sum(math.exp(top["logprob"]) for top in entry["top_logprobs"]) < 1.0001
@@ -146,7 +146,7 @@ def _text_logprobs(ask: Ask) -> bool:
     said = ask(logprobs=2)
     told = said.choices[0]["logprobs"]
     return (
-        "".join(told["tokens"]) == said.text
+        "".join(told["tokens"]) == said.text == ask().text
         and told["text_offset"] == list(range(len(said.text)))
         and len(told["token_logprobs"]) == len(said.text)
         and all(token in top and len(top) == 2 for token, top in zip(told["tokens"], told["top_logprobs"], strict=True))
