@@ -33,6 +33,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 NAME = r"[A-Za-z0-9][\w.-]*(?:(?:/|%2[Ff])[\w.-]+)?"  # as config.NAME, in a path
 UNLOGGED = ("/health", "/ready", "/metrics")  # asked again and again, by machines
+POLLED = ("/admin/status",)  # by every open dashboard: its refusals are news, its answers are not
 CLIENT_GONE = 499  # no status of HTTP; nobody receives it, but logs tell of it, as nginx's do
 CALLER = web.RequestKey("caller", Key)
 _VALID_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -148,7 +149,7 @@ class Gateway:
         else:
             return response
         finally:
-            if request.path not in UNLOGGED:
+            if not _is_routine(request.path, record.status):
                 record.write()
 
     async def _answer(self, request: web.Request, handler: Handler, record: Record) -> web.StreamResponse:
@@ -253,6 +254,11 @@ class Gateway:
         zero = {(name, ""): 0 for name in self._models}
         self.metrics.occupancy(zero | running, zero | waiting)
         return web.Response(body=self.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _is_routine(path: str, status: int) -> bool:
+    """Whether a request like this comes every few seconds and says nothing."""
+    return path in UNLOGGED or (path in POLLED and status == 200)
 
 
 def _abort(request: web.Request) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from serverless_llm.demo import tasks
 from tests.browser import chromium
 from tests.serving import Server
 
@@ -102,8 +104,4 @@ def page(opened: OpenPage, server: Server) -> Page:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A copy of a bundled checkpoint that a test may spoil."""
-    import shutil
-
-    from serverless_llm.demo import tasks
-
     return Path(shutil.copytree(tasks.checkpoint_dir("demo-add"), tmp_path / "copy"))

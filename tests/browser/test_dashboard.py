@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from serverless_llm.cli.make_checkpoint import make_checkpoint
 from tests.browser.conftest import DEMOS, SMALL, OpenPage
 from tests.serving import Server
 
@@ -76,14 +77,18 @@ def test_a_request_makes_a_cold_start_appear_with_its_phases(page: Page, server:
 
 
 def test_a_load_that_goes_on_is_shown_live(page: Page, server: Server, tmp_path: Path) -> None:
-    big = tmp_path / "big"
-    from serverless_llm.cli.make_checkpoint import make_checkpoint
-
-    make_checkpoint("tiny-llama", big, dtype="float32")
-    server.put("/admin/models/big", {"source": str(big)})
+    make_checkpoint("tiny-llama", tmp_path / "big", layers=48, dtype="float32")  # seconds, from such a disk
+    server.put("/admin/models/big", {"source": str(tmp_path / "big"), "context": 64})
     server.put("/admin/models/big/load", {}, "POST")
     try:
-        expect(row(page, "starts", "big").first).to_contain_text(re.compile(r"loading|disk"))
+        page.reload()
+        start = row(page, "starts", "big")
+        expect(start).to_contain_text("loading")
+        expect(start).to_have_class("live")
+        expect(page.get_by_role("progressbar", name="Progress of big")).to_be_visible()
+        expect(start).not_to_have_class("live")
+        expect(start.locator("td.number").nth(1)).to_have_text(re.compile(r"\d s"))  # disk -> DRAM
+        expect(start.locator("td.number").nth(3)).to_have_text("\u2013")  # nobody asked it anything yet
     finally:
         server.put("/admin/models/big", {}, "DELETE")
 

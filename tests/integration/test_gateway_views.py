@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import yarl
 
 from serverless_llm import wire
 from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.gateway.traffic import STEP
 from tests.integration.scripted import (
     COLD,
+    Behaviour,
     Controller,
     Served,
     begins,
@@ -135,6 +138,51 @@ def test_one_log_line_a_request_without_its_texts(tmp_path: Path, caplog: pytest
     assert "model=demo" in lines[0]
     assert "end=stop" in lines[0]
     assert "canary" not in caplog.text
+
+
+def test_looking_at_the_status_leaves_no_line_unless_it_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.http.get("/admin/status") as response:
+            assert response.status == 200
+        async with server.http.get("/admin/status", headers={"Host": "evil.example"}) as response:
+            assert response.status == 403
+
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, answering({}), scenario)
+    lines = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
+    assert len(lines) == 1
+    assert "status=403" in lines[0]
+
+
+def answering(status: dict[str, Any]) -> Behaviour:
+    """Says "hi" to every request, and `status` to operators."""
+    say = says("hi")
+
+    def on(controller: Controller, message: wire.Message) -> None:
+        say(controller, message)
+        if isinstance(message, wire.Ask):
+            controller.deliver(wire.Answer(message.id, 200, msgspec.json.encode(status)))
+
+    return on
+
+
+def test_the_status_tells_of_traffic(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat() as response:
+            await response.read()
+        traffic = server.gateway.metrics.traffic.shown(time.monotonic() + STEP)
+        assert sum(traffic["tokens_per_s"]) * STEP == 3
+        assert sum(traffic["requests_per_s"]) * STEP == 1
+        assert sum(traffic["errors_per_s"]) == 0
+        assert any(traffic["first_token_p50_ms"]) and any(traffic["token_gap_p50_ms"])
+        async with server.http.get("/admin/status") as response:
+            status = await response.json()
+        assert status["models"] == []
+        assert status["traffic"].keys() == traffic.keys()
+
+    run(tmp_path, answering({"models": []}), scenario)
 
 
 # --- operators ---
