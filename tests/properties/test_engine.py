@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serverless_llm.domain import Sampling
+from serverless_llm.engine.architectures.registry import NATIVE
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
@@ -17,28 +19,53 @@ from serverless_llm.engine.model import Model
 from serverless_llm.engine.runner import run
 from serverless_llm.engine.scheduler import Chunk, blocks_for
 from serverless_llm.engine.sequence import Sequence
-from tests.unit.engine.tiny import config_json, drain, prompt, serve, start, tensors_of
+from tests.unit.engine.tiny import VARIANTS, config_json, drain, prompt, serve, start, tensors_of
 
 CPU = torch.device("cpu")
 SIZES = st.sampled_from([8, 24, 40, 64, 72, 128])
 
 
+WINDOW = st.sampled_from([1, 16, 40, 64, 100])
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> ModelConfig:
+    """Any native architecture, in any of the ways that its mathematics can differ."""
+    architecture = draw(st.sampled_from([one.name for one in NATIVE]))
     kv_heads = draw(st.sampled_from([1, 2, 3]))
-    return ModelConfig.parse(
-        config_json(
-            draw(st.sampled_from(["LlamaForCausalLM", "Qwen3ForCausalLM"])),
-            hidden_size=draw(SIZES),
-            intermediate_size=draw(st.sampled_from([8, 36, 96, 172])),
-            num_key_value_heads=kv_heads,
-            num_attention_heads=kv_heads * draw(st.sampled_from([1, 2, 3, 7])),
-            head_dim=draw(st.sampled_from([8, 16, 24, 64])),
-            vocab_size=draw(st.sampled_from([50, 160, 257])),
-            attention_bias=draw(st.booleans()),
-            num_hidden_layers=draw(st.integers(1, 2)),
+    heads = kv_heads * draw(st.sampled_from([1, 2, 3, 7]))
+    size = draw(st.sampled_from([8, 16, 24, 64]))
+    keys = {
+        "hidden_size": draw(SIZES) if architecture != "OPTForCausalLM" else heads * size,
+        "intermediate_size": draw(st.sampled_from([8, 36, 96, 172])),
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": heads,
+        "head_dim": size,
+        "vocab_size": draw(st.sampled_from([50, 160, 257])),
+        "attention_bias": draw(st.booleans()),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "max_position_embeddings": 512,
+    } | draw(different(architecture))
+    return ModelConfig.parse(config_json(architecture, **keys))
+
+
+def different(architecture: str) -> st.SearchStrategy[dict[str, Any]]:
+    """What an architecture can vary beyond the sizes of all."""
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "Gemma2ForCausalLM"):
+        return st.fixed_dictionaries({"sliding_window": WINDOW})
+    if architecture == "Gemma3ForCausalLM":
+        return st.fixed_dictionaries({"sliding_window": WINDOW, "sliding_window_pattern": st.integers(1, 3)})
+    if architecture == "OPTForCausalLM":
+        return st.fixed_dictionaries(
+            {
+                "do_layer_norm_before": st.booleans(),
+                "word_embed_proj_dim": st.sampled_from([None, 32]),
+                "enable_bias": st.booleans(),
+            }
         )
-    )
+    if architecture == "Qwen3MoeForCausalLM":
+        return st.fixed_dictionaries({"norm_topk_prob": st.booleans(), "num_experts_per_tok": st.integers(1, 6)})
+    return st.just({})
 
 
 class Bed:
@@ -146,26 +173,53 @@ SAMPLINGS = (
 )
 
 
+def tight(config: ModelConfig, weights: str, sampling: Sampling) -> dict[int, list[int]]:
+    """The same prompts in one engine without room for all of them at a time."""
+    tensors = tensors_of(config)
+    engine = Engine(budget=config.weight_bytes() + 12 * config.kv_block_bytes + (64 << 10), weights=weights)
+    serve(engine, config, tensors)
+    for number, length in enumerate((3, 40, 16, 77)):
+        engine.add(start(number, prompt(length, number), sampling))
+    return {number: tokens for number, (tokens, _) in drain(engine).items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("weights", ["view", "copy"])
 def test_a_tight_engine_says_the_same(sampling: Sampling, weights: str) -> None:
     """Batched and preempted for want of KV, in either weights mode: the tokens are those of each sequence alone."""
     config = ModelConfig.parse(config_json())
-    engine = Engine(budget=1 << 20, weights=weights)
-    serve(engine, config, tensors_of(config))
-    expected = dict(generations(config, sampling))
-    for number, length in enumerate((3, 40, 16, 77)):
-        engine.add(start(number, prompt(length, number), sampling))
-    assert {number: tokens for number, (tokens, _) in drain(engine).items()} == expected
+    assert tight(config, weights, sampling) == dict(generations(config, sampling))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "llama"])
+def test_a_tight_engine_says_the_same_in_every_architecture(name: str) -> None:
+    config = ModelConfig.parse(VARIANTS[name])
+    assert tight(config, "view", SAMPLINGS[1]) == dict(generations(config, SAMPLINGS[1]))
 
 
 @pytest.mark.slow
 @given(st.integers(0, 39), st.sampled_from(SAMPLINGS))
 @settings(max_examples=15)
 def test_a_killed_worker_changes_nothing(at: int, sampling: Sampling) -> None:
+    resumed_at(at, ModelConfig.parse(config_json()), sampling)
+
+
+@pytest.mark.slow
+@given(st.integers(0, 39), st.sampled_from(sorted(VARIANTS)))
+@settings(max_examples=15)
+def test_a_killed_worker_changes_nothing_in_any_architecture(at: int, name: str) -> None:
+    resumed_at(at, ModelConfig.parse(VARIANTS[name]), SAMPLINGS[0])
+
+
+@pytest.mark.parametrize("at", [0, 36, 37, 38, 39])
+def test_a_killed_worker_changes_nothing_where_frequencies_switch(at: int) -> None:
+    resumed_at(at, ModelConfig.parse(VARIANTS["phi3-longrope"]), SAMPLINGS[0])
+
+
+def resumed_at(at: int, config: ModelConfig, sampling: Sampling) -> None:
     """Resumed elsewhere from any position of its token log, a sequence says what it would have said."""
-    config = ModelConfig.parse(config_json())
     number, expected = next(generations(config, sampling))
     engine = Engine(budget=16 << 20)
     serve(engine, config, tensors_of(config))
