@@ -102,7 +102,9 @@ class Registry:
             async with self._readers:
                 footprint = await admin.read_footprint(spec, READ_LIMIT)
         except Exception as error:  # one model's checkpoint must not keep the others from being served
-            log.warning(BROKEN, spec.name, error, spec.name, exc_info=None if isinstance(error, RequestError) else error)
+            log.warning(
+                BROKEN, spec.name, error, spec.name, exc_info=None if isinstance(error, RequestError) else error
+            )
             self._entries[spec.name] = Entry(spec, model.created, str(error) or type(error).__name__)
             return
         self._entries[spec.name] = Entry(spec, model.created)
