@@ -21,7 +21,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway import fields
@@ -64,11 +64,41 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class Namespace(jinja2.utils.Namespace):
+    """`namespace()` without names that Python gives a meaning, as in transformers."""
+
+    def __init__(*arguments: Any, **values: Any) -> None:  # any name may be stored, `self` among them
+        self, *given = arguments
+        jinja2.utils.Namespace.__init__(
+            self, {_storable(name): value for name, value in dict(*given, **values).items()}
+        )
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(_storable(name), value)
+
+
+def _storable(name: Any) -> Any:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace takes no name that begins with an underscore: {name!r}")
+    return name
+
+
+class Dictionary:
+    """`dict` for templates, with nothing of the type."""
+
+    def __call__(self, *arguments: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*arguments, **values)
+
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*arguments)
+
+
 def environment() -> ImmutableSandboxedEnvironment:
     """The environment that chat templates are written for."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = _tojson
     made.globals["raise_exception"] = _raise_exception
+    made.globals |= {"dict": Dictionary(), "namespace": Namespace}
     made.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return made
 
@@ -96,6 +126,35 @@ def _ids(value: object) -> list[int]:
     return [number for number in listed if fields.is_token(number)]
 
 
+def _text(token: Any) -> str | None:
+    """A special token as the files write it: text, or an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _special_tokens(named: dict[str, Any]) -> dict[str, str]:
+    """Name -> text, as templates know them: the usual ones, and those of a model's own, such as `image_token`."""
+    extra = named.get("extra_special_tokens")
+    values = named | (extra if isinstance(extra, dict) else {})
+    own = [name for name in values if name.endswith("_token") and name not in SPECIAL]
+    texts = {name: _text(values.get(name)) for name in (*SPECIAL, *own)}
+    return {name: text for name, text in texts.items() if text}
+
+
+def _tokenizer(path: Path, special: dict[str, str], named: dict[str, Any]) -> Tokenizer:
+    """The tokenizer with what the other files add, as transformers does; it cuts and pads nothing."""
+    made = Tokenizer.from_file(str(path))
+    made.no_truncation()
+    made.no_padding()
+    known = {token.content for token in made.get_added_tokens_decoder().values()}
+    listed = sorted((named.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    made.add_tokens([AddedToken(**token) for _, token in listed if token["content"] not in known])
+    extra = named.get("extra_special_tokens") or named.get("additional_special_tokens") or []
+    texts = [*special.values(), *filter(None, map(_text, extra if isinstance(extra, list) else []))]
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    return made
+
+
 class CheckpointText:
     """The text side of one checkpoint. Owned by one text process."""
 
@@ -105,20 +164,20 @@ class CheckpointText:
         if path is None:
             raise RequestError(500, "engine_error", f"the checkpoint has no tokenizer.json ({directory})")
         self.nbytes = EXPANSION * path.stat().st_size
-        self.tokenizer = Tokenizer.from_file(str(path))
         self.settings = _json(directory, "tokenizer_config.json")
         self._config = _json(directory, "config.json")
         self._generation = _json(directory, "generation_config.json")
-        self.special = self._special_tokens()
+        named = self._named()
+        self.special = _special_tokens(named)
+        self.tokenizer = _tokenizer(path, self.special, named)
         self.source = self._template_source()
         self.reads_parts = READS_PARTS.search(self.source or "") is not None
         self._template: jinja2.Template | None = None
 
-    def _special_tokens(self) -> dict[str, str]:
-        named = _json(self.directory, "special_tokens_map.json") | self.settings
-        found = {name: named.get(name) for name in SPECIAL}
-        texts = {name: value["content"] if isinstance(value, dict) else value for name, value in found.items()}
-        return {name: text for name, text in texts.items() if isinstance(text, str)}
+    def _named(self) -> dict[str, Any]:
+        """tokenizer_config.json, and for a checkpoint without its list of tokens the older special_tokens_map.json."""
+        older = {} if "added_tokens_decoder" in self.settings else _json(self.directory, "special_tokens_map.json")
+        return self.settings | older
 
     def _template_source(self) -> str | None:
         path = _found(self.directory, "chat_template.jinja")
@@ -141,10 +200,11 @@ class CheckpointText:
         return values | ({"temperature": 0.0} if self._generation.get("do_sample") is False else {})
 
     def stop_ids(self) -> list[int]:
-        """Every id that ends a text, by any of the checkpoint's files."""
+        """Every id that ends a text, by any of the checkpoint's files, and that its model can choose."""
         ids = {*_ids(self._generation.get("eos_token_id")), *_ids(self._config.get("eos_token_id"))}
         named = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
-        return sorted(ids if named is None else ids | {named})
+        ids |= set() if named is None else {named}
+        return sorted(number for number in ids if number < self.vocabulary())
 
     def vocabulary(self) -> int:
         """Ids that the model has rows for; padding rows of its embedding count."""
@@ -192,23 +252,28 @@ class CheckpointText:
         return adapted
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a plain prompt, its BOS as tokenizer_config.json's `add_bos_token` says."""
+        """Ids of a plain prompt, its BOS as tokenizer_config.json's `add_bos_token` says, and never twice."""
         ids: list[int] = self.tokenizer.encode(text).ids
         wanted = self.settings.get("add_bos_token")
         begin = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
-        if begin is None or not isinstance(wanted, bool):
+        if begin is None:
             return ids
-        bare: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if wanted:
-            return ids if ids[:1] == [begin] else [begin, *ids]
-        return bare if ids[:1] == [begin] else ids
+        if isinstance(wanted, bool):
+            bare: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+            adds = [begin] if wanted and ids[:1] != [begin] else []
+            ids = adds + ids if wanted or ids[:1] != [begin] else bare
+        return ids[1:] if ids[:2] == [begin, begin] else ids
 
-    def _given(self, raw: bytes) -> bytes:
-        largest = max(array("i", raw), default=0)
+    def _checked(self, ids: array[int], param: str) -> bytes:
+        """
+        Raises:
+            RequestError: the model has no row for one of them.
+        """
+        largest = max(ids, default=0)
         if largest >= self.vocabulary():
-            message = f"prompt: token id {largest} is outside the vocabulary of {self.vocabulary()}"
-            raise RequestError(400, "invalid_request_error", message, "prompt")
-        return raw
+            message = f"{param}: token id {largest} is outside the vocabulary of {self.vocabulary()}"
+            raise RequestError(400, "invalid_request_error", message, param)
+        return ids.tobytes()
 
     def prompt(self, call: Call) -> Prompt:
         """The prompt that `call` describes.
@@ -221,8 +286,8 @@ class CheckpointText:
 
     def _encoded(self, call: Call) -> bytes:
         if call.ids is not None:
-            return self._given(call.ids)
+            return self._checked(array("i", call.ids), "prompt")
         if call.text is not None:
-            return array("i", self.encode_text(call.text)).tobytes()
+            return self._checked(array("i", self.encode_text(call.text)), "prompt")
         text = self.render(call.messages or [], call.variables)
-        return array("i", self.tokenizer.encode(text, add_special_tokens=False).ids).tobytes()
+        return self._checked(array("i", self.tokenizer.encode(text, add_special_tokens=False).ids), "messages")

@@ -16,7 +16,7 @@ import pytest
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway.templates import CheckpointText
 from serverless_llm.gateway.text_wire import Call
-from tests.unit.gateway.trained import BEGIN, END, KINDS, trained
+from tests.unit.gateway.trained import BEGIN, END, KINDS, THINK, trained
 
 SHAPES = {path.stem: path for path in sorted((Path(__file__).parent / "chat_templates").glob("*.jinja"))}
 
@@ -116,3 +116,81 @@ def test_prompts_of_published_shapes_equal_transformers(write: Write, shape: str
 
 def test_the_corpus_is_as_large_as_promised() -> None:
     assert len(SHAPES) >= 30
+
+
+# --- the files around the template ---
+
+ECHO = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}{{ image_token }}{{ pad_token }}"
+)
+
+
+def change(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+def as_transformers_does(directory: Path) -> list[int] | None:
+    chat = turns(f"a{END}<|odd|> [x]b")
+    wanted = reference_ids(reference(directory), chat, {})
+    assert ids_of(CheckpointText(directory), chat, {}) == wanted
+    return wanted
+
+
+@pytest.mark.slow
+def test_saved_truncation_and_padding_are_for_training(write: Write) -> None:
+    directory = write("byte-level", ECHO, pad_token="<unk>")
+    whole = as_transformers_does(directory)
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+    change(directory / "tokenizer.json", truncation=cut, padding=pad | {"pad_token": "<unk>"})
+    assert as_transformers_does(directory) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, {"eos_token": {"content": THINK, "lstrip": False, "normalized": True, "rstrip": False}}),
+        ({"added_tokens_decoder": {"1": {"content": BEGIN, "special": True}}}, {"eos_token": THINK}),
+        ({"eos_token": None}, {"eos_token": END}),
+        ({"image_token": "<image>", "pad_token": None}, {}),
+        ({"extra_special_tokens": {"image_token": "[x]"}}, {}),
+        ({"additional_special_tokens": ["[x]", "<|odd|>"], "pad_token": "<pad>"}, {}),
+        ({"added_tokens_decoder": {"9": {"content": "<|odd|>", "rstrip": True}, "2": {"content": END}}}, {}),
+        ({"eos_token": "the"}, {}),
+    ],
+    ids=["map", "not the map", "null", "image", "named extra", "extra", "added", "a word"],
+)
+def test_special_tokens_are_those_of_transformers(
+    write: Write, settings: dict[str, Any], named: dict[str, Any]
+) -> None:
+    directory = write("metaspace-prepended", ECHO, **settings)
+    change(directory / "special_tokens_map.json", **named)
+    as_transformers_does(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set n = namespace(_a=1) %}{{ n._a }}",
+        "{% set n = namespace() %}{% set n.__html__ = 1 %}{{ n }}",
+        "{{ dict(a=1).a }}{{ dict.fromkeys('ab') }}{{ namespace(a=1).a }}",
+        "{{ dict.mro() }}",
+    ],
+)
+def test_what_a_template_may_store_is_bounded_as_by_transformers(write: Write, source: str) -> None:
+    as_transformers_does(write("byte-level", source))
+
+
+def test_the_begin_of_a_plain_prompt_is_not_doubled(write: Write) -> None:
+    text = CheckpointText(write("byte-level"))
+    assert text.encode_text(f"{BEGIN}a") == text.encode_text("a") == trained("byte-level").encode("a").ids
+
+
+def test_ids_that_the_model_has_no_row_for_are_refused(write: Write) -> None:
+    directory = write("byte-level", ECHO, pad_token="<pad>")
+    (directory / "config.json").write_text(json.dumps({"vocab_size": trained("byte-level").get_vocab_size()}))
+    with pytest.raises(RequestError, match="outside the vocabulary") as refused:
+        CheckpointText(directory).prompt(Call("m", str(directory), "c", turns("a")))
+    assert (refused.value.status, refused.value.param) == (400, "messages")

@@ -203,7 +203,7 @@ def test_given_ids_must_be_in_the_vocabulary(write: Write) -> None:
         ({"eos_token_id": [1, 2]}, {"eos_token_id": 3}, "<|end|>", [1, 2, 3, 257]),
         ({"eos_token_id": 5}, {"eos_token_id": None}, {"content": "<|end|>"}, [5, 257]),
         ({}, {"eos_token_id": [7, True, "x"]}, None, [7]),
-        ({}, {}, "no such token", []),
+        ({"eos_token_id": 261}, {"vocab_size": 261}, "no such token", []),
         ({"eos_token_id": [-1, 10**30, 2**31, 4]}, {}, None, [4]),
     ],
 )
