@@ -67,6 +67,7 @@ class Server:
             [self._observe],
             config.keep_alive,
             model_roots(config),
+            self._check,
         )
         self._signal: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -74,19 +75,20 @@ class Server:
         """Serves until a signal; the exit status. `announce` is told the URL once requests are accepted."""
         self._listen_for_signals()
         runner = Runner(self._application(), self._options)
+        self._starting = asyncio.create_task(self._text.start())
         background: list[asyncio.Task[None]] = []
         try:
             await self._deploy()  # before agents of a former head can dial in: what they hold must have a name
             url = await self._open(runner)
             background = [asyncio.create_task(part) for part in (self._head.run(), self._sample())]
-            await self._text.start()
+            await self._starting
             announce(url)
             await self._signalled_or(background)
             await self._drain()
         finally:
-            for task in background:
+            for task in (self._starting, *background):
                 task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await asyncio.gather(self._starting, *background, return_exceptions=True)
             await self._head.shut_down()
             await runner.cleanup()
             await self._text.close()
@@ -96,6 +98,10 @@ class Server:
 
     def _to_head(self, message: wire.Message) -> None:
         self._head.receive(message)
+
+    async def _check(self, name: str, source: str, checkpoint: str) -> None:
+        await asyncio.shield(self._starting)
+        await self._text.check(name, source, checkpoint)
 
     async def _signalled_or(self, background: Sequence[asyncio.Future[None]]) -> None:
         """Waits for a signal; raises what ended a background task, which should have gone on for ever."""

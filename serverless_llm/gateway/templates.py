@@ -211,6 +211,18 @@ class CheckpointText:
         size = self._config.get("vocab_size")
         return size if isinstance(size, int) else self.tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def check(self) -> None:
+        """
+        Raises:
+            RequestError: there is a template, and it does not compile.
+        """
+        try:
+            if self.source is not None:
+                self._compiled(self.source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            message = f"its chat template does not compile: {error}"
+            raise RequestError(400, "invalid_request_error", message, "messages") from error
+
     def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """The chat as one text.
 
@@ -220,12 +232,15 @@ class CheckpointText:
         if self.source is None:
             raise RequestError(400, "invalid_request_error", "this model has no chat template", "messages")
         try:
-            if self._template is None:
-                self._template = environment().from_string(self.source)
-            return self._run(self._template, messages, variables)
+            return self._run(self._compiled(self.source), messages, variables)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             message = f"the model's chat template failed: {error}"
             raise RequestError(400, "invalid_request_error", message, "messages") from error
+
+    def _compiled(self, source: str) -> jinja2.Template:
+        if self._template is None:
+            self._template = environment().from_string(source)
+        return self._template
 
     def _run(self, template: jinja2.Template, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         pieces: list[str] = []
@@ -289,5 +304,8 @@ class CheckpointText:
             return self._checked(array("i", call.ids), "prompt")
         if call.text is not None:
             return self._checked(array("i", self.encode_text(call.text)), "prompt")
-        text = self.render(call.messages or [], call.variables)
+        if call.messages is None:
+            self.check()
+            return b""
+        text = self.render(call.messages, call.variables)
         return self._checked(array("i", self.tokenizer.encode(text, add_special_tokens=False).ids), "messages")

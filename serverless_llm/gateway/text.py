@@ -160,6 +160,19 @@ class TextPool:
             suspect.check(call.model)
             return await self._serve(await self._acquire(), key, call, framed)
 
+    async def check(self, model: str, directory: str, checkpoint: str) -> None:
+        """Load a checkpoint's tokenizer and compile its template, in a text process, for they may be hostile.
+
+        Raises:
+            RequestError: 400, they cannot be used; 503, they ended text processes shortly before.
+        """
+        try:
+            await self.prompt(Call(model, directory, checkpoint))
+        except RequestError as error:
+            if error.status == 503:
+                raise
+            raise RequestError(400, "invalid_checkpoint", error.message, "source") from error
+
     def _suspect(self, key: tuple[str, str]) -> _Suspect | None:
         suspect = self._suspects.get(key)
         if suspect is None or not suspect.forgotten:

@@ -13,6 +13,8 @@ LENGTH = struct.Struct("<I")  # bytes of the body that follows
 class Call(msgspec.Struct, frozen=True, array_like=True):
     """Turn one of `messages` (chat), `text` or `ids` (int32, little endian) into a prompt.
 
+    With none of them the checkpoint's text files are checked, and the prompt is empty.
+
     Attributes:
         model: the deployed name, for messages.
         directory: the Hugging Face directory of the checkpoint; with `checkpoint` the key of what is cached.

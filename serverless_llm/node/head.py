@@ -16,7 +16,7 @@ from serverless_llm.cluster.machine import Machine
 from serverless_llm.node import state
 from serverless_llm.node.controller import Controller, Observer
 from serverless_llm.node.options import AgentOptions
-from serverless_llm.node.registry import Registry
+from serverless_llm.node.registry import Registry, TextCheck
 from serverless_llm.node.state import HeadAddress, State
 from serverless_llm.node.supervise import Supervisor
 
@@ -34,6 +34,7 @@ class Head:
         observe: called with every `Decided`, `Outcome` and `Evicted`.
         keep_alive: default of a deploy, in seconds.
         roots: directories that sources must lie in; none: anywhere.
+        check: of a deploy's text files, see `Registry`.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class Head:
         observe: Sequence[Observer] = (),
         keep_alive: float = 300.0,
         roots: Sequence[Path] = (),
+        check: TextCheck | None = None,
     ) -> None:
         self._state = kept
         machine.number_replicas(kept.generation)
         self.controller = Controller(machine, kept.generation, state.agent_token(kept.directory), deliver, observe)
-        self.registry = Registry(self.controller, kept, deliver, keep_alive, roots)
+        self.registry = Registry(self.controller, kept, deliver, keep_alive, roots, check)
         self._supervisor = Supervisor(agents)
         self._asked: set[asyncio.Task[None]] = set()
 

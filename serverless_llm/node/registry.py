@@ -31,6 +31,7 @@ WRITE_AGAIN = 10.0  # seconds after which a client may ask again for what the di
 BROKEN = "%s cannot be served: %s; mend that and deploy it again, or: serverless-llm rm %s"
 JSON = dict[str, Any]
 T = TypeVar("T")
+TextCheck = Callable[[str, str, str], Awaitable[None]]
 
 
 class Registry:
@@ -39,6 +40,7 @@ class Registry:
     Args:
         keep_alive: default of a deploy, in seconds.
         roots: directories that sources must lie in; none: anywhere.
+        check: looks at the text files of (name, source, checkpoint), and raises RequestError where they cannot be used.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class Registry:
         deliver: Callable[[wire.Message], None],
         keep_alive: float,
         roots: Sequence[Path] = (),
+        check: TextCheck | None = None,
     ) -> None:
         self._controller = controller
         self._state = state
         self._deliver = deliver
         self._keep_alive = keep_alive
         self._roots = roots
+        self._check = check
         self._entries: dict[str, Entry] = {}
         self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
         self._readers = asyncio.Semaphore(READERS)
@@ -127,6 +131,8 @@ class Registry:
     async def _deploy(self, name: str, body: bytes, limit: float | None = None) -> JSON:
         spec = admin.spec_of(name, body, self._keep_alive, self._roots)
         footprint = await admin.read_footprint(spec, limit)
+        if self._check is not None:
+            await self._check(spec.name, spec.source, footprint.checkpoint)
         async with self._changing:
             old = self._entries.get(name)
             created = old.created if old else int(time.time())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from serverless_llm.demo import tasks
 from serverless_llm.node.processes import command, environment
 
 pytestmark = pytest.mark.slow
@@ -81,6 +83,12 @@ def test_serve_run_list_and_stop(served: Serve) -> None:
     assert "warm" in served.cli("run", "demo-reverse", "abc").stderr
     (row,) = json.loads(served.cli("ps", "--json").stdout)
     assert (row["name"], row["state"], row["devices"]) == ("demo-reverse", "loaded", ["node0/0"])
+    bad = served.state / "bad"
+    shutil.copytree(tasks.checkpoint_dir("demo-reverse"), bad)
+    (bad / "chat_template.jinja").write_text("{% if %}")
+    answer = served.cli("deploy", "bad", str(bad))
+    assert answer.returncode == 1
+    assert "chat template does not compile" in answer.stderr
     assert served.cli("rm", "demo-reverse").returncode == 0
     assert json.loads(served.cli("ls", "--json").stdout) == []
     (agent,) = agents(served.state)

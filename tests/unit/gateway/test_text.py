@@ -296,6 +296,72 @@ def test_a_broken_file_is_named_with_its_model(tmp_path: Path, name: str, conten
     asyncio.run(main())
 
 
+NESTED = "{% if 1 %}" * 5000
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "says"),
+    [
+        ("tokenizer.json", None, "no tokenizer.json"),
+        ("tokenizer.json", "nonsense", "cannot be used"),
+        ("tokenizer.json", json.dumps(tokenizer_json() | {"decoder": DOUBLING}), "decoder is not supported"),
+        ("tokenizer_config.json", "nonsense", "cannot be used"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "cannot be used"),
+        ("chat_template.jinja", "{% if %}", "template does not compile"),
+        ("chat_template.jinja", NESTED, "template does not compile"),
+    ],
+    ids=["missing", "no json", "decoder", "settings", "tokens", "template", "nested"],
+)
+def test_what_no_request_could_use_is_found_by_the_check(
+    tmp_path: Path, name: str, contents: str | None, says: str
+) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        directory = checkpoint(tmp_path / "broken")
+        await pool.check("demo", str(directory), "whole")
+        (directory / name).unlink(missing_ok=True)
+        if contents is not None:
+            (directory / name).write_text(contents)
+        with pytest.raises(RequestError, match=f"model 'demo'.*{says}") as refused:
+            await pool.check("demo", str(directory), "broken")
+        assert (refused.value.status, refused.value.code, refused.value.param) == (400, "invalid_checkpoint", "source")
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_checked_checkpoint_needs_no_template_and_is_ready_for_its_first_request(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        directory = checkpoint(tmp_path / "plain")
+        (directory / "tokenizer_config.json").write_text("{}")
+        await pool.check("demo", str(directory), "c")
+        (known,) = pool._vocabularies.values()
+        assert (await pool.prompt(Call("demo", str(directory), "c", text="Hi"))).vocabulary is known
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_checkpoint_that_ends_text_processes_is_not_checked_for_ever(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(1, TextLimits(seconds=0.05))
+        await pool.start()
+        directory = checkpoint(tmp_path / "endless", "{{ 9 ** (9 ** 9) }}")  # worked out as it is compiled
+        statuses = []
+        for _ in range(4):
+            with pytest.raises(RequestError) as refused:
+                await pool.check("demo", str(directory), "c")
+            statuses.append(refused.value.status)
+        assert statuses == [400, 400, 400, 503]
+        await pool.close()
+
+    asyncio.run(main())
+
+
 def test_processes_end_with_the_pool_and_with_their_parent(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "serverless_llm.gateway.text_process", "5", str(4 << 30), "1000"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -35,12 +35,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Desk:
     """A head without agents, and whoever asks it."""
 
-    def __init__(self, directory: Path, roots: tuple[Path, ...] = ()) -> None:
+    def __init__(self, directory: Path, roots: tuple[Path, ...] = (), check: registry.TextCheck | None = None) -> None:
         self.kept = State(directory)
         self.catalogs: list[wire.Catalog] = []
         self.news: list[dict[str, Any]] = []
         self._answers: dict[int, asyncio.Future[wire.Answer]] = {}
-        self.head = Head(self.kept, Machine(Policy()), [], self._deliver, keep_alive=120.0, roots=roots)
+        self.head = Head(self.kept, Machine(Policy()), [], self._deliver, keep_alive=120.0, roots=roots, check=check)
 
     def _deliver(self, message: wire.Message) -> None:
         if isinstance(message, wire.Answer):
@@ -287,3 +287,22 @@ def test_a_dead_mount_fails_its_models_alone_until_it_is_back(
         desk.kept.close()
 
     asyncio.run(whole())
+
+
+def test_a_deploy_whose_text_files_cannot_be_used_changes_nothing(tmp_path: Path, checkpoint: Path) -> None:
+    checked: list[tuple[str, str]] = []
+
+    async def check(name: str, source: str, checkpoint: str) -> None:
+        assert checkpoint
+        checked.append((name, source))
+        if name == "bad":
+            raise RequestError(400, "invalid_checkpoint", "no tokenizer.json", "source")
+
+    async def tell(desk: Desk) -> None:
+        assert (await desk.ask("deploy", "good", source=str(checkpoint)))[0] == 200
+        status, body = await desk.ask("deploy", "bad", source=str(checkpoint))
+        assert (status, body["error"]["message"]) == (400, "no tokenizer.json")
+        assert (await desk.ask("show", "bad"))[0] == 404
+        assert checked == [("good", str(checkpoint)), ("bad", str(checkpoint))]
+
+    on_a_desk(tmp_path, tell, check=check)
