@@ -9,7 +9,9 @@ import asyncio
 import inspect
 import json
 import math
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -235,3 +237,33 @@ def test_streams_give_every_token(
     told = [choice["logprobs"]["content" if ask.chat else "tokens"] for choice in said.choices]
     ends = sum(choice["finish"] == "stop" for choice in said.choices)
     assert sum(map(len, told)) + ends == said.tokens
+
+
+def test_a_killed_worker_changes_nothing(served: Served) -> None:
+    """Penalties count the tokens of the dead worker's time, logprobs are told once, and every choice goes on."""
+    body = {
+        "model": "demo", "prompt": chat_text("why?"), "stream": True, "n": 2, "seed": 3, "temperature": 1.5,
+        "max_tokens": 250, "ignore_eos": True, "min_p": 0.01, "presence_penalty": 1, "frequency_penalty": 0.5,
+        "repetition_penalty": 1.3, "logit_bias": {"65": -1}, "logprobs": 1,
+    }  # fmt: skip
+
+    async def said(disturb: bool) -> Said:
+        seen: list[Any] = []
+        async with (
+            aiohttp.ClientSession(served.server.url) as http,
+            http.post("/v1/completions", json=body) as response,
+        ):
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    seen.append(msgspec.json.decode(line[6:]))
+                if disturb and len(seen) == 60:
+                    (pid,) = [device["worker_pid"] for device in served.server.devices()]
+                    os.kill(pid, signal.SIGKILL)
+                    disturb = False
+        return _joined(seen)
+
+    undisturbed, disturbed = asyncio.run(said(disturb=False)), asyncio.run(said(disturb=True))
+    assert undisturbed == disturbed
+    assert [choice["finish"] for choice in disturbed.choices] == ["length", "length"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in disturbed.choices] == [250, 250]
+    assert '"restarts": 2,' in (served.server.state / "head.log").read_text()
