@@ -19,8 +19,8 @@ import msgspec
 
 from serverless_llm.errors import ConfigurationError
 from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size
+from serverless_llm.surroundings import PREFIX, default_state_dir, search_path
 
-PREFIX = "SERVERLESS_LLM_"
 CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  # read elsewhere, no options
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
@@ -136,23 +136,6 @@ def count_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
 
 
 # --- where values come from ---
-
-
-def search_path(environ: Mapping[str, str]) -> list[Path]:
-    """The files of which the first that exists is read."""
-    home = Path(environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "/")) / ".config")
-    name = "serverless-llm"
-    return [Path(f"{name}.yaml"), home / name / f"{name}.yaml", Path("/etc") / name / f"{name}.yaml"]
-
-
-def default_state_dir(environ: Mapping[str, str]) -> Path:
-    home = Path(environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/")) / ".local" / "state")
-    return home / "serverless-llm"
-
-
-def state_dir(environ: Mapping[str, str]) -> Path:
-    """Where a client looks for a running server."""
-    return Path(environ.get(f"{PREFIX}STATE_DIR") or default_state_dir(environ))
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

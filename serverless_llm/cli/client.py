@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from serverless_llm.config import PREFIX, state_dir
 from serverless_llm.errors import ConfigurationError
+from serverless_llm.surroundings import PREFIX, state_dir
+
+if TYPE_CHECKING:
+    import http.client
 
 UNREACHABLE = 69
 ANSWER_SECONDS = 300.0  # a cold start of a large model from a slow disk, with its heartbeats in between
@@ -54,6 +56,8 @@ class Server:
             Unreachable: nobody listens there, or the connection broke.
             Refusal: the answer is an error.
         """
+        import http.client
+
         response = self._send(method, path, body, seconds)
         try:
             text = response.read()
@@ -63,6 +67,8 @@ class Server:
 
     def stream(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
         """The data events of a streaming request, as they come. Raises as `call`."""
+        import http.client
+
         response = self._send("POST", path, body, ANSWER_SECONDS)
         try:
             for line in response:
@@ -75,6 +81,8 @@ class Server:
         raise Unreachable(f"the server at {self.url} broke off before the end")
 
     def _send(self, method: str, path: str, body: Any, seconds: float) -> http.client.HTTPResponse:
+        import http.client
+
         parts = urllib.parse.urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         headers = {"Content-Type": "application/json"}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 import click
 
 from serverless_llm.cli.client import of_state_dir
-from serverless_llm.config import state_dir as own_state_dir
+from serverless_llm.surroundings import state_dir as own_state_dir
 
 POLL = 0.1  # seconds between two looks for more
 REQUEST = "serverless_llm.request"

@@ -7,9 +7,6 @@ from typing import Any
 
 import click
 
-from serverless_llm.errors import ConfigurationError
-from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size
-
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # click before 8.2 knows no argument
     """A text that `parse` reads; it is passed on as it stands, since its meaning may depend on the machine."""
@@ -19,11 +16,32 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # click before 8.2 k
         self._parse = parse
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from serverless_llm.errors import ConfigurationError
+
         try:
             self._parse(value)
         except ConfigurationError as error:
             self.fail(str(error), param, ctx)
         return value
+
+
+def _time(value: str) -> None:
+    from serverless_llm.quantities import parse_duration
+
+    parse_duration(value)
+
+
+def _share(value: str) -> None:
+    from serverless_llm.quantities import parse_size
+
+    parse_size(value, whole=1)
+
+
+def _limit(value: str) -> None:
+    from serverless_llm.quantities import parse_pairs, parse_rate
+
+    for rate in parse_pairs(value).values():
+        parse_rate(rate)
 
 
 def _devices(value: str) -> None:
@@ -32,13 +50,8 @@ def _devices(value: str) -> None:
     parse_devices(value)
 
 
-def _limit(value: str) -> None:
-    for rate in parse_pairs(value).values():
-        parse_rate(rate)
-
-
-TIME = Quantity("time", parse_duration)
-SHARE = Quantity("size", lambda value: parse_size(value, whole=1))
+TIME = Quantity("time", _time)
+SHARE = Quantity("size", _share)
 LIMIT = Quantity("link=rate", _limit)
 DEVICES = Quantity("kind:n", _devices)
 COUNT = click.IntRange(min=1)

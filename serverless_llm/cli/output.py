@@ -35,3 +35,8 @@ def size(count: float) -> str:
         value /= 1000
         units.pop(0)
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def seconds(value: float) -> str:
+    """`31 ms`, `2.8 s`."""
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"

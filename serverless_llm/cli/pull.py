@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from serverless_llm.cli import hub
 from serverless_llm.cli.output import as_json, say, size
-from serverless_llm.cli.progress import transfers
+
+if TYPE_CHECKING:
+    from serverless_llm.cli.hub import Pulled, Repository
 
 
 @click.command()
@@ -18,6 +21,8 @@ def pull(repository: str, as_json: bool) -> None:
     Only safetensors, config and tokenizer files are read. What an interrupted pull left is gone on with. HF_HOME,
     HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured; where the hub cannot be reached, a cached snapshot is taken.
     """
+    from serverless_llm.cli import hub
+
     wanted = hub.repository(repository)
     if wanted is None:
         raise click.UsageError(f"{repository!r} is not of the form owner/name or owner/name@revision")
@@ -35,8 +40,11 @@ def pull(repository: str, as_json: bool) -> None:
     say(value, str(pulled.directory), as_json)
 
 
-def bring(wanted: hub.Repository) -> hub.Pulled:
+def bring(wanted: Repository) -> Pulled:
     """Pulls it, showing how far it is."""
+    from serverless_llm.cli import hub
+    from serverless_llm.cli.progress import transfers
+
     with transfers() as told:
         pulled = hub.pull(wanted, told)
     if pulled.offline:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import secrets
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
@@ -22,7 +19,10 @@ from serverless_llm.cli.options import COUNT
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.signals import unwinding
 from serverless_llm.cli.sources import is_source, name_of, resolve
-from serverless_llm.config import PREFIX
+from serverless_llm.surroundings import PREFIX
+
+if TYPE_CHECKING:
+    import subprocess
 
 START_SECONDS = 60.0  # for a server of its own to accept requests
 STOP_SECONDS = 15.0
@@ -118,6 +118,10 @@ def ephemeral(*models: str) -> Iterator[Server]:
     Raises:
         click.ClickException: it did not start; the message is its own.
     """
+    import secrets
+    import subprocess
+    import tempfile
+
     from serverless_llm.node.processes import command, environment
 
     with tempfile.TemporaryDirectory(prefix="serverless-llm-") as folder:
@@ -164,6 +168,8 @@ def _is_ready(url: str) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    import subprocess
+
     process.terminate()
     try:
         process.wait(STOP_SECONDS)

@@ -6,17 +6,16 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from msgspec.structs import replace
 
 from serverless_llm.cli import sources
-from serverless_llm.cli.log import logged
 from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, SHARE, TIME
 from serverless_llm.cli.output import as_json, say
-from serverless_llm.config import Config, count_gpus, load, parse_devices
-from serverless_llm.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from serverless_llm.config import Config
 
 
 @click.command()
@@ -62,6 +61,9 @@ def serve(
 
         click.echo(json.dumps(schema(), indent=2))
         return
+    from serverless_llm.cli.log import logged
+    from serverless_llm.config import count_gpus, load
+
     settings = sourced(load(settled(flags), os.environ, config))
     demand_gpus(settings, count_gpus(os.environ))
     if die_with is not None:
@@ -83,6 +85,8 @@ def settled(flags: dict[str, Any]) -> dict[str, Any]:
 
 def sourced(settings: Config) -> Config:
     """With a directory as the source of every model; what is meant as one is left to the server to judge."""
+    from msgspec.structs import replace
+
     models = {}
     for name, entry in settings.models.items():
         known = entry.source in sources.demos() or sources.HUB_ID.fullmatch(entry.source)
@@ -92,6 +96,9 @@ def sourced(settings: Config) -> Config:
 
 def demand_gpus(settings: Config, there: int) -> None:
     """Raises ConfigurationError where more GPUs are wanted than there are."""
+    from serverless_llm.config import parse_devices
+    from serverless_llm.errors import ConfigurationError
+
     kind, count = parse_devices(settings.devices)
     if kind == "cuda" and count > there:
         raise ConfigurationError(f"devices: {settings.devices} on a machine where {there} NVIDIA GPU(s) can be seen")
@@ -103,6 +110,8 @@ def made(state_dir: Path) -> Path:
     Raises:
         ConfigurationError: it cannot be made.
     """
+    from serverless_llm.errors import ConfigurationError
+
     folder = state_dir / "logs"
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

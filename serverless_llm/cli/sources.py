@@ -7,10 +7,6 @@ from pathlib import Path
 
 import click
 
-from serverless_llm.config import NAME
-from serverless_llm.errors import did_you_mean
-from serverless_llm.quantities import parse_pairs
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -28,6 +24,8 @@ def resolve(source: str) -> str:
         return str(_demo(source))
     if HUB_ID.fullmatch(source):
         return str(_of_hub(source))
+    from serverless_llm.errors import did_you_mean
+
     raise click.UsageError(
         f"{source!r} is neither a directory nor one of {', '.join(demos())}, nor a hub's owner/name"
         f"{did_you_mean(source, demos())}"
@@ -63,6 +61,8 @@ def is_source(text: str) -> bool:
 
 def name_of(source: str) -> str:
     """A model's name made of its source: a hub's id as it is, without its revision, else the last part."""
+    from serverless_llm.config import NAME
+
     path = Path(source).expanduser()
     if HUB_ID.fullmatch(source) and not path.is_dir():
         return source.partition("@")[0]
@@ -74,5 +74,7 @@ def name_of(source: str) -> str:
 
 def named(given: tuple[str, ...]) -> dict[str, str]:
     """Models of `NAME=SOURCE` or bare sources, as name -> absolute directory."""
+    from serverless_llm.quantities import parse_pairs
+
     pairs = [text if "=" in text else f"{name_of(text)}={text}" for text in given]
     return {name: resolve(source) for name, source in parse_pairs(pairs).items()}

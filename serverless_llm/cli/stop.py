@@ -11,7 +11,7 @@ import click
 
 from serverless_llm.cli.client import nobody, of_state_dir, read_head
 from serverless_llm.cli.output import as_json, say
-from serverless_llm.config import state_dir as own_state_dir
+from serverless_llm.surroundings import state_dir as own_state_dir
 
 STOP = signal.SIGUSR1  # ends a server as SIGTERM does, but with status 0: it was told to by its operator
 POLL = 0.05  # seconds; a process that is not a child can only be asked

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serverless_llm import config
+from serverless_llm import config, surroundings
 from serverless_llm.config import Config, count_gpus, flag, load, parse_devices
 from serverless_llm.errors import ConfigurationError
 from serverless_llm.quantities import parse_duration, parse_rate, parse_size
@@ -44,13 +44,13 @@ def test_file_is_named_by_the_environment(file: Path) -> None:
 
 
 def test_search_path_begins_here_and_ends_in_etc() -> None:
-    paths = config.search_path({"HOME": "/home/someone"})
+    paths = surroundings.search_path({"HOME": "/home/someone"})
     assert [str(path) for path in paths] == [
         "serverless-llm.yaml",
         "/home/someone/.config/serverless-llm/serverless-llm.yaml",
         "/etc/serverless-llm/serverless-llm.yaml",
     ]
-    assert config.search_path({"XDG_CONFIG_HOME": "/x"})[1] == Path("/x/serverless-llm/serverless-llm.yaml")
+    assert surroundings.search_path({"XDG_CONFIG_HOME": "/x"})[1] == Path("/x/serverless-llm/serverless-llm.yaml")
 
 
 def test_first_file_of_the_search_path_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,8 @@ def test_devices_share_the_cores_but_one(monkeypatch: pytest.MonkeyPatch, cores:
 def test_state_directory(tmp_path: Path) -> None:
     assert loaded().state_dir == Path("/home/someone/.local/state/serverless-llm")
     assert loaded(XDG_STATE_HOME=str(tmp_path)).state_dir == tmp_path / "serverless-llm"
-    assert config.state_dir({"SERVERLESS_LLM_STATE_DIR": "/elsewhere"}) == Path("/elsewhere")
-    assert config.state_dir({"HOME": "/home/someone"}) == Path("/home/someone/.local/state/serverless-llm")
+    assert surroundings.state_dir({"SERVERLESS_LLM_STATE_DIR": "/elsewhere"}) == Path("/elsewhere")
+    assert surroundings.state_dir({"HOME": "/home/someone"}) == Path("/home/someone/.local/state/serverless-llm")
 
 
 def test_available_memory_is_the_tightest_limit(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""`serverless-llm doctor`: arguments -> diagnosis -> what people or scripts read of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from serverless_llm.cli.output import as_json, say, seconds, show, size
+
+if TYPE_CHECKING:
+    from serverless_llm.cli.diagnosis import Diagnosis, Forecast
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@click.command()
+@click.option("--config", type=click.Path(path_type=Path), help="The YAML file, instead of the search path.")
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Of the server, if it is not this user's own.")
+@as_json
+def doctor(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
+    """Measure disk, memory and GPU, look at every limit, and predict each deployed model's cold start.
+
+    Takes some seconds; writes at most one file of 256 MiB, in the state directory, and removes it. Ends with 1 and the
+    reasons where something would not work, with 78 where the configuration is bad.
+    """
+    from serverless_llm.cli.diagnosis import diagnose
+    from serverless_llm.config import load
+
+    diagnosis = diagnose(load({"state_dir": state_dir}, os.environ, config))
+    say(diagnosis.as_json(), _text(diagnosis), as_json)
+    if diagnosis.forecasts and not as_json:
+        click.echo()
+        rows = [(one.name, size(one.bytes), *_times(one)) for one in diagnosis.forecasts]
+        show(("MODEL", "SIZE", "FROM DISK", "FROM DRAM"), rows)
+    if diagnosis.problems:
+        raise click.ClickException("would not work: " + "; ".join(diagnosis.problems))
+
+
+def _text(diagnosis: Diagnosis) -> str:
+    """A line for each finding; colours go where standard output is a terminal, unless NO_COLOR is set."""
+    width = max(len(one.name) for one in diagnosis.findings)
+    plain = "NO_COLOR" in os.environ
+    words = {level: level.ljust(4) if plain else click.style(level.ljust(4), COLOURS[level]) for level in COLOURS}
+    return "\n".join(f"{words[one.level]}  {one.name:{width}}  {one.text}" for one in diagnosis.findings)
+
+
+def _times(one: Forecast) -> tuple[str, str]:
+    if one.from_disk_s is None or one.from_dram_s is None:
+        return "cannot be served", one.error
+    return seconds(one.from_disk_s), seconds(one.from_dram_s)

@@ -1,0 +1,131 @@
+"""`serverless-llm show`: one model, deployed or not: its checkpoint, what it needs, and how it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from serverless_llm.cli import completion
+from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir
+from serverless_llm.cli.models import state, until
+from serverless_llm.cli.output import as_json, seconds, size
+from serverless_llm.cli.sources import is_source, resolve
+
+
+@click.command()
+@click.argument("model", shell_complete=completion.models)
+@of_state_dir
+@as_json
+def show(model: str, state_dir: Path | None, as_json: bool) -> None:
+    """Tell of MODEL: a deployed name, or, whether a server runs or not, a directory, a hub id or a demo checkpoint."""
+    from serverless_llm.errors import CheckpointError, RequestError
+
+    row, start = _deployed(model, state_dir)
+    value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start}
+    source = row["source"] if row else resolve(model)
+    try:
+        value["checkpoint"] = checkpoint(source, row["dtype"] if row else "auto")
+    except (CheckpointError, RequestError, OSError) as error:
+        if row is None:
+            raise
+        value["checkpoint"] = {"source": source, "error": str(error)}
+    if as_json:
+        click.echo(json.dumps(value))
+        return
+    _print(value)
+
+
+def _deployed(model: str, state_dir: Path | None) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
+    """The model as the server shows it, and the estimate of its start; nothing of one that is only a source."""
+    try:
+        server = find(state_dir)
+        row: dict[str, Any] = server.call("GET", model_path(model))
+    except (Unreachable, Refusal) as error:
+        if not is_source(model) or (isinstance(error, Refusal) and error.status != 404):
+            raise
+        return None, None
+    return row, _estimate(server, row)
+
+
+def _estimate(server: Server, row: dict[str, Any]) -> dict[str, float] | None:
+    """Seconds of a start on the best node, by the bandwidths that it learned; None where there is no node."""
+    from serverless_llm.cluster.policy import Policy
+    from serverless_llm.placement.estimate import Links, Start, startup_s
+
+    policy, times = Policy(), []
+    for node in server.call("GET", "/admin/status")["nodes"]:
+        held = {one["checkpoint"]: one["bytes"] for one in node["resident"]}
+        missing = max(0, row["bytes"] - held.get(row["checkpoint"], 0))
+        known = node["bandwidth"]
+        links = Links(known.get("disk", policy.disk_bps), known.get("upload", policy.upload_bps), policy.overhead_s)
+        for device in node["devices"]:
+            upload = 0 if device["weights"] == "view" else row["bytes"]
+            times.append((startup_s(Start(0, missing, upload), links), startup_s(Start(0, 0, upload), links)))
+    return {"start_s": min(times)[0], "from_dram_s": min(times)[1]} if times else None
+
+
+def checkpoint(source: str, dtype: str) -> dict[str, Any]:
+    """What the files say.
+
+    Raises:
+        CheckpointError: they cannot be served.
+    """
+    from serverless_llm.domain import BLOCK_TOKENS, ModelSpec
+    from serverless_llm.loader import manifest
+    from serverless_llm.node.admin import footprint
+
+    needs = footprint(ModelSpec("show", source, dtype))
+    found = manifest.build(Path(source))
+    dtypes = sorted({entry.dtype for _, entry in found.tensors().values()})
+    config = found.config
+    return {
+        "source": source,
+        "id": needs.checkpoint,
+        "architecture": (config.get("architectures") or ["?"])[0],
+        "layers": config.get("num_hidden_layers"),
+        "hidden": config.get("hidden_size"),
+        "vocabulary": config.get("vocab_size"),
+        "dtypes": dtypes,
+        "files": len(found.files),
+        "tensors": len(found.tensors()),
+        "file_bytes": needs.file_bytes,
+        "weight_bytes": needs.weight_bytes,
+        "kv_token_bytes": needs.kv_block_bytes / BLOCK_TOKENS,
+        "context": needs.context,
+    }
+
+
+def _print(value: dict[str, Any]) -> None:
+    rows = _of_deployed(value["deployed"], value["estimate"]) if value["deployed"] else [("status", "not deployed")]
+    rows += _of_checkpoint(value["checkpoint"])
+    width = max(len(name) for name, _ in rows)
+    click.echo(value["model"])
+    for name, text in rows:
+        click.echo(f"  {name:{width}}  {text}")
+
+
+def _of_deployed(row: dict[str, Any], start: dict[str, float] | None) -> list[tuple[str, str]]:
+    rows = [("status", state(row)), ("tier", row["tier"]), ("dtype", row["dtype"])]
+    if row["devices"]:
+        rows += [("device", ", ".join(row["devices"])), ("until", until(row))]
+    if start:
+        rows.append(("next start", f"about {seconds(start['start_s'])}; {seconds(start['from_dram_s'])} from DRAM"))
+    kept = "for ever" if row["keep_alive"] is None else f"{row['keep_alive']:g} s"
+    rows += [("keep alive", kept + (", pinned" if row["pinned"] else "")), ("context", f"{row['context']} tokens")]
+    return [*rows, ("requests", f"{row['running']} running, {row['waiting']} waiting")]
+
+
+def _of_checkpoint(found: dict[str, Any]) -> list[tuple[str, str]]:
+    if "error" in found:
+        return [("source", found["source"]), ("checkpoint", found["error"])]
+    shape = f"{found['layers']} layers of {found['hidden']}, vocabulary of {found['vocabulary']}"
+    return [
+        ("source", found["source"]),
+        ("architecture", f"{found['architecture']}: {shape}"),
+        ("files", f"{found['files']}, {found['tensors']} tensors, {', '.join(found['dtypes'])}"),
+        ("size", f"{size(found['file_bytes'])} on disk, {size(found['weight_bytes'])} on a device"),
+        ("KV", f"{size(found['kv_token_bytes'])} a token, {found['context']} tokens at most"),
+    ]

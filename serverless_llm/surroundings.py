@@ -1,0 +1,25 @@
+"""Where configuration and state are, by the environment; light, since every verb of the command line begins here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+PREFIX = "SERVERLESS_LLM_"
+
+
+def search_path(environ: Mapping[str, str]) -> list[Path]:
+    """The files of which the first that exists is read."""
+    home = Path(environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "/")) / ".config")
+    name = "serverless-llm"
+    return [Path(f"{name}.yaml"), home / name / f"{name}.yaml", Path("/etc") / name / f"{name}.yaml"]
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    home = Path(environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/")) / ".local" / "state")
+    return home / "serverless-llm"
+
+
+def state_dir(environ: Mapping[str, str]) -> Path:
+    """Where a client looks for a running server."""
+    return Path(environ.get(f"{PREFIX}STATE_DIR") or default_state_dir(environ))

@@ -1,0 +1,200 @@
+"""`doctor`: what it measures, what it predicts, and each reason why something would not work."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serverless_llm.cli import checks, diagnosis, measure
+from serverless_llm.cli.diagnosis import Rates, forecast
+from serverless_llm.config import Config, load
+from serverless_llm.demo import tasks
+from serverless_llm.domain import ModelSpec
+from serverless_llm.node.state import Deployed, State
+from tests.unit.cli.conftest import CommandLine
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements of little data, on a logical CPU device."""
+    monkeypatch.setattr(measure.disk, "__defaults__", (0.02,))
+    monkeypatch.setattr(measure, "LARGE", 1 * MIB)
+    monkeypatch.setattr(measure.memcpy, "__defaults__", (4 * MIB,))
+    monkeypatch.setenv("SERVERLESS_LLM_DEVICES", "cpu:1")
+    monkeypatch.setenv("SERVERLESS_LLM_PORT", "0")
+
+
+def configured(state: Path, **flags: Any) -> Config:
+    return load({"state_dir": state, "devices": "cpu:1", "port": 0, **flags}, {"HOME": "/nowhere"}, memory=1 << 30)
+
+
+def deployed(state: Path, *names: str) -> None:
+    """A state directory where these demo checkpoints are deployed."""
+    kept = State(state)
+    for name in names:
+        kept.save(Deployed(ModelSpec(name, str(tasks.checkpoint_dir(name))), 0))
+    kept.close()
+
+
+# --- the whole ---
+
+
+def test_a_fit_machine(cli: CommandLine, tmp_path: Path) -> None:
+    deployed(tmp_path, "demo-add", "demo-count")
+    outcome = cli("doctor", "--json")
+    assert outcome.status == 0, outcome.err
+    told = json.loads(outcome.out)
+    assert (told["ok"], told["problems"]) == (True, [])
+    assert {one["name"] for one in told["checks"]} >= {
+        "versions", "state", "server", "memory", "descriptors", "memlock", "shm", "huge pages", "space", "driver",
+        "disk", "memcpy",
+    }  # fmt: skip
+    assert told["rates"]["disk"] > 0 < told["rates"]["memcpy"]
+    for model in told["models"]:
+        assert 0 < model["from_dram_s"] < model["from_disk_s"]
+    assert [model["name"] for model in told["models"]] == ["demo-add", "demo-count"]
+
+
+def test_people_read_a_table(cli: CommandLine, tmp_path: Path) -> None:
+    deployed(tmp_path, "demo-add")
+    lines = cli("doctor").out.splitlines()
+    assert any(line.startswith("ok    disk ") and "/s at " in line for line in lines)
+    assert lines[-2].split() == ["MODEL", "SIZE", "FROM", "DISK", "FROM", "DRAM"]
+    assert lines[-1].startswith("demo-add  3.1 MB ")
+
+
+def test_what_would_not_work_is_the_status_and_the_reason(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "broken"
+    shutil.copytree(tasks.checkpoint_dir("demo-add"), source)
+    (source / "model.safetensors").write_bytes(b"\x00")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("SERVERLESS_LLM_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("SERVERLESS_LLM_MODELS", f"bad={source}")
+        outcome = cli("doctor", "--json")
+    assert outcome.status == 1
+    assert "none could listen on 127.0.0.1 port" in outcome.err
+    assert "bad: model.safetensors" in outcome.err
+    assert len(json.loads(outcome.out)["problems"]) == 2
+
+
+def test_a_bad_configuration_is_78(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_DRAM", "lots")
+    assert cli("doctor").status == 78
+
+
+def test_a_damaged_database_is_78(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "state.db").write_bytes(b"no database" * 100)
+    outcome = cli("doctor")
+    assert outcome.status == 78
+    assert "state.db" in outcome.err
+
+
+# --- checks ---
+
+
+def test_a_running_server_is_told(tmp_path: Path) -> None:
+    (tmp_path / "head.json").write_text(json.dumps({"url": "http://x", "generation": 1, "pid": os.getpid()}))
+    assert checks.address(configured(tmp_path)).text == f"runs at http://x, pid {os.getpid()}"
+
+
+def test_a_state_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert checks.state_directory(configured(tmp_path / "file" / "state")).level == checks.FAILURE
+
+
+def test_a_state_directory_open_to_others(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    assert checks.state_directory(configured(tmp_path)).level == checks.WARNING
+
+
+@pytest.mark.parametrize(("limit", "level"), [(100, checks.FAILURE), (1024, checks.WARNING), (20_000, checks.OK)])
+def test_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, level: str) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, 20_000))
+    assert checks.descriptors(configured(tmp_path)).level == level
+
+
+def test_memory_that_may_not_be_pinned_matters_to_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 * MIB, 8 * MIB))
+    assert checks.locked_memory(configured(tmp_path)).level == checks.OK
+    assert checks.locked_memory(configured(tmp_path, devices="cuda:1")).level == checks.WARNING
+
+
+def test_gpus_that_are_not_there(tmp_path: Path) -> None:
+    (finding,) = checks.gpus(configured(tmp_path, devices="cuda:1"))
+    assert finding.level == checks.FAILURE
+    assert "cuda:1 is wanted, but the NVIDIA driver says" in finding.text
+
+
+def test_more_memory_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = configured(tmp_path, weights="copy", dram="400MiB", device_memory="400MiB")
+    assert checks.memory(settings).level == checks.OK
+    monkeypatch.setattr(checks, "available_memory", lambda: 500 * MIB)
+    assert checks.memory(settings).level == checks.FAILURE
+
+
+# --- measurements and predictions ---
+
+
+def test_a_disk_is_measured_by_the_models_that_lie_on_it(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(os.urandom(2 * MIB + 5))
+    findings, rates = diagnosis.measure(configured(tmp_path), [source, tmp_path / "gone"])
+    assert [one.name for one in findings] == ["disk", "memcpy"]
+    assert f"at {source}" in findings[0].text
+    assert rates.disk.keys() == {tmp_path.stat().st_dev}
+    assert rates.device is None
+
+
+def test_scratch_leaves_nothing(tmp_path: Path) -> None:
+    with measure.scratch(tmp_path, 3 * MIB) as path:
+        assert path.stat().st_size == 3 * MIB
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path) -> None:
+    finding, rate = diagnosis._disk([tmp_path / "gone.safetensors"])
+    assert (finding.level, rate) == (checks.FAILURE, 0.0)
+
+
+def predicted(state: Path, rates: Rates, **flags: Any) -> tuple[float, float]:
+    told = forecast("demo-add", str(tasks.checkpoint_dir("demo-add")), configured(state, **flags), rates)
+    assert told.from_disk_s is not None
+    assert told.from_dram_s is not None
+    return round(told.from_disk_s, 6), round(told.from_dram_s, 6)
+
+
+def test_predictions_are_placements(tmp_path: Path) -> None:
+    directory = tasks.checkpoint_dir("demo-add")
+    nbytes = (directory / "model.safetensors").stat().st_size
+    rates = Rates({directory.stat().st_dev: 1e6}, 2e6, None)
+    assert predicted(tmp_path, rates) == (round(nbytes / 1e6 + 0.05, 6), 0.05)
+    assert predicted(tmp_path, rates, limits={"disk": "500KB/s"})[0] == round(nbytes / 5e5 + 0.05, 6)
+    cold, warm = predicted(tmp_path, rates, weights="copy")
+    assert cold == round(nbytes / 1e6 + 0.05, 6)
+    assert 1.5 < warm < nbytes / 2e6 + 0.05
+    assert predicted(tmp_path, Rates(rates.disk, 2e6, 4e6), weights="copy")[1] < warm
+
+
+def test_a_model_that_fits_no_device_is_told(tmp_path: Path) -> None:
+    source = str(tasks.checkpoint_dir("demo-add"))
+    told = forecast("m", source, configured(tmp_path, device_memory="2MiB"), Rates({}, 1e9, None))
+    assert "do not fit a device of 2.1 MB" in told.error
+
+
+def test_sources_of_the_configuration_are_found(tmp_path: Path) -> None:
+    settings = configured(tmp_path, models={"m": "demo-add"})
+    told = forecast("m", "demo-add", settings, Rates({}, 1e9, None))
+    assert (told.source, told.error) == (str(tasks.checkpoint_dir("demo-add")), "")
+    assert "no/such" in forecast("m", "no/such", settings, Rates({}, 1e9, None)).error

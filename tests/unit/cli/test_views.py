@@ -1,0 +1,158 @@
+"""`show` and `top` of a scripted server, and of sources without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+from typing import Any
+
+import pytest
+
+from serverless_llm.cli.top import headline
+from serverless_llm.demo import tasks
+from serverless_llm.node.processes import command, environment
+from tests.unit.cli.conftest import CommandLine, Scripted
+
+SOURCE = str(tasks.checkpoint_dir("demo-add"))
+ROW = {
+    "name": "m", "source": SOURCE, "checkpoint": "c", "dtype": "float32", "context": 512, "bytes": 3_000_000_000,
+    "state": "loaded", "tier": "device", "progress": 1.0, "error": "", "devices": ["node0/1"], "keep_alive": 300.0,
+    "pinned": False, "until": None, "estimate_s": None, "waiting": 2, "running": 1,
+}  # fmt: skip
+DEVICE = {
+    "device": "node0/1", "kind": "cpu", "weights": "view", "problem": "",
+    "memory": {"weights": 3_000_000_000, "kv": 5_000_000, "free": 10}, "sequences": [{}], "replicas": [{"model": "m"}],
+}  # fmt: skip
+NODE = {
+    "node": "node0", "state": "up", "dram": 8_000_000_000, "dram_used": 1_000_000_000, "bandwidth": {"disk": 1e9},
+    "resident": [{"checkpoint": "c", "bytes": 1_000_000_000}], "devices": [DEVICE],
+}  # fmt: skip
+TRAFFIC = {
+    "tokens_per_s": [0.0, 12.0], "requests_per_s": [0.0, 1.5], "errors_per_s": [0.0, 0.0],
+    "first_token_p50_ms": [None, 31.0], "first_token_p95_ms": [None, 44.0],
+}  # fmt: skip
+
+
+@pytest.fixture
+def busy(running: Scripted) -> Scripted:
+    """A server with one node, one device and one model."""
+    status = {"models": [ROW], "nodes": [NODE], "problems": ["node0/2 is not up"], "traffic": TRAFFIC}
+    running.answers["GET", "/admin/status"] = (200, status)
+    running.answers["GET", "/admin/models/m"] = (200, ROW)
+    return running
+
+
+# --- show ---
+
+
+def test_show_a_deployed_model(cli: CommandLine, busy: Scripted) -> None:
+    told = json.loads(cli("show", "m", "--json").out)
+    assert told["deployed"] == ROW
+    assert told["estimate"] == {"start_s": 2.05, "from_dram_s": 0.05}
+    assert told["checkpoint"]["architecture"] == "Qwen3ForCausalLM"
+    assert told["checkpoint"]["dtypes"] == ["F32"]
+    assert told["checkpoint"]["context"] == 1024
+    lines = [line.split(maxsplit=1) for line in cli("show", "m").out.splitlines()[1:]]
+    assert ["status", "loaded"] in lines
+    assert ["next", "start    about 2.0 s; 50 ms from DRAM"] in lines
+    assert ["requests", "1 running, 2 waiting"] in lines
+
+
+def test_show_estimates_the_copy_to_a_device(cli: CommandLine, busy: Scripted) -> None:
+    _, status = busy.answers["GET", "/admin/status"]
+    node: dict[str, Any] = NODE | {"devices": [DEVICE | {"weights": "copy"}], "bandwidth": {"upload": 1e9}}
+    busy.answers["GET", "/admin/status"] = (200, status | {"nodes": [node]})
+    assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 3.05, "from_dram_s": 3.05}
+    busy.answers["GET", "/admin/status"] = (200, status | {"nodes": []})
+    assert json.loads(cli("show", "m", "--json").out)["estimate"] is None
+
+
+def test_show_a_model_whose_files_are_gone(cli: CommandLine, busy: Scripted) -> None:
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"source": "/nowhere", "state": "failed", "error": "gone"})
+    outcome = cli("show", "m")
+    assert outcome.status == 0
+    assert "failed: gone" in outcome.out
+    assert "/nowhere: No such file or directory" in outcome.out
+
+
+def test_show_a_source_without_a_server(cli: CommandLine) -> None:
+    outcome = cli("show", "demo-add")
+    assert outcome.status == 0
+    assert "not deployed" in outcome.out
+    assert "Qwen3ForCausalLM: 3 layers of 128, vocabulary of 264" in outcome.out
+
+
+def test_show_a_source_that_is_not_deployed(cli: CommandLine, busy: Scripted) -> None:
+    busy.answers["GET", "/admin/models/demo-add"] = (404, {"error": {"message": "no model", "code": "x"}})
+    assert "not deployed" in cli("show", "demo-add").out
+
+
+def test_show_what_is_not_there(cli: CommandLine, busy: Scripted) -> None:
+    busy.answers["GET", "/admin/models/n"] = (404, {"error": {"message": "no model 'n' is deployed", "code": "x"}})
+    outcome = cli("show", "n")
+    assert (outcome.status, outcome.err) == (1, "Error: no model 'n' is deployed\n")
+
+
+def test_show_a_name_without_a_server_is_69(cli: CommandLine) -> None:
+    assert cli("show", "n").status == 69
+
+
+def test_show_a_directory_that_cannot_be_served(cli: CommandLine, tmp_path: object) -> None:
+    outcome = cli("show", str(tmp_path))
+    assert outcome.status == 1
+    assert "has neither model.safetensors nor" in outcome.err
+
+
+# --- top ---
+
+
+def test_top_in_a_pipe_is_printed_once(cli: CommandLine, busy: Scripted) -> None:
+    outcome = cli("top")
+    assert outcome.status == 0
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert outcome.out.startswith(
+        "12.0 tokens/s, 1.5 requests/s, 0.0 errors/s, first token 31 ms (p95 44 ms), DRAM 1.0 GB"
+    )
+    assert ["m", "3.0", "GB", "loaded", "device", "node0/1", "1", "2", "in", "use"] in lines
+    assert ["node0/1", "cpu", "3.0", "GB", "5.0", "MB", "10", "B", "1", "m"] in lines
+    assert outcome.err == "node0/2 is not up\n"
+
+
+def test_top_as_json(cli: CommandLine, busy: Scripted) -> None:
+    told = json.loads(cli("top", "--once", "--json").out)
+    assert told["rates"]["tokens_per_s"] == 12.0
+    assert (told["models"], told["devices"]) == ([ROW], [DEVICE])
+    assert told["nodes"][0]["dram_used"] == 1_000_000_000
+
+
+def test_top_of_a_server_without_traffic() -> None:
+    rates = dict.fromkeys(("tokens_per_s", "requests_per_s", "errors_per_s", "first_token_p50_ms"))
+    assert headline({"rates": rates, "nodes": []}).endswith("0.0 errors/s, DRAM 0 B of 0 B")
+
+
+@pytest.mark.slow
+def test_top_watches_on_a_terminal_and_leaves_it_as_it_was(busy: Scripted) -> None:
+    ours, theirs = pty.openpty()
+    surroundings = environment() | {"SERVERLESS_LLM_URL": busy.url, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    with subprocess.Popen(
+        command("serverless_llm", "top", "--interval", "0.1"), env=surroundings, stdout=theirs, stdin=theirs
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while seen.count(b"node0/1") < 4:  # twice on each of two screens
+            seen += os.read(ours, 65536)
+        process.send_signal(signal.SIGTERM)
+        try:
+            while piece := os.read(ours, 65536):
+                seen += piece
+        except OSError:  # EIO: the other side is closed
+            pass
+        os.close(ours)
+        assert process.wait(30) == 143
+    assert b"12.0 tokens/s" in seen
+    assert seen.rstrip().endswith((b"\x1b[?1049l", b"\x1b[?25h"))  # the former screen, with a cursor
+    assert b"\x1b[?1049l" in seen
+    assert b"\x1b[?25h" in seen
