@@ -1,0 +1,196 @@
+"""One server as an operator runs it: TLS, a file of keys, scrapes, watchers, logs, a reload; and the files in docs/."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serverless_llm.demo import tasks
+from serverless_llm.node.processes import command, environment
+from tests.serving import until
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT, OUTPUT = "qzkvjx", "xjvkzq"
+KEYS = {"user": "canary-user-key", "ops": "canary-ops-key", "later": "canary-later-key"}
+
+
+@dataclass
+class Operated:
+    process: subprocess.Popen[str]
+    folder: Path
+    port: int
+
+    def ask(self, method: str, path: str, key: str = "ops", body: Any = None) -> tuple[int, Any]:
+        """Status and JSON, or text, over TLS with the certificate checked."""
+        trusting = ssl.create_default_context(cafile=self.folder / "cert.pem")
+        connection = http.client.HTTPSConnection("localhost", self.port, timeout=30, context=trusting)
+        headers = {"Authorization": f"Bearer {KEYS[key]}"} if key else {}
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        raw = answer.read()
+        connection.close()
+        is_json = answer.headers.get_content_type() == "application/json"
+        return answer.status, json.loads(raw) if is_json else raw.decode()
+
+    def write_keys(self, *names: str) -> None:
+        scopes = {"ops": "[inference, admin]"}
+        lines = [f"- {{id: {name}, key: {KEYS[name]}, scopes: {scopes.get(name, '[inference]')}}}" for name in names]
+        path = self.folder / "keys.yaml"
+        path.write_text("\n".join(lines))
+        path.chmod(0o600)
+
+    def logs(self) -> str:
+        folder = self.folder / "state" / "logs"
+        return "\n".join(path.read_text() for path in [*folder.iterdir(), self.folder / "stderr"])
+
+
+@pytest.fixture(scope="module")
+def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    folder = tmp_path_factory.mktemp("operated")
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-out", "cert.pem", "-keyout", "key.pem"]
+    subprocess.run([*make, *named, *files], cwd=folder, check=True, capture_output=True)
+    small = ["--port", "0", "--devices", "cpu:1", "--device-memory", "16MiB", "--dram", "32MiB"]
+    paths = ["--tls-cert", "cert.pem", "--tls-key", "key.pem", "--keys-file", "keys.yaml", "--state-dir", "state"]
+    serve = command("serverless_llm", "serve", *small, *paths, "--model", "demo-reverse", "--json")
+    server = Operated(None, folder, 0)  # type: ignore[arg-type]
+    server.write_keys("user", "ops")
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            serve,
+            cwd=folder,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    try:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        assert told["url"].startswith("https://127.0.0.1:")
+        server.process, server.port = process, int(told["url"].rpartition(":")[2])
+        until(lambda: server.ask("GET", "/ready", "")[0] == 200, "an agent that joins beside TLS", 60)
+        chat = {"messages": [{"role": "user", "content": PROMPT}]}
+        status, answer = server.ask("POST", "/models/demo-reverse/v1/chat/completions", "user", chat)
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, OUTPUT)
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def test_keys_open_what_their_scopes_say(operated: Operated) -> None:
+    assert operated.ask("GET", "/v1/models", "user")[0] == 200
+    assert operated.ask("GET", "/admin/status", "user")[0] == 403
+    assert operated.ask("GET", "/admin/status", "ops")[0] == 200
+    assert operated.ask("GET", "/v1/models", "later")[0] == 401
+    assert operated.ask("GET", "/openapi.json", "")[1]["openapi"] == "3.1.0"
+
+
+def test_every_series_of_the_grafana_dashboard_is_served(operated: Operated) -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "serverless-llm.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    queries += [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
+    names = {name for query in queries for name in re.findall(r"\b(?:vllm:|serverless_llm_)\w+", query)}
+    assert len(names) > 15
+
+    def missing() -> set[str]:
+        _, page = operated.ask("GET", "/metrics")
+        return names - {re.split(r"[{ ]", line)[0] for line in page.splitlines() if not line.startswith("#")}
+
+    # nothing was evicted yet; what workers report comes every second
+    operated.ask("POST", "/admin/models/demo-reverse/unload")
+    until(lambda: "serverless_llm_evictions_total" not in missing(), "the eviction")
+    operated.ask("POST", "/admin/models/demo-reverse/load")
+    until(lambda: not missing(), f"every series; {missing()} are missing")
+
+
+def test_the_grafana_dashboard_is_whole() -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "serverless-llm.json").read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    for panel in dashboard["panels"]:
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+        assert panel["type"] == "row" or all(
+            target["datasource"]["uid"] == "${datasource}" for target in panel["targets"]
+        )
+
+
+def test_who_watches_is_told_of_deploys_and_loads(operated: Operated) -> None:
+    source = str(tasks.checkpoint_dir("demo-add"))
+    assert operated.ask("PUT", "/admin/models/org/add", body={"source": source})[0] == 200
+    assert operated.ask("PUT", "/admin/models/org%2Fadd", body={"source": source})[0] == 200
+    assert operated.ask("POST", "/admin/models/org%2Fadd/load")[0] == 200
+    status, shown = until(
+        lambda: (found := operated.ask("GET", "/v1/models/org/add"))[1]["status"]["value"] == "loaded" and found,
+        "a load",
+    )
+    assert (status, shown["status"]["tier"], shown["status"]["progress"]) == (200, "device", 1.0)
+    assert operated.ask("DELETE", "/admin/models/org%2Fadd")[0] == 200
+    trusting = ssl.create_default_context(cafile=operated.folder / "cert.pem")
+    connection = http.client.HTTPSConnection("localhost", operated.port, timeout=30, context=trusting)
+    connection.request("GET", "/admin/events?recent=256", headers={"Authorization": f"Bearer {KEYS['ops']}"})
+    told = []
+    for line in connection.getresponse():
+        if line.startswith(b"data: "):
+            told.append(json.loads(line[6:]))
+            if told[-1]["event"] == "deleted":
+                break
+    connection.close()
+    mine = [one["event"] for one in told if one.get("model") == "org/add" and one["event"] != "evicted"]
+    assert mine == ["deployed", "deployed", "load_decided", "load_started", "load_ready", "deleted"]
+    assert {"agent_joined", "worker_up"} <= {one["event"] for one in told}
+
+
+def test_keys_are_read_anew_and_a_bad_file_changes_nothing(operated: Operated) -> None:
+    operated.write_keys("ops", "later")
+    operated.process.send_signal(signal.SIGHUP)
+    until(lambda: operated.ask("GET", "/v1/models", "later")[0] == 200, "the new key")
+    assert operated.ask("GET", "/v1/models", "user")[0] == 401
+    (operated.folder / "keys.yaml").write_text("- {id: x}")
+    operated.process.send_signal(signal.SIGHUP)
+    until(lambda: "not read anew" in operated.logs(), "the refusal")
+    assert operated.ask("GET", "/v1/models", "later")[0] == 200
+
+
+def test_logs_have_one_line_a_request_and_no_prompt_output_or_key(operated: Operated) -> None:
+    def lines() -> list[dict[str, Any]]:
+        texts = (operated.folder / "stderr").read_text().splitlines()
+        return [
+            line for line in map(json.loads, texts) if line.get("route", "").startswith("POST /models/demo-reverse/v1")
+        ]
+
+    (line,) = until(lines, "the request's line")
+    assert line["status"] == 200
+    assert (line["key"], line["model"], line["class"], line["end"]) == ("user", "demo-reverse", "online", "stop")
+    assert (line["node"], line["device"], line["restarts"]) == ("node0", "0", 0)
+    assert line["generated"] == len(OUTPUT) + 1
+    assert line["cold_start_ms"] > 0
+    assert line.keys() >= {"request_id", "prompt", "queue_time_ms", "time_to_first_token_ms", "load_ms", "prefill_ms"}
+    everything = operated.logs()
+    for secret in (PROMPT, OUTPUT, *KEYS.values(), (operated.folder / "state" / "agent-token").read_text()):
+        assert secret not in everything
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_the_systemd_unit_is_valid(tmp_path: Path) -> None:
+    unit = (ROOT / "docs" / "serverless-llm.service").read_text()
+    path = tmp_path / "serverless-llm.service"
+    path.write_text(unit.replace("/opt/serverless-llm/bin/serverless-llm", shutil.which("true") or ""))
+    done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
