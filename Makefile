@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint unit browser screenshots soak fuzz bench bench-smoke accuracy train-demo gpu report clean
+.PHONY: demo test lint unit browser screenshots soak fuzz mutate bench bench-smoke accuracy train-demo gpu report clean
 
 # --- environment ---
 
@@ -71,6 +71,9 @@ soak: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/properties --hypothesis-seed=$(SEED) $(ARGS)
+
+mutate: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m scripts.mutate --seed $(SEED) $(ARGS)
 
 accuracy: $(VENV)/.installed-dev
 	$(BENCH)accuracy $(ARGS)

@@ -27,9 +27,9 @@ COLUMNS = ("case", "subject", "metric", "median", "p10 to p90", "n", "of the lim
 
 
 def rendered(folder: Path) -> str:
-    """All result files as Markdown, in the order of their names."""
+    """All benches' result files as Markdown, in the order of their names."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return "\n\n".join(section(result) for result in results) or "No results are committed yet."
+    return "\n\n".join(section(result) for result in results if "rows" in result) or "No results are committed yet."
 
 
 def section(result: dict[str, Any]) -> str:
