@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from serverless_llm.domain import FinishReason, Sampling
+from serverless_llm.domain import FinishReason, Sampling, Shaping
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
+from serverless_llm.engine.sampler import draw, likelihood, shaped
 from tests.unit.engine.tiny import (
     GREEDY,
     VARIANTS,
@@ -73,3 +74,16 @@ def test_models_share_the_device() -> None:
     assert first == {1, 2}
     engine.drop(1)
     assert set(drain(engine)) == {2}
+
+
+def test_shaping_and_logprobs_are_those_of_a_cpu() -> None:
+    logits = torch.randn(160, generator=torch.Generator().manual_seed(1))
+    shaping = Shaping(0.5, 0.7, 1.4, ((3, 4.0), (9, -100.0)), 5)
+    sampling = Sampling(stop_ids=(7, 500), shaping=shaping, min_p=0.05)
+    counts = {4: 2, 70: 0, 9: 1}
+    here, there = (shaped(row, sampling, counts, 3) for row in (logits, logits.cuda()))
+    torch.testing.assert_close(there.cpu(), here)
+    assert [draw(there, sampling, at) for at in range(50)] == [draw(here, sampling, at) for at in range(50)]
+    told, expected = likelihood(logits.cuda(), 5, 4), likelihood(logits, 5, 4)
+    assert told.tokens == expected.tokens
+    assert told.logprobs == pytest.approx(expected.logprobs)

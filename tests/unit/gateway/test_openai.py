@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,6 +138,12 @@ def test_choices() -> None:
     chat = [openai.parse(CHAT | body, chat=True) for body in ({}, {"n": 2}, {"logprobs": True}, {"logprobs": False})]
     assert [one.choices for one in chat] == [1, 2, 1, 1]
     assert [one.logprobs for one in chat] == [None, None, 0, None]
+
+
+def test_the_documentation_names_every_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "completions.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    assert {*openai._CHAT, *openai._COMPLETION, *openai._NEUTRAL, *openai._WITHOUT_EFFECT} <= named
 
 
 @pytest.mark.parametrize(
