@@ -67,9 +67,9 @@ class Diagnosis:
 
 def diagnose(settings: Config) -> Diagnosis:
     """Every check and measurement; takes some seconds."""
-    models = deployed(settings)
-    measured, rates = measure(settings, [Path(source) for source in models.values()])
-    forecasts = [forecast(name, source, settings, rates) for name, source in models.items()]
+    models = {name: directory_of(source) for name, source in deployed(settings).items()}
+    measured, rates = measure(settings, list(models.values()))
+    forecasts = [forecast(name, path, settings, rates) for name, path in models.items()]
     return Diagnosis((versions(), *checks(settings), *measured), rates, tuple(forecasts))
 
 
@@ -164,15 +164,14 @@ def _device() -> tuple[Finding, float | None]:
 # --- predictions ---
 
 
-def forecast(name: str, source: str, settings: Config, rates: Rates) -> Forecast:
+def forecast(name: str, path: Path, settings: Config, rates: Rates) -> Forecast:
     """What placement would say of a start on an empty device, with the measured bandwidths."""
     from serverless_llm.cluster.policy import Policy
     from serverless_llm.domain import DeviceSpec, ModelSpec
     from serverless_llm.node.admin import footprint
     from serverless_llm.placement import estimate, fit
 
-    entry = settings.models.get(name) or ModelEntry(source=source)
-    path = _directory(source)
+    entry = settings.models.get(name) or ModelEntry(source=str(path))
     spec = ModelSpec(name, str(path), entry.dtype, context=entry.context)
     try:
         needs = footprint(spec)
@@ -195,7 +194,7 @@ def forecast(name: str, source: str, settings: Config, rates: Rates) -> Forecast
     return Forecast(name, str(path), needs.file_bytes, cold, warm)
 
 
-def _directory(source: str) -> Path:
+def directory_of(source: str) -> Path:
     """A source of the configuration, which may be a demo's name or a hub's id, without asking the network."""
     from serverless_llm.cli import hub, sources
 

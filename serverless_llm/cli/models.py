@@ -94,8 +94,6 @@ def ps(state_dir: Path | None, as_json: bool) -> None:
     status = find(state_dir).call("GET", "/admin/status")
     for problem in status["problems"]:
         click.echo(problem, err=True)
-    if not status["nodes"] and not status["problems"]:
-        click.echo("no node is connected; it may be about to come back", err=True)
     models = [row for row in status["models"] if row["state"] in {"loading", "loaded"}]
     if as_json:
         click.echo(json.dumps(models))

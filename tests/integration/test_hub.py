@@ -59,6 +59,7 @@ class Shell:
             "HF_TOKEN": "hf_secret",
             "SERVERLESS_LLM_STATE_DIR": str(folder / "state"),
             "SERVERLESS_LLM_DEVICES": "cpu:1",
+            "PYTHONUNBUFFERED": "1",
             "SERVERLESS_LLM_DRAM": "32MiB",
         }
 
@@ -195,7 +196,29 @@ def test_bars_on_a_terminal(shell: Shell) -> None:
     assert b"\x1b[" in seen
 
 
-def test_a_hub_id_is_a_source(shell: Shell) -> None:
+def test_hub_ids_are_sources(shell: Shell, hub: Hub, tmp_path: Path) -> None:
+    """In the configuration of `serve`, and of `deploy`; the cache is asked first."""
+    (tmp_path / "serverless-llm.yaml").write_text("models: {mine: owner/demo, owner/demo: owner/demo@v1}\n")
+    with subprocess.Popen(
+        command("serverless_llm", "serve", "--port", "0", "--device-memory", "32MiB"),
+        env=shell.environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        try:
+            assert server.stdout is not None
+            assert "serves on" in server.stdout.readline()
+            weights = len(hub.gets("model.safetensors"))
+            assert shell("run", "mine", "12+34", "-q").stdout == "46\n"
+            assert shell("deploy", "again", "owner/demo").returncode == 0
+            rows = json.loads(shell("ls", "--json").stdout)
+        finally:
+            shell("stop", "--now")
+            server.communicate(timeout=PATIENCE)
+    assert {row["name"] for row in rows} == {"again", "mine", "owner/demo"}
+    assert all(Path(row["source"]).is_relative_to(shell.cache) for row in rows)
+    assert weights == len(hub.gets("model.safetensors")) == 1
+
+
+def test_a_hub_id_runs_without_a_server(shell: Shell) -> None:
     answer = shell("run", "owner/demo", "12+34")
     assert (answer.returncode, answer.stdout) == (0, "46\n"), answer.stderr
     assert "model.safetensors: " in answer.stderr

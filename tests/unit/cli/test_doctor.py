@@ -169,7 +169,7 @@ def test_a_disk_that_fails_is_told(tmp_path: Path) -> None:
 
 
 def predicted(state: Path, rates: Rates, **flags: Any) -> tuple[float, float]:
-    told = forecast("demo-add", str(tasks.checkpoint_dir("demo-add")), configured(state, **flags), rates)
+    told = forecast("demo-add", tasks.checkpoint_dir("demo-add"), configured(state, **flags), rates)
     assert told.from_disk_s is not None
     assert told.from_dram_s is not None
     return round(told.from_disk_s, 6), round(told.from_dram_s, 6)
@@ -188,13 +188,14 @@ def test_predictions_are_placements(tmp_path: Path) -> None:
 
 
 def test_a_model_that_fits_no_device_is_told(tmp_path: Path) -> None:
-    source = str(tasks.checkpoint_dir("demo-add"))
-    told = forecast("m", source, configured(tmp_path, device_memory="2MiB"), Rates({}, 1e9, None))
+    told = forecast(
+        "m", tasks.checkpoint_dir("demo-add"), configured(tmp_path, device_memory="2MiB"), Rates({}, 1e9, None)
+    )
     assert "do not fit a device of 2.1 MB" in told.error
 
 
 def test_sources_of_the_configuration_are_found(tmp_path: Path) -> None:
-    settings = configured(tmp_path, models={"m": "demo-add"})
-    told = forecast("m", "demo-add", settings, Rates({}, 1e9, None))
-    assert (told.source, told.error) == (str(tasks.checkpoint_dir("demo-add")), "")
-    assert "no/such" in forecast("m", "no/such", settings, Rates({}, 1e9, None)).error
+    assert diagnosis.directory_of("demo-add") == tasks.checkpoint_dir("demo-add")
+    assert diagnosis.directory_of(str(tmp_path)) == tmp_path
+    told = forecast("m", diagnosis.directory_of("no/such"), configured(tmp_path), Rates({}, 1e9, None))
+    assert "no/such" in told.error
