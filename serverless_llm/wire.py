@@ -191,6 +191,7 @@ class Run(Message, frozen=True):
     min_p: float = 0.0
     shaping: Shaping | None = None
     logprobs: int | None = None
+    request_id: str = ""  # for logs
 
 
 class Cancel(Message, frozen=True):

@@ -46,7 +46,7 @@ def no_route(method: str, path: str) -> RequestError:
     _, found, rest = path.rpartition("/v1/")
     feature = _FEATURES.get(rest.partition("/")[0]) if found else None
     if feature:
-        message += f": {feature} are not supported" if feature.endswith("s") else f": {feature} is not supported"
+        message += f": {feature} {'are' if feature.endswith('s') else 'is'} not supported"
     return RequestError(404, "not_found", message)
 
 

@@ -250,6 +250,7 @@ class Choice:
             min_p=sampling["min_p"],
             shaping=_shaping(sampling, request),
             logprobs=request.logprobs,
+            request_id=self.live.request_id,
         )
 
     def extend(self, tokens: list[int], finish: str, likelihoods: Sequence[wire.Likelihood] = ()) -> None:

@@ -41,6 +41,7 @@ class Owner:
     epoch: int
     gateway: int
     generated: int
+    request_id: str
 
 
 class Worker:
@@ -74,6 +75,10 @@ class Worker:
                 self._report(time.monotonic())
         except (BrokenPipeError, ConnectionResetError):
             return  # the agent was gone before all was said
+        except Exception as error:
+            running = ", ".join(owner.request_id for owner in self._owners.values())
+            error.add_note(f"requests that ran here: {running or 'none'}")
+            raise
         finally:
             self._placing.close()
             self._link.close()
@@ -146,7 +151,7 @@ class Worker:
             why = str(error) if isinstance(error, CapacityError) else f"replica {run.replica} is not here"
             self._refused.append((run.sequence, run.epoch, why))
             return
-        self._owners[run.sequence] = Owner(run.epoch, header.source, len(generated))
+        self._owners[run.sequence] = Owner(run.epoch, header.source, len(generated), run.request_id)
         self._progress_empty = False  # it is reported, or its end is
 
     def _cancel(self, sequences: list[tuple[int, int]]) -> None:

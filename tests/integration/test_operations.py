@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from serverless_llm.demo import tasks
+from serverless_llm.gateway.keys import _Entry
+from serverless_llm.gateway.records import Record
 from serverless_llm.node.processes import command, environment
 from tests.serving import until
 
@@ -185,6 +187,15 @@ def test_logs_have_one_line_a_request_and_no_prompt_output_or_key(operated: Oper
     everything = operated.logs()
     for secret in (PROMPT, OUTPUT, *KEYS.values(), (operated.folder / "state" / "agent-token").read_text()):
         assert secret not in everything
+
+
+def test_the_guide_names_every_event_limit_and_field() -> None:
+    guide = (ROOT / "docs" / "operations.md").read_text()
+    source = (ROOT / "serverless_llm" / "node" / "news.py").read_text()
+    events = re.findall(r'"event": "(\w+)"|_replica\("(\w+)"', source)
+    names = {one or other for one, other in events} | set(Record.__dataclass_fields__) | set(_Entry.__struct_fields__)
+    unnamed = {name for name in names - {"began", "phases", "work_class"} if not re.search(rf"\b{name}\b", guide)}
+    assert unnamed == set()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")

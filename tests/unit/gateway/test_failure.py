@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from serverless_llm import wire
@@ -33,3 +36,34 @@ def test_a_useless_retry_is_said_to_be() -> None:
 def test_what_the_controller_refuses(retry_after: float | None, retry: bool, shown: float | None) -> None:
     error = failure.from_rejection(wire.Rejected(1, 503, "overloaded", "m", retry_after, retry))
     assert (error.status, error.code, error.message, error.retry_after) == (503, "overloaded", "m", shown)
+
+
+def test_clients_that_retry_by_status_are_never_misled() -> None:
+    """409 and 408 make official clients ask again at once, whatever else is said."""
+    sources = Path(failure.__file__).parents[1].rglob("*.py")
+    refused = [
+        path.name
+        for path in sources
+        if re.search(r"RequestError\(\s*40[89]\b|HTTPConflict|HTTPRequestTimeout", path.read_text())
+    ]
+    assert refused == []
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/embeddings", "embeddings are not supported"),
+        ("/v1/files/file-1/content", "files are not supported"),
+        ("/v1/batches", "batches are not supported"),
+        ("/v1/responses", "the responses API is not supported"),
+        ("/v1/messages", "the messages API is not supported"),
+        ("/models/a/b/v1/embeddings", "embeddings are not supported"),
+        ("/v1/audio/speech", "audio is not supported"),
+        ("/models/x", "there is no GET /models/x"),
+        ("/v1/teapots", "there is no GET /v1/teapots"),
+    ],
+)
+def test_what_is_not_supported_is_named(path: str, said: str) -> None:
+    error = failure.no_route("GET", path)
+    assert (error.status, error.code) == (404, "not_found")
+    assert error.message.endswith(said)

@@ -292,6 +292,18 @@ def test_a_checkpoint_in_another_dtype_is_converted(agent: Agent) -> None:
     assert len(agent.said(1)) == 4
 
 
+def test_a_worker_that_breaks_names_the_requests_that_ran(ready: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    died: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    prompt = np.arange(5, dtype=np.int32).tobytes()
+    ready.send(wire.Run(1, 1, 1, prompt, b"", 0.0, 0, 1.0, 0, 10_000, [], request_id="request-1"), source=1)
+    ready.answer(wire.Tokens)
+    ready.send(wire.Shutdown())
+    ready.thread.join(10)
+    assert isinstance(died[0].exc_value, ProtocolError)
+    assert died[0].exc_value.__notes__ == ["requests that ran here: request-1"]
+
+
 def test_the_process_reads_its_boot_first_and_ends_with_its_agent() -> None:
     pool = Pool(MIB)
     ours, theirs = socket.socketpair()
