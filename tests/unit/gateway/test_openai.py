@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import openai
+from serverless_llm.gateway import fields, openai, openapi
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 
@@ -138,6 +139,33 @@ def test_choices() -> None:
     chat = [openai.parse(CHAT | body, chat=True) for body in ({}, {"n": 2}, {"logprobs": True}, {"logprobs": False})]
     assert [one.choices for one in chat] == [1, 2, 1, 1]
     assert [one.logprobs for one in chat] == [None, None, 0, None]
+
+
+def bounded() -> list[tuple[str, dict[str, Any], fields.Check]]:
+    """Numbers of both routes: name, what the published document says, and the check of the field."""
+    document = msgspec.json.decode(openapi.document())
+    found = []
+    for path, checks in (("chat/completions", openai._CHAT), ("completions", openai._COMPLETION)):
+        body = document["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for name, check in checks.items():
+            schema = body["properties"][name]
+            schema = schema.get("anyOf", [schema])[0]
+            if schema.get("type") in ("integer", "number"):
+                found.append((name, schema, check))
+    return found
+
+
+def test_the_published_bounds_are_those_of_the_checks() -> None:
+    assert len(bounded()) > 20
+    for name, schema, check in bounded():
+        step = 1 if schema["type"] == "integer" else 1e-6
+        above = "exclusiveMinimum" in schema
+        least, most = schema["exclusiveMinimum" if above else "minimum"], schema["maximum"]
+        within = [most, least + step if above else least]
+        assert [check(value, name) for value in within] == within
+        for value in (most + step, least if above else least - step):
+            with pytest.raises(RequestError):
+                check(value, name)
 
 
 def test_the_documentation_names_every_field() -> None:
