@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from serverless_llm.cli.make_checkpoint import make_checkpoint
 from tests.browser.conftest import DEMOS, SMALL, OpenPage
@@ -91,6 +91,26 @@ def test_a_load_that_goes_on_is_shown_live(page: Page, server: Server, tmp_path:
         expect(start.locator("td.number").nth(3)).to_have_text("\u2013")  # nobody asked it anything yet
     finally:
         server.put("/admin/models/big", {}, "DELETE")
+
+
+QUANTITIES = [
+    ("bytes", 0, "0 B"), ("bytes", 1023, "1023 B"), ("bytes", 1536, "1.5 KiB"), ("bytes", 200 * 2**30, "200 GiB"),
+    ("bytes", 5000 * 2**40, "5000 TiB"), ("seconds", None, "\u2013"), ("seconds", 0, "0 ms"),
+    ("seconds", 0.0002, "<1 ms"), ("seconds", 0.0123, "12.3 ms"), ("seconds", 0.123, "123 ms"),
+    ("seconds", 4.2, "4.20 s"), ("seconds", 99.9, "99.90 s"), ("seconds", 240, "4 min"), ("span", -3, "0 s"),
+    ("span", 89, "89 s"), ("span", 5400, "2 h"), ("span", 86400 * 3, "3 d"), ("number", 0, "0"),
+    ("number", 1.2345, "1.23"), ("number", 1234.5, "1,235"), ("milliseconds", None, "\u2013"),
+    ("milliseconds", 12.34, "12.3 ms"),
+]  # fmt: skip
+
+
+def test_quantities_as_people_read_them(page: Page) -> None:
+    script = """async (asked) => {
+      const format = await import(new URL("dashboard/format.js", document.baseURI));
+      return asked.map(([name, value]) => format[name](value));
+    }"""
+    shown = page.evaluate(script, [[name, value] for name, value, _ in QUANTITIES])
+    assert shown == [text for _, _, text in QUANTITIES]
 
 
 # --- what can be done, by keyboard alone ---
@@ -237,6 +257,23 @@ def test_a_server_that_goes_away_is_told_of(opened: OpenPage, tmp_path: Path) ->
     expect(page.get_by_role("alert").first).to_contain_text("does not answer")
 
 
+def test_below_a_path_of_a_proxy(chrome: Browser, server: Server) -> None:
+    def passed_on(route: Route) -> None:
+        path = route.request.url.removeprefix("http://proxy.test/models-here/")
+        if path.startswith("admin/events"):
+            route.abort()  # a stream has no end that could be passed on
+        else:
+            route.fulfill(response=context.request.fetch(f"{server.url}/{path}"))
+
+    context = chrome.new_context()
+    context.route("http://proxy.test/models-here/**", passed_on)
+    page = context.new_page()
+    page.goto("http://proxy.test/models-here/")
+    expect(page.locator("#link")).to_have_text("connected")
+    expect(row(page, "models", "demo-add")).to_have_count(1)
+    context.close()
+
+
 # --- how it looks, and to whom ---
 
 
@@ -252,6 +289,9 @@ def test_accessible_in_both_schemes(opened: OpenPage, server: Server, scheme: st
     assert violations(page) == []
     page.get_by_role("button", name="Deploy a model").click()
     page.get_by_text("Options").click()
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    page.get_by_label("Remove demo-add").click()
     assert violations(page) == []
 
 
