@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -56,10 +56,12 @@ class Leftovers:
 class Server:
     """`serverless-llm serve` on loopback with a state directory of its own; a context that always cleans up."""
 
-    def __init__(self, state: Path, *options: str, port: int | None = None) -> None:
+    def __init__(self, state: Path, *options: str, port: int | None = None, through: Sequence[str] = ()) -> None:
+        """`through`: a command that runs the server's own, which follows it."""
         self.state = state
         self.port = port or free_port()
         self.options = options
+        self.through = through
         self.url = f"http://127.0.0.1:{self.port}"
         self.head: subprocess.Popen[bytes] | None = None
 
@@ -71,7 +73,7 @@ class Server:
         self.stop()
 
     def start(self, seconds: float = 60.0) -> None:
-        command = [sys.executable, "-m", "serverless_llm", "serve", "--port", str(self.port)]
+        command = [*self.through, sys.executable, "-m", "serverless_llm", "serve", "--port", str(self.port)]
         command += ["--state-dir", str(self.state), *self.options]
         self.state.mkdir(parents=True, exist_ok=True)
         with (self.state / "head.log").open("ab") as log:

@@ -192,7 +192,7 @@ class Store:
         if found is None:
             found = await asyncio.shield(self._read(order.source, order.checkpoint))
             if found.checkpoint != order.checkpoint:
-                raise CheckpointError(f"{order.source} was changed after it was deployed")
+                raise CheckpointError(f"{order.source} was changed after it was deployed: deploy it again")
             self._manifests[order.checkpoint] = found
         return found
 

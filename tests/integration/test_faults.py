@@ -1,0 +1,249 @@
+"""Faults beside a healthy model, over HTTP: each gives its error or recovers, and nothing accepted is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.integration.completing import Streamed, apart, ask, checkpoint, deploy, loading, status
+from tests.serving import Server, descriptors, until
+
+pytestmark = pytest.mark.slow
+
+SHM = 64 << 20  # bytes of /dev/shm in a container
+OPTIONS = ("--devices", "cpu:1", "--device-memory", "64MiB", "--dram", "128MiB", "--limit", "disk=3MB/s")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("faults") / "state", *OPTIONS) as server:
+        yield server
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A checkpoint of three files that takes a third of a second to load."""
+    return checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def model(server: Server, source: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """`source`, deployed under a name of this test's own; gone after it."""
+    name = "m-" + "".join(letter for letter in request.node.name if letter.isalnum())
+    deploy(server, name, source)
+    yield name
+    if name in names(server):
+        server.put(f"/admin/models/{name}", {}, "DELETE")
+
+
+def names(server: Server) -> list[str]:
+    return [row["id"] for row in server.get("/v1/models")["data"]]
+
+
+def quiet(server: Server) -> bool:
+    return not any(device["sequences"] for device in server.devices())
+
+
+# --- files ---
+
+
+def rewritten(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(4096))
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def deleted(path: Path) -> None:
+    path.unlink()
+
+
+CHANGES = [rewritten, truncated, deleted]
+LAST = "model-00003-of-00003.safetensors"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changed_while_its_model_was_deployed(
+    server: Server, model: str, source: Path, change: Callable[[Path], None]
+) -> None:
+    change(source / LAST)
+    code, error = ask(server, model)
+    assert (code, error["code"]) == (503, "model_load_failed")
+    assert LAST in error["message"] or "changed after it was deployed: deploy it again" in error["message"]
+    assert status(server, model)["value"] == "failed"
+    for left in source.iterdir():
+        left.unlink()
+    source.rmdir()
+    deploy(server, model, checkpoint(source))
+    assert ask(server, model)[0] == 200
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_its_model_loads(
+    server: Server, model: str, source: Path, change: Callable[[Path], None]
+) -> None:
+    expected = said_by(server, source)
+    waiting = apart(lambda: ask(server, model))
+    loading(server, model)
+    change(source / LAST)
+    code, answer = waiting.result(30)
+    if code == 200:  # a file that is open may be deleted: its bytes are there
+        assert change is deleted
+        assert answer == expected
+    else:
+        assert (code, answer["code"]) == (503, "model_load_failed")
+        assert LAST in answer["message"]
+
+
+def said_by(server: Server, source: Path) -> str:
+    """What the same weights say, as another checkpoint."""
+    twin = source.with_name("twin")
+    checkpoint(twin)
+    deploy(server, "twin", twin)
+    code, text = ask(server, "twin")
+    assert code == 200
+    server.put("/admin/models/twin", {}, "DELETE")
+    return str(text)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_its_model_runs(
+    server: Server, model: str, source: Path, change: Callable[[Path], None]
+) -> None:
+    expected = ask(server, model)
+    running = Streamed(server, model).begin()
+    change(source / LAST)
+    assert (200, running.rest()) == expected
+    assert ask(server, model) == expected
+    server.put(f"/admin/models/{model}/unload", {}, "POST")
+    until(lambda: status(server, model)["value"] == "unloaded", "the unload")
+    assert ask(server, model) == expected  # from DRAM: what was deployed
+
+
+def test_weights_that_are_not_numbers_are_named_to_the_client(server: Server, model: str, source: Path) -> None:
+    tensors = load_file(source / LAST)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, source / LAST)
+    deploy(server, model, source)
+    code, error = ask(server, model)
+    assert (code, error["code"]) == (500, "engine_error")
+    assert "logits are NaN or infinite" in error["message"]
+
+
+# --- requests ---
+
+
+def test_delete_while_it_loads_tells_who_waits(server: Server, model: str) -> None:
+    waiting = apart(lambda: ask(server, model))
+    loading(server, model)
+    server.put(f"/admin/models/{model}", {}, "DELETE")
+    code, error = waiting.result(10)
+    assert (code, error["code"]) == (404, "model_not_found")
+    until(lambda: not server.devices()[0]["replicas"] or model not in str(server.devices()), "its end")
+
+
+def test_delete_while_it_runs_lets_who_runs_end(server: Server, model: str) -> None:
+    expected = ask(server, model)
+    running = Streamed(server, model).begin()
+    server.put(f"/admin/models/{model}", {}, "DELETE")
+    assert ask(server, model)[0] == 404
+    assert (200, running.rest()) == expected
+
+
+def test_redeploy_while_it_loads_answers_by_the_new_one(server: Server, model: str, source: Path) -> None:
+    other = checkpoint(source.with_name("other"), seed=1)
+    waiting = apart(lambda: ask(server, model))
+    loading(server, model)
+    deploy(server, model, other)
+    code, error = waiting.result(30)
+    assert (code, error["code"]) == (503, "model_loading")  # worth another try
+    assert ask(server, model)[0] == 200
+
+
+def test_redeploy_while_it_runs_lets_who_runs_end_on_the_old_weights(server: Server, model: str, source: Path) -> None:
+    other = checkpoint(source.with_name("other"), seed=1)
+    expected = ask(server, model)
+    running = Streamed(server, model).begin()
+    deploy(server, model, other)
+    after = apart(lambda: ask(server, model))
+    assert (200, running.rest()) == expected
+    code, text = after.result(30)
+    assert code == 200
+    assert text != expected[1]
+
+
+def test_unload_while_it_loads_keeps_who_waits(server: Server, model: str) -> None:
+    waiting = apart(lambda: ask(server, model))
+    loading(server, model)
+    server.put(f"/admin/models/{model}/unload", {}, "POST")
+    assert waiting.result(30)[0] == 200
+
+
+def test_unload_while_it_runs_waits_for_who_runs(server: Server, model: str) -> None:
+    expected = ask(server, model)
+    running = Streamed(server, model).begin()
+    server.put(f"/admin/models/{model}/unload", {}, "POST")
+    assert (200, running.rest()) == expected
+    until(lambda: status(server, model)["value"] == "unloaded", "the unload")
+
+
+def test_requests_in_the_moment_of_their_models_expiry(server: Server, source: Path, model: str) -> None:
+    """Each answer's end begins an unload, which the next request meets at another moment."""
+    deploy(server, model, source, keep_alive=0)
+    expected = ask(server, model, max_tokens=4)
+    assert expected[0] == 200
+    with ThreadPoolExecutor(3) as clients:
+        answers = list(clients.map(lambda _: ask(server, model, max_tokens=4), range(30)))
+    assert answers == [expected] * 30
+
+
+def test_a_client_that_goes_away_while_it_loads_leaves_the_load_to_others(server: Server, model: str) -> None:
+    before = disk_bytes(server)
+    leaving = Streamed(server, model)
+    loading(server, model)
+    leaving.leave()
+    assert ask(server, model)[0] == 200
+    until(lambda: quiet(server), "no sequence")
+    size = status_row(server, model)["bytes"]
+    until(lambda: disk_bytes(server) - before == size, "all bytes once")  # told by heartbeats
+
+
+def status_row(server: Server, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = server.get(f"/admin/models/{name}")
+    return found
+
+
+def disk_bytes(server: Server) -> int:
+    return sum(int(node["link_bytes"].get("disk", 0)) for node in server.status()["nodes"])
+
+
+def test_a_client_that_goes_away_while_it_runs_frees_its_place(server: Server, model: str) -> None:
+    expected = ask(server, model)
+    running = Streamed(server, model, max_tokens=1500).begin()
+    running.leave()
+    until(lambda: quiet(server), "no sequence", seconds=1.0)
+    assert ask(server, model) == expected
+
+
+# --- machine ---
+
+
+def test_nothing_lies_in_dev_shm(server: Server, model: str) -> None:
+    """So that its 64 MiB in a container are no limit: the pool is a memfd."""
+    assert ask(server, model)[0] == 200
+    (node,) = server.status()["nodes"]
+    assert node["dram"] > SHM
+    places = [link for process in server.processes() for link in descriptors(process.pid)]
+    maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in server.processes())
+    assert not any(link.startswith("/dev/shm") for link in places)
+    assert "/dev/shm" not in maps
+    assert "/memfd:weights" in maps
