@@ -10,11 +10,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import queue
 import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -28,6 +28,8 @@ TOKENIZER = "tokenizer.json"
 CONNECTIONS = 4  # files at a time; one stream does not fill a fast link
 ANSWER_SECONDS = 10.0  # of the hub, before the cache is asked
 SHA256 = re.compile(r"[0-9a-f]{64}")
+PLAIN = re.compile(r"\w[\w.-]*")  # what may name a file in the cache
+TEMPLATES = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")
 
 Told = Callable[[str, int, int], None]  # file, bytes that are there, bytes of all; called from several threads
 
@@ -115,7 +117,7 @@ def texts(name: str, names: Sequence[str]) -> list[str]:
     for needed in (manifest.CONFIG, TOKENIZER):
         if needed not in names:
             raise CheckpointError(f"{name} has no {needed}")
-    templates = [one for one in names if one.startswith("additional_chat_templates/")]
+    templates = [one for one in names if TEMPLATES.fullmatch(one)]
     return [manifest.CONFIG, *(one for one in manifest.TEXTS if one in names), *templates]
 
 
@@ -188,21 +190,44 @@ class _Pull:
             raise TransientError(f"{self._wanted} needs {nbytes} bytes in {self._storage}, where {free} are free")
 
     def _all(self, names: Sequence[str], commit: _Commit) -> None:
-        pool = ThreadPoolExecutor(CONNECTIONS)
+        """Reads files side by side. What ends it early leaves its threads alone, which may be stuck: they end with the
+        next bytes that come, or with the process."""
+        waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        for name in names:
+            waiting.put(name)
+        for _ in range(min(CONNECTIONS, len(names))):
+            threading.Thread(target=self._work, args=(waiting, ended, commit), daemon=True).start()
         try:
-            waiting = [pool.submit(self._large, name, commit) for name in names]
-            done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
-            for one in done:
-                one.result()
+            for _ in names:
+                error = ended.get()
+                if error is not None:
+                    raise error
         finally:
-            self._stop.set()  # on Ctrl-C each ends with the next bytes that come
-            pool.shutdown(wait=False, cancel_futures=True)
+            self._stop.set()
+
+    def _work(
+        self, waiting: queue.SimpleQueue[str], ended: queue.SimpleQueue[Exception | None], commit: _Commit
+    ) -> None:
+        while not self._stop.is_set():
+            try:
+                name = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._large(name, commit)
+            except Exception as error:  # noqa: BLE001  the thread's edge: whoever waits raises it
+                ended.put(error)
+            else:
+                ended.put(None)
 
     def _large(self, name: str, commit: _Commit) -> None:
         """Reads one file of weights, from where an earlier pull left it."""
         hub = _hub()
         url = hub.hf_hub_url(self._wanted.name, name, revision=commit.sha)
         meta = hub.get_hf_file_metadata(url, token=None, headers=hub.utils.build_hf_headers())
+        if not PLAIN.fullmatch(meta.etag or ""):
+            raise CheckpointError(f"{name}: the hub names it by {meta.etag!r}, which is no name of a file")
         blob = self._storage / "blobs" / meta.etag
         blob.parent.mkdir(parents=True, exist_ok=True)
         with blob.with_name(f"{meta.etag}.partial").open("a+b") as partial:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,22 @@ def test_a_killed_pull_is_gone_on_with(shell: Shell, hub: Hub) -> None:
     }
     assert all(0 < one.begin <= most for one in hub.gets(".safetensors"))
     assert list(shell.cache.glob("*/blobs/*.partial")) == []
+
+
+def test_ctrl_c_ends_a_pull_that_is_stuck(shell: Shell, hub: Hub) -> None:
+    hub.stalls = dict.fromkeys(SHARDS, 1)
+    with shell.start("pull", "owner/shards") as process:
+        until(lambda: len(hub.gets(".safetensors")) == 2, "both files to begin", PATIENCE)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(9) == 130  # `huggingface_hub` waits for 10 s before it tries again
+
+
+def test_a_name_that_leads_out_of_the_cache_is_refused(shell: Shell, hub: Hub) -> None:
+    hub.repositories["owner/demo"].etags["model.safetensors"] = "../../../escaped"
+    refused = shell("pull", "owner/demo")
+    assert refused.returncode == 1
+    assert "which is no name of a file" in refused.stderr
+    assert list(shell.cache.parent.parent.glob("**/escaped*")) == []
 
 
 def test_what_is_not_what_the_hub_names_is_refused(shell: Shell, hub: Hub) -> None:
