@@ -43,7 +43,6 @@ def joined(turn: Turn, event: NodeJoined) -> None:
     for held in event.held:
         _adopt(turn, held.replica, held.device, turn.state.models.get(held.model), (held.checkpoint, held.dtype))
     turn.arm("silent", node.spec.node, turn.policy.silent_after)
-    turn.room = True
     for name in turn.state.models:
         turn.touch(name)
 

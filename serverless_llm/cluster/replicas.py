@@ -115,7 +115,6 @@ def reserved(turn: Turn, event: Reserved) -> None:
     if replica is None or replica.state is not ReplicaState.RESERVING:
         return
     shift(turn, replica, "reserved")
-    turn.disarm("short", replica.device)
     sated(turn, replica.device)
     turn.arm("replica", replica.id, _load_deadline(turn, replica))
     turn.emit(
@@ -227,8 +226,7 @@ def vanish(turn: Turn, replica: Replica) -> None:
 
 def _depart(turn: Turn, replica: Replica, cause: str) -> None:
     shift(turn, replica, cause)
-    for kind in ("idle", "abandon"):
-        turn.disarm(kind, replica.id)
+    turn.disarm("abandon", replica.id)
     turn.emit(Unload(replica.id, replica.device))
     turn.arm("replica", replica.id, turn.policy.unload_s)
     turn.touch(replica.model)

@@ -109,6 +109,7 @@ def test_a_lost_worker_gives_its_sequences_and_its_memory_back(desk: Desk) -> No
 
 def test_a_new_worker_tells_of_the_old_ones_death(desk: Desk) -> None:
     assert kinds(desk.tell(e.WorkerUp(D0, 2))) == ["Decided", "Reserve"]
+    assert desk.machine.state.devices[D0].cause == "replaced by worker 2"
     assert desk.tell(e.WorkerLost(D0, 1, "killed")) == []
     assert desk.machine.state.devices[D0].incarnation == 2
 
@@ -203,8 +204,10 @@ def test_an_answer_to_unload_that_got_lost_is_seen_in_heartbeats(desk: Desk) -> 
 
 def test_a_worker_that_heartbeats_leave_out_is_lost(desk: Desk) -> None:
     assert desk.beat(incarnation=0, after=1.0) == []
+    assert list(desk.machine.state.replicas) == [1]
     desk.beat(incarnation=0, after=2.0)
     assert desk.machine.state.replicas == {}
+    assert desk.machine.state.devices[D0].cause == "its agent does not know it"
     assert desk.beat(incarnation=0, after=3.0) == []
     assert kinds(desk.beat(incarnation=2, after=1.0)) == ["Decided", "Reserve"]
 
@@ -212,6 +215,73 @@ def test_a_worker_that_heartbeats_leave_out_is_lost(desk: Desk) -> None:
 def test_a_heartbeat_of_an_older_worker_says_nothing(desk: Desk) -> None:
     desk.tell(e.WorkerUp(D0, 2))
     assert desk.beat(1, incarnation=1) == []
+
+
+def test_an_agent_that_still_lists_a_dead_worker_changes_nothing(desk: Desk) -> None:
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    assert desk.beat(after=1.0) == []
+    assert desk.beat(after=3.0) == []
+    assert desk.machine.state.devices[D0].cause == "killed"
+
+
+def test_a_beat_keeps_its_node_for_five_seconds_from_then() -> None:
+    desk = Desk()
+    desk.join()
+    desk.beat(after=0.5)
+    assert desk.tick(4.5) == []
+    assert desk.tick(0.5) == [c.DropNode("n0")]
+
+
+def test_a_worker_that_is_to_die_is_not_listened_to_and_its_node_dropped_once() -> None:
+    desk = Desk(Policy(silent_after=100.0, drop_s=200.0, unload_s=1.0, kill_s=1.0))
+    desk.join()
+    desk.serve("a", 1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(e.UnloadModel("a"))
+    assert desk.tick(1.0) == [c.KillWorker(D0, 1)]
+    assert desk.tell(e.Progress(D0, 1, ((77, 1, 3, 1),))) == []
+    assert desk.tick(1.0) == [c.DropNode("n0")]
+    assert desk.tick(100.0) == []
+
+
+def test_what_can_fit_is_reckoned_with_the_devices_that_are_left() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    large = DeviceId("n1", 0)
+    desk.tell(e.NodeJoined(NodeSpec("n1", 1000, (DeviceSpec(0, "cpu", 500, "copy"),)), ((large, 1),), (), ()))
+    desk.tell(deploy("a"))
+
+    def refused(sequence: int) -> bool:
+        desk.tell(e.RequestArrived(sequence, "a", "sha-a"))
+        return "Reject" in kinds(desk.tell(e.PromptReady(sequence, 500, 24)))
+
+    assert not refused(1)
+    desk.tell(e.NodeLost("n1"))
+    assert refused(2)
+    desk.tell(e.NodeLost("n0"))
+    assert not refused(3)
+
+
+def test_a_new_worker_is_not_blamed_for_what_the_old_one_refused() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(e.Refused(D0, 1, 30))
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    assert all((kind, D0) not in desk.machine.state.timers for kind in ("avoid", "short"))
+    assert kinds(desk.tell(e.WorkerUp(D0, 2))) == ["Decided", "Reserve"]
+
+
+@pytest.mark.parametrize(
+    ("size", "weights", "dram", "adopted"),
+    [(90, "copy", 10, True), (91, "copy", 1000, False), (90, "view", 90, True), (90, "view", 89, False)],
+)
+def test_what_fits_to_the_byte_is_adopted(size: int, weights: str, dram: int, adopted: bool) -> None:
+    desk = Desk()
+    desk.tell(deploy("a", size=size))
+    out = desk.join(node(weights=weights, dram=dram), (e.HeldReplica(1, D0, "a", "sha-a", "auto"),))
+    assert out == ([] if adopted else [c.Unload(1, D0)])
 
 
 def test_heartbeats_tell_speeds_and_dram(desk: Desk) -> None:

@@ -62,6 +62,36 @@ def test_a_load_told_ready_twice_is_ready_once(desk: Desk) -> None:
     assert desk.tell(e.ReplicaReady(1, PHASES)) == []
     assert desk.tell(e.LoadFailed(1, "late", False)) == []
     assert desk.tell(e.LoadProgress(1, 1, 2)) == []
+    assert ("replica", 1) not in desk.machine.state.timers
+
+
+def test_a_deleted_models_load_that_nobody_waited_for_is_not_abandoned_once_more() -> None:
+    desk = Desk(Policy(silent_after=1e9, unload_s=1e9, load_floor_s=1e9))
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ClientGone(1))
+    assert kinds(desk.tell(e.Delete("a"))) == ["Evicted", "Unload"]
+    assert desk.tick(100.0) == []
+
+
+def test_copies_need_no_dram_to_stay_in() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(dram=10))
+    desk.tell(deploy("a"))
+    assert kinds(desk.ask(1, "a")) == ["Decided", "Reserve"]
+
+
+def test_a_view_waits_for_the_last_byte_of_dram() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2, weights="view", dram=100))
+    desk.serve("a", 1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(e.UnloadModel("a"))
+    desk.tell(deploy("b", size=21))
+    assert kinds(desk.ask(2, "b")) == ["Decided"]
+    assert kinds(desk.tell(e.Unloaded(1))) == ["Reserve"]
 
 
 def test_a_failed_load_tells_its_waiters_and_cools_down_twice_as_long_each_time(desk: Desk) -> None:

@@ -56,6 +56,42 @@ def test_a_model_nobody_deployed_is_not_found(desk: Desk) -> None:
     assert reject == c.Reject(2, 404, "model_not_found", "the model 'nope' does not exist", None, False)
 
 
+def test_a_request_may_fill_the_context_to_its_last_token() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    desk.join()
+    desk.serve("a", 1, context=20)
+    desk.tell(e.RequestArrived(2, "a", "sha-a"))
+    (reject,) = desk.tell(e.PromptReady(2, 10, 11))
+    assert isinstance(reject, c.Reject)
+    assert reject.message == "21 tokens (prompt and max_tokens) are more than the 20 of the context"
+
+
+def test_a_first_token_is_one_token(desk: Desk) -> None:
+    desk.tell(e.FirstToken(1, 1, 0.1))
+    assert desk.machine.state.sequences[1].generated == 1
+
+
+def test_what_a_worker_says_of_a_sequence_that_no_worker_has_is_ignored() -> None:
+    desk = Desk()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    assert desk.tell(e.SequenceDone(1, 1, DONE, 3)) == []
+    assert list(desk.machine.state.sequences) == [1]
+
+
+def test_who_rests_while_its_replica_leaves_waits_on(desk: Desk) -> None:
+    desk.tell(e.SequenceRefused(1, 1, "no such replica"))
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    desk.tick(0.1)
+    assert desk.machine.state.models["a"].demand == 1
+
+
+def test_a_mention_is_good_for_thirty_seconds_from_then(desk: Desk) -> None:
+    desk.tell(e.Progress(D0, 1, ((1, 1, 3, 1),)), after=0.5)
+    assert desk.tick(29.5) == []
+    assert desk.tick(0.5)[0] == c.Cancel(D0, 1, 1)
+
+
 def test_an_arrival_told_twice_counts_once(desk: Desk) -> None:
     assert desk.tell(e.RequestArrived(1, "a", "sha-a")) == []
     assert desk.tell(e.PromptReady(1, 10, 10)) == []

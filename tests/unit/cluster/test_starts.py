@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
@@ -124,6 +126,124 @@ def test_the_victim_is_the_one_idle_longest() -> None:
     assert decided(out).victims == (first,)
     assert out[1:] == [c.Evicted(first, "a", D0, "memory"), c.Unload(first, D0)]
     assert desk.tell(e.Unloaded(first)) == [c.Reserve(D0, 3, 50)]
+
+
+def test_the_victim_is_not_the_one_loaded_first_but_used_last() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    idle(desk, "a", 1, size=30)
+    second = idle(desk, "b", 2, size=30)
+    desk.ask(3, "a")
+    desk.tell(e.SequenceDone(3, 1, DONE, 3), after=5.0)
+    desk.tick(5.0)
+    desk.tell(deploy("x", size=40))
+    assert decided(desk.tell(e.RequestArrived(4, "x", "sha-x"))).victims == (second,)
+
+
+def test_a_start_goes_where_the_victim_was_idle_longest() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2))
+    idle(desk, "a", 1)
+    idle(desk, "b", 2)
+    desk.ask(3, "a")
+    desk.tell(e.SequenceDone(3, 1, DONE, 3), after=30.0)
+    desk.tick(10.0)
+    desk.tell(deploy("x"))
+    assert decided(desk.tell(e.RequestArrived(4, "x", "sha-x"))).device == D1
+
+
+def test_one_byte_too_few_needs_a_victim() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    a = idle(desk, "a", 1, size=30)
+    desk.tick(10.0)
+    desk.tell(deploy("x", size=51))
+    assert decided(desk.tell(e.RequestArrived(2, "x", "sha-x"))).victims == (a,)
+
+
+def test_an_idle_replica_whose_model_has_a_request_is_no_victim() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    idle(desk, "a", 1)
+    desk.tick(100.0)
+    desk.tell(e.RequestArrived(2, "a", "sha-a"))
+    desk.tell(deploy("b"))
+    assert desk.ask(3, "b") == []
+
+
+def test_who_makes_way_for_a_request_that_is_gone_serves_again() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    desk.tick(2.0)
+    assert desk.ask(3, "a") == []
+    assert kinds(desk.tell(e.ClientGone(2))) == ["Dispatch"]
+    assert desk.machine.state.hungry == {}
+    assert ("hungry", "b") not in desk.machine.state.timers
+
+
+@pytest.mark.parametrize(("weights", "hold_s"), [("view", 0.25), ("copy", 8.05)])
+def test_an_idle_replica_is_held_for_as_long_as_bringing_it_back_takes(weights: str, hold_s: float) -> None:
+    desk = Desk(QUIET)
+    desk.join(node(weights=weights))
+    known = desk.machine.state.nodes["n0"]
+    known.resident["sha-a"] = known.resident["sha-b"] = 80
+    known.bandwidth["upload"] = 10.0
+    idle(desk, "a", 1)
+    known.overhead_s = 0.05
+    desk.tell(deploy("b"))
+    assert desk.ask(2, "b") == []
+    assert desk.tick(hold_s - 0.01) == []
+    one = decided(desk.tick(0.01))
+    assert (one.victims, round(one.predicted_s, 6)) == ((1,), 8.05 if weights == "copy" else 0.05)
+    assert desk.machine.state.hungry == {}
+
+
+def test_only_who_leaves_before_its_hold_is_over_counts_as_switched() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    idle(desk, "a", 1)
+    desk.tell(deploy("b"))
+    desk.tick(100.0)
+    assert decided(desk.tell(e.RequestArrived(2, "b", "sha-b"))).victims == (1,)
+    desk.tell(e.Unloaded(1))
+    desk.tell(e.ClientGone(2))
+    desk.tell(deploy("x"))
+    assert decided(desk.tell(e.RequestArrived(3, "x", "sha-x"))).victims == (2,)  # a load that nobody waits for
+    assert [len(model.switches) for model in desk.machine.state.models.values()] == [0, 0, 0]
+
+
+def test_what_is_read_to_its_end_is_no_queue_at_all() -> None:
+    desk = Desk(QUIET)
+    desk.join(node("n0", devices=2))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.LoadProgress(1, 80, 80))
+    assert round(decided(desk.tell(e.RequestArrived(2, "b", "sha-b"))).predicted_s, 6) == 8.05
+
+
+def test_a_dead_device_of_unknown_memory_says_nothing_while_another_fits() -> None:
+    desk = Desk(QUIET)
+    mixed = NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cuda", 0, "copy")))
+    desk.tell(e.NodeJoined(mixed, ((D0, 1),), (), ()))
+    desk.serve("a", 1)
+    for incarnation in (1, 2, 3):
+        desk.tell(e.WorkerLost(D1, incarnation, "no CUDA driver"))
+    desk.tell(deploy("b"))
+    assert desk.ask(2, "b") == []
+
+
+def test_who_is_told_that_nothing_fits_waits_for_no_room() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("big", size=95))
+    assert kinds(desk.tell(e.RequestArrived(1, "big", "sha-big"))) == ["Reject"]
+    assert desk.machine.state.hungry == {}
 
 
 def test_a_start_waits_for_all_that_leave() -> None:
@@ -291,4 +411,5 @@ def test_a_replica_that_is_about_to_leave_is_nobodys_victim() -> None:
     desk.tell(deploy("b"))
     desk.ask(2, "b")
     assert desk.tick(500.0) == []
+    assert desk.machine.state.replicas[1].draining_for == ""
     assert kinds(desk.tell(e.SequenceDone(1, 1, DONE, 3))) == ["Evicted", "Unload", "Decided"]

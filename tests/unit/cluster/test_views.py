@@ -42,6 +42,8 @@ def test_a_model_from_unloaded_to_loaded_to_idle(desk: Desk) -> None:
     assert one.until is None
     desk.tell(e.SequenceDone(1, 1, DONE, 3), after=5.0)
     assert see(desk).until == 15.0
+    desk.ask(2, "a")
+    assert see(desk).until is None
 
 
 def test_bytes_in_dram_show(desk: Desk) -> None:
