@@ -25,7 +25,6 @@ CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  #
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
 LEAST_BODY = 1 << 10  # bytes; less holds no conversation
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

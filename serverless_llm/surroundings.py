@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PREFIX = "SERVERLESS_LLM_"
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 def search_path(environ: Mapping[str, str]) -> list[Path]:

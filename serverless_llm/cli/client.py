@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serverless_llm.errors import ConfigurationError
-from serverless_llm.surroundings import PREFIX, state_dir
+from serverless_llm.surroundings import LOOPBACK, PREFIX, state_dir
 
 if TYPE_CHECKING:
     import http.client
@@ -44,10 +44,11 @@ class Refusal(click.ClickException):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server's address and key; one connection per call."""
+    """A server's address and key; one connection per call. `local`: on this machine, where paths mean the same."""
 
     url: str
     api_key: str | None = None
+    local: bool = True
 
     def call(self, method: str, path: str, body: Any = None, seconds: float = ANSWER_SECONDS) -> Any:
         """The JSON answer of one request, for which is waited at most so many `seconds`.
@@ -129,7 +130,7 @@ def find(given: Path | None = None) -> Server:
     key = os.environ.get(f"{PREFIX}API_KEY")
     url = os.environ.get(f"{PREFIX}URL")
     if url and given is None:
-        return Server(_checked(url), key)
+        return _named(url, key)
     folder = given or state_dir(os.environ)
     head = read_head(folder)
     if head is None:
@@ -138,7 +139,7 @@ def find(given: Path | None = None) -> Server:
     return Server(head["url"], (kept or key) if given else (key or kept))
 
 
-def _checked(url: str) -> str:
+def _named(url: str, key: str | None) -> Server:
     try:
         parts = urllib.parse.urlsplit(url)
         valid = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
@@ -146,7 +147,7 @@ def _checked(url: str) -> str:
         valid = False
     if not valid:
         raise ConfigurationError(f"{PREFIX}URL: {url!r} is not of the form http://host:port")
-    return url.rstrip("/")
+    return Server(url.rstrip("/"), key, parts.hostname in LOOPBACK)
 
 
 def nobody(folder: Path) -> Unreachable:

@@ -30,7 +30,7 @@ def doctor(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     from serverless_llm.config import load
 
     diagnosis = diagnose(load({"state_dir": state_dir}, os.environ, config))
-    say(diagnosis.as_json(), _text(diagnosis), as_json)
+    say(diagnosis.as_json(), text_of(diagnosis), as_json)
     if diagnosis.forecasts and not as_json:
         click.echo()
         rows = [(one.name, size(one.bytes), *_times(one)) for one in diagnosis.forecasts]
@@ -39,7 +39,7 @@ def doctor(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
         raise click.ClickException("would not work: " + "; ".join(diagnosis.problems))
 
 
-def _text(diagnosis: Diagnosis) -> str:
+def text_of(diagnosis: Diagnosis) -> str:
     """A line for each finding; colours go where standard output is a terminal, unless NO_COLOR is set."""
     width = max(len(one.name) for one in diagnosis.findings)
     plain = "NO_COLOR" in os.environ

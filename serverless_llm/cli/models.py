@@ -16,10 +16,20 @@ from serverless_llm.cli.output import as_json, say, show, size
 from serverless_llm.cli.sources import name_of, resolve
 
 
-def spec_of(source: str, **options: Any) -> dict[str, Any]:
-    """The body of a deploy: the source and every option that was given."""
+def spec_of(source: str, local: bool, **options: Any) -> dict[str, Any]:
+    """The body of a deploy: the source and every option that was given. `local`: the server is on this machine."""
     given = {name: value for name, value in options.items() if value is not None}
-    return {"source": resolve(source), **given}
+    return {"source": resolve(source) if local else elsewhere(source), **given}
+
+
+def elsewhere(source: str) -> str:
+    """A source on another machine, of which only a directory's absolute path has a meaning there."""
+    if not Path(source).is_absolute():
+        raise click.UsageError(
+            f"the server is on another machine: name a directory there by its absolute path, not {source!r} "
+            "(serverless-llm pull, run there, prints one)"
+        )
+    return source
 
 
 @click.command()
@@ -42,7 +52,7 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     deployed already is replaced: what is not given is at its default again, not as it was.
     """
     server = find(state_dir)
-    spec = spec_of(source or name, **options)
+    spec = spec_of(source or name, server.local, **options)
     name = name if source else name_of(name)
     replaces = is_deployed(server, name)
     answer = server.call("PUT", model_path(name), spec)

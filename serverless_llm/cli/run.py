@@ -101,7 +101,7 @@ def _server(model: str, state_dir: Path | None) -> Iterator[tuple[Server, str]]:
 def _deployed(server: Server, model: str) -> str:
     """The name under which `model` is deployed, deployed now if it is a source that the server does not know."""
     known = {row["id"] for row in server.call("GET", "/v1/models")["data"]}
-    if model in known or not is_source(model):
+    if model in known or not server.local or not is_source(model):
         return model
     name = name_of(model)
     if name not in known:

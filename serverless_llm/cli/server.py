@@ -24,7 +24,7 @@ from serverless_llm.cluster import commands
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.state import State
-from serverless_llm.config import LOOPBACK, Config, ModelEntry
+from serverless_llm.config import Config, ModelEntry
 from serverless_llm.demo import tasks
 from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway import keys
@@ -37,6 +37,7 @@ from serverless_llm.gateway.text import TextPool
 from serverless_llm.node import state
 from serverless_llm.node.head import Head
 from serverless_llm.node.options import local_agents
+from serverless_llm.surroundings import LOOPBACK
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from serverless_llm.cli import checks, diagnosis, measure
+from serverless_llm.cli import checks, diagnosis, doctor, measure
 from serverless_llm.cli.diagnosis import Rates, forecast
 from serverless_llm.config import Config, load
 from serverless_llm.demo import tasks
@@ -70,6 +70,14 @@ def test_people_read_a_table(cli: CommandLine, tmp_path: Path) -> None:
     assert any(line.startswith("ok    disk ") and "/s at " in line for line in lines)
     assert lines[-2].split() == ["MODEL", "SIZE", "FROM", "DISK", "FROM", "DRAM"]
     assert lines[-1].startswith("demo-add  3.1 MB ")
+
+
+def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = diagnosis.Diagnosis((checks.Finding("disk", checks.FAILURE, "gone"),), Rates({}, 1.0, None), ())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert doctor.text_of(found) == "\x1b[31mfail\x1b[0m  disk  gone"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert doctor.text_of(found) == "fail  disk  gone"
 
 
 def test_what_would_not_work_is_the_status_and_the_reason(

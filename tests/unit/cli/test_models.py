@@ -97,6 +97,18 @@ def test_deploy_a_directory(cli: CommandLine, running: Scripted, tmp_path: Path)
     assert running.seen[-1][:3] == ("PUT", "/admin/models/a%2Fb", body)
 
 
+def test_paths_mean_what_they_do_on_the_servers_machine(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_URL", "http://gpu.invalid:8000")
+    for source in ("owner/name", "demo-add", "."):
+        outcome = cli("deploy", "m", source)
+        assert outcome.status == 2
+        assert "the server is on another machine: name a directory there by its absolute path" in outcome.err
+    assert cli("deploy", "m", "/models/there/alone").status == 69  # it is asked
+    assert models.spec_of("/models/there/alone", local=False) == {"source": "/models/there/alone"}
+
+
 def test_deploy_a_demo_by_its_name(cli: CommandLine, running: Scripted) -> None:
     running.answers["PUT", "/admin/models/demo-add"] = (200, {"name": "demo-add"})
     outcome = cli("deploy", "demo-add", "--json")

@@ -46,7 +46,6 @@ def test_a_value_that_cannot_be_is_a_usage_error(cli: CommandLine, tmp_path: Pat
 CONFIGURATION = [
     ("PORT", "many", "serve", "SERVERLESS_LLM_PORT: "),
     ("PROT", "1", "serve", "did you mean 'SERVERLESS_LLM_PORT'?"),
-    ("MODELS", "m=no/such/directory", "serve --port 0", "m"),
     ("URL", "localhost:8000", "ls", "SERVERLESS_LLM_URL: 'localhost:8000' is not of the form http://host:port"),
     ("URL", "http://host:port", "ps", "SERVERLESS_LLM_URL: 'http://host:port' is not of the form"),
     ("DRAM", "1000TB", "serve", "SERVERLESS_LLM_DRAM: 1 x 1000000000000000 bytes, of "),
