@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Self
 
 from serverless_llm.domain import BLOCK_TOKENS
+from serverless_llm.engine.architectures import foreign
 from serverless_llm.engine.architectures.description import Description, Shape
-from serverless_llm.engine.architectures.registry import describe
+from serverless_llm.engine.architectures.registry import describe, native
 from serverless_llm.errors import CheckpointError
 
 Entries = Mapping[str, tuple[str, Shape]]  # tensor name -> (dtype as safetensors spells it, shape)
@@ -37,11 +38,20 @@ class ModelConfig(Description):
         Raises:
             CheckpointError: names the key that is missing, malformed, or asks for mathematics that is not here.
         """
-        description = describe(config)
-        values = {field.name: getattr(description, field.name) for field in fields(description)}
-        parsed = cls(**values, dtype=_served_dtype(config, dtype))
+        parsed: ModelConfig
+        if native(config) is None and foreign.known(config):
+            parsed = ForeignConfig(
+                **_values(foreign.describe(config)), dtype=_served_dtype(config, dtype), values=config
+            )
+        else:
+            parsed = cls(**_values(describe(config)), dtype=_served_dtype(config, dtype))
         parsed._check()
         return parsed
+
+    def bound(self, entries: Entries) -> Self:
+        """The same, for a checkpoint with these tensors. Raises as `check`."""
+        self.check(entries)
+        return self
 
     def _check(self) -> None:
         if self.heads % self.kv_heads:
@@ -121,6 +131,57 @@ class ModelConfig(Description):
 
     def buffer_bytes(self, buffer: Buffer, shapes: Mapping[str, Shape]) -> int:
         return sum(numel(shapes[name]) for name in buffer.tensors) * self.item_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignConfig(ModelConfig):
+    """A decoder that transformers computes, see `engine.fallback`; its tensors are those that its checkpoint has.
+
+    Attributes:
+        values: its config.json.
+        shapes: of its tensors, once `bound`.
+    """
+
+    values: Mapping[str, Any]
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+    def bound(self, entries: Entries) -> Self:
+        self.check(entries)
+        return replace(self, shapes={name: tuple(shape) for name, (_, shape) in entries.items() if _weighs(name)})
+
+    def tensors(self) -> dict[str, Shape]:
+        return dict(self.shapes)
+
+    def groups(self) -> Iterator[tuple[str, ...]]:
+        yield from ((name,) for name in self.shapes)
+
+    def check(self, entries: Entries) -> None:
+        """
+        Raises:
+            CheckpointError: a tensor has a dtype that cannot be served. What is missing is told when it is loaded.
+        """
+        for name, (stored, _) in entries.items():
+            if stored not in STORED and _weighs(name):
+                raise CheckpointError(f"tensor {name} has dtype {stored}, which cannot be served")
+
+    def weight_bytes(self, entries: Entries | None = None) -> int:
+        whole = self if entries is None else self.bound(entries)
+        return sum(aligned(numel(shape) * self.item_bytes) for shape in whole.shapes.values())
+
+
+# Old checkpoints store masks and rotary frequencies, which follow from the config.
+NO_WEIGHTS = (
+    ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq",
+    ".position_ids",
+)  # fmt: skip
+
+
+def _weighs(name: str) -> bool:
+    return not name.endswith(NO_WEIGHTS)
+
+
+def _values(description: Description) -> dict[str, Any]:
+    return {one.name: getattr(description, one.name) for one in fields(description)}
 
 
 def numel(shape: Shape) -> int:

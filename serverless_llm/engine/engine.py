@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -15,16 +17,18 @@ import torch
 from serverless_llm.domain import FinishReason, ReplicaId, Sampling, SequenceId
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.blocks import Memory
-from serverless_llm.engine.config import Entries, ModelConfig, aligned
+from serverless_llm.engine.config import Entries, ForeignConfig, ModelConfig, aligned
+from serverless_llm.engine.layers import Tensors
 from serverless_llm.engine.layout import dests, layout, stored_buffers
 from serverless_llm.engine.model import DTYPES, Model
-from serverless_llm.engine.runner import run
+from serverless_llm.engine.runner import AnyModel, run
 from serverless_llm.engine.sampler import draw, greedy, likelihood, shaped
 from serverless_llm.engine.scheduler import Batch, Scheduler, blocks_for
 from serverless_llm.engine.sequence import Emission, FirstToken, Sequence, SequenceStart, SequenceState, StepResult
 from serverless_llm.errors import CapacityError
 from serverless_llm.loader.dest import Dest
 
+FALLBACK = "serverless_llm.engine.fallback"  # imported where it is needed: it needs an extra
 KERNELS = 1  # bumped when the same input may give other bits than before
 STEP_S = 0.2  # seconds a step of prefill should take at most, so that the tokens of other sequences keep flowing
 ROWS_LEAST, ROWS_MOST = 32, 512  # tokens of a step; 32 is what `kernels.linear` takes at once
@@ -67,7 +71,7 @@ class Engine:
         self._memory = Memory(self.arena.numel())
         self._scheduler = Scheduler(self._memory)
         self._placed: dict[ReplicaId, Placement] = {}
-        self._models: dict[ReplicaId, Model] = {}
+        self._models: dict[ReplicaId, AnyModel] = {}
         self._pace: dict[ReplicaId, float] = {}  # seconds per row of a step
         self._ended: list[Emission] = []  # told by the next step
         self._arrivals = 0
@@ -84,7 +88,10 @@ class Engine:
             CheckpointError: the checkpoint is not what its config says.
             CapacityError: it does not fit beside the other replicas.
         """
-        total = model.weight_bytes(entries)
+        model = model.bound(entries)
+        if isinstance(model, ForeignConfig):
+            Thread(target=import_module, args=(FALLBACK,), daemon=True).start()  # seconds, while the bytes come
+        total = model.weight_bytes()
         stored = list(stored_buffers(model, entries, self._weights))
         shapes = model.tensors()
         sizes = [aligned(model.buffer_bytes(buffer, shapes)) for buffer in stored]
@@ -118,11 +125,17 @@ class Engine:
         for name, target in bound.items() if tensors else ():
             target.copy_(given[name])
         viewed = {name: given[name] for name in shapes if name not in bound}
-        on_cuda = self.device.type == "cuda"
-        tiled = config.dtype == "float32" and not on_cuda
-        self._models[replica] = Model(config, bound | viewed, self._arena, fused=on_cuda, tiled=tiled)
+        self._models[replica] = self._bind(config, bound | viewed)
         self._pace[replica] = sum(tensor.numel() for tensor in (bound | viewed).values()) / FIRST_PACE
         return bool(viewed)
+
+    def _bind(self, config: ModelConfig, tensors: Tensors) -> AnyModel:
+        if isinstance(config, ForeignConfig):
+            bound: AnyModel = import_module(FALLBACK).Foreign(config, tensors, self._arena)
+            return bound
+        on_cuda = self.device.type == "cuda"
+        tiled = config.dtype == "float32" and not on_cuda
+        return Model(config, tensors, self._arena, fused=on_cuda, tiled=tiled)
 
     def drop(self, replica: ReplicaId) -> list[SequenceState]:
         """Frees a replica, placed or active; returns its sequences, which end without a word."""

@@ -6,18 +6,20 @@ Shape letters as in `kernels.attention`.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from serverless_llm.domain import BLOCK_TOKENS
-from serverless_llm.engine.model import Attention, Model, StepInput
+from serverless_llm.engine.config import ModelConfig
+from serverless_llm.engine.model import Attention, StepInput
 from serverless_llm.engine.scheduler import Chunk
 from serverless_llm.kernels.attention import (
     CHUNK,
     CHUNK_BLOCKS,
+    Scores,
     Span,
     Tile,
     TileGroup,
@@ -30,6 +32,19 @@ from serverless_llm.kernels.linear import padded
 
 Integers = npt.NDArray[np.int64]
 GROUP_BYTES = 32 << 20  # of gathered KV at a time, about
+
+
+class AnyModel(Protocol):
+    """A model as a step sees it, whoever computes it. `config` and the others: see `engine.model.Model`."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    tiled: bool
+    windows: list[int]
+    scores: Scores
+
+    def forward(self, step: StepInput) -> torch.Tensor: ...
 
 
 class _Query(NamedTuple):
@@ -55,14 +70,14 @@ class _Query(NamedTuple):
         return np.concatenate([held, np.full(chunks * CHUNK_BLOCKS - len(held), held[0])])
 
 
-def run(model: Model, chunks: list[Chunk], device: torch.device) -> torch.Tensor:
+def run(model: AnyModel, chunks: list[Chunk], device: torch.device) -> torch.Tensor:
     """Runs the chunks through the model; float32 logits [n, V], one row for each chunk that ends its sequence."""
     ends = [number for number, chunk in enumerate(chunks) if chunk.tokens == chunk.sequence.missing]
     logits = model.forward(_step(model, chunks, ends, device))
     return logits[: len(ends)]
 
 
-def _step(model: Model, chunks: list[Chunk], ends: list[int], device: torch.device) -> StepInput:
+def _step(model: AnyModel, chunks: list[Chunk], ends: list[int], device: torch.device) -> StepInput:
     config = model.config
     ids = [token for sequence, n in chunks for token in sequence.tokens[sequence.cached : sequence.cached + n]]
     position = np.concatenate([np.arange(s.cached, s.cached + n) for s, n in chunks])
@@ -89,7 +104,7 @@ def _step(model: Model, chunks: list[Chunk], ends: list[int], device: torch.devi
     )
 
 
-def _table_rows(model: Model, chunks: list[Chunk], position: Integers) -> Integers:
+def _table_rows(model: AnyModel, chunks: list[Chunk], position: Integers) -> Integers:
     """Where in the model's table of positions each token's is, see `kernels.rope.table`."""
     switch = model.config.rope_switch
     if not switch:
@@ -99,7 +114,7 @@ def _table_rows(model: Model, chunks: list[Chunk], position: Integers) -> Intege
 
 
 def _attention(
-    model: Model, window: int, chunks: list[Chunk], rows: list[Integers], starts: Integers, device: torch.device
+    model: AnyModel, window: int, chunks: list[Chunk], rows: list[Integers], starts: Integers, device: torch.device
 ) -> Attention:
     """What layers with this window do."""
     if model.tiled:
@@ -138,7 +153,7 @@ def _span(chunk: Chunk, window: int, rows: Integers, start: int, device: torch.d
 
 
 def _groups(
-    model: Model, window: int, chunks: list[Chunk], rows: list[Integers], starts: Integers, device: torch.device
+    model: AnyModel, window: int, chunks: list[Chunk], rows: list[Integers], starts: Integers, device: torch.device
 ) -> list[TileGroup]:
     """Short chunks share groups, sorted by length so that little is padded; a long one is a group of its own."""
     heads, kv_heads = model.config.heads, model.config.kv_heads

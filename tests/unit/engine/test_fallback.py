@@ -1,0 +1,189 @@
+"""Decoders that transformers computes over our paged KV: equal to plain transformers, or refused by name."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from serverless_llm.domain import BLOCK_TOKENS
+from serverless_llm.engine.config import ForeignConfig, ModelConfig
+from serverless_llm.engine.engine import Engine
+from serverless_llm.errors import CheckpointError
+from tests.unit.engine.tiny import Tensors, assert_near_oracle, drain, entries_of, prompt, serve, start
+
+pytestmark = pytest.mark.slow
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+GROUPED = COMMON | {"num_key_value_heads": 2}
+GPT2 = {"vocab_size": 160, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt-neox": ("GPTNeoXForCausalLM", "gpt_neox", COMMON),
+    "gpt-neox-sequential": ("GPTNeoXForCausalLM", "gpt_neox", COMMON | {"use_parallel_residual": False}),
+    "stablelm": ("StableLmForCausalLM", "stablelm", GROUPED),
+    "cohere": ("CohereForCausalLM", "cohere", GROUPED | {"use_qk_norm": True}),
+    "cohere2-window": ("Cohere2ForCausalLM", "cohere2", GROUPED | {"sliding_window": 20, "sliding_window_pattern": 2}),
+    "starcoder2-window": ("Starcoder2ForCausalLM", "starcoder2", GROUPED | {"sliding_window": 24}),
+    "granite": (
+        "GraniteForCausalLM", "granite",
+        GROUPED | {"attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "gpt2": ("GPT2LMHeadModel", "gpt2", GPT2),
+    "gpt-bigcode": ("GPTBigCodeForCausalLM", "gpt_bigcode", GPT2 | {"multi_query": True}),
+    "phi": ("PhiForCausalLM", "phi", GROUPED),
+    "olmo": ("OlmoForCausalLM", "olmo", GROUPED),
+    "nemotron": ("NemotronForCausalLM", "nemotron", GROUPED),
+    "smollm3": ("SmolLM3ForCausalLM", "smollm3", GROUPED | {"no_rope_layer_interval": 2}),
+}  # fmt: skip
+
+
+def plain(name: str, kind: str, keys: dict[str, Any]) -> tuple[dict[str, Any], Any, Tensors]:
+    """A config.json, transformers' model of random weights, and the tensors that its checkpoint would hold."""
+    import transformers
+
+    values = {"architectures": [name], "model_type": kind, "dtype": "float32"} | keys
+    torch.manual_seed(5)
+    settings = transformers.models.auto.configuration_auto.CONFIG_MAPPING[kind].from_dict(dict(values))
+    settings._attn_implementation = "eager"
+    model = getattr(transformers, name)(settings).float().eval()
+    for tensor in model.parameters():
+        tensor.data += 0.3 * torch.randn_like(tensor) * tensor.shape[-1] ** -0.5
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return values, model, tensors
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine(budget=8 << 20)
+    yield made
+    made.check_invariants()
+
+
+@pytest.mark.parametrize("which", SERVED)
+def test_any_decoder_of_transformers_serves_batches_and_chunks_as_it_would_alone(which: str, engine: Engine) -> None:
+    values, model, tensors = plain(*SERVED[which])
+    config = ModelConfig.parse(values)
+    assert isinstance(config, ForeignConfig)
+    serve(engine, config, tensors)
+    prompts = {1: prompt(70, 1), 2: prompt(5, 2), 3: prompt(33, 3)}  # the first in several steps
+    generated: dict[int, list[int]] = {}
+    for number, tokens in prompts.items():
+        engine.add(start(number, tokens))
+        for other, (new, _) in drain(engine, steps=1).items():
+            generated[other] = generated.get(other, []) + new
+    engine.add(start(4, prompt(40, 4), generated=prompt(3, 5)))  # one that was begun elsewhere
+    told = drain(engine)
+    for number, tokens in prompts.items():
+        whole = generated.get(number, []) + told[number][0]
+        assert len(whole) == 12
+        assert_near_oracle(model, tokens, whole)
+    assert_near_oracle(model, prompt(40, 4) + prompt(3, 5), told[4][0])
+
+
+def test_weights_are_the_views_that_were_given_and_are_let_go(engine: Engine) -> None:
+    values, _, tensors = plain(*SERVED["granite"])
+    serve(engine, ModelConfig.parse(values), tensors)
+    module = engine._models[1]._module  # type: ignore[attr-defined]
+    ours = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    assert {parameter.untyped_storage().data_ptr() for parameter in module.parameters()} <= ours
+    assert engine._memory.free_bytes > engine.arena.numel() - sum(t.nbytes for t in tensors.values()) - (1 << 16)
+    held = [weakref.ref(tensor) for tensor in tensors.values()] + [weakref.ref(module)]
+    del module, tensors
+    engine.drop(1)
+    gc.collect()
+    assert [one() for one in held] == [None] * len(held)
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("copy", "auto"), ("view", "bfloat16")])
+def test_copies_and_conversions(weights: str, dtype: str) -> None:
+    engine = Engine(budget=8 << 20, weights=weights)
+    values, model, tensors = plain(*SERVED["stablelm"])
+    config = ModelConfig.parse(values, dtype)
+    serve(engine, config, tensors)
+    engine.add(start(1, prompt(40)))
+    generated, _ = drain(engine)[1]
+    assert_near_oracle(model, prompt(40), generated, 1e-4 if dtype == "auto" else 0.05)
+
+
+REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "no attention": ("MambaForCausalLM", "mamba", COMMON, "2 layers attend 0 times"),
+    "another attention": ("FalconForCausalLM", "falcon", COMMON, "does not run over paged KV"),
+    "a bias": ("BloomForCausalLM", "bloom", {**COMMON, "n_layer": 2, "n_head": 4}, "does not run over paged KV"),
+    "sinks": ("GptOssForCausalLM", "gpt_oss", GROUPED | {"head_dim": 16, "num_local_experts": 4}, "its numbers"),
+    "head size": ("Ernie4_5ForCausalLM", "ernie4_5", GROUPED, "2 KV heads of 128"),
+    "scales": ("GPT2LMHeadModel", "gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "in different ways"),
+}
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_attention_that_pages_do_not_hold_is_refused_by_name(which: str, engine: Engine) -> None:
+    name, kind, keys, says = REFUSED[which]
+    values, _, tensors = plain(name, kind, keys)
+    with pytest.raises(CheckpointError, match=f"{name}.*{says}"):
+        serve(engine, ModelConfig.parse(values), tensors)
+    engine.drop(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [("missing", "gpt_neox.final_layer_norm.bias is one of the missing"), ("more", "odd.weight is one of the unexp")],
+)
+def test_tensors_must_be_those_of_the_architecture(engine: Engine, change: str, says: str) -> None:
+    values, _, tensors = plain(*SERVED["gpt-neox"])
+    if change == "missing":
+        del tensors["gpt_neox.final_layer_norm.bias"]
+    else:
+        tensors["odd.weight"] = torch.zeros(4, 4)
+    with pytest.raises(CheckpointError, match=says):
+        serve(engine, ModelConfig.parse(values), tensors)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type dynamic"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_parameters of type longrope"),
+        ({"num_hidden_layers": None}, "num_hidden_layers must be"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be"),
+        ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM"),
+        ({"architectures": ["GPTNeoXForSequenceClassification"]}, "is not served"),
+        ({"model_type": "../../gpt_neox"}, "is not served"),
+        ({"dtype": "int8"}, "dtype 'int8' is not served"),
+    ],
+)
+def test_what_is_not_supported_is_a_load_error_that_names_it(keys: dict[str, Any], named: str) -> None:
+    values = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"} | COMMON | keys
+    with pytest.raises(CheckpointError, match=named):
+        ModelConfig.parse(values)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name))
+    values = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"} | COMMON
+    with pytest.raises(CheckpointError, match=r"pip install serverless-llm\[transformers\]"):
+        ModelConfig.parse(values)
+
+
+def test_sizes_are_known_before_any_byte() -> None:
+    values, _, tensors = plain(*SERVED["gpt-bigcode"])
+    tensors["transformer.h.0.attn.bias"] = torch.zeros(1, 1, 256, 256)  # of old checkpoints; no weight
+    config = ModelConfig.parse(values)
+    assert (config.kv_heads, config.head_dim, config.context) == (1, 16, 256)
+    assert config.kv_block_bytes == 2 * 2 * BLOCK_TOKENS * 16 * 4
+    needed = config.weight_bytes(entries_of(tensors))
+    assert 0 <= needed - sum(t.nbytes for name, t in tensors.items() if not name.endswith("attn.bias")) < 256 * 40
+    with pytest.raises(CheckpointError, match=r"wte.weight has dtype I8"):
+        config.weight_bytes({"transformer.wte.weight": ("I8", (160, 64))})
