@@ -133,6 +133,15 @@ def test_refused_requests(tmp_path: Path, path: str, body: Any, status: int, cod
     run(tmp_path, silent, scenario, GatewayOptions(body_limit=4096))
 
 
+def test_a_body_over_the_limit_is_told_the_limit(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(messages=[{"role": "user", "content": "x" * 5000}]) as response:
+            assert response.status == 413
+            assert (await error_of(response))["message"] == "the body is over the limit of 4096 bytes"
+
+    run(tmp_path, silent, scenario, GatewayOptions(body_limit=4096))
+
+
 def test_an_unknown_model_is_told_the_nearest_name(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         for name, near in (("dmo", "; did you mean 'demo'?"), ("nobody", "")):
@@ -146,6 +155,10 @@ def test_other_methods_and_bodies_get_json_errors(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         async with server.http.get("/v1/chat/completions") as response:
             assert (response.status, (await error_of(response))["code"]) == (405, "method_not_allowed")
+            assert response.headers["Allow"] == "POST"
+        for path in ("/models/demo", "/models/demo/v1", "/nothing"):
+            async with server.http.get(path) as response:
+                assert (response.status, (await error_of(response))["code"]) == (404, "not_found")
         async with server.http.post("/v1/chat/completions", data=b"{") as response:
             assert (response.status, (await error_of(response))["code"]) == (400, "invalid_request_error")
         async with server.http.get("/v1/models", headers={"Host": "evil.example"}) as response:

@@ -59,6 +59,26 @@ def test_models_with_status(tmp_path: Path) -> None:
     run(tmp_path, silent, scenario)
 
 
+@pytest.mark.parametrize("name", ["team/demo-2", "team%2Fdemo-2", "team%2fdemo-2"])
+def test_a_name_with_a_slash_on_every_route(tmp_path: Path, name: str) -> None:
+    async def scenario(server: Served) -> None:
+        def ask(method: str, path: str, **body: Any) -> Any:
+            return server.http.request(method, yarl.URL(server.url + path, encoded=True), json=body or None)
+
+        async with ask("GET", f"/v1/models/{name}") as response:
+            assert (await response.json())["id"] == "team/demo-2"
+        async with ask("GET", f"/models/{name}/v1/models") as response:
+            assert (await response.json())["data"][0]["id"] == "team/demo-2"
+        messages = [{"role": "user", "content": "Hi"}]
+        for body in ({"messages": messages}, {"messages": messages, "model": "team/demo-2"}):
+            async with ask("POST", f"/models/{name}/v1/chat/completions", **body) as response:
+                assert (response.status, (await response.json())["model"]) == (200, "team/demo-2")
+        async with ask("POST", f"/models/{name}/v1/completions", prompt="x") as response:
+            assert (await response.json())["model"] == "team/demo-2"
+
+    run(tmp_path, says("hi"), scenario)
+
+
 def test_health_and_readiness(tmp_path: Path) -> None:
     async def status(server: Served, path: str) -> int:
         async with server.http.get(path) as response:
