@@ -8,7 +8,7 @@ import socket
 import ssl
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -41,9 +41,9 @@ class _Full(asyncio.Protocol):
     """A connection too many: told so, and closed."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(_FULL)
-        transport.close()
+        writable = cast(asyncio.Transport, transport)  # uvloop's are, and say so to no isinstance
+        writable.write(_FULL)
+        writable.close()
 
 
 class _Connection(web.RequestHandler):

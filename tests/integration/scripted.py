@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,9 +167,13 @@ def decoded(run: wire.Run) -> tuple[list[int], list[int]]:
 
 
 def run(
-    tmp_path: Path, on: Behaviour, scenario: Callable[[Served], Awaitable[None]], options: GatewayOptions | None = None
+    tmp_path: Path,
+    on: Behaviour,
+    scenario: Callable[[Served], Awaitable[None]],
+    options: GatewayOptions | None = None,
+    loop: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
 ) -> None:
-    """One scenario against one server; nothing may stay open in it."""
+    """One scenario against one server; nothing may stay open in it. `loop`: runs it."""
 
     async def main() -> None:
         async with served(tmp_path, on, options) as server, asyncio.timeout(20):
@@ -177,7 +181,7 @@ def run(
             server.gateway.drain()
             await server.gateway.idle()
 
-    asyncio.run(main())
+    loop(main())
 
 
 def client(server: Served) -> openai.AsyncOpenAI:

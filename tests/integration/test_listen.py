@@ -7,11 +7,13 @@ import socket
 import ssl
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
+import uvloop
 from aiohttp import ClientSession, ClientSSLError, web
 
 from serverless_llm import wire
@@ -19,9 +21,11 @@ from serverless_llm.errors import ConfigurationError
 from serverless_llm.gateway.listen import RESERVED, Runner, listen, most_connections, tls_context
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.node.processes import environment
-from tests.integration.scripted import Controller, Served, run, silent
+from tests.integration import scripted
+from tests.integration.scripted import Controller, Served, silent
 
 pytestmark = pytest.mark.slow
+run = partial(scripted.run, loop=uvloop.run)  # whose transports differ from asyncio's
 
 
 def port_of(server: Served) -> int:
@@ -157,7 +161,7 @@ def test_a_port_in_use_is_named() -> None:
                 await listen(runner, "no.such.host.invalid", 1, options)
             await runner.cleanup()
 
-    asyncio.run(main())
+    uvloop.run(main())
 
 
 # --- TLS ---
@@ -218,4 +222,4 @@ def test_tls(certificate: Path) -> None:
                 await http.get(f"https://localhost:{port}/")
         await runner.cleanup()
 
-    asyncio.run(main())
+    uvloop.run(main())

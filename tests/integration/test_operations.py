@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import select
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import pytest
 
 from serverless_llm.demo import tasks
 from serverless_llm.gateway.keys import _Entry
+from serverless_llm.gateway.listen import RESERVED
 from serverless_llm.gateway.records import Record
 from serverless_llm.node.processes import command, environment
 from tests.serving import until
@@ -26,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, OUTPUT = "qzkvjx", "xjvkzq"
+DESCRIPTORS = 256
 KEYS = {"user": "canary-user-key", "ops": "canary-ops-key", "later": "canary-later-key"}
 
 
@@ -69,11 +73,12 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     small = ["--port", "0", "--devices", "cpu:1", "--device-memory", "16MiB", "--dram", "32MiB"]
     paths = ["--tls-cert", "cert.pem", "--tls-key", "key.pem", "--keys-file", "keys.yaml", "--state-dir", "state"]
     serve = command("serverless_llm", "serve", *small, *paths, "--model", "demo-reverse", "--json")
+    few = ["bash", "-c", f'ulimit -n {DESCRIPTORS} && exec "$@"', "bash", *serve]
     server = Operated(None, folder, 0)  # type: ignore[arg-type]
     server.write_keys("user", "ops")
     with (folder / "stderr").open("w") as stderr:
         process = subprocess.Popen(
-            serve,
+            few,
             cwd=folder,
             env=environment(),
             stdin=subprocess.DEVNULL,
@@ -187,6 +192,32 @@ def test_logs_have_one_line_a_request_and_no_prompt_output_or_key(operated: Oper
     everything = operated.logs()
     for secret in (PROMPT, OUTPUT, *KEYS.values(), (operated.folder / "state" / "agent-token").read_text()):
         assert secret not in everything
+
+
+def test_with_256_descriptors_clients_beyond_them_are_told_and_others_served(operated: Operated) -> None:
+    held = [socket.create_connection(("127.0.0.1", own_port(operated)), 10) for _ in range(DESCRIPTORS + 44)]
+    try:
+        refused = [one for one in held if answered(one)]
+        assert len(refused) == len(held) - (DESCRIPTORS - RESERVED - 1)  # one is the agent's
+        assert all(one.recv(12) == b"HTTP/1.1 503" for one in refused)
+        served = next(one for one in held if one not in refused)
+        served.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert served.recv(12) == b"HTTP/1.1 200"
+    finally:
+        for one in held:
+            one.close()
+    until(lambda: operated.ask("GET", "/v1/models")[0] == 200, "room")
+
+
+def own_port(operated: Operated) -> int:
+    """Where agents and the command line speak without TLS."""
+    head = json.loads((operated.folder / "state" / "head.json").read_text())
+    return int(head["url"].rpartition(":")[2])
+
+
+def answered(connection: socket.socket) -> bool:
+    """Whether there is something to read, soon."""
+    return bool(select.select([connection], [], [], 0.01)[0])
 
 
 def test_the_guide_names_every_event_limit_and_field() -> None:
