@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from serverless_llm.errors import ServerlessLLMError
+
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 LIMIT = 16 << 20  # bytes of the log, and as many of the one before it; arbitrary
 BACKLOG = 10_000  # lines that may wait for the disk
@@ -45,7 +47,14 @@ class _Waiting(logging.handlers.QueueHandler):
 
 @contextlib.contextmanager
 def logged(folder: Path, verbose: bool) -> Iterator[None]:
-    """Logs until the end of the context. `folder`: of the log; `verbose`: every decision, on a terminal too."""
+    """Logs until the end of the context, and what ended it.
+
+    Args:
+        folder: of the log.
+        verbose: every decision, on a terminal too.
+    """
+    root = logging.getLogger()
+    former = root.handlers[:], root.level, logging.raiseExceptions
     logging.raiseExceptions = False  # a full disk is no reason to write about it on and on
     told = logging.StreamHandler()
     on_terminal = sys.stderr.isatty()
@@ -54,11 +63,18 @@ def logged(folder: Path, verbose: bool) -> Iterator[None]:
     kept = logging.handlers.RotatingFileHandler(folder / "head.log", maxBytes=LIMIT, backupCount=1, delay=True)
     kept.setFormatter(JsonLines())
     records: queue.Queue[logging.LogRecord] = queue.Queue(BACKLOG)
-    logging.basicConfig(level=logging.INFO, handlers=[told, _Waiting(records)], force=True)
+    root.handlers = [told, _Waiting(records)]
+    root.setLevel(logging.INFO)
     thread = logging.handlers.QueueListener(records, kept)
     thread.start()
     try:
         yield
+    except Exception as error:
+        root.removeHandler(told)  # whoever catches it tells the terminal
+        root.error("the server ended: %s", error, exc_info=None if isinstance(error, ServerlessLLMError) else error)
+        raise
     finally:
         thread.stop()
         kept.close()
+        root.handlers, level, logging.raiseExceptions = former
+        root.setLevel(level)

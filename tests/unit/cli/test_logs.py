@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from serverless_llm.cli import log, logs
+from serverless_llm.errors import ConfigurationError
 from tests.unit.cli.conftest import CommandLine
 
 LOCAL = "2026-11-21 07:48:{:02},000"
@@ -107,16 +108,7 @@ def test_a_log_that_begins_later_is_followed_too(folder: Path) -> None:
         one.close()
 
 
-@pytest.fixture
-def root() -> object:
-    """Puts the root logger back as it was."""
-    logger = logging.getLogger()
-    handlers, level, raising = list(logger.handlers), logger.level, logging.raiseExceptions
-    yield logger
-    logger.handlers[:], logger.level, logging.raiseExceptions = handlers, level, raising
-
-
-def test_the_head_keeps_its_log_as_json(tmp_path: Path, root: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_head_keeps_its_log_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with log.logged(tmp_path, verbose=False):
         logging.getLogger("a.b").info("hello %s", "you")
         logging.getLogger("a.b").info("told otherwise", extra={"fields": {"status": 200}})
@@ -128,16 +120,28 @@ def test_the_head_keeps_its_log_as_json(tmp_path: Path, root: object, capsys: py
     assert "ValueError: bad" in kept[2]["exception"]
 
 
-def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, root: object) -> None:
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     with log.logged(tmp_path / "nowhere", verbose=False):
         logging.getLogger("a.b").info("hello")
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_the_log_is_rotated(tmp_path: Path, root: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "LIMIT", 1000)
     with log.logged(tmp_path, verbose=False):
         for _ in range(100):
             logging.getLogger("a.b").info("hello")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head.log", "head.log.1"]
     assert all(path.stat().st_size <= 1000 for path in tmp_path.iterdir())
+
+
+def test_what_ended_the_server_is_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = logging.getLogger().handlers[:]
+    for error in (ConfigurationError("port taken"), RuntimeError("a bug")):
+        with pytest.raises(type(error)), log.logged(tmp_path, verbose=False):
+            raise error
+    expected, unforeseen = (json.loads(line) for line in (tmp_path / "head.log").read_text().splitlines())
+    assert (expected["message"], expected.get("exception")) == ("the server ended: port taken", None)
+    assert "RuntimeError: a bug" in unforeseen["exception"]
+    assert logging.getLogger().handlers == before
+    assert capsys.readouterr().err == ""
