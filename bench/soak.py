@@ -82,13 +82,16 @@ class BrokenStream(Exception):
 
 
 def draw_requests(rng: random.Random, count: int) -> list[Request]:
-    """Greedy and seeded requests of at least 64 tokens; some with a prompt long enough to be caught in prefill."""
+    """Greedy and seeded requests of at least 64 tokens, some of them penalised, some with a prompt long enough to be
+    caught in prefill."""
     requests = []
     for number in range(count):
         start = rng.randrange(1, 700)
         sampling = (
             {"temperature": 0} if number % 2 else {"temperature": 0.8, "seed": rng.randrange(2**31), "top_p": 0.9}
         )
+        if number % 4 == 0:
+            sampling |= {"min_p": 0.01, "frequency_penalty": 0.1, "repetition_penalty": 1.05}
         length = {"max_tokens": rng.randrange(64, 200)}
         if number % 3 == 0:
             words = " ".join(str(term) for term in range(start, start + 180))

@@ -77,11 +77,11 @@ class Completions:
         """Not cancelled with its request: a text process ends its short call and is used again."""
         try:
             for place, call in enumerate(_calls(live)):
+                if not self._live.awaits(live):
+                    return
                 prompt = await self._text.prompt(call)
                 for choice in live.choices[place * live.request.n :][: live.request.n]:
                     self._live.prompted(choice, prompt)
-                if live.done:
-                    return
         except RequestError as error:
             live.fail(error)
         except Exception:  # noqa: BLE001  the task's edge: the request must end

@@ -47,6 +47,10 @@ class LiveRequests:
             self._send(wire.Arrive(choice.sequence, info.name, info.checkpoint, online, request.keep_alive, request_id))
         return live
 
+    def awaits(self, live: LiveRequest) -> bool:
+        """Whether anyone still wants its answer."""
+        return not live.done and live.choices[0].sequence in self._live
+
     def prompted(self, choice: Choice, prompt: TokenisedPrompt) -> None:
         """The prompt is there: the sequence can be dispatched, unless it is over already.
 

@@ -13,6 +13,7 @@ import pytest
 
 from serverless_llm import wire
 from serverless_llm.demo.tokenizer import chat_tokens
+from serverless_llm.gateway.text_wire import Call
 from tests.integration.scripted import (
     END,
     Controller,
@@ -143,6 +144,28 @@ def test_one_choice_that_fails_ends_all(tmp_path: Path, stream: bool) -> None:
         assert server.controller.all(wire.Gone) == [wire.Gone([two], "engine_error")]
 
     run(tmp_path, attaches, scenario)
+
+
+def test_prompts_of_a_client_that_went_away_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Call] = []
+
+    async def scenario(server: Served) -> None:
+        prompt = server.text.prompt
+
+        async def slow(call: Call) -> Any:
+            read.append(call)
+            asking.cancel()
+            await server.controller.saw(wire.Gone)
+            return await prompt(call)
+
+        monkeypatch.setattr(server.text, "prompt", slow)
+        body = {"model": "demo", "prompt": ["a", "b", "c"]}
+        asking = asyncio.create_task(server.http.post("/v1/completions", json=body).__aenter__())
+        assert len((await server.controller.saw(wire.Gone)).sequences) == 3
+        await asyncio.wait([task for task in asyncio.all_tasks() if "_prepare" in repr(task)])
+
+    run(tmp_path, attaches, scenario)
+    assert [call.text for call in read] == ["a"]
 
 
 def test_a_prompt_at_fault_ends_the_others(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serverless_llm.domain import Sampling
+from serverless_llm.domain import Sampling, Shaping
 from serverless_llm.engine.architectures.registry import NATIVE
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.config import ModelConfig
@@ -170,6 +170,7 @@ SAMPLINGS = (
     Sampling(temperature=0.0, max_tokens=40),
     Sampling(temperature=0.9, seed=7, max_tokens=40),
     Sampling(temperature=1.3, top_k=20, top_p=0.9, seed=-3, max_tokens=40),
+    Sampling(seed=9, max_tokens=40, min_p=0.01, shaping=Shaping(0.5, 0.2, 1.2, ((5, 3.0),), 9), stop_ids=(5, 6, 7)),
 )
 
 
