@@ -32,6 +32,7 @@ class Admin:
         model = "/admin/models/{name:.+}"
         return [
             web.get("/admin/status", self.status),
+            web.get("/admin/nodes", self.nodes),
             *(web.post(f"{model}/{action}", self._acting(action)) for action in ACTIONS),
             web.put(model, self.deploy),
             web.get(model, self.show),
@@ -51,6 +52,9 @@ class Admin:
         status = msgspec.json.decode(answer.body, type=dict[str, msgspec.Raw])
         status["traffic"] = msgspec.Raw(msgspec.json.encode(self._traffic()))
         return _shown(200, msgspec.json.encode(status))
+
+    async def nodes(self, _request: web.Request) -> web.Response:
+        return await self._ask("nodes", "", b"{}")
 
     async def deploy(self, request: web.Request) -> web.Response:
         raw = await request.read()

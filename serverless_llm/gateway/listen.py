@@ -18,6 +18,7 @@ from serverless_llm.gateway.options import GatewayOptions
 
 BACKLOG = 1024  # connections that the kernel holds until they are accepted; a burst of clients
 PASSIVE = socket.AI_PASSIVE
+CLOSE_SECONDS = 1.0  # for handlers that still run when the server closes; streams had their time before
 RESERVED = 128  # descriptors for all else: agents, text processes, logs, the database
 
 
@@ -83,7 +84,13 @@ class Runner(web.AppRunner):
     __slots__ = ("_most",)
 
     def __init__(self, app: web.Application, options: GatewayOptions) -> None:
-        super().__init__(app, handler_cancellation=True, access_log=None, keepalive_timeout=options.idle)
+        super().__init__(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=options.idle,
+            shutdown_timeout=CLOSE_SECONDS,
+        )
         self._most = most_connections(options.connections)
 
     async def _make_server(self) -> web.Server:

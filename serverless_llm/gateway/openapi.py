@@ -220,6 +220,7 @@ def _operations() -> JSON:
         f"{model}/unload": {"parameters": name, "post": _route("Free its devices.", "admin", row)},
         f"{model}/pin": {"parameters": name, "post": _route("Never evict it, or do again.", "admin", row, body=pin)},
         "/admin/status": {"get": _route("Models, nodes, devices, starts, traffic.", "admin", row)},
+        "/admin/nodes": {"get": _route("Nodes with their devices, replicas and sequences.", "admin", row)},
         "/admin/events": {
             "get": _route("The control plane's events.", "admin", None, content=events, parameters=[recent])
         },

@@ -73,6 +73,7 @@ class Registry:
             "unload": self._unload,
             "pin": self._pin,
             "status": self._status,
+            "nodes": self._nodes,
         }
         controller.changed = self.changed
 
@@ -188,6 +189,9 @@ class Registry:
             "problems": catalog.problems(machine),
             "starts": self._controller.starts.shown(machine, self._controller.now(), time.time()),
         }
+
+    async def _nodes(self, name: str, body: bytes) -> JSON:
+        return {"nodes": catalog.nodes(self._controller.machine.state, self._controller.peers)}
 
     async def _write(self, change: Callable[[T], object], value: T) -> None:
         """

@@ -115,6 +115,19 @@ def test_a_body_that_does_not_come(tmp_path: Path) -> None:
     run(tmp_path, silent, scenario, GatewayOptions(idle=0.05))
 
 
+def test_a_body_that_does_not_come_keeps_no_server_from_closing(tmp_path: Path) -> None:
+    async def main() -> float:
+        async with scripted.served(tmp_path, silent) as server:
+            _, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n{")
+            async with server.http.get("/health"):
+                began = asyncio.get_running_loop().time()
+        writer.close()
+        return asyncio.get_running_loop().time() - began
+
+    assert uvloop.run(main()) < 10
+
+
 def test_a_client_that_never_reads_an_answer_that_does_not_stream_is_cut(tmp_path: Path) -> None:
     def answers(controller: Controller, message: wire.Message) -> None:
         if isinstance(message, wire.Ask):

@@ -105,6 +105,8 @@ def test_keys_open_what_their_scopes_say(operated: Operated) -> None:
     assert operated.ask("GET", "/v1/models", "user")[0] == 200
     assert operated.ask("GET", "/admin/status", "user")[0] == 403
     assert operated.ask("GET", "/admin/status", "ops")[0] == 200
+    (node,) = operated.ask("GET", "/admin/nodes", "ops")[1]["nodes"]
+    assert (node["node"], node["devices"][0]["device"]) == ("node0", "node0/0")
     assert operated.ask("GET", "/v1/models", "later")[0] == 401
     assert operated.ask("GET", "/openapi.json", "")[1]["openapi"] == "3.1.0"
 

@@ -87,6 +87,7 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         status, shown = await desk.ask("status")
         assert [one["name"] for one in shown["models"]] == ["org/tiny"]
         assert (shown["nodes"], shown["problems"]) == ([], ["no node has joined"])
+        assert await desk.ask("nodes") == (200, {"nodes": []})
         _, body = await desk.ask("load", "org/tini")
         assert body["error"]["message"] == "no model 'org/tini' is deployed; did you mean 'org/tiny'?"
         assert await desk.ask("delete", "org/tiny") == (200, {"name": "org/tiny", "deleted": True})
