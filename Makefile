@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SEED ?= 1
 ARGS ?=
+STORM ?=
 
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
@@ -66,7 +67,10 @@ browser: $(VENV)/.installed-dev
 screenshots: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m scripts.screenshots $(ARGS)
 
+# The faults that last, each test by itself (STORM='-k late' runs one; after a failure STORM=--stepwise goes on there),
+# then the storm of kills
 soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m storm tests/integration $(STORM)
 	$(BENCH)soak --seed $(SEED) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yarl
 from serverless_llm import wire
 from serverless_llm.gateway.keys import Key, digest, full
 from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.gateway.text import TextLimits, TextPool
 from tests.integration.scripted import (
     Controller,
     Served,
@@ -25,6 +27,7 @@ from tests.integration.scripted import (
     model,
     run,
     says,
+    served,
     silent,
     write_checkpoint,
 )
@@ -260,6 +263,54 @@ def test_a_hostile_template_is_its_models_error(tmp_path: Path) -> None:
             assert response.status == 200
 
     run(tmp_path, says("a"), scenario)
+
+
+ENDLESS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+BACKTRACKING = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+PANICKING = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("file", ["template", "regex", "panic"])
+def test_hostile_text_files_delay_no_live_stream(tmp_path: Path, file: str) -> None:
+    async def scenario(server: Served) -> None:
+        source = write_checkpoint(tmp_path / "bad")
+        if file == "template":
+            (source / "chat_template.jinja").write_text(ENDLESS)
+        else:
+            parts = json.loads((source / "tokenizer.json").read_text())
+            parts["pre_tokenizer"] = BACKTRACKING if file == "regex" else PANICKING
+            (source / "tokenizer.json").write_text(json.dumps(parts))
+        server.gateway.receive(wire.Catalog([model("demo", tmp_path / "demo"), model("bad", source)], True))
+        async with server.chat(stream=True) as response, asyncio.TaskGroup() as group:
+            sequence = (await server.controller.saw(wire.Run)).sequence
+            seen = events(response)
+            assert (await anext(seen))["choices"][0]["delta"]["content"] == "A"
+            messages = [{"role": "user", "content": "a" * 34 + "!"}]
+            hostile = group.create_task(refusal_of(server.chat(model="bad", messages=messages)))
+            told = 0
+            while not hostile.done():  # each token arrives before the next, throughout
+                server.controller.tokens(sequence, [66])
+                async with asyncio.timeout(5):
+                    assert (await anext(seen))["choices"][0]["delta"]["content"] == "B"
+                told += 1
+            assert told > 10
+            status, error = hostile.result()
+            assert (status, error["code"]) == (500, "engine_error")
+            assert "'bad': its chat template or tokenizer ended a text process" in error["message"]
+            server.controller.tokens(sequence, [67], "length")
+            assert [event async for event in seen][-1] == "data: [DONE]"
+
+    async def main() -> None:
+        text = TextPool(1, TextLimits(seconds=0.5))
+        async with served(tmp_path, begins, GatewayOptions(), text) as server, asyncio.timeout(20):
+            await scenario(server)
+
+    asyncio.run(main())
+
+
+async def refusal_of(request: Any) -> tuple[int, dict[str, Any]]:
+    async with request as response:
+        return response.status, await error_of(response)
 
 
 @pytest.mark.parametrize(("limit", "stall"), [(100_000, 60.0), (1 << 30, 0.05)], ids=["size", "time"])

@@ -162,6 +162,11 @@ def test_links_stay_inside_or_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="missing"):
         manifest.build(thief)
 
+    (thief / manifest.SINGLE).unlink()
+    (thief / "a.safetensors").symlink_to(elsewhere / manifest.SINGLE)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is a link out of"):
+        manifest.build(index(thief, {"a": "a.safetensors"}))
+
     hub = tmp_path / "models--some--model"
     snapshot = hub / "snapshots" / "0123"
     snapshot.mkdir(parents=True)

@@ -1,0 +1,116 @@
+"""A server on a poor machine: few descriptors, full disks for its logs, a wall clock that jumps, a hasty operator."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.integration.completing import Streamed, ask, checkpoint, deploy, status
+from tests.integration.test_cli import PATIENCE, agents, is_alive
+from tests.serving import Server, descriptors, until
+
+pytestmark = pytest.mark.slow
+
+DESCRIPTORS = 256
+HOUR = 3600.0
+SMALL = ("--devices", "cpu:1", "--device-memory", "16MiB", "--dram", "32MiB")
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clock") / "step"
+
+
+@pytest.fixture(scope="module")
+def poor(tmp_path_factory: pytest.TempPathFactory, step: Path) -> Iterator[Server]:
+    """256 descriptors, logs that go to a full disk, and a wall clock that `step` sets; serves the model `m`."""
+    folder = tmp_path_factory.mktemp("poor")
+    stepped = Path(__file__).with_name("stepped")
+    limits = f'ulimit -n {DESCRIPTORS}; export WALL_CLOCK_STEP={step} PYTHONPATH="{stepped}:$PYTHONPATH"'
+    through = ("bash", "-c", f'{limits}; exec "$@" 2>/dev/full', "poor")
+    (folder / "state" / "logs").mkdir(parents=True)
+    (folder / "state" / "logs" / "agent-node0.log").symlink_to("/dev/full")
+    with Server(folder / "state", *SMALL, "--verbose", through=through) as server:
+        deploy(server, "m", checkpoint(folder / "m"))
+        assert ask(server, "m")[0] == 200
+        yield server
+
+
+def test_logs_on_a_full_disk_cost_no_answer(poor: Server) -> None:
+    assert poor.head is not None
+    head, agent = poor.head.pid, poor.status()["nodes"][0]["agent_pid"]
+    for pid in (head, agent):
+        assert Path(f"/proc/{pid}/fd/2").readlink() == Path("/dev/full")
+    expected = ask(poor, "m")
+    assert expected[0] == 200
+    os.kill(poor.devices()[0]["worker_pid"], signal.SIGKILL)  # both have something to say of it
+    assert ask(poor, "m") == expected
+    assert (poor.head.pid, poor.status()["nodes"][0]["agent_pid"]) == (head, agent)
+
+
+def test_descriptors_that_run_out_cost_no_stream(poor: Server) -> None:
+    assert poor.head is not None
+    expected = ask(poor, "m", max_tokens=300)
+    running = Streamed(poor, "m", max_tokens=300).begin()
+    url = urllib.parse.urlsplit(poor.url)
+    assert url.hostname
+    with ExitStack() as opened:
+        for _ in range(DESCRIPTORS + 50):
+            opened.enter_context(socket.create_connection((url.hostname, url.port or 80)))
+        until(lambda: first_words(url.hostname, url.port) == b"HTTP/1.1 503", "a refusal in words")
+        assert len(descriptors(poor.head.pid)) < DESCRIPTORS
+    assert (200, running.rest()) == expected
+    until(lambda: ask(poor, "m", max_tokens=4)[0] == 200, "connections that are free again", 5)
+
+
+def first_words(host: str | None, port: int | None) -> bytes:
+    with socket.create_connection((host or "", port or 80), timeout=5) as client:
+        return client.recv(12)
+
+
+@pytest.mark.parametrize("jump", [HOUR, -HOUR], ids=["forward", "back"])
+def test_a_wall_clock_that_is_stepped_an_hour_ends_nothing_and_delays_nothing(
+    poor: Server, step: Path, jump: float
+) -> None:
+    step.write_text("0")
+    source = Path(poor.get("/admin/models/m")["source"])
+    deploy(poor, "m", source, keep_alive=60)
+    deploy(poor, "brief", source, keep_alive=0.2)
+    expected = ask(poor, "m", max_tokens=200)
+    assert ask(poor, "brief")[0] == 200
+    running = Streamed(poor, "m", max_tokens=200).begin()
+    step.write_text(str(jump))
+    assert (200, running.rest()) == expected
+    until(lambda: status(poor, "brief")["value"] == "unloaded", "the end of a fifth of a second", 5)
+    assert status(poor, "m")["value"] == "loaded"
+    shown = poor.get("/admin/models/m")["until"]
+    assert 0 < shown - (time.time() + jump) < 61  # what is shown is shown by the clock on the wall
+    assert ask(poor, "brief")[0] == 200  # a cold start
+    step.write_text("0")
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
+    with Server(tmp_path / "state", *SMALL) as server:
+        deploy(server, "m", checkpoint(tmp_path / "m"))
+        running = Streamed(server, "m", max_tokens=2000).begin()
+        assert server.head is not None
+        (agent,) = agents(server.state)
+        server.head.send_signal(signal.SIGINT)
+        until(lambda: refuses(server), "the drain")
+        assert server.head.poll() is None
+        server.head.send_signal(signal.SIGINT)
+        assert server.head.wait(PATIENCE) == 128 + signal.SIGINT
+        until(lambda: not is_alive(agent), "its agent's end")
+        running.leave()
+
+
+def refuses(server: Server) -> bool:
+    return ask(server, "m", max_tokens=1)[0] == 503
