@@ -147,9 +147,14 @@ def _confine(cpu_s: float) -> None:
     sink = os.open(os.devnull, os.O_RDWR)
     for stream in (1, 2):
         os.dup2(sink, stream)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s) + 1, int(cpu_s) + 2))
+    _allow(cpu_s)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _allow(cpu_s: float) -> None:
+    """The process ends when it has taken so many seconds of CPU."""
+    resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s) + 1, resource.RLIM_INFINITY))
 
 
 def _outcome(child: int, limit_s: float) -> str:
@@ -254,6 +259,7 @@ class Runner:
     def run(self, mutant: Mutant, order: list[str], note: str) -> int:
         put(mutant)
         for name in order:
+            _allow(time.process_time() + 5 + 5 * self.survey.seconds[name])
             if not self._passes(name):
                 Path(note).write_text(name)
                 return KILLED

@@ -169,7 +169,6 @@ def withdraw(turn: Turn, sequence: Sequence, cause: str) -> Model | None:
     sequence.epoch += 1
     move(SEQUENCE, sequence, cause, turn.now)
     model = turn.state.models.get(sequence.model)
-    turn.touch(sequence.model)
     if model is not None and model.revision == sequence.revision:
         return model
     turn.emit(_not_found(sequence.id, sequence.model) if model is None else _outdated(sequence.id))

@@ -8,8 +8,8 @@ from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.transitions import SequenceState
-from serverless_llm.domain import FinishReason
-from tests.unit.cluster.desk import D0, PHASES, Desk, deploy
+from serverless_llm.domain import DeviceId, FinishReason
+from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, node
 from tests.unit.cluster.driver import GIB, World
 
 DONE = FinishReason.STOP
@@ -322,6 +322,125 @@ def test_a_suspect_that_is_taken_back_is_still_one(court: Court) -> None:
     court.tell(e.Progress(D0, court.incarnation, ()), after=10.0)
     assert dispatched(court.progress()) == [1]
     assert 1 in court.machine.state.suspects
+
+
+def test_a_trial_without_progress_is_as_long_however_late_it_is() -> None:
+    court = Court()
+    court.tick(100.0)
+    court.tell(deploy("a", size=30))
+    court.ask(1, "a")
+    for _ in range(2):
+        court.reload()
+        court.die()
+    court.reload()
+    court.tick(2.0)
+    assert list(court.machine.state.suspects) == [1]
+
+
+def test_who_was_acquitted_is_left_alone_for_as_long_as_its_trial_took(court: Court) -> None:
+    court.reload()
+    court.progress((1, 3))
+    assert court.tick(1.0) == []
+    assert court.tick(1.0) == [c.Cancel(D0, 1, 3)]
+
+
+def test_between_two_trials_who_waits_is_let_in(court: Court) -> None:
+    court.reload()
+    court.tell(deploy("b", size=10))
+    assert court.ask(4, "b") == []
+    assert kinds(court.tell(e.ClientGone(1), after=0.5))[-2:] == ["Decided", "Reserve"]
+
+
+def test_a_device_is_everybodys_once_a_trial_is_over(court: Court) -> None:
+    court.reload()
+    court.tell(deploy("b", size=10))
+    assert court.tell(e.Load("b")) == []
+    court.progress((1, 3))
+    assert kinds(court.tick(1.0)) == ["Decided", "Reserve"]
+
+
+def test_a_load_that_a_trial_made_way_for_is_not_held_up_by_the_next(court: Court) -> None:
+    court.tell(deploy("b", size=30))
+    court.tell(e.Load("b"))
+    replica_a, replica_b = sorted(court.machine.state.replicas)
+    for replica in (replica_a, replica_b):
+        court.tell(e.Reserved(D0, replica))
+    court.tell(e.ReplicaReady(replica_a, PHASES))
+    for step in range(1, 10):
+        court.tell(e.LoadProgress(replica_b, step, 30), after=7.0)
+    assert court.machine.state.devices[D0].trial is None
+
+
+class Pair(Desk):
+    """Two devices, each with a replica of `a`. Sequence 1 was there when a worker died, and is on `D1` now."""
+
+    def __init__(self) -> None:
+        super().__init__(Policy(silent_after=1e9, mention_s=1e9))
+        self.incarnations = {D0: 1, D1: 1}
+        self.join(node(devices=2))
+        self.tell(deploy("a", size=30, min_replicas=2, max_replicas=2))
+        self.bring_up(1, D0)
+        self.bring_up(2, D1)
+        self.ask(1, "a")
+        self.die(D0)
+        self.back(D0)
+
+    def die(self, device: DeviceId) -> list[c.Command]:
+        return self.tell(e.WorkerLost(device, self.incarnations[device], "SIGSEGV"))
+
+    def back(self, device: DeviceId) -> list[c.Command]:
+        """A new worker, and all that starts there."""
+        self.incarnations[device] += 1
+        out = self.tell(e.WorkerUp(device, self.incarnations[device]))
+        for replica in sorted(self.machine.state.devices[device].replicas):
+            out += self.bring_up(replica, device)
+        return out
+
+
+def test_a_suspect_that_awaits_its_trial_on_one_device_takes_no_other() -> None:
+    pair = Pair()
+    assert dispatched(pair.ask(2, "a")) == [2]
+    assert c.Cancel(D0, 2, 1) in pair.die(D1)
+    devices = pair.machine.state.devices
+    assert devices[D0].trial == ("sequence", 1)
+    assert dispatched(pair.back(D1)) == [2]
+    assert devices[D1].trial is None
+
+
+def test_who_was_taken_back_and_runs_elsewhere_is_charged_but_no_suspect_when_its_former_worker_dies() -> None:
+    pair = Pair()
+    pair.ask(2, "a")
+    pair.die(D1)
+    pair.machine.state.sequences[2].deaths = 1
+    assert dispatched(pair.back(D1)) == [2]
+    pair.die(D0)
+    assert pair.machine.state.sequences[2].deaths == 2
+    assert list(pair.machine.state.suspects) == [1]
+
+
+def test_a_suspect_is_not_brought_before_a_worker_that_is_to_die() -> None:
+    pair = Pair()
+    pair.ask(2, "a")
+    pair.tell(deploy("b", size=30))
+    pair.ask(3, "b")
+    assert pair.tick(30.0) == [c.KillWorker(D0, 2)]
+    pair.tell(e.Progress(D1, 1, ((1, 2, 3, 1),)))
+    assert "Cancel" not in kinds(pair.die(D1))
+    assert list(pair.machine.state.suspects) == [1]
+
+
+def test_a_load_and_a_suspect_are_tried_side_by_side() -> None:
+    pair = Pair()
+    pair.tell(deploy("b", size=30))
+    pair.machine.state.models["b"].load_deaths = 2
+    assert kinds(pair.ask(2, "b"))[0] == "Decided"
+    load = pair.machine.state.devices[D0].trial
+    assert load is not None
+    assert load[0] == "load"
+    pair.die(D1)
+    pair.back(D1)
+    assert pair.machine.state.devices[D0].trial == load
+    assert pair.machine.state.devices[D1].trial == ("sequence", 1)
 
 
 def test_a_deleted_models_suspects_are_told() -> None:

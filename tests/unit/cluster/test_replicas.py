@@ -76,6 +76,28 @@ def test_a_deleted_models_load_that_nobody_waited_for_is_not_abandoned_once_more
     assert desk.tick(100.0) == []
 
 
+def test_a_claim_that_is_given_up_is_not_abandoned_once_more(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    assert kinds(desk.tick(1.0)) == ["Decided", "Evicted", "Unload"]
+    desk.tell(e.ClientGone(2))
+    assert kinds(desk.tell(e.UnloadModel("b"))) == ["Evicted"]
+    desk.tell(e.Unloaded(1))
+    assert desk.tick(100.0) == []
+
+
+def test_what_a_start_takes_beside_its_bytes_is_learned(desk: Desk) -> None:
+    known = desk.machine.state.nodes["n0"]
+    known.bandwidth["disk"] = 10.0
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.ReplicaReady(1, PHASES), after=9.0)
+    assert round(known.overhead_s, 6) == round(0.05 + 0.3 * (1.0 - 0.05), 6)
+
+
 def test_copies_need_no_dram_to_stay_in() -> None:
     desk = Desk(QUIET)
     desk.join(node(dram=10))
@@ -169,6 +191,7 @@ def test_a_stuck_load_is_placed_anew_once_then_the_model_has_failed(desk: Desk) 
     assert unload == c.Unload(2, D0)
     assert isinstance(reject, c.Reject)
     assert reject.message == "loading got stuck 2 times, last on n0/0"
+    assert reject.retry
 
 
 def test_a_reserve_without_answer_kills_the_worker_then_the_node_is_dropped(desk: Desk) -> None:

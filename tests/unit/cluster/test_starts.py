@@ -184,21 +184,52 @@ def test_who_makes_way_for_a_request_that_is_gone_serves_again() -> None:
     assert ("hungry", "b") not in desk.machine.state.timers
 
 
-@pytest.mark.parametrize(("weights", "hold_s"), [("view", 0.25), ("copy", 8.05)])
-def test_an_idle_replica_is_held_for_as_long_as_bringing_it_back_takes(weights: str, hold_s: float) -> None:
+@pytest.mark.parametrize(("weights", "held", "hold_s"), [("view", 80, 1.0), ("copy", 80, 5.0), ("copy", 0, 6.0)])
+def test_an_idle_replica_is_held_for_as_long_as_bringing_it_back_takes(weights: str, held: int, hold_s: float) -> None:
     desk = Desk(QUIET)
     desk.join(node(weights=weights))
     known = desk.machine.state.nodes["n0"]
-    known.resident["sha-a"] = known.resident["sha-b"] = 80
-    known.bandwidth["upload"] = 10.0
+    known.resident["sha-a"] = known.resident["sha-b"] = held
+    known.bandwidth.update(disk=16.0, upload=20.0)
     idle(desk, "a", 1)
-    known.overhead_s = 0.05
+    known.overhead_s = 1.0
     desk.tell(deploy("b"))
     assert desk.ask(2, "b") == []
     assert desk.tick(hold_s - 0.01) == []
     one = decided(desk.tick(0.01))
-    assert (one.victims, round(one.predicted_s, 6)) == ((1,), 8.05 if weights == "copy" else 0.05)
+    assert (one.victims, round(one.predicted_s, 6)) == ((1,), hold_s)
     assert desk.machine.state.hungry == {}
+
+
+def test_who_makes_way_has_no_room_for_its_own_requests() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, size=30, max_replicas=2)
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    desk.tick(2.0)
+    assert desk.ask(3, "a") == []
+    small = NodeSpec("n1", 1000, (DeviceSpec(0, "cpu", 50, "copy"),))
+    one = decided(desk.tell(e.NodeJoined(small, ((OTHER, 1),), (), ())))
+    assert (one.model, one.device) == ("a", OTHER)
+
+
+def test_room_that_an_operator_makes_is_given_to_who_waits() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    idle(desk, "a", 1)
+    desk.tell(deploy("b"))
+    assert desk.ask(2, "b") == []
+    assert kinds(desk.tell(e.UnloadModel("a"))) == ["Evicted", "Unload", "Decided"]
+
+
+def test_what_never_leaves_is_not_looked_at_again() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, pinned=True)
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    assert ("hungry", "b") not in desk.machine.state.timers
 
 
 def test_only_who_leaves_before_its_hold_is_over_counts_as_switched() -> None:
