@@ -80,8 +80,8 @@ def test_following_rotation_a_cut_and_a_half_line(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("f\n3\n")
     path.rename(tmp_path / "head.log.1")
-    path.write_text("4\n")
-    assert texts(read.more()) == ["half", "3", "4"]
+    path.write_text("4\nlonger than what the former file held\n")
+    assert texts(read.more()) == ["half", "3", "4", "longer than what the former file held"]
     path.write_text("")  # cut in place, as agents' logs are
     assert texts(read.more()) == []
     with path.open("a") as file:

@@ -88,6 +88,11 @@ def test_directory_whose_name_is_deployed_is_used_as_it_is(cli: CommandLine, kno
     assert [method for method, *_ in known.seen] == ["GET", "POST"]
 
 
+def test_an_unknown_name_is_for_the_server_to_refuse(cli: CommandLine, known: Scripted) -> None:
+    known.answers[CHAT] = (404, {"error": {"message": "no model 'n' is deployed", "code": "model_not_found"}})
+    assert cli("run", "n", "x") == (1, "", "Error: no model 'n' is deployed\n")
+
+
 def test_error_inside_the_stream(cli: CommandLine, known: Scripted) -> None:
     known.answers[CHAT] = (200, events({"error": {"message": "the engine failed", "code": "engine_error"}}))
     outcome = cli("run", "m", "x")
