@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -25,6 +26,19 @@ def test_every_verb_has_help(cli: CommandLine, verb: str) -> None:
     outcome = cli(verb, "--help")
     assert outcome.status == 0
     assert outcome.out.startswith(f"Usage: serverless-llm {verb}")
+
+
+def test_version_is_told_installed_or_not(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(_: str) -> str:
+        return "1.2.3"
+
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", known)
+    assert cli("--version") == (0, "serverless-llm 1.2.3\n", "")
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    assert cli("--version") == (0, "serverless-llm (a checkout that is not installed)\n", "")
 
 
 def test_verbs_are_listed_without_import() -> None:
