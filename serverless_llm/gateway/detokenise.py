@@ -17,6 +17,7 @@ REPLACEMENT = "\ufffd"
 # Tokens that a window takes in before it shows what they make, be it no text or no character: a decoder's time stays in
 # proportion. Arbitrary; a character takes 4 at most, but one may itself be U+FFFD, which looks like a part of one.
 LONGEST_WINDOW = 64
+NEIGHBOURS = 16  # arbitrary: tokens before a text, one of which is hardly ever no text
 
 
 class Detokeniser(Protocol):
@@ -28,11 +29,15 @@ class Detokeniser(Protocol):
 
 
 class Vocabulary(Protocol):
-    """What makes detokenisers for one checkpoint; `nbytes` is its place in the cache."""
+    """What makes detokenisers for one checkpoint; `nbytes` is its place in the cache.
+
+    `after`: tokens, the last `NEIGHBOURS` of them at most, whose text the stream's goes on with: it is no beginning, of
+    which some decoders take a space away.
+    """
 
     nbytes: int
 
-    def detokeniser(self) -> Detokeniser: ...
+    def detokeniser(self, after: Sequence[int] = ()) -> Detokeniser: ...
 
     def piece(self, token: int) -> bytes:
         """What one token stands for amid others; a special one: its name."""
@@ -60,8 +65,8 @@ class TableVocabulary:
     def piece(self, token: int) -> bytes:
         return self.bytes_of((token,)) or self._special.get(token, "").encode()
 
-    def detokeniser(self) -> Detokeniser:
-        return _TableDetokeniser(self, self._strip)
+    def detokeniser(self, after: Sequence[int] = ()) -> Detokeniser:
+        return _TableDetokeniser(self, 0 if self.bytes_of(after) else self._strip)
 
 
 class _TableDetokeniser:
@@ -107,17 +112,19 @@ class WindowVocabulary:
             return self._strings.piece(token)
         return self.text_of((token, token))[len(self.text_of((token,))) :].encode()
 
-    def detokeniser(self) -> Detokeniser:
-        return _WindowDetokeniser(self.text_of)
+    def detokeniser(self, after: Sequence[int] = ()) -> Detokeniser:
+        while after and REPLACEMENT in self.text_of(after):  # it begins within a character
+            after = after[1:]
+        return _WindowDetokeniser(self.text_of, after)
 
 
 class _WindowDetokeniser:
     """Decodes from the last two cuts on, so that what a token looks like beside its neighbours is kept."""
 
-    def __init__(self, text_of: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, text_of: Callable[[Sequence[int]], str], after: Sequence[int] = ()) -> None:
         self._text_of = text_of
-        self._window: list[int] = []
-        self._known = 0  # tokens of the window whose text was returned
+        self._window = list(after)
+        self._known = len(after)  # tokens of the window whose text was returned
 
     def feed(self, tokens: Sequence[int]) -> str:
         return "".join(map(self._feed, tokens))  # one by one: several may all end within characters

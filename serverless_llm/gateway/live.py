@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway import fields
-from serverless_llm.gateway.detokenise import Detokeniser, StopStrings
+from serverless_llm.gateway.detokenise import NEIGHBOURS, Detokeniser, StopStrings
 from serverless_llm.gateway.failure import invalid
 from serverless_llm.gateway.logprobs import Scored, Scores
 from serverless_llm.gateway.metrics import ServedSeries
@@ -212,7 +212,8 @@ class Choice:
             raise invalid(f"logit_bias: token ids are 0 to {prompt.vocabulary_size - 1}", "logit_bias")
         ends = () if request.ignore_eos else prompt.stop_ids
         self._stop_ids = frozenset((*ends, *request.stop_token_ids))
-        self._detokeniser = prompt.vocabulary.detokeniser()
+        before = () if request.chat else array("i", prompt.ids)[-NEIGHBOURS:]  # a completion goes on with its prompt
+        self._detokeniser = prompt.vocabulary.detokeniser(before)
         self.prompt = prompt
         if request.echo:
             self._echo = self._prompt_text(prompt)

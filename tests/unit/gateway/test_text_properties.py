@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from serverless_llm.gateway.detokenise import REPLACEMENT, StopStrings, TableVocabulary, Vocabulary, WindowVocabulary
+from serverless_llm.gateway.detokenise import (
+    NEIGHBOURS,
+    REPLACEMENT,
+    StopStrings,
+    TableVocabulary,
+    Vocabulary,
+    WindowVocabulary,
+)
 from serverless_llm.gateway.tables import strings_table, token_table
 from tests.unit.gateway.trained import KINDS, THINK, TURN, trained
 
@@ -71,3 +78,18 @@ def test_joined_deltas_are_the_whole_decode_cut_at_the_stop(
             so_far += delta
             assert wanted.startswith(so_far)
         assert so_far == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS, sizes=CUTS, part=st.integers(0, 100))
+def test_a_completion_goes_on_where_its_prompt_ends(kind: str, text: str, sizes: list[int], part: int) -> None:
+    tokenizer = trained(kind)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    split = len(ids) * part // 100
+    prompt, whole = tokenizer.decode(ids[:split]), tokenizer.decode(ids)
+    assume(whole.startswith(prompt) and not prompt.endswith(REPLACEMENT))
+    for vocabulary in (vocabulary_of(tokenizer), windows_of(tokenizer)):
+        detokeniser = vocabulary.detokeniser(ids[max(0, split - NEIGHBOURS) : split])
+        pieces = [detokeniser.feed([token]) for token in ids[split:]]
+        assert prompt + "".join(pieces) + detokeniser.finish() == whole
