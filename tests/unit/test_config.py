@@ -59,6 +59,16 @@ def test_first_file_of_the_search_path_is_read(tmp_path: Path, monkeypatch: pyte
     assert loaded().port == 9
 
 
+def test_a_user_has_a_file_and_a_flag_names_another(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "serverless-llm").mkdir()
+    (tmp_path / "serverless-llm" / "serverless-llm.yaml").write_text("port: 5\n")
+    file.write_text("port: 6\n")
+    own = {"XDG_CONFIG_HOME": str(tmp_path)}
+    assert loaded(**own).port == 5
+    assert loaded(**own, SERVERLESS_LLM_CONFIG=str(file)).port == 6
+    assert loaded(path=file, **own, SERVERLESS_LLM_CONFIG="/nowhere").port == 6
+
+
 def test_an_empty_file_is_a_file_of_defaults(file: Path) -> None:
     file.write_text("")
     assert loaded(path=file) == loaded()

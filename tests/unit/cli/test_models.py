@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,13 @@ def test_deploy_a_directory(cli: CommandLine, running: Scripted, tmp_path: Path)
     body = {"source": str(tmp_path), "keep_alive": "5m", "pinned": True, "max_replicas": 2}
     assert outcome.err == ""
     assert running.seen[-1][:3] == ("PUT", "/admin/models/a%2Fb", body)
+
+
+def test_hub_ids_need_a_library(cli: CommandLine, running: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    outcome = cli("deploy", "m", "owner/name")
+    assert outcome.status == 78
+    assert "pip install 'serverless-llm[hub]'" in outcome.err
 
 
 def test_paths_mean_what_they_do_on_the_servers_machine(
