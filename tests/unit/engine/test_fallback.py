@@ -6,10 +6,12 @@ import gc
 import importlib.util
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from serverless_llm.domain import BLOCK_TOKENS
 from serverless_llm.engine.config import ForeignConfig, ModelConfig
@@ -132,6 +134,15 @@ def test_attention_that_pages_do_not_hold_is_refused_by_name(which: str, engine:
     with pytest.raises(CheckpointError, match=f"{name}.*{says}"):
         serve(engine, ModelConfig.parse(values), tensors)
     engine.drop(1)
+
+
+def test_weights_that_transformers_packs_anew_are_refused(tmp_path: Path, engine: Engine) -> None:
+    keys = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    values, model, _ = plain("OlmoeForCausalLM", "olmoe", keys)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")  # its experts one by one
+    with pytest.raises(CheckpointError, match=r"OlmoeForCausalLM: transformers wants a copy of model\.layers\.0\.mlp"):
+        serve(engine, ModelConfig.parse(values), tensors)
 
 
 @pytest.mark.parametrize(

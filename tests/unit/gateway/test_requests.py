@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from pathlib import Path
 
 import pytest
 
 from serverless_llm import framing, wire
 from serverless_llm.gateway import openai
+from serverless_llm.gateway.detokenise import TableVocabulary
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.requests import LiveRequests
+from serverless_llm.gateway.text import TokenisedPrompt
 from tests.integration.scripted import model
 
 
@@ -36,3 +39,22 @@ def test_an_attachment_that_fails_ends_its_request(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.ERROR):
         asyncio.run(main())
     assert "r1: the sequence could not be attached" in caplog.text
+
+
+SPACED = TableVocabulary(b" a b", b"".join(n.to_bytes(4, "little") for n in (0, 0, 2, 4)), 1)  # nothing, " a", " b"
+
+
+@pytest.mark.parametrize(("chat", "prompt", "text"), [(True, [1], "b a"), (False, [1], " b a"), (False, [0], "b a")])
+def test_only_a_completion_goes_on_with_its_prompt(chat: bool, prompt: list[int], text: str) -> None:
+    async def main() -> None:
+        requests = LiveRequests(lambda message: None, Metrics(), 1)
+        given = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": prompt}
+        live = requests.open("r1", model("demo", Path("/nowhere")), openai.parse({"model": "demo"} | given, chat=chat))
+        (choice,) = live.choices
+        requests.prompted(choice, TokenisedPrompt(array("i", prompt).tobytes(), SPACED, {}, (), 3))
+        requests.attach(wire.Attach(choice.sequence, 0, 7, framing.worker_address(0, 0), "n0/0", 0.0, {}))
+        choice.extend([2, 1], "length")
+        assert "".join(choice._unread) == text
+        requests.close(live, "length")
+
+    asyncio.run(main())
