@@ -63,10 +63,10 @@ def test_a_user_has_a_file_and_a_flag_names_another(tmp_path: Path, file: Path) 
     (tmp_path / "serverless-llm").mkdir()
     (tmp_path / "serverless-llm" / "serverless-llm.yaml").write_text("port: 5\n")
     file.write_text("port: 6\n")
-    own = {"XDG_CONFIG_HOME": str(tmp_path)}
-    assert loaded(**own).port == 5
-    assert loaded(**own, SERVERLESS_LLM_CONFIG=str(file)).port == 6
-    assert loaded(path=file, **own, SERVERLESS_LLM_CONFIG="/nowhere").port == 6
+    home = str(tmp_path)
+    assert loaded(XDG_CONFIG_HOME=home).port == 5
+    assert loaded(XDG_CONFIG_HOME=home, SERVERLESS_LLM_CONFIG=str(file)).port == 6
+    assert loaded(path=file, XDG_CONFIG_HOME=home, SERVERLESS_LLM_CONFIG="/nowhere").port == 6
 
 
 def test_an_empty_file_is_a_file_of_defaults(file: Path) -> None:
