@@ -118,10 +118,10 @@ def test_deploys_are_kept_and_what_broke_meanwhile_is_shown(
         assert (models["a"]["keep_alive"], models["a"]["pinned"]) == (None, True)
         assert (models["b"]["state"], models["b"]["keep_alive"]) == ("failed", 120.0)
         assert "model.safetensors" in models["b"]["error"]
-        (failed,) = [one for one in desk.news if one["event"] == "model_failed"]
-        assert (failed["model"], failed["error"]) == ("b", models["b"]["error"])
         status, body = await desk.ask("load", "b")
         assert (status, body["error"]["code"]) == (503, "model_load_failed")
+        (failed,) = [one for one in desk.news if one["event"] == "model_failed"]
+        assert (failed["model"], failed["error"]) == ("b", models["b"]["error"])
         assert (await desk.ask("delete", "b"))[0] == 200
 
     on_a_desk(tmp_path / "state", first)
