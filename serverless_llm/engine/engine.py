@@ -29,7 +29,7 @@ from serverless_llm.errors import CapacityError
 from serverless_llm.loader.dest import Dest
 
 FALLBACK = "serverless_llm.engine.fallback"  # imported where it is needed: it needs an extra
-KERNELS = 1  # bumped when the same input may give other bits than before
+KERNELS = 2  # bumped when the same input may give other bits than before
 STEP_S = 0.2  # seconds a step of prefill should take at most, so that the tokens of other sequences keep flowing
 ROWS_LEAST, ROWS_MOST = 32, 512  # tokens of a step; 32 is what `kernels.linear` takes at once
 CUDA_ROWS = 2048

@@ -55,13 +55,28 @@ def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
 
 def _likeliest(weights: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """The candidates that top-k, top-p and min-p leave, likeliest first, and their token ids."""
-    ordered, tokens = weights.sort(descending=True, stable=True)
-    if sampling.top_k > 0:
+    tokens = (weights >= _floor(weights, sampling)).nonzero()[:, 0]
+    ordered, order = weights[tokens].sort(descending=True, stable=True)
+    tokens, total = tokens[order], weights.sum()
+    if 0 < sampling.top_k < weights.numel():
         ordered, tokens = ordered[: sampling.top_k], tokens[: sampling.top_k]
+        total = ordered.sum()
     before = ordered.cumsum(dim=0) - ordered
-    kept = (before < sampling.top_p * ordered.sum()) & (ordered >= sampling.min_p * ordered[0])
+    kept = (before < sampling.top_p * total) & (ordered >= sampling.min_p * ordered[0])
     count = max(1, int(kept.sum()))
     return ordered[:count], tokens[:count]
+
+
+def _floor(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """No token below is a candidate, so that few are sorted: sorting a whole vocabulary takes longer than all the rest.
+
+    All tokens below (1 - top_p) / vocabulary are together less likely than what top-p leaves out; half of that is
+    far from where rounding matters.
+    """
+    if 0 < sampling.top_k < weights.numel():
+        return weights.topk(sampling.top_k).values[-1]
+    spare = 0.5 * (1 - sampling.top_p) / weights.numel() * weights.sum()
+    return torch.maximum(spare, sampling.min_p * weights.max())
 
 
 def shaped(logits: torch.Tensor, sampling: Sampling, counts: Mapping[int, int], generated: int) -> torch.Tensor:

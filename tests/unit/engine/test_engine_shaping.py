@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serverless_llm.domain import FinishReason, Sampling, Shaping
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
-from serverless_llm.engine.sampler import LEAST_LOGPROB, NEVER, draw, likelihood, shaped
+from serverless_llm.engine.sampler import LEAST_LOGPROB, NEVER, _likeliest, draw, likelihood, shaped
 from serverless_llm.errors import CapacityError
 from tests.unit.engine.tiny import (
     GREEDY,
@@ -158,6 +158,29 @@ def test_min_p_leaves_what_transformers_leaves(logits: list[float], min_p: float
     allowed = set(warped[0].isfinite().nonzero()[:, 0].tolist())
     sampling = Sampling(temperature=temperature, min_p=min_p)
     assert {draw(row, sampling, position) for position in range(60)} <= allowed
+
+
+LOGITS = st.sampled_from([-30.0, -2.0, -1.0, 0.0, 0.5, 3.0]) | st.floats(-20, 20, width=32)
+SHARES = st.sampled_from([0.1, 0.5, 0.9, 0.999, 1.0]) | st.floats(0.01, 1)
+
+
+@given(st.lists(LOGITS, min_size=1, max_size=40), st.integers(0, 45), SHARES, st.floats(0, 1))
+@example([0.0, 0.0, -8.0, 0.5], 45, 0.9995, 0.0)
+@example([0.0, -7.0, -7.0, -7.0, -7.0], 5, 0.999, 0.0)
+def test_what_is_left_is_what_sorting_everything_leaves(logits: list[float], top_k: int, top_p: float, min_p: float
+                                                        ) -> None:  # fmt: skip
+    weights = torch.softmax(torch.tensor(logits).double(), dim=-1)
+    sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p)
+    order = sorted(range(len(logits)), key=lambda token: (-float(weights[token]), token))[: top_k or None]
+    total, before, expected = sum(float(weights[token]) for token in order), 0.0, []
+    for token in order:
+        if abs(before - top_p * total) < 1e-9:
+            return  # rounding decides
+        if before >= top_p * total or weights[token] < min_p * weights[order[0]]:
+            break
+        expected.append(token)
+        before += float(weights[token])
+    assert _likeliest(weights, sampling)[1].tolist() == expected
 
 
 def test_min_p_drops_what_is_unlikely() -> None:
