@@ -180,22 +180,24 @@ def _route(summary: str, scope: str, schema: JSON | None, *, body: JSON | None =
     return operation | ({"requestBody": body} if body else {}) | more
 
 
-def _of_text(schema: JSON | None, kind: str) -> JSON:
-    return {kind: {"schema": schema or {"type": "string"}}}
+_EVENTS: JSON = {  # each event as an object, as OpenAPI's tools read them
+    "text/event-stream": {
+        "schema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    }
+}
 
 
 def _inference(prefix: str, parameters: list[JSON]) -> JSON:
     """The OpenAI API, of all models or at the endpoint of one."""
     model = () if parameters else ("model",)
-    stream = _of_text(None, "text/event-stream")
     listed = _object(object={"const": "list"}, data={"type": "array", "items": _MODEL})
     chat = _body(_CHAT, *model, "messages", null=True)
     text = _body(_COMPLETION, *model, "prompt", null=True)
     routes: JSON = {
         f"{prefix}/chat/completions": {
-            "post": _route("Answer a conversation.", "inference", _ANSWER, body=chat, content=stream)
+            "post": _route("Answer a conversation.", "inference", _ANSWER, body=chat, content=_EVENTS)
         },
-        f"{prefix}/completions": {"post": _route("Continue a text.", "inference", _ANSWER, body=text, content=stream)},
+        f"{prefix}/completions": {"post": _route("Continue a text.", "inference", _ANSWER, body=text, content=_EVENTS)},
         f"{prefix}/models": {"get": _route("Deployed models, loaded or not.", "inference", listed)},
     }
     return {path: item | ({"parameters": parameters} if parameters else {}) for path, item in routes.items()}
@@ -208,7 +210,6 @@ def _operations() -> JSON:
     recent = {"name": "recent", "in": "query", "schema": _whole(0, 256), "description": "Of the past, told first."}
     pin = _body({"pinned": {"type": "boolean"}})
     model = "/admin/models/{name}"
-    events = _of_text(None, "text/event-stream")
     return {
         model: {
             "parameters": name,
@@ -222,14 +223,14 @@ def _operations() -> JSON:
         "/admin/status": {"get": _route("Models, nodes, devices, starts, traffic.", "admin", row)},
         "/admin/nodes": {"get": _route("Nodes with their devices, replicas and sequences.", "admin", row)},
         "/admin/events": {
-            "get": _route("The control plane's events.", "admin", None, content=events, parameters=[recent])
+            "get": _route("The control plane's events.", "admin", None, content=_EVENTS, parameters=[recent])
         },
     }
 
 
 def _open() -> JSON:
     ready = _object(ready={"type": "boolean"}, problems={"type": "array", "items": {"type": "string"}})
-    page = _of_text(None, "text/plain")
+    page: JSON = {"text/plain": {"schema": {"type": "string"}}}
     not_ready = {"503": {"description": "Not now.", "content": {"application/json": {"schema": ready}}}}
     readiness = _route("Accepting requests.", "", ready)
     readiness["responses"] = not_ready | readiness["responses"]
