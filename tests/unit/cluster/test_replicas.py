@@ -333,6 +333,24 @@ def test_a_replica_with_a_request_on_its_way_stays() -> None:
     assert kinds(desk.tell(e.ClientGone(2))) == ["Evicted", "Unload"]
 
 
+@pytest.mark.parametrize("first", ["request", "tick"])
+def test_a_request_in_the_tick_of_the_expiry_is_served(first: str) -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, keep_alive=5.0)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    if first == "tick":
+        assert kinds(desk.tick(5.0)) == ["Evicted", "Unload"]
+        assert "StartLoad" not in kinds(desk.ask(2, "a"))  # what leaves has still its place
+        desk.tell(e.Unloaded(1))
+        desk.bring_up(2)
+    else:
+        desk.now += 5.0
+        assert "Unload" not in kinds(desk.ask(2, "a"))
+        assert desk.tick(0.0) == []
+    assert any(2 in replica.running for replica in desk.machine.state.replicas.values())
+
+
 def test_a_use_puts_the_keep_alive_off() -> None:
     desk = Desk(QUIET)
     desk.join()
