@@ -233,14 +233,25 @@ class _Pull:
         with blob.with_name(f"{meta.etag}.partial").open("a+b") as partial:
             fcntl.flock(partial, fcntl.LOCK_EX)  # another pull of the same file goes first
             if not blob.exists():
-                self._read(url, partial, name, meta.size)
-                check(partial, meta.etag, name)
+                self._read_whole(url, partial, name, meta)
                 os.fsync(partial.fileno())
                 Path(partial.name).rename(blob)
             else:
                 Path(partial.name).unlink(missing_ok=True)
         hub.hf_hub_download(self._wanted.name, name, revision=commit.sha, tqdm_class=_Silent)
         self._told(name, meta.size, meta.size)
+
+    def _read_whole(self, url: str, partial: BufferedRandom, name: str, meta: Any) -> None:
+        """Reads the rest of a file, or all of it where what was left of it was not of this file."""
+        begun = partial.seek(0, os.SEEK_END) > 0
+        self._read(url, partial, name, meta.size)
+        try:
+            check(partial, meta.etag, name)
+        except CheckpointError:
+            if not begun:
+                raise
+            self._read(url, partial, name, meta.size)
+            check(partial, meta.etag, name)
 
     def _read(self, url: str, partial: BufferedRandom, name: str, size: int) -> None:
         from huggingface_hub.file_download import http_get
