@@ -7,12 +7,12 @@
 One node of a module's syntax tree is changed at a time: comparisons, arithmetic, `and`/`or` and what they join, `not`,
 plain conditions, constants, returned values (to None), statements (left out). Docstrings, annotations, decorators and
 imports stay. The tests are collected once; each mutant is a fork that puts the changed code into its function and runs
-the tests that reach the line, to the first failure. What stands outside of functions (tables, defaults) gets an
-interpreter of its own.
+the tests that reach the line, to the first failure. For what stands outside of functions (tables, defaults) the fork
+imports everything anew.
 
-Mutants run in an order drawn by `--seed`, so that wherever a run stops, it was a fair sample. Outcomes are kept in
-`.mutation/`, for as long as the function is the same; the result, with a judgement for every survivor (written by
-hand, kept by each run), in `bench/results/mutation.json`.
+Mutants run in an order drawn by `--seed`, those in functions first, so that a run that stops was a fair sample.
+Outcomes are kept in `.mutation/`, for as long as the function is the same; the result, with a judgement for every
+survivor (written by hand, kept by each run), in `bench/results/mutation.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import os
 import random
 import resource
 import select
-import subprocess
 import sys
 import tempfile
 import time
@@ -171,9 +170,10 @@ def _outcome(child: int, limit_s: float) -> str:
 
 
 def alone(mutant: Mutant) -> int:
-    """In an interpreter that imports the changed module instead of the real one."""
-    command = [sys.executable, "-m", "scripts.mutate", "--one", mutant.module, str(mutant.index)]
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    """All tests once more, with everything imported anew and the changed module instead of the real one."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("serverless_llm", "tests")]:
+        del sys.modules[name]
+    code = one(mutant.module, mutant.index)
     return {0: SURVIVED, 1: KILLED, 2: KILLED}.get(code, BROKEN)  # as pytest has it; 2: a test module does not import
 
 
@@ -309,6 +309,7 @@ def main() -> int:
     wanted = ("survived",) if options.again else (None,)
     todo = [m for name in chosen for m in mutants(ROOT / name, name) if outcomes.of(m) in wanted]
     random.Random(options.seed).shuffle(todo)
+    todo.sort(key=lambda mutant: not mutant.scope)  # the quick ones first
     if todo and not options.report:
         os.nice(19)
         tests = list(dict.fromkeys(test for name in chosen for test in tests_of(name)))

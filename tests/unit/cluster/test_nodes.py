@@ -212,6 +212,13 @@ def test_a_worker_that_heartbeats_leave_out_is_lost(desk: Desk) -> None:
     assert kinds(desk.beat(incarnation=2, after=1.0)) == ["Decided", "Reserve"]
 
 
+def test_a_worker_that_heartbeats_leave_out_now_and_then_is_there(desk: Desk) -> None:
+    for _ in range(3):
+        desk.beat(incarnation=0, after=1.5)
+        desk.beat(1, after=1.5)
+    assert list(desk.machine.state.replicas) == [1]
+
+
 def test_a_heartbeat_of_an_older_worker_says_nothing(desk: Desk) -> None:
     desk.tell(e.WorkerUp(D0, 2))
     assert desk.beat(1, incarnation=1) == []
@@ -265,8 +272,8 @@ def test_what_can_fit_is_reckoned_with_the_devices_that_are_left() -> None:
 def test_a_new_worker_is_not_blamed_for_what_the_old_one_refused() -> None:
     desk = Desk(QUIET)
     desk.join()
-    desk.tell(deploy("a"))
-    desk.ask(1, "a")
+    desk.tell(deploy("a", size=90))
+    desk.tell(e.RequestArrived(1, "a", "sha-a"))
     desk.tell(e.Refused(D0, 1, 30))
     desk.tell(e.WorkerLost(D0, 1, "killed"))
     assert all((kind, D0) not in desk.machine.state.timers for kind in ("avoid", "short"))

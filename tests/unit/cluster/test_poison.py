@@ -276,6 +276,7 @@ def recalled_for_a_trial(court: Court) -> None:
 def test_a_death_before_the_worker_let_go_of_others_is_theirs_and_not_the_suspects(court: Court) -> None:
     recalled_for_a_trial(court)
     assert "Reject" not in kinds(court.die())
+    assert court.machine.state.devices[D0].recalled == set()
     sequences = court.machine.state.sequences
     assert [sequences[number].deaths for number in (1, 2, 3, 4)] == [2, 2, 2, 1]
     assert sorted(court.machine.state.suspects) == [1, 2, 3]

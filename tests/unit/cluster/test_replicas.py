@@ -108,7 +108,9 @@ def test_copies_need_no_dram_to_stay_in() -> None:
 def test_a_view_waits_for_the_last_byte_of_dram() -> None:
     desk = Desk(QUIET)
     desk.join(node(devices=2, weights="view", dram=100))
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
     desk.serve("a", 1)
+    desk.tell(e.WorkerUp(D0, 2))
     desk.tell(e.SequenceDone(1, 1, DONE, 3))
     desk.tell(e.UnloadModel("a"))
     desk.tell(deploy("b", size=21))

@@ -223,6 +223,29 @@ def test_room_that_an_operator_makes_is_given_to_who_waits() -> None:
     assert kinds(desk.tell(e.UnloadModel("a"))) == ["Evicted", "Unload", "Decided"]
 
 
+def test_nobody_looks_for_room_for_a_request_that_is_gone() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    idle(desk, "a", 1)
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    assert ("hungry", "b") in desk.machine.state.timers
+    desk.tell(e.ClientGone(2))
+    assert ("hungry", "b") not in desk.machine.state.timers
+
+
+def test_an_operators_wish_is_as_patient_as_a_request() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    desk.tell(deploy("b"))
+    desk.tell(e.Load("b"))
+    desk.tick(1.9)
+    assert desk.machine.state.replicas[1].draining_for == ""
+    desk.tick(0.1)
+    assert desk.machine.state.replicas[1].draining_for == "b"
+
+
 def test_what_never_leaves_is_not_looked_at_again() -> None:
     desk = Desk(QUIET)
     desk.join()
