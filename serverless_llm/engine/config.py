@@ -10,6 +10,7 @@ from serverless_llm.domain import BLOCK_TOKENS
 from serverless_llm.engine.architectures import foreign
 from serverless_llm.engine.architectures.description import Description, Shape
 from serverless_llm.engine.architectures.registry import describe, native
+from serverless_llm.engine.kv_groups import KvGroups, group
 from serverless_llm.errors import CheckpointError
 
 Entries = Mapping[str, tuple[str, Shape]]  # tensor name -> (dtype as safetensors spells it, shape)
@@ -78,13 +79,22 @@ class ModelConfig(Description):
         return 2 * BLOCK_TOKENS * self.kv_heads * self.head_dim * self.item_bytes
 
     @property
+    def kv_groups(self) -> KvGroups:
+        return group(self.windows)
+
+    @property
     def kv_block_bytes(self) -> int:
-        """Bytes of one block: K and V of all layers for `BLOCK_TOKENS` tokens."""
-        return self.layers * self.kv_layer_bytes
+        """Bytes of one block: K and V of a group's layers for `BLOCK_TOKENS` tokens."""
+        return self.kv_groups.size * self.kv_layer_bytes
+
+    @property
+    def kv_column_bytes(self) -> int:
+        """Bytes of the blocks of all groups for the same `BLOCK_TOKENS` tokens."""
+        return self.kv_groups.total * self.kv_block_bytes
 
     def buffers(self) -> list[Buffer]:
         """The device's allocations: rows of one product are adjacent, every other tensor is alone."""
-        return [Buffer(group) for group in self.groups()]
+        return [Buffer(tensors) for tensors in self.groups()]
 
     def check(self, entries: Entries) -> None:
         """Compares a checkpoint's tensors with what this config needs.

@@ -23,7 +23,7 @@ from serverless_llm.engine.layout import dests, layout, stored_buffers
 from serverless_llm.engine.model import DTYPES, Model
 from serverless_llm.engine.runner import AnyModel, run
 from serverless_llm.engine.sampler import draw, greedy, likelihood, shaped
-from serverless_llm.engine.scheduler import Batch, Scheduler, blocks_for
+from serverless_llm.engine.scheduler import Batch, Scheduler
 from serverless_llm.engine.sequence import Emission, FirstToken, Sequence, SequenceStart, SequenceState, StepResult
 from serverless_llm.errors import CapacityError
 from serverless_llm.loader.dest import Dest
@@ -197,6 +197,7 @@ class Engine:
             prompt_length=len(start.prompt),
             context=config.context,
             sampling=start.sampling,
+            groups=config.kv_groups,
         )
 
     def _refuse_unfit(self, sequence: Sequence, config: ModelConfig) -> None:
@@ -208,7 +209,7 @@ class Engine:
         if min(used) < 0 or max(used) >= config.vocab:
             raise CapacityError(f"token ids are 0 to {config.vocab - 1}")
         most = min(sequence.prompt_length + sequence.sampling.max_tokens, config.context)
-        needed, capacity = blocks_for(most), self._memory.capacity(sequence.replica)
+        needed, capacity = sequence.groups.live(most), self._memory.capacity(sequence.replica)
         if needed > capacity:
             block = config.kv_block_bytes
             raise CapacityError(
@@ -250,6 +251,7 @@ class Engine:
         logits = run(self._models[batch.replica], batch.chunks, self.device)
         for sequence, tokens in batch.chunks:
             sequence.cached += tokens
+            self._scheduler.trim(sequence)
         drawn = _draw(logits, ending)
         self.steps += 1
         ended = self._clock()

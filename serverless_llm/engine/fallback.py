@@ -24,6 +24,7 @@ from serverless_llm.domain import BLOCK_TOKENS, Sampling
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.blocks import SLAB_STEP
 from serverless_llm.engine.config import ForeignConfig
+from serverless_llm.engine.kv_groups import View
 from serverless_llm.engine.layers import Tensors
 from serverless_llm.engine.model import DTYPES, StepInput
 from serverless_llm.engine.runner import run
@@ -73,7 +74,7 @@ class Pages:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """`q`: [1, A, T, D], `k`, `v`: [1, G, T, D]; returns [1, T, A, D]."""
         assert self.step is not None
-        slots = self.step.slots + 2 * BLOCK_TOKENS * layer
+        slots = self.step.slots[0] + 2 * BLOCK_TOKENS * layer
         for place, values in ((slots, k), (slots + BLOCK_TOKENS, v)):
             self._tokens.index_copy_(0, place, values[0].transpose(0, 1).reshape(-1, self._tokens.shape[1]))
         mixed = self.step.attend[self.views[layer]](q[0].transpose(0, 1).contiguous(), self._kv, layer)
@@ -149,8 +150,9 @@ class Foreign:
             raise self._refused("its layers weigh scores in different ways")
         windows = [self._window(call.visible) for call in calls]
         self.scores = calls[0].scores
-        self.windows = list(dict.fromkeys(windows))
-        self._pages.views = [self.windows.index(window) for window in windows]
+        kinds = list(dict.fromkeys(windows))
+        self.views = [View(0, window) for window in kinds]
+        self._pages.views = [kinds.index(window) for window in windows]
 
     def _refused(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.config.architecture} does not run over paged KV: {why}")
@@ -194,7 +196,9 @@ class Foreign:
         return run(self, [Chunk(first, LONG - CUT), Chunk(second, SHORT)], self._device)
 
     def _sequence(self, number: int, tokens: list[int]) -> Sequence:
-        return Sequence(number, 0, 0, number, tokens, len(tokens), self.config.context, Sampling())
+        return Sequence(
+            number, 0, 0, number, tokens, len(tokens), self.config.context, Sampling(), self.config.kv_groups
+        )
 
     def forward(self, step: StepInput) -> torch.Tensor:
         """As `engine.model.Model.forward`."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from serverless_llm.engine.architectures.description import Activation, Description, Norm, Product, QueryNorm
+from serverless_llm.engine.kv_groups import Place
 from serverless_llm.kernels.activation import (
     gelu_tanh_gate,
     plain_gelu_tanh_gate,
@@ -56,7 +57,7 @@ class Layer(NamedTuple):
     """`qkv`: one fused projection, or one for each part. `mlps`: one, or all experts, and then `router` is there.
 
     Attributes:
-        view: which of the model's windows it has.
+        place: where its K and V are.
         local: it is turned by the local rotary embedding.
     """
 
@@ -72,7 +73,7 @@ class Layer(NamedTuple):
     output: Projection
     router: Projection | None
     mlps: list[Mlp]
-    view: int
+    place: Place
     local: bool
 
 
@@ -84,7 +85,7 @@ def activation(config: Description, tiled: bool) -> Activate:
     return torch.relu_
 
 
-def bind_layer(config: Description, tensors: Tensors, number: int, windows: list[int], fused: bool) -> Layer:
+def bind_layer(config: Description, tensors: Tensors, number: int, place: Place, fused: bool) -> Layer:
     """`fused`: rows of one product are adjacent in one storage, and are multiplied at once."""
     layer = config.layer(number)
     normed = config.query_norm is not QueryNorm.NONE
@@ -107,7 +108,7 @@ def bind_layer(config: Description, tensors: Tensors, number: int, windows: list
             Mlp(bind(tensors, mlp.up, fused), _widths(config, mlp.up), bind(tensors, mlp.down, fused)[0])
             for mlp in layer.mlps
         ],
-        view=windows.index(config.windows[number]),
+        place=place,
         local=config.local_rope is not None and config.windows[number] > 0,
     )
 

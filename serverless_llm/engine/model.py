@@ -39,17 +39,18 @@ class StepInput(NamedTuple):
         position: int64 [T], rows in the model's table of positions.
         length: one past the highest position.
         tokens: rows of T that are tokens, the others are padding.
-        slots: int64 [tokens], where each token's K of layer 0 goes, in rows of one token in the arena.
+        slots: for each of the model's KV groups: int64 [tokens], where each token's K of its first layer goes, in rows
+            of one token in the arena.
         drawn: int64, the rows whose logits are wanted, padded like T.
-        attend: for each of the model's windows: (q [T, A, D], arena as `kernels.attention` sees it, layer) ->
-            [T, A * D].
+        attend: for each of the model's views: (q [T, A, D], arena as `kernels.attention` sees it, number of a layer
+            in a block) -> [T, A * D].
     """
 
     ids: torch.Tensor
     position: torch.Tensor
     length: int
     tokens: int
-    slots: torch.Tensor
+    slots: list[torch.Tensor]
     drawn: torch.Tensor
     attend: list[Attention]
 
@@ -68,7 +69,7 @@ class Model:
         tiled: deterministic mode.
 
     Attributes:
-        windows: those that its layers have, each once.
+        views: what its layers attend to.
         scores: how attention scores are made.
     """
 
@@ -76,7 +77,7 @@ class Model:
         names = config.names
         self.config = config
         self.tiled = tiled
-        self.windows = list(dict.fromkeys(config.windows))
+        self.views = config.kv_groups.views()
         self.scores = Scores(config.score_scale, config.score_cap)
         self._linear: Linear = tiled_linear if tiled else plain_linear
         self._activate = activation(config, tiled)
@@ -87,7 +88,10 @@ class Model:
         )
         self._head = Projection(tensors[f"{names.embedding if config.tied else names.head}.weight"].t(), None)
         self._norm = bind_norm(config, tensors, names.last_norm) if names.last_norm else None
-        self._layers = [bind_layer(config, tensors, number, self.windows, fused) for number in range(config.layers)]
+        self._layers = [
+            bind_layer(config, tensors, number, place, fused) for number, place in enumerate(config.kv_groups.places)
+        ]
+        self._widths = [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
         self._whole = config.query_norm is QueryNorm.WHOLE
         dtype, width = DTYPES[config.dtype], config.kv_heads * config.head_dim
         # The reference rounds the scale to the served dtype.
@@ -102,14 +106,15 @@ class Model:
         """Runs all layers over the step's tokens and writes their KV; float32 logits [rows of `drawn`, V]."""
         angles = [rotary.angles(step.position, step.length) for rotary in self._rotaries]
         x = self._embed(step)
-        for number, layer in enumerate(self._layers):
+        for layer in self._layers:
+            group, slot = layer.place
             said = x if layer.before_attention is None else layer.before_attention(x)
             q, k, v = self._qkv(said, layer)
             if angles:
                 cosine, sine = angles[layer.local]
                 q, k = self._rotate(q, cosine, sine), self._rotate(k, cosine, sine)
-            self._store(k, v, step, number)
-            said = self._linear(step.attend[layer.view](q, self._kv, number), *layer.output)
+            self._store(k[: step.tokens], v[: step.tokens], step.slots[group] + 2 * BLOCK_TOKENS * slot)
+            said = self._linear(step.attend[group](q, self._kv, slot), *layer.output)
             x = (said if layer.after_attention is None else layer.after_attention(said)).add_(x)
             x = x if layer.above_attention is None else layer.above_attention(x)
             said = x if layer.before_mlp is None else layer.before_mlp(x)
@@ -139,15 +144,14 @@ class Model:
         return soft_cap(logits, self.config.logit_cap) if self.config.logit_cap else logits
 
     def _qkv(self, x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        config = self.config
-        heads = (config.heads, config.kv_heads, config.kv_heads)
-        q, k, v = self._project(x, layer.qkv, [count * config.head_dim for count in heads])
-        if self._whole and layer.query_norm is not None and layer.key_norm is not None:
+        q, k, v = self._project(x, layer.qkv, self._widths)
+        size = self.config.head_dim
+        if layer.query_norm is None or layer.key_norm is None:
+            return q.reshape(-1, self.config.heads, size), k.reshape(-1, self.config.kv_heads, size), v
+        if self._whole:
             q, k = layer.query_norm(q), layer.key_norm(k)
-        q, k, v = (part.reshape(-1, count, config.head_dim) for part, count in zip((q, k, v), heads, strict=True))
-        if not self._whole and layer.query_norm is not None and layer.key_norm is not None:
-            q, k = layer.query_norm(q), layer.key_norm(k)
-        return q, k, v
+        q, k = q.reshape(-1, self.config.heads, size), k.reshape(-1, self.config.kv_heads, size)
+        return (q, k, v) if self._whole else (layer.query_norm(q), layer.key_norm(k), v)
 
     def _mlp(self, x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
         return self._linear(self._activate(*self._project(x, mlp.up, mlp.widths)), *mlp.down)
@@ -169,8 +173,7 @@ class Model:
         outs = [self._linear(x, *projection) for projection in projections]
         return outs if len(outs) == len(widths) else list(outs[0].split_with_sizes(widths, dim=-1))
 
-    def _store(self, k: torch.Tensor, v: torch.Tensor, step: StepInput, layer: int) -> None:
+    def _store(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         width = self._kv_tokens.shape[1]
-        slots = step.slots + 2 * BLOCK_TOKENS * layer
-        self._kv_tokens.index_copy_(0, slots, k[: step.tokens].reshape(-1, width))
-        self._kv_tokens.index_copy_(0, slots + BLOCK_TOKENS, v[: step.tokens].reshape(-1, width))
+        self._kv_tokens.index_copy_(0, slots, k.reshape(-1, width))
+        self._kv_tokens.index_copy_(0, slots + BLOCK_TOKENS, v.reshape(-1, width))

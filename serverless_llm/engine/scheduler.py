@@ -11,8 +11,9 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from serverless_llm.domain import BLOCK_TOKENS, ReplicaId, SequenceId
+from serverless_llm.domain import ReplicaId, SequenceId
 from serverless_llm.engine.blocks import Memory
+from serverless_llm.engine.kv_groups import FREED
 from serverless_llm.engine.sequence import Sequence
 from serverless_llm.errors import InvariantError
 
@@ -27,10 +28,6 @@ class Chunk(NamedTuple):
 class Batch(NamedTuple):
     replica: ReplicaId
     chunks: list[Chunk]
-
-
-def blocks_for(tokens: int) -> int:
-    return -(-tokens // BLOCK_TOKENS)
 
 
 class Scheduler:
@@ -79,9 +76,18 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Frees a sequence's blocks; it will run again from its tokens."""
         if sequence.blocks:
-            self._memory.free(sequence.replica, sequence.blocks)
+            self._memory.free(sequence.replica, [block for block in sequence.blocks if block != FREED])
         sequence.blocks = []
-        sequence.cached = 0
+        sequence.cached = sequence.trimmed = 0
+
+    def trim(self, sequence: Sequence) -> None:
+        """Gives back the blocks that the sequence's window has passed."""
+        groups, passed = sequence.groups, sequence.groups.passed(sequence.cached)
+        for column in range(sequence.trimmed, passed):
+            mine = slice(column * groups.total + groups.whole, (column + 1) * groups.total)
+            self._memory.free(sequence.replica, sequence.blocks[mine])
+            sequence.blocks[mine] = [FREED] * groups.sliding
+        sequence.trimmed = max(sequence.trimmed, passed)
 
     def preempt_youngest(self, floors: bool = True) -> bool:
         """Preempts the youngest sequence, with `floors` only of a model above its floor; False where there is none."""
@@ -126,22 +132,23 @@ class Scheduler:
     def _admissible(self, sequence: Sequence) -> bool:
         """Whether a prefill begun now is likely to end; a sequence with none but younger ones before it may always."""
         mates = sum(bool(other.blocks) for other in self._of[sequence.replica])
-        needed = blocks_for(len(sequence.tokens) + 1) + mates
+        needed = sequence.groups.live(len(sequence.tokens) + 1) + mates * sequence.groups.total
         if self._memory.available(sequence.replica) >= needed:
             return True
         return all(other.order > sequence.order for other in self if other.blocks)
 
     def _grow(self, sequence: Sequence, tokens: int) -> int:
         """Allocates blocks for up to `tokens` more tokens, preempting younger sequences; returns how many fit."""
-        needed = blocks_for(sequence.cached + tokens)
+        groups = sequence.groups
+        needed = groups.columns(sequence.cached + tokens) * groups.total
         while len(sequence.blocks) < needed:
             block = self._memory.allocate(sequence.replica)
             if block is not None:
                 sequence.blocks.append(block)
             elif not self._make_room(sequence):
                 break
-        fit = min(tokens, len(sequence.blocks) * BLOCK_TOKENS - sequence.cached)
-        if not fit and self._memory.capacity(sequence.replica) < needed:
+        fit = min(tokens, sequence.room - sequence.cached)
+        if not fit and self._memory.capacity(sequence.replica) < groups.live(sequence.cached + tokens):
             self.stranded.append(sequence)
         return fit
 
@@ -164,8 +171,11 @@ class Scheduler:
         seen: set[int] = set()
         for sequence in self:
             name = f"sequence {sequence.sequence}"
-            if sequence.cached > len(sequence.blocks) * BLOCK_TOKENS or sequence.missing < 1:
+            if sequence.cached > sequence.room or sequence.missing < 1:
                 raise InvariantError(f"{name}: {sequence.cached} tokens cached of {len(sequence.tokens)}")
-            if seen.intersection(sequence.blocks):
+            if sequence.blocks.count(FREED) != sequence.trimmed * sequence.groups.sliding:
+                raise InvariantError(f"{name}: {sequence.trimmed} columns trimmed in {sequence.blocks}")
+            held = [block for block in sequence.blocks if block != FREED]
+            if seen.intersection(held):
                 raise InvariantError(f"{name} shares a block")
-            seen.update(sequence.blocks)
+            seen.update(held)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from serverless_llm.domain import FinishReason, ReplicaId, Sampling, SequenceId
+from serverless_llm.domain import BLOCK_TOKENS, FinishReason, ReplicaId, Sampling, SequenceId
+from serverless_llm.engine.kv_groups import KvGroups
 
 TokenArray = npt.NDArray[np.int32]
 
@@ -72,7 +73,9 @@ class Sequence:
         order: place in the engine's arrival order; the youngest is preempted first.
         tokens: prompt, then generated tokens.
         context: most tokens it may ever hold.
-        blocks: byte offsets of its KV blocks in the arena.
+        groups: how its model's layers share blocks.
+        blocks: byte offsets of its KV blocks in the arena, column after column; `FREED` for those given back.
+        trimmed: columns whose blocks with a window were given back.
         cached: tokens whose KV is in `blocks`, a prefix of `tokens`.
         started: clock when its prefill was first admitted, seconds; None before.
         counts: what penalties count, see `sampler.shaped`; None where nothing is penalised.
@@ -86,8 +89,10 @@ class Sequence:
     prompt_length: int
     context: int
     sampling: Sampling
+    groups: KvGroups
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
+    trimmed: int = 0
     started: float | None = None
     emitted: bool = False
     counts: dict[int, int] | None = None
@@ -110,6 +115,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def room(self) -> int:
+        """Tokens whose KV the blocks can hold."""
+        return len(self.blocks) // self.groups.total * BLOCK_TOKENS
 
     @property
     def missing(self) -> int:

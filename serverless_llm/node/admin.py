@@ -135,7 +135,7 @@ def footprint(spec: ModelSpec) -> Footprint:
         checkpoint=found.checkpoint,
         file_bytes=found.file_bytes,
         weight_bytes=model.weight_bytes({name: (one.dtype, one.shape) for name, (_, one) in found.tensors().items()}),
-        kv_block_bytes=model.kv_block_bytes,
+        kv_block_bytes=model.kv_column_bytes,
         context=spec.context or model.context,
     )
 

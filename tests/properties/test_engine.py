@@ -17,7 +17,7 @@ from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.model import Model
 from serverless_llm.engine.runner import run
-from serverless_llm.engine.scheduler import Chunk, blocks_for
+from serverless_llm.engine.scheduler import Chunk
 from serverless_llm.engine.sequence import Sequence
 from tests.unit.engine.tiny import VARIANTS, config_json, drain, prompt, serve, start, tensors_of
 
@@ -79,11 +79,12 @@ class Bed:
 
     def sequence(self, tokens: list[int]) -> Sequence:
         blocks = []
-        for _ in range(blocks_for(len(tokens))):
+        groups = self.model.config.kv_groups
+        for _ in range(groups.columns(len(tokens)) * groups.total):
             blocks.append(self._next * self.model.config.kv_block_bytes)
             self.arena.bytes[blocks[-1] : blocks[-1] + self.model.config.kv_block_bytes] = self._stale
             self._next += 1
-        return Sequence(0, 0, 1, 0, tokens, len(tokens), 4096, Sampling(), blocks)
+        return Sequence(0, 0, 1, 0, tokens, len(tokens), 4096, Sampling(), groups, blocks)
 
     def step(self, *parts: tuple[Sequence, int]) -> torch.Tensor:
         logits = run(self.model, [Chunk(sequence, tokens) for sequence, tokens in parts], CPU)
@@ -177,7 +178,7 @@ SAMPLINGS = (
 def tight(config: ModelConfig, weights: str, sampling: Sampling) -> dict[int, list[int]]:
     """The same prompts in one engine without room for all of them at a time."""
     tensors = tensors_of(config)
-    engine = Engine(budget=config.weight_bytes() + 12 * config.kv_block_bytes + (64 << 10), weights=weights)
+    engine = Engine(budget=config.weight_bytes() + 12 * config.kv_column_bytes + (64 << 10), weights=weights)
     serve(engine, config, tensors)
     for number, length in enumerate((3, 40, 16, 77)):
         engine.add(start(number, prompt(length, number), sampling))

@@ -1,4 +1,5 @@
-"""The path that a CUDA device takes, on a CPU: fused projections in the arena, one product, torch's own attention."""
+"""Logits against transformers, in deterministic mode and by the path that a CUDA device takes, on a CPU: fused
+projections in the arena, one product, torch's own attention."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from serverless_llm.engine.config import ModelConfig, aligned
 from serverless_llm.engine.layout import layout
 from serverless_llm.engine.model import DTYPES, Model
 from serverless_llm.engine.runner import run
-from serverless_llm.engine.scheduler import Chunk, blocks_for
+from serverless_llm.engine.scheduler import Chunk
 from serverless_llm.engine.sequence import Sequence
 from tests.unit.engine.tiny import VARIANTS, oracle, oracle_logits, prompt, tensors_of
 
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 KV = 8 << 20  # where the test's KV begins in the arena, bytes
 
 
-def fused_model(config: ModelConfig, arena: Arena) -> Model:
+def model_of(config: ModelConfig, arena: Arena, tiled: bool) -> Model:
     """The model with all its weights copied into the arena, buffer after buffer."""
     buffers, shapes = config.buffers(), config.tensors()
     places, at = [], 0
@@ -32,20 +33,23 @@ def fused_model(config: ModelConfig, arena: Arena) -> Model:
     for name, offset in layout(config, buffers, places).items():
         bound[name] = arena.tensor(offset, DTYPES[config.dtype], shapes[name])
         bound[name].copy_(stored[name])
-    return Model(config, bound, arena, fused=True, tiled=False)
+    return Model(config, bound, arena, fused=not tiled, tiled=tiled)
 
 
 def sequence(config: ModelConfig, tokens: list[int], first: int) -> Sequence:
     base = -(-KV // config.kv_layer_bytes) * config.kv_layer_bytes
-    blocks = [base + (first + number) * config.kv_block_bytes for number in range(blocks_for(len(tokens)))]
-    return Sequence(0, 0, 1, 0, tokens, len(tokens), 4096, Sampling(), blocks)
+    groups = config.kv_groups
+    count = groups.columns(len(tokens)) * groups.total
+    blocks = [base + first * config.kv_column_bytes + number * config.kv_block_bytes for number in range(count)]
+    return Sequence(0, 0, 1, 0, tokens, len(tokens), 4096, Sampling(), groups, blocks)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_fused_and_plain_follow_the_oracle(name: str) -> None:
+@pytest.mark.parametrize("tiled", [False, True])
+def test_logits_are_the_oracles(name: str, tiled: bool) -> None:
     config = ModelConfig.parse(VARIANTS[name])
     arena = Arena(CPU, 16 << 20)
-    model = fused_model(config, arena)
+    model = model_of(config, arena, tiled)
     texts = [prompt(70), prompt(33, 1)]
     sequences = [sequence(config, text, 10 * number) for number, text in enumerate(texts)]
     run(model, [Chunk(sequences[0], 40)], CPU)

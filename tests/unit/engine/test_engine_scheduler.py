@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from serverless_llm.domain import Sampling
 from serverless_llm.engine.blocks import SLAB_STEP, Memory
+from serverless_llm.engine.kv_groups import FREED, KvGroups, Place, group
 from serverless_llm.engine.scheduler import Batch, Chunk, Scheduler
 from serverless_llm.engine.sequence import Sequence
 from serverless_llm.errors import InvariantError
@@ -24,8 +25,9 @@ def scheduler(slabs: int = 16, floors: tuple[int, ...] = (0, 0)) -> Scheduler:
     return Scheduler(memory)
 
 
-def sequence(order: int, tokens: int, replica: int = 1) -> Sequence:
-    return Sequence(order, 0, replica, order, [1] * tokens, tokens, 100_000, Sampling(max_tokens=1000))
+def sequence(order: int, tokens: int, replica: int = 1, windows: tuple[int, ...] = (0,)) -> Sequence:
+    sampling = Sampling(max_tokens=1000)
+    return Sequence(order, 0, replica, order, [1] * tokens, tokens, 100_000, sampling, group(windows))
 
 
 def run(schedule: Scheduler, rows: int = 64) -> dict[int, int]:
@@ -35,6 +37,7 @@ def run(schedule: Scheduler, rows: int = 64) -> dict[int, int]:
     for chunk in batch.chunks if batch else ():
         one = chunk.sequence
         one.cached += chunk.tokens
+        schedule.trim(one)
         if not one.missing:
             one.tokens.append(1)
             one.emitted = True
@@ -193,3 +196,61 @@ def test_batches_are_values() -> None:
     schedule.add(one)
     batch = schedule.next_batch(lambda _: 64)
     assert batch == Batch(1, [Chunk(one, 3)])
+
+
+@pytest.mark.parametrize(
+    ("windows", "groups"),
+    [
+        ((0, 0, 0), KvGroups(3, 1, 0, 0, (Place(0, 0), Place(0, 1), Place(0, 2)))),
+        ((9, 9), KvGroups(2, 0, 1, 9, (Place(0, 0), Place(0, 1)))),
+        ((9, 0, 9, 0), KvGroups(2, 1, 1, 9, (Place(1, 0), Place(0, 0), Place(1, 1), Place(0, 1)))),
+        ((0, 0, 9), KvGroups(1, 2, 1, 9, (Place(0, 0), Place(1, 0), Place(2, 0)))),
+    ],
+)
+def test_layers_share_blocks_with_their_like(windows: tuple[int, ...], groups: KvGroups) -> None:
+    assert group(windows) == groups
+
+
+def test_little_is_wasted_where_kinds_of_layers_do_not_divide() -> None:
+    groups = group(tuple(512 if (number + 1) % 6 else 0 for number in range(26)))
+    assert (groups.size, groups.whole, groups.sliding) == (4, 1, 6)
+    assert len(set(groups.places)) == 26
+
+
+def test_blocks_behind_the_window_go_back() -> None:
+    schedule = scheduler()
+    one = sequence(1, 100, windows=(0, 20))
+    schedule.add(one)
+    run(schedule, 1000)
+    assert one.blocks.count(FREED) == 5  # tokens from number 81 on are seen
+    assert [at for at, block in enumerate(one.blocks) if block == FREED] == [1, 3, 5, 7, 9]
+    held = [block for block in one.blocks if block != FREED]
+    while one.cached < 99 + 16:
+        run(schedule)
+    assert one.trimmed == 6
+    assert one.blocks[:10] == [block if at % 2 == 0 else FREED for at, block in enumerate(one.blocks[:10])]
+    assert set(held) - set(one.blocks)
+    schedule.remove(one)
+    assert schedule.next_batch(lambda _: 1) is None
+
+
+def test_a_text_longer_than_the_memory_runs_through_a_window() -> None:
+    """A prompt of 63 columns in 12 blocks, one chunk after the other."""
+    schedule = scheduler(slabs=3)
+    one = sequence(1, 1000, windows=(50,))
+    schedule.add(one)
+    assert one.groups.live(1000) == 5
+    parts = []
+    while one.missing > 1:
+        parts.append(run(schedule, 1000)[1])
+    assert sum(parts) == 1000
+    assert parts[0] == 12 * 16
+    assert not schedule.stranded
+
+
+def test_a_window_that_does_not_fit_is_stranded() -> None:
+    schedule = scheduler(slabs=1)
+    schedule.add(sequence(1, 1000, windows=(500,)))
+    assert run(schedule) == {1: 64}
+    assert run(schedule) == {}
+    assert len(schedule.stranded) == 1

@@ -205,6 +205,19 @@ def test_reserve_preempts_and_the_sequence_goes_on() -> None:
     assert drain(made)[1][0] == spoken(prompt(40))[1:]
 
 
+def test_a_window_needs_no_memory_for_what_it_has_passed() -> None:
+    """A text of 25 columns of blocks runs in the room of 16 at most, and says what it says in plenty."""
+    config = ModelConfig.parse(config_json("MistralForCausalLM", sliding_window=30))
+    told = []
+    for columns in (16, 64):
+        made = Engine(budget=config.weight_bytes() + columns * config.kv_column_bytes)
+        serve(made, config, tensors_of(config))
+        made.add(start(1, prompt(300), replace(GREEDY, max_tokens=100)))
+        told.append(drain(made)[1])
+    assert told[0] == told[1]
+    assert told[0][1] is FinishReason.LENGTH
+
+
 def test_reserve_says_what_is_missing() -> None:
     made = engine(kv_floor=MIB)
     assert made.reserve(made.arena.numel() - CONFIG.weight_bytes() - MIB + 5) == 5

@@ -51,7 +51,7 @@ GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24, 
 GEMMA |= {"tie_word_embeddings": True}
 EXTRA: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": None},
-    "Gemma2ForCausalLM": GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
+    "Gemma2ForCausalLM": GEMMA | {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 4.0},
     "Gemma3ForCausalLM": GEMMA | {"sliding_window_pattern": 3, "num_hidden_layers": 4, "rope_theta": 1e6},
     "OPTForCausalLM": {"ffn_dim": 96, "activation_function": "relu", "num_key_value_heads": 4, "dropout": 0.0},
     "MixtralForCausalLM": {"num_local_experts": 5, "num_experts_per_tok": 2},
