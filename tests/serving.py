@@ -42,6 +42,11 @@ def until(condition: Callable[[], T | None], what: str, seconds: float = 30.0, p
     raise TimeoutError(f"waited {seconds} s for {what}")
 
 
+def hear_ctrl_c() -> None:
+    """For `preexec_fn`: a shell's background job, as this may be, has its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True, slots=True)
 class Leftovers:
     """What a running server holds: compared before and after a storm."""

@@ -18,6 +18,7 @@ import pytest
 
 from serverless_llm.demo import tasks
 from serverless_llm.node.processes import command, environment
+from tests.serving import hear_ctrl_c
 
 pytestmark = pytest.mark.slow
 
@@ -200,8 +201,9 @@ def test_run_that_is_ended_leaves_nothing(tmp_path: Path, number: int) -> None:
     surroundings = environment() | {"SERVERLESS_LLM_STATE_DIR": str(tmp_path / "state"), "TMPDIR": str(folder)}
     surroundings |= {"SERVERLESS_LLM_DRAM": "32MiB", "SERVERLESS_LLM_DEVICES": "cpu:1"}
     with subprocess.Popen(
-        command("serverless_llm", "run", "demo-count", "1 2 3"), env=surroundings, stdout=subprocess.PIPE
-    ) as process:
+        command("serverless_llm", "run", "demo-count", "1 2 3"),
+        env=surroundings, stdout=subprocess.PIPE, preexec_fn=hear_ctrl_c,
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.read(1)  # it answers
         process.send_signal(number)
@@ -215,7 +217,7 @@ def test_logs_are_kept_and_followed(served: Serve) -> None:
     served.url()
     with subprocess.Popen(
         command("serverless_llm", "logs", "head", "-f", "--requests", "--json"),
-        env=served.environment, stdout=subprocess.PIPE, text=True,
+        env=served.environment, stdout=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c,
     ) as follow:  # fmt: skip
         assert follow.stdout is not None
         served.cli("run", "demo-reverse", "canary", "-q")

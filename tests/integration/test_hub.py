@@ -16,7 +16,7 @@ import pytest
 from serverless_llm.demo import tasks
 from serverless_llm.node.processes import command, environment
 from tests.integration.hub import Hub, Repository
-from tests.serving import until
+from tests.serving import hear_ctrl_c, until
 
 pytestmark = pytest.mark.slow
 
@@ -71,8 +71,10 @@ class Shell:
         )  # fmt: skip
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        nowhere = subprocess.DEVNULL
-        return subprocess.Popen(command("serverless_llm", *arguments), env=self.environment, stdout=nowhere)
+        return subprocess.Popen(
+            command("serverless_llm", *arguments),
+            env=self.environment, stdout=subprocess.DEVNULL, preexec_fn=hear_ctrl_c,
+        )  # fmt: skip
 
 
 @pytest.fixture
