@@ -24,6 +24,7 @@ from tests.serving import Server, free_port, until
 
 PACED = Path(__file__).parent / "paced"
 PACE = 20  # tokens a second of one stream
+GRID_MS = 5.0  # tokens of this span travel together, see `paced/sitecustomize.py`
 VOCABULARY = 150_000
 NAME = "paced"
 

@@ -14,6 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
 QUESTIONS = {
+    "gateway": "What does the way from a client to the engine and back cost, beside proxies that only pass streams on?",
+    "gateway_crowd": "What do idle streams and a reader that never reads cost the others?",
     "cold_start": "How long from a request to its first token, with no replica of its model loaded?",
     "soak": "What is lost when processes are killed at random, again and again?",
     "accuracy": "Does the engine compute what transformers computes?",
