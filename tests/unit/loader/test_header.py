@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from typing import Any
 
@@ -109,6 +110,63 @@ FAULTS: list[tuple[str, bytes]] = [
 def test_a_fault_is_named(why: str, content: bytes) -> None:
     with pytest.raises(CheckpointError, match=why):
         parse(content)
+
+
+SENTENCES: list[tuple[str, bytes]] = [
+    ("file of 7 bytes is too short for a safetensors header", b"1234567"),
+    ("header of 3 bytes reaches beyond the file's 10 bytes", raw(b"{}", length=3)),
+    ("header of 100000001 bytes is over the limit of 100000000", raw(b"{}", length=100_000_001)),
+    ("header is nested too deeply", raw(b'{"a":' + b"[" * 1_000_000)),
+    ("header is not JSON in UTF-8: NaN is not JSON", raw(b'{"a": NaN}')),
+    ("header is not a JSON object", raw(b"[]")),
+    ("header has the key 'b' twice", raw(b'{"a": 1, "b": 1, "b": 2}')),
+    ("__metadata__ is not an object of strings", raw({"__metadata__": []})),
+    ("header has the string 'a\\udfff', which is not Unicode text", raw(b'{"__metadata__": {"a\\udfff": "b"}}')),
+    ("header has the string '\\ud800', which is not Unicode text", raw(b'{"\\ud800": {}}')),
+    ("tensor 'a' is not an object with dtype, shape and data_offsets", raw({"a": [1]})),
+    ("tensor 'a' has the unknown dtype 'F33'", raw({"a": GOOD | {"dtype": "F33"}}, bytes(8))),
+    ("shape of tensor 'a' is not a list of integers of 0 ... 2^63 - 1", raw({"a": GOOD | {"shape": [2**63]}})),
+    ("data_offsets of tensor 'a' is not a list of integers of 0 ... 2^63 - 1", raw({"a": GOOD | {"data_offsets": 1}})),
+    ("data_offsets of tensor 'a' are not [begin, end]", raw({"a": GOOD | {"data_offsets": [8, 0]}}, bytes(8))),
+    (f"shape [{2**62}, 2] of tensor 'a' overflows", raw({"a": GOOD | {"shape": [2**62, 2]}}, bytes(8))),
+    (f"tensor 'a' of F32 [{2**63 - 1}] does not fill its 8 bytes", raw({"a": GOOD | {"shape": [2**63 - 1]}}, bytes(8))),
+    ("a gap before the first tensor 'a'", raw({"a": GOOD | {"data_offsets": [1, 9]}}, bytes(9))),
+    ("a gap between the tensors 'a' and 'b'", raw({"a": GOOD, "b": GOOD | {"data_offsets": [9, 17]}}, bytes(17))),
+    ("an overlap of the tensors 'a' and 'b'", raw({"a": GOOD, "b": GOOD | {"data_offsets": [4, 12]}}, bytes(12))),
+    ("tensors end at byte 10, the file at 11", raw({}, bytes(1))),
+]
+
+
+@pytest.mark.parametrize(("sentence", "content"), SENTENCES, ids=range(len(SENTENCES)))
+def test_a_fault_is_told_in_a_whole_sentence(sentence: str, content: bytes) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse(content)
+    assert str(caught.value) == sentence
+
+
+def test_a_cut_header_is_told_with_its_lengths() -> None:
+    content = raw({"a": GOOD}, bytes(8))
+    begin = len(content) - 8
+    with pytest.raises(CheckpointError) as caught:
+        header.parse(content[:20], len(content))
+    assert str(caught.value) == f"header of {begin} bytes is cut to 20"
+
+
+def test_the_length_of_a_header_is_taken_to_its_limits() -> None:
+    length = struct.pack("<Q", header.MAX_HEADER)
+    assert header.data_offset(length, header.MAX_HEADER + 8) == header.MAX_HEADER + 8
+    for prefix, file_size in ((length[:7], 100), (bytes(8), 7)):
+        with pytest.raises(CheckpointError, match="too short"):
+            header.data_offset(prefix, file_size)
+
+
+def test_names_may_be_in_any_script() -> None:
+    assert parse(raw({"gewicht\u00e4": GOOD}, bytes(8))).tensors[0].name == "gewicht\u00e4"
+
+
+def test_each_dtype_has_the_bits_of_its_name() -> None:
+    named = {name: int(re.findall(r"\d+", name)[0]) for name in header.DTYPE_BITS if name != "BOOL"}
+    assert {**named, "BOOL": 8} == header.DTYPE_BITS
 
 
 def reference_accepts(content: bytes) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from serverless_llm.loader.pacer import Pacer
 
 
@@ -18,6 +20,12 @@ def test_no_cap_no_wait() -> None:
     pacer = Pacer(0.0)
     assert pacer.delay(1 << 40) == 0
     pacer.wait(1 << 40)
+
+
+def test_a_wait_takes_its_time() -> None:
+    begun = time.monotonic()
+    Pacer(1000.0).wait(5)
+    assert time.monotonic() - begun >= 0.004
 
 
 def test_stop_ends_waits() -> None:

@@ -35,6 +35,24 @@ def test_slots_are_given_low_first_and_found_again() -> None:
     assert (tier.used_bytes, tier.free_slots) == (30, (3,))
 
 
+def test_who_was_released_last_stays_longest() -> None:
+    tier = Tier(6, 10)
+    filled(tier, "a", 3, now=1)
+    filled(tier, "b", 3, now=2)
+    tier.lease("a", 1)
+    tier.release("a", 1, now=5)
+    filled(tier, "c", 3, now=6)
+    assert [name for name, _ in tier.residents()] == ["a", "c"]
+
+
+def test_as_many_go_as_must() -> None:
+    tier = Tier(6, 10)
+    for now, name in enumerate("abc"):
+        filled(tier, name, 2, now)
+    assert tier.reserve("d", pieces(5), 9).evicted == 5
+    assert tier.residents() == [("c", 10)]
+
+
 def test_the_least_recent_goes_first_and_only_its_tail() -> None:
     tier = Tier(6, 10)
     filled(tier, "old", 3, now=1)
