@@ -6,19 +6,22 @@ are as for native architectures; positions are given for each token. What a laye
 window) is learned from one token when the model is bound, and the whole is then compared with transformers' own
 attention on a short text: an architecture whose mathematics does not pass through these two functions is refused.
 
-Shape letters as in `engine.model`. Deterministic mode is not promised: products are torch's own, of any size.
+Shape letters as in `engine.model`. In deterministic mode linear layers run on tiles, as native ones do; other products
+that a module may hold, such as those of packed experts, are torch's own, so that the promise is that of its layers.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from serverless_llm.domain import BLOCK_TOKENS, Sampling
 from serverless_llm.engine.arena import Arena
@@ -32,6 +35,7 @@ from serverless_llm.engine.scheduler import Chunk
 from serverless_llm.engine.sequence import Sequence
 from serverless_llm.errors import CheckpointError
 from serverless_llm.kernels.attention import Scores
+from serverless_llm.kernels.linear import padded, tiled_linear
 
 NAME = "serverless-llm"  # of our attention, to transformers
 # Most that logits may differ from transformers' own, as a part of the greatest: an error of order is far over it, and
@@ -76,7 +80,8 @@ class Pages:
         assert self.step is not None
         slots = self.step.slots[0] + 2 * BLOCK_TOKENS * layer
         for place, values in ((slots, k), (slots + BLOCK_TOKENS, v)):
-            self._tokens.index_copy_(0, place, values[0].transpose(0, 1).reshape(-1, self._tokens.shape[1]))
+            rows = values[0].transpose(0, 1).reshape(-1, self._tokens.shape[1])
+            self._tokens.index_copy_(0, place, rows[: self.step.tokens])
         mixed = self.step.attend[self.views[layer]](q[0].transpose(0, 1).contiguous(), self._kv, layer)
         return mixed.view(1, q.shape[2], q.shape[1], q.shape[3])
 
@@ -117,17 +122,18 @@ class Foreign:
             not one that pages hold.
     """
 
-    tiled = False
-
     def __init__(self, config: ForeignConfig, tensors: Tensors, arena: Arena) -> None:
         self.config = config
         self._device = arena.bytes.device
+        self.tiled = config.dtype == "float32" and self._device.type == "cpu"
         self._pages = Pages()
         try:
             with warnings.catch_warnings(action="ignore"), torch.inference_mode():
                 self._module = _bound(config, tensors, self._device)
                 for module in self._module.modules():
                     module.__dict__["pages"] = self._pages
+                    if self.tiled:
+                        _tile(module)
                 self._learn()
                 self._compare()
         except CheckpointError:
@@ -205,7 +211,7 @@ class Foreign:
         self._pages.step = step
         try:
             wanted = step.drawn if step.drawn.numel() else step.drawn.new_zeros(1)
-            return self._call(step.ids, step.position, wanted)[: step.drawn.numel()]
+            return self._call(step.ids, step.position, wanted)[: step.drawn.numel()]  # padded where the step is
         finally:
             self._pages.step = None
 
@@ -220,6 +226,25 @@ class Foreign:
         )
         logits: torch.Tensor = out.logits[0].float()
         return logits
+
+
+def _tile(module: Any) -> None:
+    """Lets a linear layer run on tiles, where their rows are known not to depend on one another."""
+    if type(module) is torch.nn.Linear:
+        weight_t = module.weight.t()
+    elif type(module) is Conv1D:
+        weight_t = module.weight
+    else:
+        return
+    if weight_t.shape[0] % 4 == 0:
+        module.forward = partial(_on_tiles, weight_t, module.bias)
+
+
+def _on_tiles(weight_t: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    missing = padded(len(rows)) - len(rows)
+    whole = torch.cat((rows, rows.new_zeros(missing, rows.shape[1]))) if missing else rows
+    return tiled_linear(whole.contiguous(), weight_t, bias)[: len(rows)].view(*x.shape[:-1], -1)
 
 
 def _bound(config: ForeignConfig, tensors: Tensors, device: torch.device) -> Any:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from serverless_llm.domain import BLOCK_TOKENS
+from serverless_llm.domain import BLOCK_TOKENS, Sampling
 from serverless_llm.engine.config import ForeignConfig, ModelConfig
 from serverless_llm.engine.engine import Engine
+from serverless_llm.engine.sequence import Likelihood, SequenceStart
 from serverless_llm.errors import CheckpointError
 from tests.unit.engine.tiny import Tensors, assert_near_oracle, drain, entries_of, prompt, serve, start
 
@@ -90,6 +91,44 @@ def test_any_decoder_of_transformers_serves_batches_and_chunks_as_it_would_alone
         assert len(whole) == 12
         assert_near_oracle(model, tokens, whole)
     assert_near_oracle(model, prompt(40, 4) + prompt(3, 5), told[4][0])
+
+
+TOLD = Sampling(temperature=0.0, max_tokens=8, logprobs=3)
+
+
+def likelihoods(engine: Engine, starts: list[SequenceStart]) -> dict[int, list[Likelihood]]:
+    """What is told of each sequence's tokens, to the bit."""
+    told: dict[int, list[Likelihood]] = {one.sequence: [] for one in starts}
+    for one in starts:
+        engine.add(one)
+    while engine.runnable:
+        for sequence, new in engine.step().likelihoods.items():
+            told[sequence] += new
+    return told
+
+
+@pytest.mark.parametrize("which", SERVED)
+def test_in_float32_batches_chunks_and_restarts_change_no_bit(which: str, engine: Engine) -> None:
+    values, _, tensors = plain(*SERVED[which])
+    serve(engine, ModelConfig.parse(values), tensors)
+    prompts = {1: prompt(70, 1), 2: prompt(5, 2), 3: prompt(33, 3)}
+    alone = {number: likelihoods(engine, [start(number, tokens, TOLD)])[number] for number, tokens in prompts.items()}
+    assert likelihoods(engine, [start(number, tokens, TOLD) for number, tokens in prompts.items()]) == alone
+    begun = [one.tokens[0] for one in alone[2]]
+    resumed = likelihoods(engine, [start(2, prompts[2], TOLD, generated=begun[:5]), start(9, prompt(11), TOLD)])
+    assert resumed[2] == alone[2][5:]
+
+
+@pytest.mark.parametrize(("which", "kind"), [("gpt-neox", "Linear"), ("gpt2", "Conv1D")])
+def test_a_row_of_a_linear_layer_is_the_same_alone(which: str, kind: str, engine: Engine) -> None:
+    values, _, tensors = plain(*SERVED[which])
+    serve(engine, ModelConfig.parse(values), tensors)
+    module = engine._models[1]._module  # type: ignore[attr-defined]
+    layers = [layer for layer in module.modules() if type(layer).__name__ == kind]
+    assert layers
+    for layer in layers:
+        x = torch.randn(40, layer.weight.shape[0 if kind == "Conv1D" else 1])
+        assert all(torch.equal(layer(x[:rows]), layer(x)[:rows]) for rows in (1, 3, 17))
 
 
 def test_weights_are_the_views_that_were_given_and_are_let_go(engine: Engine) -> None:
