@@ -63,13 +63,17 @@ class Operated:
         return "\n".join(path.read_text() for path in [*folder.iterdir(), self.folder / "stderr"])
 
 
-@pytest.fixture(scope="module")
-def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
-    folder = tmp_path_factory.mktemp("operated")
+def make_certificate(folder: Path) -> None:
     make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     files = ["-out", "cert.pem", "-keyout", "key.pem"]
     subprocess.run([*make, *named, *files], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    folder = tmp_path_factory.mktemp("operated")
+    make_certificate(folder)
     small = ["--port", "0", "--devices", "cpu:1", "--device-memory", "16MiB", "--dram", "32MiB"]
     paths = ["--tls-cert", "cert.pem", "--tls-key", "key.pem", "--keys-file", "keys.yaml", "--state-dir", "state"]
     serve = command("serverless_llm", "serve", *small, *paths, "--model", "demo-reverse", "--json")
@@ -166,10 +170,19 @@ def test_who_watches_is_told_of_deploys_and_loads(operated: Operated) -> None:
     assert {"agent_joined", "worker_up"} <= {one["event"] for one in told}
 
 
-def test_keys_are_read_anew_and_a_bad_file_changes_nothing(operated: Operated) -> None:
+def test_the_command_line_needs_to_know_no_certificate(operated: Operated) -> None:
+    ls = command("serverless_llm", "ls", "--json", "--state-dir", str(operated.folder / "state"))
+    keyed = environment() | {"SERVERLESS_LLM_API_KEY": KEYS["ops"]}
+    done = subprocess.run(ls, env=keyed, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "demo-reverse" in done.stdout) == (0, True), done.stderr
+
+
+def test_keys_and_certificate_are_read_anew_and_a_bad_file_changes_nothing(operated: Operated) -> None:
     operated.write_keys("ops", "later")
+    make_certificate(operated.folder)
     operated.process.send_signal(signal.SIGHUP)
-    until(lambda: operated.ask("GET", "/v1/models", "later")[0] == 200, "the new key")
+    until(lambda: "were read anew" in operated.logs(), "the new key and certificate")
+    assert operated.ask("GET", "/v1/models", "later")[0] == 200
     assert operated.ask("GET", "/v1/models", "user")[0] == 401
     (operated.folder / "keys.yaml").write_text("- {id: x}")
     operated.process.send_signal(signal.SIGHUP)
