@@ -171,6 +171,12 @@ def test_scratch_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_nothing_can_be_written_to_is_told() -> None:
+    findings, rates = diagnosis.measure(configured(Path("/proc/nothing")), [])
+    assert (findings[0].name, findings[0].level, rates.disk) == ("disk", checks.FAILURE, {})
+    assert findings[0].text.startswith("/proc: ")
+
+
 def test_a_disk_that_fails_is_told(tmp_path: Path) -> None:
     finding, rate = diagnosis._disk([tmp_path / "gone.safetensors"])
     assert (finding.level, rate) == (checks.FAILURE, 0.0)
