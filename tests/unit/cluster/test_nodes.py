@@ -373,8 +373,10 @@ def test_one_device_that_may_come_up_is_worth_waiting_for() -> None:
     assert fail_boots(desk, 2, D1) == []
     (told,) = fail_boots(desk, 3, D1)
     assert isinstance(told, c.Reject)
-    assert "n0/0 is not up (9 boots" in told.message
-    assert "n0/1 is not up (3 boots" in told.message
+    first, second = (
+        f"n0/{number} is not up ({boots} boots failed): no CUDA driver" for number, boots in ((0, 9), (1, 3))
+    )
+    assert told.message == f"no device comes up: {first}; {second}"
 
 
 def test_min_replicas_come_when_a_device_comes_up_after_all() -> None:

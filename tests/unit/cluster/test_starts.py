@@ -56,6 +56,15 @@ def test_a_start_goes_to_the_faster_disk() -> None:
     assert (one.device, round(one.predicted_s, 6)) == (OTHER, 4.05)
 
 
+def test_a_start_goes_where_it_takes_less_beside_its_bytes() -> None:
+    desk = Desk(QUIET)
+    join(desk, "n0")
+    join(desk, "n1")
+    desk.machine.state.nodes["n0"].overhead_s = 1.0
+    desk.tell(deploy("a"))
+    assert decided(desk.tell(e.RequestArrived(1, "a", "sha-a"))).device == OTHER
+
+
 def test_a_start_avoids_the_busy_link() -> None:
     desk = Desk(QUIET)
     desk.join(node("n0", devices=2))

@@ -22,3 +22,11 @@ def test_short_or_timeless_transfers_only_count() -> None:
     link.observe(MINIMUM, 0.0)
     assert link.bandwidth == 0
     assert link.bytes == 2 * MINIMUM - 1
+
+
+def test_bandwidth_is_bytes_over_seconds_of_all_but_short_transfers() -> None:
+    link = Link()
+    link.observe(MINIMUM - 1, 1.0)
+    assert link.bandwidth == 0.0
+    link.observe(MINIMUM, 4.0)
+    assert link.bandwidth == MINIMUM / 4

@@ -46,6 +46,7 @@ def test_the_identity_follows_directory_time_size_and_header(tmp_path: Path) -> 
     for directory in (first, second):
         os.utime(directory / manifest.SINGLE, ns=(0, 0))
     base = manifest.build(first).checkpoint
+    assert len(base) == 32
     assert manifest.build(Path(f"{first}/../first")).checkpoint == base
     assert manifest.build(second).checkpoint != base
     os.utime(first / manifest.SINGLE, ns=(0, 1))
@@ -97,6 +98,44 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     victim.mkdir()
     with pytest.raises(CheckpointError, match="is not a file"):
         manifest.build(directory)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("nope", "x.json is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("[]", "x.json is not a JSON object"),
+        ("[" * 100_000, "x.json is nested too deeply"),
+    ],
+)
+def test_what_is_no_object_is_told_in_a_whole_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        manifest.object_of(text, "x.json")
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "sentence"),
+    [
+        ("[]", "model.safetensors.index.json has no weight_map"),
+        (
+            '{"a": "/b.safetensors"}',
+            "model.safetensors.index.json names '/b.safetensors', which is no safetensors file in the directory",
+        ),
+    ],
+)
+def test_a_bad_index_is_told_in_a_whole_sentence(weight_map: str, sentence: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        manifest.weight_map_of(f'{{"weight_map": {weight_map}}}')
+    assert str(caught.value) == sentence
+
+
+def test_pickles_are_named_up_to_three() -> None:
+    names = [f"{number}.bin" for number in range(4)]
+    with pytest.raises(CheckpointError) as caught:
+        manifest.choose(names, "/m")
+    why = "not opened, since unpickling runs code; convert them to safetensors"
+    assert str(caught.value) == f"/m has weights only as 0.bin, 1.bin, 2.bin: {why}"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +215,16 @@ def test_links_stay_inside_or_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     for name in ("config.json", manifest.SINGLE):
         (snapshot / name).symlink_to(f"../../blobs/{name}")
     assert manifest.build(snapshot).tensors().keys() == {"a"}
+    (snapshot / manifest.SINGLE).unlink()
+    (snapshot / manifest.SINGLE).symlink_to(elsewhere / manifest.SINGLE)
+    with pytest.raises(CheckpointError, match="link out of"):
+        manifest.build(snapshot)
+    other = hub / "elsewhere" / "0123"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    (other / manifest.SINGLE).symlink_to(f"../../blobs/{manifest.SINGLE}")
+    with pytest.raises(CheckpointError, match="link out of"):
+        manifest.build(other)
 
 
 def test_index_and_files_must_agree(tmp_path: Path) -> None:

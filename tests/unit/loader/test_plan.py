@@ -87,3 +87,13 @@ def test_every_byte_is_read_once_in_calls_of_the_size(sizes: list[int], piece: i
         assert all(one.stop == two.offset and one.file == two.file for one, two in pairwise(spans))
         seen += [(span.file, byte) for span in spans for byte in range(span.offset, span.stop)]
     assert sorted(seen) == [(number, byte) for number, size in enumerate(sizes) for byte in range(size)]
+
+
+def test_every_call_is_filled_to_its_last_byte() -> None:
+    pieces = [Piece(0, 10 * number, 10) for number in range(6)]
+    assert [len(call) for call in plan.reads(pieces, 20)] == [2, 2, 2]
+
+
+def test_a_span_ends_before_its_stop() -> None:
+    assert plan.locate([Landed(0, 0, 10, 0)], 10, 12) is None
+    assert plan.locate([Landed(0, 0, 10, 0), Landed(0, 10, 10, 50)], 10, 12) == [(50, 2)]

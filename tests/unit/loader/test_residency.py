@@ -41,7 +41,8 @@ def test_who_was_released_last_stays_longest() -> None:
     filled(tier, "b", 3, now=2)
     tier.lease("a", 1)
     tier.release("a", 1, now=5)
-    filled(tier, "c", 3, now=6)
+    tier.release("b", 1, now=6)  # it held nothing
+    filled(tier, "c", 3, now=7)
     assert [name for name, _ in tier.residents()] == ["a", "c"]
 
 
