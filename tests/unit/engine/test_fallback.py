@@ -120,6 +120,7 @@ def test_in_float32_batches_chunks_and_restarts_change_no_bit(which: str, engine
 
 
 @pytest.mark.parametrize(("which", "kind"), [("gpt-neox", "Linear"), ("gpt2", "Conv1D")])
+@torch.inference_mode()
 def test_a_row_of_a_linear_layer_is_the_same_alone(which: str, kind: str, engine: Engine) -> None:
     values, _, tensors = plain(*SERVED[which])
     serve(engine, ModelConfig.parse(values), tensors)
