@@ -254,3 +254,14 @@ def test_a_window_that_does_not_fit_is_stranded() -> None:
     assert run(schedule) == {1: 64}
     assert run(schedule) == {}
     assert len(schedule.stranded) == 1
+
+
+def test_a_preempted_window_begins_anew() -> None:
+    schedule = scheduler()
+    one = sequence(1, 100, windows=(0, 20))
+    schedule.add(one)
+    run(schedule, 1000)
+    schedule.preempt(one)
+    schedule.check_invariants()
+    assert run(schedule, 60) == {1: 60}
+    assert one.blocks.count(FREED) == 2
