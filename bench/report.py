@@ -21,7 +21,6 @@ QUESTIONS = {
     "accuracy": "Does the engine compute what transformers computes?",
     "idle": "What does a server cost that nobody asks?",
     "limits": "What can this machine's links and cores do?",
-    "gateway": "What does the gateway add to a stream?",
     "load": "How fast do weights move, against the link's limit?",
     "engine": "How fast does a loaded model answer?",
 }
