@@ -59,14 +59,15 @@ def test_a_wall_clock_that_is_stepped_an_hour_ends_nothing_and_delays_nothing(
     step.write_text("0")
     source = Path(poor.get("/admin/models/m")["source"])
     deploy(poor, "m", source, keep_alive=60)
+    deploy(poor, "kept", source, keep_alive=60)
     deploy(poor, "brief", source, keep_alive=0.2)
     expected = ask(poor, "m", max_tokens=200)
-    assert ask(poor, "brief")[0] == 200
+    assert (ask(poor, "kept")[0], ask(poor, "brief")[0]) == (200, 200)
     running = Streamed(poor, "m", max_tokens=200).begin()
     step.write_text(str(jump))
     assert (200, running.rest()) == expected
     until(lambda: status(poor, "brief")["value"] == "unloaded", "the end of a fifth of a second", 5)
-    assert status(poor, "m")["value"] == "loaded"
+    assert [status(poor, name)["value"] for name in ("m", "kept")] == ["loaded", "loaded"]
     shown = poor.get("/admin/models/m")["until"]
     assert 0 < shown - (time.time() + jump) < 61  # what is shown is shown by the clock on the wall
     assert ask(poor, "brief")[0] == 200  # a cold start
