@@ -187,7 +187,10 @@ class Description:
 
     def layer(self, number: int) -> LayerNames:
         """What layer `number` consists of."""
-        names, prefix = self.names, self.names.layer.format(number)
+        return self._layer(self.names.layer.format(number), self.sparse(number))
+
+    def _layer(self, prefix: str, sparse: bool) -> LayerNames:
+        names = self.names
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         rows = (query, key, key) if len(names.qkv) == 3 else (query + 2 * key,)
 
@@ -205,8 +208,8 @@ class Description:
             key_norm=prefix + names.key_norm,
             qkv=Product(tuple(prefix + name for name in names.qkv), rows, self.hidden, self.qkv_bias),
             output=Product((prefix + names.output,), (self.hidden,), query, self.output_bias),
-            router=self._router(prefix) if self.sparse(number) else None,
-            mlps=tuple(self._experts(prefix)) if self.sparse(number) else (self._mlp(prefix),),
+            router=self._router(prefix) if sparse else None,
+            mlps=tuple(self._experts(prefix)) if sparse else (self._mlp(prefix),),
         )
 
     def sparse(self, number: int) -> bool:
@@ -236,21 +239,52 @@ class Description:
 
     def tensors(self) -> dict[str, Shape]:
         """Every tensor that a checkpoint must hold, with its shape."""
-        names = self.names
-        shapes: dict[str, Shape] = {f"{names.embedding}.weight": (self.vocab, self.embedding)}
-        if names.positions:
-            shapes[f"{names.positions}.weight"] = (self.context + self.position_offset, self.hidden)
-        if names.inward:
-            shapes[f"{names.inward}.weight"] = (self.hidden, self.embedding)
+        shapes = dict(self._first())
+        kinds = {sparse: list(self._layer_tensors(self._layer("", sparse))) for sparse in self._kinds()}
         for number in range(self.layers):
-            shapes.update(self._layer_tensors(self.layer(number)))
-        if names.last_norm:
-            shapes.update(self._norm(names.last_norm, self.hidden))
-        if names.outward:
-            shapes[f"{names.outward}.weight"] = (self.embedding, self.hidden)
-        if not self.tied:
-            shapes[f"{names.head}.weight"] = (self.vocab, self.embedding)
+            prefix = self.names.layer.format(number)
+            for name, shape in kinds[self.sparse(number)]:
+                shapes[prefix + name] = shape
+        shapes.update(self._last())
         return shapes
+
+    def groups(self) -> Iterator[tuple[str, ...]]:
+        """Every tensor once, those together whose rows a device holds next to each other."""
+        yield from ((name,) for name, _ in self._first())
+        kinds = {sparse: list(self._layer_groups(self._layer("", sparse))) for sparse in self._kinds()}
+        for number in range(self.layers):
+            prefix = self.names.layer.format(number)
+            for group in kinds[self.sparse(number)]:
+                yield tuple([prefix + name for name in group])
+        yield from ((name,) for name, _ in self._last())
+
+    def _kinds(self) -> set[bool]:
+        """Whether there are layers without experts, and with."""
+        return {self.sparse(number) for number in range(self.layers)}
+
+    def _first(self) -> Iterator[tuple[str, Shape]]:
+        names = self.names
+        yield f"{names.embedding}.weight", (self.vocab, self.embedding)
+        if names.positions:
+            yield f"{names.positions}.weight", (self.context + self.position_offset, self.hidden)
+        if names.inward:
+            yield f"{names.inward}.weight", (self.hidden, self.embedding)
+
+    def _last(self) -> Iterator[tuple[str, Shape]]:
+        names = self.names
+        if names.last_norm:
+            yield from self._norm(names.last_norm, self.hidden)
+        if names.outward:
+            yield f"{names.outward}.weight", (self.embedding, self.hidden)
+        if not self.tied:
+            yield f"{names.head}.weight", (self.vocab, self.embedding)
+
+    def _layer_groups(self, layer: LayerNames) -> Iterator[tuple[str, ...]]:
+        products = {name: group for product in layer.products() for group in product.groups() for name in group}
+        for name, _ in self._layer_tensors(layer):
+            group = products.get(name, (name,))
+            if group[0] == name:
+                yield group
 
     def _layer_tensors(self, layer: LayerNames) -> Iterator[tuple[str, Shape]]:
         for product in layer.products():
@@ -266,15 +300,3 @@ class Description:
         yield f"{name}.weight", (size,)
         if self.norm is Norm.LAYER:
             yield f"{name}.bias", (size,)
-
-    def groups(self) -> Iterator[tuple[str, ...]]:
-        """Every tensor once, those together whose rows a device holds next to each other."""
-        told: set[str] = set()
-        for number in range(self.layers):
-            for product in self.layer(number).products():
-                for group in product.groups():
-                    told.update(group)
-                    yield group
-        for name in self.tensors():
-            if name not in told:
-                yield (name,)
