@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,24 @@ def queue_what_runs(state: State) -> None:
 
 def forget_a_waiter(state: State) -> None:
     state.models["w"].waiting.pop()
+
+
+def disown(state: State) -> None:
+    state.sequences[1].replica = state.replicas[2]
+
+
+def queue_a_double(state: State) -> None:
+    waiting = state.models["w"].waiting
+    waiting[0] = copy(waiting[0])
+
+
+def tokenise_a_double(state: State) -> None:
+    unready = state.models["w"].unready
+    unready[8] = copy(unready[8])
+
+
+def swap_who_waits_for_who_runs(state: State) -> None:
+    state.models["w"].unready = {1: state.sequences[1]}
 
 
 def run_while_loading(state: State) -> None:
@@ -145,6 +164,10 @@ def run_a_suspect(state: State) -> None:
     [
         ("one owner", serve_nobody),
         ("one owner", own_twice),
+        ("one owner", disown),
+        ("one queue", queue_a_double),
+        ("one queue", tokenise_a_double),
+        ("one queue", swap_who_waits_for_who_runs),
         ("one queue", queue_out_of_order),
         ("one queue", queue_a_stranger),
         ("one owner", queue_what_runs),

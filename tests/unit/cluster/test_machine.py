@@ -8,7 +8,8 @@ from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.machine import HANDLERS, Machine
 from serverless_llm.cluster.policy import Policy
-from tests.unit.cluster.desk import D0, deploy, node
+from serverless_llm.domain import FinishReason
+from tests.unit.cluster.desk import D0, Desk, deploy, node
 
 
 def test_every_event_has_a_handler() -> None:
@@ -41,3 +42,11 @@ def test_an_empty_machine_asks_for_nothing() -> None:
     machine = Machine(Policy())
     assert machine.handle(deploy("a"), 1.0) == []
     assert machine.handle(e.Tick(), 2.0) == []
+
+
+def test_an_earlier_deadline_is_asked_for_at_once() -> None:
+    desk = Desk()
+    desk.join()
+    desk.serve("a", 1, keep_alive=1.0)
+    done = e.SequenceDone(1, 1, FinishReason.STOP, 3)
+    assert desk.machine.handle(done, 0.0) == [c.WakeAt(1.0)]

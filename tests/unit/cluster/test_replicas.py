@@ -98,6 +98,37 @@ def test_what_a_start_takes_beside_its_bytes_is_learned(desk: Desk) -> None:
     assert round(known.overhead_s, 6) == round(0.05 + 0.3 * (1.0 - 0.05), 6)
 
 
+def test_a_model_that_is_wanted_for_good_starts_again_when_it_has_cooled() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", min_replicas=1))
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.LoadFailed(1, "bad header", False))
+    assert desk.tell(e.Unloaded(1)) == []
+    assert kinds(desk.tick(1.0)) == ["Decided", "Reserve"]
+
+
+def test_a_load_that_is_wanted_for_good_by_now_is_not_abandoned() -> None:
+    desk = Desk(Policy(silent_after=1e9, load_floor_s=1e9))
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(deploy("a", min_replicas=1))
+    desk.tell(e.ClientGone(1))
+    assert desk.tick(1000.0) == []
+
+
+def test_a_pin_holds_a_replica_past_its_keep_alive_and_no_longer() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, keep_alive=10.0)
+    desk.tell(e.Pin("a", True))
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert desk.tick(20.0) == []
+    assert kinds(desk.tell(e.Pin("a", False))) == ["Evicted", "Unload"]
+
+
 def test_copies_need_no_dram_to_stay_in() -> None:
     desk = Desk(QUIET)
     desk.join(node(dram=10))
@@ -194,6 +225,7 @@ def test_a_stuck_load_is_placed_anew_once_then_the_model_has_failed(desk: Desk) 
     assert isinstance(reject, c.Reject)
     assert reject.message == "loading got stuck 2 times, last on n0/0"
     assert reject.retry
+    assert desk.machine.state.models["a"].expiries == 0
 
 
 def test_a_reserve_without_answer_kills_the_worker_then_the_node_is_dropped(desk: Desk) -> None:

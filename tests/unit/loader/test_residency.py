@@ -48,8 +48,8 @@ def test_who_was_released_last_stays_longest() -> None:
 
 def test_as_many_go_as_must() -> None:
     tier = Tier(6, 10)
-    for now, name in enumerate("abc"):
-        filled(tier, name, 2, now)
+    for name in "cab":
+        filled(tier, name, 2, now=1)
     assert tier.reserve("d", pieces(5), 9).evicted == 5
     assert tier.residents() == [("c", 10)]
 

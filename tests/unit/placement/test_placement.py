@@ -134,3 +134,8 @@ def test_the_least_sum_wins_then_the_device_id() -> None:
 )
 def test_one_more_replica(demand: scale.Demand, want: scale.Want) -> None:
     assert scale.wanted(demand) is want
+
+
+def test_a_replica_just_used_is_no_cheap_victim() -> None:
+    used, dear = Candidate((1,), 10, 1.0, 0.0), Candidate((2,), 10, 3.0, 1.0)
+    assert evict.victims([used, dear], 10) == (dear,)
