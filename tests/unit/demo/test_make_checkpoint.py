@@ -212,7 +212,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads((directory / "config.json").read_text())["num_hidden_layers"] == 3
     again = CliRunner().invoke(make_checkpoint_command, arguments)
     assert again.exit_code == 1
-    assert "is not an empty directory" in again.output
+    assert isinstance(again.exception, FileExistsError)
 
 
 def test_the_command_is_light_to_import() -> None:
