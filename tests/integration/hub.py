@@ -78,6 +78,7 @@ class Hub:
 
 
 class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64
     hub: Hub
 
     def handle_error(self, request: object, client_address: object) -> None:

@@ -58,6 +58,8 @@ class Shell:
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(folder / "hf"),
             "HF_TOKEN": "hf_secret",
+            "HF_HUB_ETAG_TIMEOUT": "60",  # a busy machine is not a hub that is down
+            "HF_HUB_DOWNLOAD_TIMEOUT": "60",
             "SERVERLESS_LLM_STATE_DIR": str(folder / "state"),
             "SERVERLESS_LLM_DEVICES": "cpu:1",
             "PYTHONUNBUFFERED": "1",
