@@ -186,6 +186,7 @@ def test_load_starts_a_replica_that_nobody_waits_for_and_that_goes_on() -> None:
     assert desk.tell(e.Load("nope")) == []
     assert kinds(desk.tell(e.Load("a"))) == ["Decided", "Reserve"]
     assert desk.tell(e.Load("a")) == []
+    assert desk.machine.state.models["a"].requested_at is None
     desk.tell(e.Reserved(D0, 1))
     assert desk.tick(100.0) == []
 

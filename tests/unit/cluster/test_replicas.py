@@ -129,6 +129,31 @@ def test_a_pin_holds_a_replica_past_its_keep_alive_and_no_longer() -> None:
     assert kinds(desk.tell(e.Pin("a", False))) == ["Evicted", "Unload"]
 
 
+def test_what_never_ends_has_no_deadline(desk: Desk) -> None:
+    desk.tell(deploy("a", keep_alive=math.inf))
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert ("idle", 1) not in desk.machine.state.timers
+    desk.tell(deploy("b", size=10))
+    desk.tell(e.UnloadModel("a"))
+    desk.tell(e.Unloaded(1))
+    desk.tell(e.Load("b"))
+    desk.tell(e.Reserved(D0, 2))
+    desk.tell(e.LoadFailed(2, "bad header", True))
+    assert ("cool", "b") not in desk.machine.state.timers
+
+
+@pytest.mark.parametrize("event", [deploy("a"), e.Delete("a")])
+def test_who_is_deployed_anew_or_deleted_need_not_cool(desk: Desk, event: e.Event) -> None:
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.tell(e.LoadFailed(1, "bad header", False))
+    assert ("cool", "a") in desk.machine.state.timers
+    desk.tell(event)
+    assert ("cool", "a") not in desk.machine.state.timers
+
+
 def test_copies_need_no_dram_to_stay_in() -> None:
     desk = Desk(QUIET)
     desk.join(node(dram=10))

@@ -10,7 +10,7 @@ from serverless_llm.cluster import events as e
 from serverless_llm.cluster import views
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import FinishReason, Tier
-from tests.unit.cluster.desk import D0, Desk, deploy
+from tests.unit.cluster.desk import D0, Desk, deploy, node
 
 DONE = FinishReason.STOP
 
@@ -64,3 +64,15 @@ def test_without_a_device_no_start_can_be_foreseen(desk: Desk) -> None:
     desk.tell(e.WorkerLost(D0, 1, "killed"))
     desk.ask(1, "a")
     assert see(desk).estimate_s == math.inf
+
+
+def test_a_model_goes_when_its_last_replica_does() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    desk.join(node(devices=2))
+    desk.serve("a", 1, keep_alive=10.0, max_replicas=2, max_concurrency=1)
+    desk.ask(2, "a")
+    desk.bring_up(2)
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    assert see(desk).until is None
+    desk.tell(e.SequenceDone(1, 1, DONE, 3), after=5.0)
+    assert see(desk).until == 15.0
