@@ -232,3 +232,14 @@ def test_a_pinned_model_is_never_evicted(desk: Desk) -> None:
     desk.ask(2, "b")
     assert desk.tick(100.0) == []
     assert kinds(desk.tell(e.Pin("a", False))) == ["Decided", "Evicted", "Unload"]
+
+
+def test_a_replica_that_is_to_leave_takes_no_new_request(desk: Desk) -> None:
+    desk.tell(e.UnloadModel("a"))
+    assert desk.ask(2, "a") == []
+
+
+def test_a_wish_for_what_fits_nowhere_is_forgotten(desk: Desk) -> None:
+    desk.tell(deploy("big", size=95))
+    assert desk.tell(e.Load("big")) == []
+    assert desk.machine.state.models["big"].requested_at is None

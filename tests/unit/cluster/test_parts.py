@@ -87,3 +87,11 @@ def test_every_state_but_the_last_has_a_way_out_and_a_way_in(table: dict[tuple[s
 
 def test_every_sequence_can_end() -> None:
     assert all((state, "done") in SEQUENCE for state in SequenceState if state is not SequenceState.DONE)
+
+
+def test_deadlines_keep_their_order_when_replaced_ones_are_swept() -> None:
+    timers = Timers()
+    for at in range(200):
+        for key in range(10):
+            timers.arm(("x", key), float(at + 100 - 10 * key))
+    assert list(timers.due(1000.0)) == [("x", key) for key in reversed(range(10))]
