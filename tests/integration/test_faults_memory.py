@@ -75,9 +75,9 @@ def test_a_memory_limit_that_is_reached_costs_a_restart(tmp_path: Path, group: G
         neighbour = subprocess.Popen([*joined, sys.executable, "-c", HOG], stdin=subprocess.PIPE)
         stack.callback(neighbour.communicate)
         until(lambda: group.kills, "the kernel's word")
+        neighbour.kill()  # as long as it is there, the pool's memory is not
         assert (200, running.rest()) == expected
         assert server.head is not None
         assert server.head.poll() is None
-        neighbour.communicate()
         assert ask(server, "small", max_tokens=1500) == expected
         assert group.kills < 5  # no circle
