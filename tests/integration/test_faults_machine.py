@@ -68,7 +68,7 @@ def test_a_wall_clock_that_is_stepped_an_hour_ends_nothing_and_delays_nothing(
     assert (200, running.rest()) == expected
     until(lambda: status(poor, "brief")["value"] == "unloaded", "the end of a fifth of a second", 5)
     assert [status(poor, name)["value"] for name in ("m", "kept")] == ["loaded", "loaded"]
-    shown = poor.get("/admin/models/m")["until"]
+    shown = until(lambda: poor.get("/admin/models/m")["until"], "the catalogue to tell that it is idle", 5)
     assert 0 < shown - (time.time() + jump) < 61  # what is shown is shown by the clock on the wall
     assert ask(poor, "brief")[0] == 200  # a cold start
     step.write_text("0")
