@@ -3,7 +3,7 @@
 A storm is a list of segments. Each starts a server of its own, records what every request answers undisturbed,
 then keeps `STREAMS` streams running while it kills -9 workers and agents in a wanted phase (load, prefill, decode,
 or whatever is there), and at times the head. At the end nothing may be lost, doubled, different or leaked.
-A device on trial is spared: a request whose worker dies three times without a token in between is guilty by design.
+A device on trial is spared: a request whose worker dies in its trial is guilty by design.
 Segments are seeded and independent: `--json FILE` skips those already in FILE, so that a storm resumes.
 """
 
