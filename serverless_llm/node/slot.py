@@ -137,7 +137,14 @@ class Slot:
 
     def spawned(self, incarnation: int, pid: int) -> None:
         assert incarnation == self.incarnation
-        self.pid, self._owed = pid, None
+        self._owed = None
+        self._meet(pid)
+
+    def _meet(self, pid: int) -> None:
+        """Whichever tells of it first: the forkserver, or the worker, which may be up before its parent runs again."""
+        if self._pidfd >= 0:
+            return
+        self.pid = pid
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -180,6 +187,7 @@ class Slot:
         if frame.header.kind == wire.KIND[wire.Booted]:
             booted = wire.decode(frame.header.kind, frame.body)
             assert isinstance(booted, wire.Booted)
+            self._meet(booted.pid)
             self.numerics_id, self.up, self._due = booted.numerics_id, True, None
             self._told_up(self)
         elif frame.header.kind == wire.KIND[wire.Failed] and not self.up:

@@ -110,3 +110,42 @@ def test_a_worker_that_is_refused_when_it_is_up_counts_as_a_failed_boot() -> Non
         pool.close()
 
     asyncio.run(tell())
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_up_before_the_forkserver_says_so_is_known_by_its_pid_and_can_be_killed() -> None:
+    """On a busy machine the child may run before its parent does again."""
+    held: list[int] = []
+    ups: asyncio.Queue[int] = asyncio.Queue()
+    lost: asyncio.Queue[str] = asyncio.Queue()
+
+    async def tell() -> None:
+        pool = Pool(MIB)
+        spawner = Spawner(
+            lambda: slot.boot(),
+            lambda device, incarnation, pid: held.append(pid),
+            lambda device, incarnation, status: slot.exited(incarnation, status),
+            lambda cause: slot.forkserver_lost(cause),
+        )
+        boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
+        slot = Slot(
+            boot,
+            pool.fd,
+            spawner,
+            lambda *_: None,
+            lambda one: ups.put_nowait(one.pid),
+            lambda _, cause: lost.put_nowait(cause),
+            10.0,
+        )
+        spawner.start()
+        async with asyncio.timeout(60):
+            pid = await ups.get()
+            slot.kill("no longer wanted")
+            assert await lost.get() == "no longer wanted"
+        assert pid == held[0]
+        spawner.stop()
+        slot.forkserver_lost("stopped")
+        await asyncio.sleep(0)
+        pool.close()
+
+    asyncio.run(tell())
