@@ -28,6 +28,7 @@ class Access:
 
     def __init__(self, options: GatewayOptions) -> None:
         self._options = options
+        self._hosts = tuple(host.lower() for host in options.hosts)
         self._keys: dict[bytes, Key] = {}
         self.set_keys(options.keys)
 
@@ -46,7 +47,7 @@ class Access:
             return None
         given = request.headers.get("Authorization", "")
         if not self._keys or (path == "/metrics" and self._options.open_metrics and not given):
-            _check_local(request.headers.get("Host", ""), request.headers.get("Origin"), self._options.hosts)
+            _check_local(request.headers.get("Host", ""), request.headers.get("Origin"), self._hosts)
             return None
         key = self._key(given)
         scope = _scope(path)
@@ -79,7 +80,7 @@ def _check_local(host: str, origin: str | None, allowed: tuple[str, ...]) -> Non
 
 
 def is_local(url: str, allowed: tuple[str, ...]) -> bool:
-    """Whether the URL's host is loopback or one of `allowed`, whatever its port."""
+    """Whether the URL's host is loopback or one of `allowed` (in lower case), whatever its port."""
     try:
         name = urlsplit(url).hostname
     except ValueError:

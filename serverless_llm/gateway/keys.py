@@ -30,7 +30,7 @@ class Key:
         id: what logs call it.
         digest: SHA-256 of its text.
         requests_per_minute, tokens_per_minute: None: no limit. Tokens are those of prompts and of answers.
-        concurrency: requests that may run or wait at a time; None: any number.
+        concurrency: requests that may run or wait at a time, each as often as it has choices; None: any number.
     """
 
     id: str
@@ -73,7 +73,7 @@ def read(path: Path, environ: Mapping[str, str]) -> tuple[Key, ...]:
         raw = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"keys file {path}: {_plain(error)}") from None
-    if not isinstance(raw, list):
+    if not isinstance(raw, list) or not raw:  # without a key everybody on this machine may call
         raise ConfigurationError(f"keys file {path}: a list of keys is needed")
     if mode & 0o077 and any(_is_secret(entry) for entry in raw):
         raise ConfigurationError(f"keys file {path}: it holds keys and others may read it; chmod 600 {path}")

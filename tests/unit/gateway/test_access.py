@@ -12,7 +12,7 @@ from serverless_llm.gateway.options import GatewayOptions
 
 SCOPED = Key("infers", digest(b"only"), frozenset(("inference",)))
 KEYED = GatewayOptions(keys=(full("k1"), full("k2"), full("é"), SCOPED))
-OPEN = GatewayOptions(hosts=("gpu-box.lan",))
+OPEN = GatewayOptions(hosts=("GPU-box.lan",))
 
 
 def refusal(options: GatewayOptions, path: str = "/v1/models", **headers: str) -> int:

@@ -42,6 +42,7 @@ def test_keys_with_scopes_and_limits(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: 1", "a list of keys is needed"),
+        ("[]", "a list of keys is needed"),
         ("- [1", "line 1 is no YAML"),
         ("- canary: [\n  canary", "line 2 is no YAML"),
         ("- 7", "key 1: Expected `object`"),
