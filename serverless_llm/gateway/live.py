@@ -217,6 +217,7 @@ class Choice:
         self.prompt = prompt
         if request.echo:
             self._echo = self._prompt_text(prompt)
+            self.live.unread_limit += len(self._echo)  # it comes at once, which no client can be too slow for
 
     def _prompt_text(self, prompt: TokenisedPrompt) -> str:
         given = self.live.request.prompts[self.index // self.live.request.n]

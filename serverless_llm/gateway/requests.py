@@ -93,17 +93,26 @@ class LiveRequests:
             choice.series = self._metrics.served(choice.info.name, message.device)
             self._send(choice.run(message))
         except Exception:  # noqa: BLE001  one request's fault: unanswered, the controller would attach it again for ever
-            _log.exception("%s: the sequence could not be attached", choice.live.request_id)
-            choice.fail(RequestError(500, "engine_error", "the sequence could not be started"))
-            self._stop((choice,), "error")
+            self._fail(choice, "the sequence could not be attached")
+
+    def _fail(self, choice: Choice, why: str) -> None:
+        """A bug that one request met ends that request."""
+        _log.exception("%s: %s", choice.live.request_id, why)
+        choice.fail(RequestError(500, "engine_error", why))
+        self._stop((choice,), "error")
 
     def tokens(self, message: wire.Tokens) -> None:
         now = time.monotonic()
         for sequence, epoch, tokens, finish in message.entries:
             choice = self._live.get(sequence)
-            if choice is not None and choice.epoch == epoch and not choice.done:
+            if choice is None or choice.epoch != epoch or choice.done:
+                continue
+            try:
                 choice.extend(tokens, finish, message.likelihoods.get(sequence, ()))
                 self._observe(choice, len(tokens), now)
+            except Exception:  # noqa: BLE001  one request's fault, in a frame with the tokens of others
+                self._fail(choice, "its tokens could not be decoded")
+            else:
                 self._stop_if_done(choice)
 
     def _observe(self, choice: Choice, count: int, now: float) -> None:
