@@ -11,7 +11,8 @@ from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import openai
+from serverless_llm.gateway import body
+from serverless_llm.gateway.options import GatewayOptions
 
 ACTIONS = ("load", "unload", "pin")
 
@@ -20,10 +21,10 @@ class Admin:
     """Questions in flight, by number."""
 
     def __init__(
-        self, send: Callable[[wire.Message], None], timeout: float, traffic: Callable[[], dict[str, Any]]
+        self, send: Callable[[wire.Message], None], options: GatewayOptions, traffic: Callable[[], dict[str, Any]]
     ) -> None:
         self._send = send
-        self._timeout = timeout
+        self._options = options
         self._traffic = traffic
         self._number = 0
         self._asked: dict[int, asyncio.Future[wire.Answer]] = {}
@@ -57,9 +58,7 @@ class Admin:
         return await self._ask("nodes", "", b"{}")
 
     async def deploy(self, request: web.Request) -> web.Response:
-        raw = await request.read()
-        openai.decode(raw)
-        return await self._ask("deploy", request.match_info["name"], raw)
+        return await self._ask("deploy", request.match_info["name"], await self._body(request))
 
     async def show(self, request: web.Request) -> web.Response:
         return await self._ask("show", request.match_info["name"], b"{}")
@@ -69,24 +68,27 @@ class Admin:
 
     def _acting(self, action: str) -> Callable[[web.Request], asyncio.Future[web.Response]]:
         async def act(request: web.Request) -> web.Response:
-            raw = await request.read() or b"{}"
-            openai.decode(raw)
-            return await self._ask(action, request.match_info["name"], raw)
+            return await self._ask(action, request.match_info["name"], await self._body(request))
 
         return act  # type: ignore[return-value]  # aiohttp types handlers as awaitables
 
-    async def _ask(self, verb: str, name: str, body: bytes) -> web.Response:
-        answer = await self._question(verb, name, body)
+    async def _body(self, request: web.Request) -> bytes:
+        raw = await body.read(request, self._options.idle) or b"{}"
+        body.decode(raw)
+        return raw
+
+    async def _ask(self, verb: str, name: str, raw: bytes) -> web.Response:
+        answer = await self._question(verb, name, raw)
         return _shown(answer.status, answer.body)
 
-    async def _question(self, verb: str, name: str, body: bytes) -> wire.Answer:
+    async def _question(self, verb: str, name: str, raw: bytes) -> wire.Answer:
         self._number += 1
         number = self._number
         asked: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
         self._asked[number] = asked
-        self._send(wire.Ask(number, verb, name, body))
+        self._send(wire.Ask(number, verb, name, raw))
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._options.admin_timeout):
                 return await asked
         except TimeoutError:
             raise RequestError(503, "overloaded", "the controller did not answer in time", retry_after=5.0) from None

@@ -16,8 +16,8 @@ from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import failure, openai, openapi, page, records
-from serverless_llm.gateway.access import Access
+from serverless_llm.gateway import body, failure, openai, openapi, page, records
+from serverless_llm.gateway.access import AGENTS, Access
 from serverless_llm.gateway.admin import Admin
 from serverless_llm.gateway.completions import Completions
 from serverless_llm.gateway.feed import Feed
@@ -35,6 +35,7 @@ NAME = r"[A-Za-z0-9][\w.-]*(?:(?:/|%2[Ff])[\w.-]+)?"  # as config.NAME, in a pat
 UNLOGGED = ("/health", "/ready", "/metrics")  # asked again and again, by machines
 POLLED = ("/admin/status",)  # by every open dashboard: its refusals are news, its answers are not
 CLIENT_GONE = 499  # no status of HTTP; nobody receives it, but logs tell of it, as nginx's do
+LINKED = (101, CLIENT_GONE)  # how an agent's link ends, which its own log tells of
 CALLER = web.RequestKey("caller", Key)
 _VALID_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _log = logging.getLogger("serverless_llm.gateway")
@@ -63,7 +64,7 @@ class Gateway:
         self._draining = False
         self._idle = asyncio.Event()
         self.live = LiveRequests(send, self.metrics, generation)
-        self._admin = Admin(send, self._options.admin_timeout, self.metrics.traffic.shown)
+        self._admin = Admin(send, self._options, self.metrics.traffic.shown)
         self._feed = Feed(self._options.heartbeat_every)
         self._completions = Completions(self.live, text, self.metrics, self._options, self._models.get)
         self._receivers: dict[type[wire.Message], Callable[[Any], None]] = {
@@ -121,30 +122,34 @@ class Gateway:
         return app
 
     def _routes(self) -> list[web.RouteDef]:
-        model = f"/models/{{name:{NAME}}}/v1"
-        routes = [web.get("/health", self._health), web.get("/ready", self._get_ready)]
-        routes += [web.get("/metrics", self._metrics_page), web.get(f"/v1/models/{{name:{NAME}}}", self._model)]
-        for prefix in ("/v1", model):
+        routes = [
+            web.get("/health", self._health),
+            web.get("/ready", self._get_ready),
+            web.get("/metrics", self._metrics_page),
+            web.get("/openapi.json", self._openapi),
+            web.get("/admin/events", self._feed.watch, allow_head=False),  # its head would have no end
+        ]
+        for prefix in ("/v1", f"/models/{{name:{NAME}}}/v1"):
             routes += [
                 web.post(f"{prefix}/chat/completions", self._chat),
                 web.post(f"{prefix}/completions", self._completion),
                 web.get(f"{prefix}/models", self._list),
+                web.get(f"{prefix}/models/{{id:{NAME}}}", self._model),
             ]
-        routes.append(web.get("/openapi.json", self._openapi))
-        return [*routes, web.get("/admin/events", self._feed.watch), *self._admin.routes(), *page.routes()]
+        return [*routes, *self._admin.routes(), *page.routes()]
 
     @web.middleware
     async def _edge(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Identity, access, every failure as an error body, and the line in the log."""
         given = request.headers.get("x-request-id", "")
         request_id = given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex
-        record = Record(request_id, f"{request.method} {request.path}")
+        record = Record(request_id, f"{request.method} {request.rel_url.raw_path}")  # as it came: no line breaks
         records.CURRENT.set(record)
         try:
             response = await self._answer(request, handler, record)
             record.status = response.status
         except asyncio.CancelledError:
-            record.status, record.end = CLIENT_GONE, "client gone"
+            record.status, record.end = CLIENT_GONE, record.end or "client gone"
             raise
         else:
             return response
@@ -159,18 +164,23 @@ class Gateway:
                 request[CALLER], record.key = key, key.id
             return await handler(request)
         except RequestError as error:
-            return _refused(error)
+            response = _refused(error)
+            if request.content.exception() is not None:  # where the next request begins is not known
+                response.force_close()
+            return response
         except web.HTTPException as error:
             return _refused(self._from_http(error, request), error)
         except ConnectionError:
             _abort(request)
             return _refused(RequestError(CLIENT_GONE, "client_gone", "nobody reads this"))
         except Exception:  # noqa: BLE001  the edge: whatever it was, the client gets an error body
-            _log.exception("%s: %s %s failed", record.request_id, request.method, request.path)
+            _log.exception("%s: %s failed", record.request_id, record.route)
             return _refused(RequestError(500, "engine_error", "an internal error; the log tells more"))
 
     def _from_http(self, error: web.HTTPException, request: web.Request) -> RequestError:
-        """aiohttp's own refusals: no such route, wrong method, body over the limit."""
+        """aiohttp's own refusals: no such route, wrong method, body over the limit; and that of an agent."""
+        if error.status == 401:
+            return RequestError(401, "invalid_api_key", error.text or error.reason)
         if error.status == 404:
             return failure.no_route(request.method, request.path)
         if error.status == 405:
@@ -187,41 +197,36 @@ class Gateway:
         return await self._complete(request, chat=False)
 
     async def _complete(self, request: web.Request, chat: bool) -> web.StreamResponse:
-        if self._draining:
-            raise RequestError(503, "overloaded", "the server is stopping", retry_after=5.0)
-        with self._within_quota(request.get(CALLER)):
-            parsed = openai.parse(openai.decode(await self._body(request)), chat)
+        with self._within_quota(request.get(CALLER)) as grow:
+            raw = await body.read(request, self._options.idle)
+            if self._draining:  # by now
+                raise RequestError(503, "overloaded", "the server is stopping", retry_after=5.0)
+            parsed = openai.parse(body.decode(raw), chat)
             if "name" in request.match_info:
                 self._named(request.match_info["name"])  # an endpoint that is not there, whatever the body names
             info = self._named(_model_name(request, parsed.model))
+            grow(parsed.choices)
             try:
                 return await self._completions.answer(request, records.CURRENT.get().request_id, info, parsed)
             finally:
                 self._look_idle()
 
     @contextlib.contextmanager
-    def _within_quota(self, key: Key | None) -> Iterator[None]:
-        """
+    def _within_quota(self, key: Key | None) -> Iterator[Callable[[int], None]]:
+        """Gives what is to be told the number of choices, once it is known.
+
         Raises:
             RequestError: 429, the caller's limit.
         """
         if key is None:
-            yield
+            yield lambda choices: None
             return
-        self._quotas.enter(key, asyncio.get_running_loop().time())
+        stay = self._quotas.enter(key, asyncio.get_running_loop().time())
         try:
-            yield
+            yield stay.grow
         finally:
             record = records.CURRENT.get()
-            self._quotas.leave(key, record.prompt + record.generated)
-
-    async def _body(self, request: web.Request) -> bytes:
-        try:
-            async with asyncio.timeout(self._options.idle):
-                return await request.read()
-        except TimeoutError:
-            message = f"the body did not come within {self._options.idle:g} s"
-            raise RequestError(400, "invalid_request_error", message) from None
+            stay.leave(record.prompt + record.generated)
 
     def _named(self, name: str) -> wire.ModelInfo:
         info = self._models.get(name)
@@ -235,7 +240,10 @@ class Gateway:
         return _json({"object": "list", "data": [_shown(info) for info in infos]})
 
     async def _model(self, request: web.Request) -> web.Response:
-        return _json(_shown(self._named(request.match_info["name"])))
+        wanted, endpoint = request.match_info["id"], request.match_info.get("name")
+        if endpoint not in (None, wanted):
+            raise failure.unknown_model(wanted, ())
+        return _json(_shown(self._named(wanted)))
 
     async def _health(self, _request: web.Request) -> web.Response:
         return _json({"status": "ok"})
@@ -258,7 +266,8 @@ class Gateway:
 
 def _is_routine(path: str, status: int) -> bool:
     """Whether a request like this comes every few seconds and says nothing."""
-    return path in UNLOGGED or (path in POLLED and status == 200)
+    linked = path.startswith(AGENTS) and status in LINKED
+    return path in UNLOGGED or (path in POLLED and status == 200) or linked
 
 
 def _abort(request: web.Request) -> None:

@@ -116,7 +116,7 @@ class Completions:
         live.unread_limit = self._options.unread_limit
         live.overrun = lambda: http.transport.abort() if http.transport else None
         await live.news(live.opened + self._options.commit_after)
-        if live.error is not None and not live.begun:
+        if live.error is not None:
             raise live.error
         response = web.StreamResponse(headers=sse.HEADERS | answers.timing(live.lead))
         await response.prepare(http)
@@ -183,9 +183,9 @@ class Completions:
         record.phases = phases | answers.phases(lead)
 
     def _observe(self, choice: Choice) -> None:
-        """Every choice counts as a request, as in vLLM."""
+        """Every choice counts as a request, as in vLLM. What the client did wrong is no error of the server."""
         live, series = choice.live, choice.series
-        reason = choice.finish or ("error" if live.error is not None else "abort")
+        reason = choice.finish or ("error" if live.error is not None and live.error.status >= 500 else "abort")
         self._metrics.ended(live.info.name, choice.device, reason)
         if not choice.finish:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 
 from aiohttp import web
@@ -86,7 +87,7 @@ class Feed:
             RequestError: 400 for a bad N, 503 when stopping or with too many watchers.
         """
         recent = request.query.get("recent", "0")
-        if not recent.isdecimal() or int(recent) > KEPT:
+        if not re.fullmatch("[0-9]{1,3}", recent) or int(recent) > KEPT:
             raise invalid(f"recent must be a number up to {KEPT}", "recent")
         if self._closed or len(self._watchers) >= MOST:
             why = "the server is stopping" if self._closed else f"{MOST} others watch already"

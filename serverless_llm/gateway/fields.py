@@ -135,11 +135,14 @@ def stream_options(value: Any, name: str) -> bool:
     return bool(value.get("include_usage"))
 
 
+RESERVED = ("messages", "tools", "documents", "chat_template", "add_generation_prompt")
+
+
 def variables(value: Any, name: str) -> dict[str, Any]:
     """`chat_template_kwargs`: never what the server itself gives the template, nor a template."""
     if not isinstance(value, dict):
         raise invalid(f"{name} must be an object", name)
-    for key in ("messages", "tools", "documents", "chat_template", "add_generation_prompt"):
+    for key in RESERVED:
         if key in value:
             raise invalid(f"{name}.{key} cannot be given", f"{name}.{key}")
     if not _fits(value):
@@ -177,7 +180,7 @@ def _prompt(value: Any, name: str) -> Prompt:
 
 
 _ROLES = ("system", "developer", "user", "assistant")
-_ACCEPTED = ("name", "refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+EMPTY = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")  # [] is nothing
 
 
 def messages(value: Any, name: str) -> list[dict[str, Any]]:
@@ -195,7 +198,7 @@ def _message(value: Any, name: str) -> dict[str, Any]:
         raise invalid(f"{name}.role must be one of {', '.join(_ROLES)}", f"{name}.role")
     message = {"role": role, "content": _content(value.get("content"), f"{name}.content")}
     for key, entry in value.items():
-        if key in message or entry is None or (key in _ACCEPTED and entry == []):
+        if key in message or entry is None or (key in EMPTY and entry == []):
             continue
         if key != "name" or not isinstance(entry, str):
             raise invalid(f"{name}.{key} is not supported", f"{name}.{key}")
@@ -214,4 +217,7 @@ def _content(value: Any, name: str) -> str | list[dict[str, str]]:
 def _part(value: Any, name: str) -> dict[str, str]:
     if not isinstance(value, dict) or value.get("type") != "text" or not isinstance(value.get("text"), str):
         raise invalid(f'{name} must be {{"type": "text", "text": "..."}}', name)
+    for key, entry in value.items():
+        if key not in ("type", "text") and entry is not None:
+            raise invalid(f"{name}.{key} is not supported", f"{name}.{key}")
     return {"type": "text", "text": value["text"]}

@@ -34,7 +34,7 @@ def _answer(error: RequestError) -> web.Response:
 _FULL_BODY = failure.encoded(RequestError(503, "overloaded", "too many connections"))
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-    b"x-request-id: none\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(_FULL_BODY)
+    b"x-request-id: %%s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(_FULL_BODY)
 ) + _FULL_BODY
 
 
@@ -43,7 +43,7 @@ class _Full(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         writable = cast(asyncio.Transport, transport)  # uvloop's are, and say so to no isinstance
-        writable.write(_FULL)
+        writable.write(_FULL % uuid.uuid4().hex.encode())
         writable.close()
 
 

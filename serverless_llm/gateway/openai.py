@@ -9,8 +9,6 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from serverless_llm.gateway import fields
 from serverless_llm.gateway.failure import invalid, unsupported
 
@@ -118,21 +116,6 @@ def _is_neutral(name: str, value: Any) -> bool:
     return any(
         value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL.get(name, ())
     )
-
-
-def decode(raw: bytes) -> dict[str, Any]:
-    """A body's JSON object.
-
-    Raises:
-        RequestError: not JSON, or not an object.
-    """
-    try:
-        body = msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise invalid(f"the body is not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise invalid("the body must be a JSON object")
-    return body
 
 
 def parse(body: dict[str, Any], chat: bool) -> CompletionRequest:

@@ -8,12 +8,19 @@ from typing import Any
 
 import msgspec
 
+from serverless_llm.gateway import fields
+
 JSON = dict[str, Any]
 
 NAME: JSON = {"type": "string", "pattern": r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$"}
 _TOKENS: JSON = {"type": "integer", "minimum": 1, "maximum": 1 << 30}
 _IDS: JSON = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}}
-_KEEP_ALIVE: JSON = {"type": ["number", "string"], "description": 'Seconds, or "5m"; negative: for ever.'}
+_KEEP_ALIVE: JSON = {
+    "type": ["number", "string"],
+    "exclusiveMaximum": 10**12,
+    "pattern": r"^\s*-?([0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?\s*(ms|[smhd])\s*)+)\s*$",
+    "description": 'Seconds, or "5m"; negative: for ever.',
+}
 
 
 def _number(least: float, most: float, above: bool = False) -> JSON:
@@ -28,28 +35,33 @@ def _only(*values: Any) -> JSON:
     return {"enum": list(values), "description": "Not supported; accepted where it asks for nothing."}
 
 
+_UNNAMED: JSON = {"type": "null"}  # what else an object holds: null is as good as nothing
+_ANYTHING: JSON = {"description": "Without effect, whatever it is."}
 _TEXT_PART: JSON = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
+    "additionalProperties": _UNNAMED,
 }
 _MESSAGE: JSON = {
     "type": "object",
     "properties": {
         "role": {"enum": ["system", "developer", "user", "assistant"]},
         "content": {"type": ["string", "array"], "items": _TEXT_PART},
-        "name": {"type": "string"},
+        "name": {"type": ["string", "null"]},
+        **{name: _only([], None) for name in fields.EMPTY},
     },
     "required": ["role", "content"],
+    "additionalProperties": _UNNAMED,
 }
 _UNUSED: JSON = {
-    "user": {"type": "string"},
-    "metadata": {"type": "object"},
-    "store": {"type": "boolean"},
-    "service_tier": {"type": "string"},
-    "parallel_tool_calls": {"type": "boolean"},
-    "prompt_cache_key": {"type": "string"},
-    "safety_identifier": {"type": "string"},
+    "user": _ANYTHING,
+    "metadata": _ANYTHING,
+    "store": _ANYTHING,
+    "service_tier": _ANYTHING,
+    "parallel_tool_calls": _ANYTHING,
+    "prompt_cache_key": _ANYTHING,
+    "safety_identifier": _ANYTHING,
     "tools": _only([]),
     "tool_choice": _only("none", "auto"),
     "functions": _only([]),
@@ -71,55 +83,68 @@ _COMMON: JSON = {
     "repetition_penalty": _number(0, 100, above=True),
     "logit_bias": {
         "type": "object",
-        "propertyNames": {"pattern": r"^\d+$"},
+        "propertyNames": {"pattern": r"^[0-9]{1,10}$"},
         "additionalProperties": _number(-100, 100),
+        "maxProperties": 1024,
     },
     "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
     "stop": {
         "type": ["string", "array"],
         "minLength": 1,
+        "maxLength": 1024,
         "items": {"type": "string", "minLength": 1, "maxLength": 1024},
         "maxItems": 16,
     },
     "stop_token_ids": _IDS | {"maxItems": 1024},
     "ignore_eos": {"type": "boolean"},
     "stream": {"type": "boolean"},
-    "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
+    "stream_options": {
+        "type": "object",
+        "properties": {"include_usage": {"type": ["boolean", "null"]}, "include_obfuscation": _only(False, None)},
+        "additionalProperties": False,
+        "description": "Needs stream: true.",
+    },
     "keep_alive": _KEEP_ALIVE,
 } | _UNUSED
 _CHAT: JSON = _COMMON | {
     "messages": {"type": "array", "minItems": 1, "items": _MESSAGE},
     "max_completion_tokens": _TOKENS,
-    "chat_template_kwargs": {"type": "object"},
+    "chat_template_kwargs": {"type": "object", "propertyNames": {"not": {"enum": list(fields.RESERVED)}}},
     "logprobs": {"type": "boolean"},
-    "top_logprobs": _whole(0, 20),
+    "top_logprobs": _whole(0, 20) | {"description": "Needs logprobs: true."},
     "best_of": _only(1),
     "echo": _only(False),
     "suffix": _only(""),
 }
 _COMPLETION: JSON = _COMMON | {
     "prompt": {
-        "type": ["string", "array"],
-        "minLength": 1,
-        "minItems": 1,
-        "items": {"type": ["string", "integer", "array"]},
+        "anyOf": [
+            {"type": "string"},
+            _IDS | {"minItems": 1},
+            {
+                "type": "array",
+                "items": {"anyOf": [{"type": "string"}, _IDS | {"minItems": 1}]},
+                "minItems": 1,
+                "maxItems": 128,
+            },
+        ],
         "description": "A text, token ids, or a list of either.",
     },
     "logprobs": _whole(0, 5),
-    "echo": {"type": "boolean"},
-    "best_of": _whole(1, 128),
+    "echo": {"type": "boolean", "description": "Not together with logprobs."},
+    "best_of": _whole(1, 128) | {"description": "Only where it equals n."},
     "suffix": _only(""),
     "top_logprobs": _only(0),
 }
 _SPEC: JSON = {
-    "source": {"type": "string", "description": "A directory on the server, absolute; or the id of a hub's model."},
+    "source": {"type": "string", "description": "A directory on the server, absolute."},
     "dtype": {"enum": ["auto", "float32", "bfloat16"]},
-    "keep_alive": _KEEP_ALIVE,
+    "keep_alive": _KEEP_ALIVE | {"type": ["number", "string", "null"]},
     "min_replicas": _whole(0, 1 << 31),
     "max_replicas": _whole(1, 1 << 31),
     "max_concurrency": _whole(1, 1 << 31),
     "max_queue": _whole(0, 1 << 31),
-    "context": _whole(1, 1 << 31),
+    "context": _whole(1, 1 << 31) | {"type": ["integer", "null"]},
     "pinned": {"type": "boolean"},
 }
 
@@ -130,8 +155,9 @@ def _nullable(properties: JSON) -> JSON:
 
 
 def _body(properties: JSON, *required: str, null: bool = False) -> JSON:
-    fields = _nullable(properties) | {name: properties[name] for name in required} if null else properties
-    schema = {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+    shown = _nullable(properties) | {name: properties[name] for name in required} if null else properties
+    unnamed = _UNNAMED if null else False
+    schema = {"type": "object", "properties": shown, "required": list(required), "additionalProperties": unnamed}
     return {"content": {"application/json": {"schema": schema}}, "required": bool(required)}
 
 
@@ -146,8 +172,9 @@ _STATUS = _object(
     error={"type": ["string", "null"]},
 )
 _MODEL = _object(
-    id=NAME, object={"const": "model"}, created={"type": "integer"}, owned_by={"type": "string"}, status=_STATUS
-)
+    id=NAME, object={"const": "model"}, created={"type": "integer"}, owned_by={"type": "string"},
+    max_model_len={"type": "integer"}, status=_STATUS,
+)  # fmt: skip
 _USAGE = _object(
     prompt_tokens={"type": "integer"}, completion_tokens={"type": "integer"}, total_tokens={"type": "integer"}
 )
@@ -180,6 +207,11 @@ def _route(summary: str, scope: str, schema: JSON | None, *, body: JSON | None =
     return operation | ({"requestBody": body} if body else {}) | more
 
 
+def _named(name: str) -> JSON:
+    """A model's name in the path."""
+    return {"name": name, "in": "path", "required": True, "schema": NAME, "description": "A slash may be %2F."}
+
+
 _EVENTS: JSON = {  # each event as an object, as OpenAPI's tools read them
     "text/event-stream": {
         "schema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -199,13 +231,14 @@ def _inference(prefix: str, parameters: list[JSON]) -> JSON:
         },
         f"{prefix}/completions": {"post": _route("Continue a text.", "inference", _ANSWER, body=text, content=_EVENTS)},
         f"{prefix}/models": {"get": _route("Deployed models, loaded or not.", "inference", listed)},
+        f"{prefix}/models/{{id}}": {"get": _route("One model.", "inference", _MODEL, parameters=[_named("id")])},
     }
     return {path: item | ({"parameters": parameters} if parameters else {}) for path, item in routes.items()}
 
 
 def _operations() -> JSON:
     """Everything that operators ask."""
-    name = [{"name": "name", "in": "path", "required": True, "schema": NAME, "description": "A slash may be %2F."}]
+    name = [_named("name")]
     row: JSON = {"type": "object"}
     recent = {"name": "recent", "in": "query", "schema": _whole(0, 256), "description": "Of the past, told first."}
     pin = _body({"pinned": {"type": "boolean"}})
@@ -252,15 +285,7 @@ def _version() -> str:
 @cache
 def document() -> bytes:
     """The document as JSON."""
-    name = [{"name": "name", "in": "path", "required": True, "schema": NAME, "description": "A slash may be %2F."}]
-    model = {"parameters": name, "get": _route("One model.", "inference", _MODEL)}
-    paths = (
-        _inference("/v1", [])
-        | {"/v1/models/{name}": model}
-        | _inference("/models/{name}/v1", name)
-        | _operations()
-        | _open()
-    )
+    paths = _inference("/v1", []) | _inference("/models/{name}/v1", [_named("name")]) | _operations() | _open()
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",

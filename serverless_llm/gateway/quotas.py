@@ -47,7 +47,7 @@ class Quotas:
     def __init__(self) -> None:
         self._uses: dict[str, Use] = {}
 
-    def enter(self, key: Key, now: float) -> None:
+    def enter(self, key: Key, now: float) -> Stay:
         """Counts a request, which must `leave`.
 
         Raises:
@@ -62,12 +62,35 @@ class Quotas:
             _check(use.requests.wait(key.requests_per_minute, 1, now), f"{key.requests_per_minute} requests a minute")
         use.requests.take(1)
         use.running += 1
+        return Stay(use, key.concurrency)
 
-    def leave(self, key: Key, tokens: int) -> None:
-        """Its request ended after `tokens` tokens of prompt and answer."""
-        use = self._uses[key.id]
-        use.running -= 1
-        use.tokens.take(tokens)
+
+@dataclass(slots=True)
+class Stay:
+    """One request, from `Quotas.enter` until it ends. `limit`: its key's concurrency."""
+
+    use: Use
+    limit: int | None
+    choices: int = 1
+
+    def grow(self, choices: int) -> None:
+        """It turns out to have so many choices; each of them runs, and counts as a request.
+
+        Raises:
+            RequestError: 429 rate_limit_exceeded; it counts as before.
+        """
+        others = self.use.running - self.choices
+        if self.limit is not None and others + choices > self.limit:
+            hopeless = choices > self.limit
+            what = f"{self.limit} requests at a time; this one has {choices} choices, which count as so many"
+            raise _exceeded(what, None if hopeless else BUSY_SECONDS)
+        self.use.running += choices - self.choices
+        self.choices = choices
+
+    def leave(self, tokens: int) -> None:
+        """It ended after `tokens` tokens of prompt and answer."""
+        self.use.running -= self.choices
+        self.use.tokens.take(tokens)
 
 
 def _check(seconds: float, limit: str) -> None:
@@ -75,5 +98,5 @@ def _check(seconds: float, limit: str) -> None:
         raise _exceeded(limit, seconds)
 
 
-def _exceeded(limit: str, seconds: float) -> RequestError:
+def _exceeded(limit: str, seconds: float | None) -> RequestError:
     return RequestError(429, "rate_limit_exceeded", f"this key is limited to {limit}", retry_after=seconds)

@@ -86,7 +86,9 @@ def _source(source: str, roots: Sequence[Path]) -> Path:
     try:
         path = Path(source).expanduser()
         if not path.is_absolute():
-            raise refusal("source must be the absolute path of a directory", "source")
+            raise refusal(
+                "source must be the absolute path of a directory on the server; the command line knows others", "source"
+            )
         path = path.resolve()
     except (ValueError, RuntimeError) as error:  # a NUL; no such user, or a loop of links
         raise refusal(f"source {source!r}: {error}", "source") from None
@@ -118,7 +120,7 @@ def parse(body: bytes, kind: type[T]) -> T:
 
 
 def refusal(message: str, param: str | None) -> RequestError:
-    return RequestError(400, "invalid_request", message, param)
+    return RequestError(400, "invalid_request_error", message, param)
 
 
 def footprint(spec: ModelSpec) -> Footprint:

@@ -122,7 +122,7 @@ class Controller:
     async def agent_handler(self, request: web.Request) -> web.StreamResponse:
         """`GET /agents/connect`: one agent, for as long as its link lives."""
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._token.encode()):
+        if not hmac.compare_digest(given.encode(errors="surrogateescape"), self._token.encode()):
             raise web.HTTPUnauthorized(text="agents join with the token of the state directory")
         socket = web.WebSocketResponse(autoping=False, max_msg_size=MAX_MESSAGE, timeout=CLOSE_LIMIT, compress=False)
         await socket.prepare(request)

@@ -43,6 +43,16 @@ def test_watchers_see_what_was_and_what_comes(tmp_path: Path) -> None:
     run(tmp_path, silent, scenario)
 
 
+def test_a_head_of_what_has_no_end_is_not_served(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.http.head("/admin/events") as response:
+            assert (response.status, response.headers["Allow"]) == (405, "GET")
+        async with server.http.head("/v1/models") as response:
+            assert (response.status, await response.read()) == (200, b"")
+
+    run(tmp_path, silent, scenario)
+
+
 def test_silence_is_filled_with_comments(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         async with server.http.get("/admin/events") as response:
@@ -52,7 +62,7 @@ def test_silence_is_filled_with_comments(tmp_path: Path) -> None:
     run(tmp_path, silent, scenario, GatewayOptions(heartbeat_every=0.01))
 
 
-@pytest.mark.parametrize("recent", ["x", "-1", "257"])
+@pytest.mark.parametrize("recent", ["x", "-1", "257", "9" * 5000])
 def test_a_bad_number_of_recent_events(tmp_path: Path, recent: str) -> None:
     async def scenario(server: Served) -> None:
         async with server.http.get(f"/admin/events?recent={recent}") as response:

@@ -81,6 +81,20 @@ def test_a_failure_in_mid_stream_is_an_event_and_the_end(tmp_path: Path, cause: 
     run(tmp_path, begins, scenario)
 
 
+def test_a_failure_before_the_headers_is_a_status(tmp_path: Path) -> None:
+    def fails(controller: Controller, message: wire.Message) -> None:
+        attaches(controller, message)
+        if isinstance(message, wire.Run):
+            controller.tokens(message.sequence, [65])
+            controller.tokens(message.sequence, [], "error")
+
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True) as response:
+            assert (response.status, (await error_of(response))["code"]) == (500, "engine_error")
+
+    run(tmp_path, fails, scenario)
+
+
 @pytest.mark.parametrize(("finish", "says"), [("error", "engine failed"), ("not_finite", "logits are NaN or infinite")])
 def test_an_engine_failure_before_any_token_is_a_500(tmp_path: Path, finish: str, says: str) -> None:
     def fails(controller: Controller, message: wire.Message) -> None:
@@ -122,6 +136,7 @@ def test_an_engine_failure_before_any_token_is_a_500(tmp_path: Path, finish: str
          "min_tokens"),
         ("/v1/completions", {"model": "demo", "prompt": "x" * 5000}, 413, "request_too_large", None),
         ("/v1/other", {}, 404, "not_found", None),
+        ("/v1/completions/", {}, 404, "not_found", None),
         ("/models/a/b/c/v1/completions", {}, 404, "not_found", None),
     ],
 )  # fmt: skip
@@ -207,6 +222,29 @@ def test_limits_of_a_key(tmp_path: Path) -> None:
             assert response.status == 200
 
     run(tmp_path, says("hi, who are you?"), scenario, GatewayOptions(keys=limited))
+
+
+def test_a_choice_counts_as_a_request_of_its_key(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        for choices, after in ((3, None), (2, "1")):
+            body = {"model": "demo", "prompt": ["a"] * choices, "max_tokens": 1}
+            if after:  # another one runs
+                held = server.http.post("/v1/completions", json=body | {"prompt": "a"}, headers=KEY)
+                running = asyncio.create_task(held.__aenter__())
+                await server.controller.saw(wire.Run)
+            async with server.http.post("/v1/completions", json=body, headers=KEY) as response:
+                assert (response.status, (await error_of(response))["code"]) == (429, "rate_limit_exceeded")
+                assert response.headers.get("Retry-After") == after
+                assert ("x-should-retry" in response.headers) == (after is None)
+        server.controller.tokens(server.controller.all(wire.Run)[0].sequence, [65], "length")
+        async with await running as response:
+            assert response.status == 200
+        assert len(server.controller.all(wire.Arrive)) == 1
+
+    run(tmp_path, attaches, scenario, GatewayOptions(keys=(Key("a", digest(b"a"), concurrency=2),)))
+
+
+KEY = {"Authorization": "Bearer a"}
 
 
 async def status_of(request: Any) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import aiohttp
 import msgspec
 import pytest
 import yarl
+from aiohttp import web
 
 from serverless_llm import wire
+from serverless_llm.gateway.app import Gateway
+from serverless_llm.gateway.listen import Runner, listen
 from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.gateway.text import TextPool
 from serverless_llm.gateway.traffic import STEP
 from tests.integration.scripted import (
     COLD,
@@ -52,8 +58,11 @@ def test_models_with_status(tmp_path: Path) -> None:
         assert one.model_extra["status"]["error"] == "no config.json"
         async with server.http.get("/models/demo/v1/models") as response:
             assert [entry["id"] for entry in (await response.json())["data"]] == ["demo"]
-        async with server.http.get("/v1/models/nobody") as response:
-            assert (response.status, (await error_of(response))["code"]) == (404, "model_not_found")
+        async with client(server).with_options(base_url=f"{server.url}/models/demo/v1") as ai:
+            assert (await ai.models.retrieve("demo")).id == "demo"
+        for path in ("/v1/models/nobody", "/models/demo/v1/models/team/demo-2", "/models/nobody/v1/models/nobody"):
+            async with server.http.get(path) as response:
+                assert (response.status, (await error_of(response))["code"]) == (404, "model_not_found")
         assert server.controller.sent == []
 
     run(tmp_path, silent, scenario)
@@ -69,6 +78,8 @@ def test_a_name_with_a_slash_on_every_route(tmp_path: Path, name: str) -> None:
             assert (await response.json())["id"] == "team/demo-2"
         async with ask("GET", f"/models/{name}/v1/models") as response:
             assert (await response.json())["data"][0]["id"] == "team/demo-2"
+        async with ask("GET", f"/models/{name}/v1/models/{name}") as response:
+            assert (await response.json())["id"] == "team/demo-2"
         messages = [{"role": "user", "content": "Hi"}]
         for body in ({"messages": messages}, {"messages": messages, "model": "team/demo-2"}):
             async with ask("POST", f"/models/{name}/v1/chat/completions", **body) as response:
@@ -114,6 +125,18 @@ def test_metrics_of_served_and_deleted_models(tmp_path: Path) -> None:
         assert '"demo"' not in await page(server)
 
     run(tmp_path, says("hi", cold=COLD), scenario)
+
+
+def test_what_a_client_does_wrong_is_no_error_of_the_server(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(max_tokens=256) as response:
+            assert response.status == 400
+        async with server.http.get("/metrics") as page:
+            ends = [line for line in (await page.text()).splitlines() if line.startswith("vllm:request_success_total{")]
+        assert ends == ['vllm:request_success_total{engine="",finished_reason="abort",model_name="demo"} 1.0']
+        assert sum(step.errors for step in server.gateway.metrics.traffic._steps) == 0
+
+    run(tmp_path, silent, scenario)
 
 
 def test_who_waits_and_who_runs(tmp_path: Path) -> None:
@@ -174,6 +197,62 @@ def test_looking_at_the_status_leaves_no_line_unless_it_is_refused(
     lines = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
     assert len(lines) == 1
     assert "status=403" in lines[0]
+
+
+def test_what_a_request_names_forges_no_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: Served) -> None:
+        url = yarl.URL(server.url + "/v1/models/x%0Astatus=200%1b[2J?key=canary", encoded=True)
+        async with server.http.get(url) as response:
+            assert response.status == 404
+
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, silent, scenario)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
+    assert "route=GET /v1/models/x%0Astatus=200" in line
+    assert line.isprintable()
+    assert "canary" not in line
+
+
+def test_an_agents_link_is_no_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    left = asyncio.Event()
+
+    async def link(request: web.Request) -> web.StreamResponse:
+        if "Authorization" not in request.headers:
+            raise web.HTTPUnauthorized(text="agents join with a token")
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        try:
+            await socket.receive()
+        finally:
+            left.set()
+        return socket
+
+    async def main() -> None:
+        app = Gateway(lambda _message: None, TextPool(1), 1).application()
+        app.router.add_get("/agents/connect", link)
+        runner = Runner(app, GatewayOptions())
+        await runner.setup()
+        url = f"http://127.0.0.1:{await listen(runner, '127.0.0.1', 0, GatewayOptions())}/agents/connect"
+        async with aiohttp.ClientSession() as http:
+            for ends in ("close", "cut"):
+                left.clear()
+                socket = await http.ws_connect(url, headers={"Authorization": "x"})
+                if ends == "close":
+                    await socket.close()
+                else:
+                    socket._response.close()
+                await left.wait()
+            async with http.get(url) as response:
+                error = await error_of(response)
+                assert (response.status, error["code"]) == (401, "invalid_api_key")
+                assert error["message"] == "agents join with a token"
+        await runner.cleanup()
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(main())
+    lines = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
+    assert len(lines) == 1
+    assert "status=401" in lines[0]
 
 
 def answering(status: dict[str, Any]) -> Behaviour:
@@ -263,6 +342,27 @@ def test_stopping(tmp_path: Path) -> None:
         assert server.controller.all(wire.Gone)[0].sequences == [sequence]
 
     run(tmp_path, begins, scenario)
+
+
+def test_a_body_that_ends_when_the_server_stops_begins_nothing(tmp_path: Path) -> None:
+    begun, stopping = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b'{"model": "demo",'
+        begun.set()
+        await stopping.wait()
+        yield b'"prompt": "x"}'
+
+    async def scenario(server: Served) -> None:
+        asking = asyncio.create_task(server.http.post("/v1/completions", data=slowly()).__aenter__())
+        await begun.wait()
+        async with server.http.get("/health"):  # by now its handler waits for the rest
+            server.gateway.drain()
+        stopping.set()
+        async with await asking as response:
+            assert (response.status, (await error_of(response))["code"]) == (503, "overloaded")
+
+    run(tmp_path, says("a"), scenario)
 
 
 def test_an_idle_gateway_stops_at_once(tmp_path: Path) -> None:

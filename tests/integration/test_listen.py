@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import subprocess
@@ -45,7 +46,7 @@ async def exchange(server: Served, raw: bytes) -> bytes:
 def shape(answer: bytes) -> tuple[int, str]:
     """Status and error code of a raw answer that has the error body and an id."""
     head, _, body = answer.partition(b"\r\n\r\n")
-    assert b"x-request-id: " in head
+    assert re.search(rb"x-request-id: [0-9a-f]{32}\r\n", head + b"\r\n")
     assert b"Content-Type: application/json" in head
     error = msgspec.json.decode(body)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -102,17 +103,31 @@ def test_a_connection_without_a_request_is_closed(tmp_path: Path) -> None:
     run(tmp_path, silent, scenario, GatewayOptions(idle=0.05))
 
 
-def test_a_body_that_does_not_come(tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", [b"POST /v1/completions", b"PUT /admin/models/x", b"POST /admin/models/x/pin"])
+def test_a_body_that_does_not_come(tmp_path: Path, route: bytes) -> None:
     async def scenario(server: Served) -> None:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 20\r\n\r\n{"
+        head = b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 20\r\n\r\n{"
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
-        writer.write(head)
+        writer.write(route + head)
         answer = await reader.readuntil(b"}}")
         assert shape(answer) == (400, "invalid_request_error")
         assert b"did not come within 0.05 s" in answer
         writer.close()
 
     run(tmp_path, silent, scenario, GatewayOptions(idle=0.05))
+
+
+@pytest.mark.parametrize("encoding", [b"gzip", b"deflate", b"br"])
+def test_a_body_that_is_not_encoded_as_it_says(
+    tmp_path: Path, encoding: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(server: Served) -> None:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: " + encoding
+        answer = await exchange(server, head + b"\r\nContent-Length: 4\r\n\r\n{{{{")
+        assert shape(answer) == (400, "invalid_request_error")
+
+    run(tmp_path, silent, scenario)
+    assert "Traceback" not in caplog.text
 
 
 def test_a_body_that_does_not_come_keeps_no_server_from_closing(tmp_path: Path) -> None:

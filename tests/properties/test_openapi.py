@@ -104,8 +104,9 @@ def come_further(case: Any) -> None:
     """Name a deployed model, not to delete it, and ask for no more than it and the script can."""
     if isinstance(case.body, dict) and "model" in case.body:
         case.body["model"] = "demo"
-    if "name" in (case.path_parameters or {}) and case.method != "DELETE":
-        case.path_parameters["name"] = "demo"
+    for named in ("name", "id") if case.method != "DELETE" else ():
+        if named in (case.path_parameters or {}):
+            case.path_parameters[named] = "demo"
     if isinstance(case.body, dict):
         for name in ("max_tokens", "max_completion_tokens", "min_tokens", "logit_bias", "stop_token_ids", "logprobs",
                      "top_logprobs"):  # fmt: skip

@@ -89,9 +89,11 @@ def test_keep_alive_that_is_none(value: Any) -> None:
         (fields.messages, [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         (fields.messages, [{"role": "user", "content": [{"type": "text"}]}]),
         (fields.messages, [{"role": "user", "content": ["x"]}]),
+        (fields.messages, [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]),
         (fields.messages, [{"role": "user", "content": "x", "colour": "red"}]),
         (fields.messages, [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]),
         (fields.messages, [{"role": "user", "content": "x", "name": 5}]),
+        (fields.messages, [{"role": "user", "content": "x", "name": []}]),
     ],
 )  # fmt: skip
 def test_a_bad_value_names_its_field(check: fields.Check, value: Any) -> None:
@@ -143,7 +145,7 @@ def test_a_good_value(check: fields.Check, value: Any, expected: Any) -> None:
 def test_messages_keep_what_templates_read() -> None:
     given = [
         {"role": "developer", "content": "a", "name": "ops"},
-        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        {"role": "user", "content": [{"type": "text", "text": "b", "annotations": None}]},
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "annotations": [], "audio": None},
     ]
     assert fields.messages(given, "messages") == [

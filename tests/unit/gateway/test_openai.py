@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway import fields, openai, openapi
+from serverless_llm.gateway.body import decode
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 
@@ -180,7 +181,7 @@ def test_the_documentation_names_every_field() -> None:
 )
 def test_a_body_that_is_no_json_object(raw: bytes) -> None:
     with pytest.raises(RequestError) as caught:
-        openai.decode(raw)
+        decode(raw)
     assert (caught.value.status, caught.value.code) == (400, "invalid_request_error")
 
 

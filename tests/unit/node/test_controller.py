@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import aiohttp
 import pytest
+import yarl
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
 
@@ -67,6 +68,10 @@ class Office:
     def deliver(self, message: wire.Message) -> None:
         self.delivered.append(message)
         self._changed.set()
+
+    @property
+    def url(self) -> yarl.URL:
+        return self._server.make_url("/")
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(10):
@@ -252,6 +257,10 @@ def test_the_token_is_asked_for() -> None:
             with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
                 await one.dial("guess")
             assert refused.value.status == 401
+            reader, writer = await asyncio.open_connection(one.url.host, one.url.port)
+            writer.write(b"GET /agents/connect HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xe9\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")  # no text is no token
+            writer.close()
 
     asyncio.run(story())
 

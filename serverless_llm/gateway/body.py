@@ -1,0 +1,42 @@
+"""A request's body: read within a time, and decoded."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from serverless_llm.gateway.failure import invalid
+
+
+async def read(request: web.Request, seconds: float) -> bytes:
+    """
+    Raises:
+        RequestError: 400, it did not come in time, or is not encoded as its headers say.
+        HTTPRequestEntityTooLarge: it is over the application's limit.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.read()
+    except TimeoutError:
+        raise invalid(f"the body did not come within {seconds:g} s") from None
+    except web.RequestPayloadError:
+        request.content.feed_eof()  # or aiohttp would read what is left, and log what it meets
+        raise invalid("the body is not encoded as its headers say") from None
+
+
+def decode(raw: bytes) -> dict[str, Any]:
+    """A body's JSON object.
+
+    Raises:
+        RequestError: not JSON, or not an object.
+    """
+    try:
+        body = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise invalid(f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise invalid("the body must be a JSON object")
+    return body
