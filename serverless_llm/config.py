@@ -11,6 +11,7 @@ import difflib
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from serverless_llm.surroundings import PREFIX, default_state_dir, search_path
 
 CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  # read elsewhere, no options
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
+DEVICES = re.compile(r"(cpu|cuda)(?::([1-9][0-9]{0,5}))?")
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
 LEAST_BODY = 1 << 10  # bytes; less holds no conversation
 
@@ -114,10 +116,10 @@ def parse_devices(value: str, gpus: int = 0) -> tuple[str, int]:
     """Kind (`cpu` or `cuda`) and number of a node's devices; `auto` takes all `gpus` there are."""
     if value == "auto":
         return ("cuda", gpus) if gpus else ("cpu", 1)
-    kind, _, number = value.partition(":")
-    if kind not in {"cpu", "cuda"} or not (number or "1").isdigit() or int(number or "1") == 0:
+    match = DEVICES.fullmatch(value)
+    if not match:
         raise ConfigurationError(f"devices: {value!r} is neither cpu:N nor cuda:N nor auto")
-    return kind, int(number or "1")
+    return match[1], int(match[2] or 1)
 
 
 def _list(value: object) -> object:
@@ -127,11 +129,16 @@ def _list(value: object) -> object:
 def count_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
     """The GPUs that have a device file, or as many of them as CUDA_VISIBLE_DEVICES names."""
     there = sum(path.name[6:].isdigit() for path in devices.glob("nvidia*"))
+    shown = visible_gpus(environ)
+    return there if shown is None else min(there, len(shown))
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names, by number or UUID, in the order in which CUDA counts; None: all there are."""
     names = environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
-        return there
-    shown = itertools.takewhile(lambda name: name.strip() not in {"", "-1"}, names.split(","))
-    return min(there, len(list(shown)))
+        return None
+    return list(itertools.takewhile(lambda name: name not in {"", "-1"}, map(str.strip, names.split(","))))
 
 
 # --- where values come from ---
@@ -203,8 +210,8 @@ def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Given]:
 
     try:
         raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path}: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path}: {_plain(error)}") from None
     if not isinstance(raw, dict | None):
         raise ConfigurationError(f"{path}: a mapping of options is needed")
     _check_keys(raw or {}, Config, str(path))
@@ -212,10 +219,19 @@ def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Given]:
     return {name: one._replace(value=_expanded(one, environ)) for name, one in values.items()}
 
 
+def _plain(error: Exception) -> str:
+    """What is wrong with a file, without the text around it, which may be a secret."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return getattr(error, "strerror", None) or str(error)
+    said = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {said}"
+
+
 def _expanded(given: Given, environ: Mapping[str, str]) -> Any:
     try:
         return expand(given.value, environ)
-    except ConfigurationError as error:
+    except (ConfigurationError, RecursionError) as error:
         raise ConfigurationError(f"{given.where}: {error}") from None
 
 
@@ -298,12 +314,12 @@ def _derived(values: dict[str, Any], where: Mapping[str, str], gpus: int, memory
     found = {"devices": f"{kind}:{devices}", "dram": values.get("dram", memory // (2 * nodes))}
     if "device_memory" in values or kind == "cpu":
         found["device_memory"] = values.get("device_memory", memory // (2 * nodes * devices))
-    if kind == "cpu" and not LEAST_MEMORY <= found["device_memory"] <= memory:
-        named = where.get("device_memory", "device_memory")
-        raise ConfigurationError(f"{named}: {found['device_memory']} bytes, of {memory} that this machine has")
-    if not LEAST_MEMORY <= found["dram"] <= memory // nodes:
-        named = where.get("dram", "dram")
-        raise ConfigurationError(f"{named}: {nodes} x {found['dram']} bytes, of {memory} that this machine has")
+    for name, count, most in (("device_memory", 1, memory if kind == "cpu" else sys.maxsize), ("dram", nodes, memory)):
+        nbytes = found.get(name, LEAST_MEMORY)
+        if nbytes < LEAST_MEMORY or count * nbytes > most:
+            each = f"{nbytes} bytes" if count == 1 else f"{count} x {nbytes} bytes"
+            there = f"of {memory} that this machine has; at least {LEAST_MEMORY} are needed"
+            raise ConfigurationError(f"{where.get(name, name)}: {each}, {there}")
     cores = len(os.sched_getaffinity(0))
     found["threads"] = values.get("threads", max(1, (cores - (cores > 2)) // (nodes * devices)))
     return found

@@ -20,6 +20,7 @@ UNITS = {"": 1, "B": 1} | {
 SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 DURATION = re.compile(r"(-?)([0-9]+(?:\.[0-9]+)?|(?:[0-9]+(?:\.[0-9]+)?\s*(?:ms|[smhd])\s*)+)")
 PART = re.compile(r"([0-9.]+)\s*([a-z]*)")
+LARGEST = 2.0**62  # bytes; more is a mistake
 LONGEST = 1e12  # seconds; a longer time is a mistake, -1 is for ever
 QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
@@ -28,10 +29,11 @@ def parse_size(value: object, whole: int | None = None) -> int:
     """Bytes of `1536`, `2GiB`, `20MB` or, where `whole` is given, `50%` of it."""
     match = QUANTITY.fullmatch(str(value))
     if match and match[2] == "%" and whole is not None:
-        return int(whole * float(match[1]) / 100)
-    if not match or match[2] not in UNITS:
+        return int(whole * min(float(match[1]), LARGEST) / 100)
+    size = float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else math.inf
+    if size > LARGEST:
         raise ConfigurationError(f"{value!r} is no size; write bytes, 512MiB or 2GB" + (" or 50%" if whole else ""))
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(size)
 
 
 def parse_rate(value: object) -> float:

@@ -8,6 +8,7 @@ import platform
 import resource
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from serverless_llm.cli.client import read_head
 from serverless_llm.cli.output import size
-from serverless_llm.config import Config, available_memory, parse_devices
+from serverless_llm.config import Config, available_memory, count_gpus, parse_devices
 
 OK, WARNING, FAILURE = "ok", "warn", "fail"
 FEW_DESCRIPTORS = 256  # with fewer not even agents and workers get theirs; arbitrary
@@ -82,7 +83,7 @@ def address(settings: Config) -> Finding:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
     except OSError as error:
-        return Finding("server", FAILURE, f"none runs, and none could listen on {where}: {error.strerror}")
+        return Finding("server", FAILURE, f"none runs, and none could listen on {where}: {error.strerror}; see --port")
     return Finding("server", OK, f"none runs; {where} is free")
 
 
@@ -100,14 +101,16 @@ def memory(settings: Config) -> Finding:
 
 
 def descriptors(settings: Config) -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = f"{soft} (at most {hard})"
-    if soft < FEW_DESCRIPTORS:
-        return Finding("descriptors", FAILURE, f"{text} are too few: ulimit -n 4096, or LimitNOFILE= of the unit", soft)
-    if soft < settings.connections + SPARE_DESCRIPTORS:
+    """A server raises its soft limit itself, as far as the hard one allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    text = f"at most {most}"
+    if most < FEW_DESCRIPTORS:
+        return Finding("descriptors", FAILURE, f"{text}, too few: ulimit -n 4096, or LimitNOFILE= of the unit", most)
+    if most < settings.connections + SPARE_DESCRIPTORS:
         why = f"{text}, fewer than {settings.connections} connections need: ulimit -n, or a smaller `connections`"
-        return Finding("descriptors", WARNING, why, soft)
-    return Finding("descriptors", OK, text, soft)
+        return Finding("descriptors", WARNING, why, most)
+    return Finding("descriptors", OK, "no limit" if most == sys.maxsize else text, most)
 
 
 def locked_memory(settings: Config) -> Finding:
@@ -168,14 +171,17 @@ def gpus(settings: Config) -> Iterator[Finding]:
 
 
 def _nvml() -> list[Finding]:
+    """The GPUs as CUDA counts them."""
     import pynvml
+
+    from serverless_llm.node import devices
 
     pynvml.nvmlInit()
     version = str(pynvml.nvmlSystemGetDriverVersion())  # pragma: no cover - cuda
     found = [Finding("driver", OK, f"NVIDIA {version}", version)]  # pragma: no cover - cuda
-    for number in range(pynvml.nvmlDeviceGetCount()):  # pragma: no cover - cuda
-        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-        used = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        text = f"{pynvml.nvmlDeviceGetName(handle)}, {size(used.free)} free of {size(used.total)}"
+    for number in range(count_gpus(os.environ)):  # pragma: no cover - cuda
+        gpu = devices.handle(number, os.environ)
+        used = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        text = f"{pynvml.nvmlDeviceGetName(gpu)}, {size(used.free)} free of {size(used.total)}"
         found.append(Finding(f"gpu {number}", OK, text, int(used.free)))
     return found  # pragma: no cover - cuda

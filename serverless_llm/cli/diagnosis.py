@@ -18,9 +18,6 @@ from serverless_llm.errors import CheckpointError, ConfigurationError, RequestEr
 UNKNOWN = 1 << 62  # bytes of a GPU whose memory is not known: nothing is said not to fit
 
 
-UNKNOWN = 1 << 62  # bytes of a GPU whose memory is not known: nothing is said not to fit
-
-
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Bytes per second. `disk` by the number of the file system's device; `device` of the first GPU, if any."""

@@ -42,7 +42,7 @@ def doctor(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 def text_of(diagnosis: Diagnosis) -> str:
     """A line for each finding; colours go where standard output is a terminal, unless NO_COLOR is set."""
     width = max(len(one.name) for one in diagnosis.findings)
-    plain = "NO_COLOR" in os.environ
+    plain = bool(os.environ.get("NO_COLOR"))
     words = {level: level.ljust(4) if plain else click.style(level.ljust(4), COLOURS[level]) for level in COLOURS}
     return "\n".join(f"{words[one.level]}  {one.name:{width}}  {one.text}" for one in diagnosis.findings)
 

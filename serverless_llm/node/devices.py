@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from serverless_llm.config import visible_gpus
 from serverless_llm.errors import CapacityError
 from serverless_llm.node.options import DeviceOptions
 
@@ -29,6 +32,24 @@ def _asked(number: int) -> int:
         return 0
 
 
+def handle(number: int, environ: Mapping[str, str]) -> Any:
+    """NVML's handle of the GPU that CUDA calls `number`: NVML counts all of the machine, CUDA those that it may see.
+
+    Raises:
+        CapacityError: CUDA may see none of this number.
+        pynvml.NVMLError: the driver does not know it.
+    """
+    import pynvml
+
+    names = visible_gpus(environ)
+    name = str(number) if names is None else names[number] if number < len(names) else ""
+    if not name:
+        raise CapacityError(f"CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']!r} shows no device {number}")
+    if name.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
+
+
 def free(number: int) -> int:
     """Bytes of a GPU that are free for weights and KV now.
 
@@ -39,7 +60,7 @@ def free(number: int) -> int:
 
     try:
         pynvml.nvmlInit()
-        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(number))
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle(number, os.environ))
         pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         why = f"cannot ask the NVIDIA driver for device {number}: {error}; state --device-memory"

@@ -159,6 +159,12 @@ def test_sizes(text: object, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize("text", ["", "-1", "5 XB", "9" * 400, "9" * 20 + "TB", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no size"):
+        parse_size(text)
+
+
 def test_rates() -> None:
     assert (parse_rate("20MB/s"), parse_rate("1GiB"), parse_rate(5)) == (20e6, float(GIB), 5.0)
 
@@ -238,7 +244,13 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("models: {'a b': /x}", "models", "'a b' is no name of a model"),
     ("models: 5", "models", "5 is not of the form name=value"),
     ("- 1", "", "a mapping of options is needed"),
-    ("port: [", "", "while parsing"),
+    ("port: [", "", "line 1, column 8: while parsing a flow node, expected the node content"),
+    ("port: 2021-99-99", "", "month must be in 1..12"),
+    ("hosts: &a [*a]", "hosts", "recursion"),
+    ("devices: cpu:²", "devices", "'cpu:²' is neither cpu:N nor cuda:N nor auto"),
+    ("dram: 99999999999999999999TB", "dram", "is no size"),
+    ("dram: 1000", "dram", "1000 bytes, of 8589934592 that this machine has; at least 1048576 are needed"),
+    ("{devices: 'cuda:1', device_memory: 1000}", "device_memory", "at least 1048576 are needed"),
     ("port: many", "port", "Expected `int`, got `str`"),
     ("port: 70000", "port", "70000 is not between 0 and 65535"),
     ("nodes: 0", "nodes", "0 is not between 1 and"),
@@ -300,6 +312,16 @@ def test_a_key_without_a_value_is_a_key_that_is_not_there(file: Path) -> None:
     assert loaded(path=file) == loaded()
 
 
+@pytest.mark.parametrize(
+    "text", ['api_key: "s3cret', "api_key: s3cret: x", "api_key: [s3cret\nport: 1", "api_key: @s3cret"]
+)
+def test_secrets_are_not_in_messages_about_the_files_form(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"line [12], column") as raised:
+        loaded(path=file)
+    assert "s3cret" not in str(raised.value)
+
+
 def test_secrets_are_not_in_messages(file: Path) -> None:
     file.write_text("api_key: [s3cret]\n")
     with pytest.raises(ConfigurationError, match=r"api_key: Expected `str \| null`, got `array`$"):
@@ -316,7 +338,7 @@ def test_unknown_variable_names_the_nearest_variable() -> None:
         loaded(SERVERLESS_LLM_PROT="1")
 
 
-@pytest.mark.parametrize("text", ["tpu:1", "cpu:x", "cpu:0", "gpu"])
+@pytest.mark.parametrize("text", ["tpu:1", "cpu:x", "cpu:0", "gpu", "cpu:", "cpu:²", "cpu:" + 5000 * "9"])
 def test_unknown_devices(text: str) -> None:
     with pytest.raises(ConfigurationError, match="neither cpu:N nor cuda:N nor auto"):
         loaded({"devices": text})

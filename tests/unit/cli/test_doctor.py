@@ -76,6 +76,8 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     found = diagnosis.Diagnosis((checks.Finding("disk", checks.FAILURE, "gone"),), Rates({}, 1.0, None), ())
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert doctor.text_of(found) == "\x1b[31mfail\x1b[0m  disk  gone"
+    monkeypatch.setenv("NO_COLOR", "")
+    assert "\x1b" in doctor.text_of(found)
     monkeypatch.setenv("NO_COLOR", "1")
     assert doctor.text_of(found) == "fail  disk  gone"
 
@@ -126,9 +128,12 @@ def test_a_state_directory_open_to_others(tmp_path: Path) -> None:
     assert checks.state_directory(configured(tmp_path)).level == checks.WARNING
 
 
-@pytest.mark.parametrize(("limit", "level"), [(100, checks.FAILURE), (1024, checks.WARNING), (20_000, checks.OK)])
+@pytest.mark.parametrize(
+    ("limit", "level"),
+    [(100, checks.FAILURE), (1024, checks.WARNING), (20_000, checks.OK), (resource.RLIM_INFINITY, checks.OK)],
+)
 def test_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, level: str) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, 20_000))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, limit))  # the server raises the soft one itself
     assert checks.descriptors(configured(tmp_path)).level == level
 
 

@@ -17,8 +17,13 @@ from tests.unit.cli.conftest import CommandLine
 from tests.unit.test_config import MISTAKES
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "serverless-llm.schema.json"
-LATER = {"port: [", "models: {m: {source: /x, keep_alive: soon}}"}  # no YAML; judged below in another form
-OF_THE_MACHINE = {"dram: 100TB", "api_key: ${env.NOWHERE}"}  # which no schema knows
+LATER = {  # no YAML, or judged below in another form
+    "port: [", "port: 2021-99-99", "hosts: &a [*a]", "models: {m: {source: /x, keep_alive: soon}}",
+}  # fmt: skip
+OF_THE_MACHINE = {  # which no schema knows
+    "dram: 100TB", "dram: 1000", "dram: 99999999999999999999TB", "{devices: 'cuda:1', device_memory: 1000}",
+    "api_key: ${env.NOWHERE}",
+}  # fmt: skip
 EXAMPLE = """
 port: 8000
 devices: cpu:2
