@@ -52,7 +52,7 @@ class Agent:
         self._number = 0  # of this node, given by the head
         self._generation = 0  # of the head
         self._store = Store(options, self._tell, lambda device: self._slots[device])
-        self._spawner = Spawner(self._boot_all, self._spawned, self._exited, self._forkserver_lost)
+        self._spawner = Spawner(self._boot_all, self._spawned, self._exited, self._forkserver_lost, options.node)
         self._devices = [
             wire.Device(number, device.kind, budget, device.weights)
             for number, (device, budget) in enumerate(zip(options.devices, budgets(options.devices), strict=True))

@@ -1,6 +1,6 @@
 """The forkserver: a process that has imported torch and the engine, and forks workers from there in milliseconds.
 
-Run by the agent as `python -m serverless_llm.node.forkserver FD PARENT`, FD being a SOCK_SEQPACKET control socket.
+Run by the agent as `python -m serverless_llm.node.forkserver FD PARENT NODE`, FD being a SOCK_SEQPACKET control socket.
 It has one thread, so that its children are whole. Protocol, one JSON datagram each:
 
 - it says `Ready` once;
@@ -20,7 +20,7 @@ import sys
 
 import msgspec
 
-from serverless_llm.node.processes import die_with
+from serverless_llm.node.processes import die_with, retitle
 
 DATAGRAM = 4096
 
@@ -54,8 +54,8 @@ REPORTS = msgspec.json.Decoder(Ready | Spawned | Exited)
 class Forkserver:
     """Forks on request and reaps; the only state is its living children, by pidfd."""
 
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
+    def __init__(self, control: socket.socket, node: str) -> None:
+        self._control, self._node = control, node
         self._children: dict[int, tuple[int, Spawn]] = {}
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
@@ -77,7 +77,7 @@ class Forkserver:
         request = msgspec.json.decode(raw, type=Spawn)
         pid = os.fork()
         if pid == 0:
-            self._become_worker(*descriptors)
+            self._become_worker(request.device, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         pidfd = os.pidfd_open(pid)
@@ -96,12 +96,13 @@ class Forkserver:
     def _report(self, report: Ready | Spawned | Exited) -> None:
         self._control.send(msgspec.json.encode(report))
 
-    def _become_worker(self, worker_socket: int, pool: int) -> None:
+    def _become_worker(self, device: int, worker_socket: int, pool: int) -> None:
         from serverless_llm.node import worker
 
         status = 1
         try:
             die_with(_FORKSERVER)
+            retitle(f"worker {self._node}/{device} (serverless-llm)")
             self._control.close()
             for pidfd in self._children:
                 os.close(pidfd)
@@ -132,7 +133,7 @@ def main() -> None:
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with(parent)
     warm()
-    Forkserver(socket.socket(fileno=descriptor)).run()
+    Forkserver(socket.socket(fileno=descriptor), sys.argv[3]).run()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import serverless_llm
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -28,14 +28,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(known), "PYTHONSAFEPATH": "1"}
 
 
-def die_with(parent: int) -> None:
-    """Has this process killed when the thread that started it ends; exits at once where `parent` is gone already.
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Has this process get a signal when the thread that started it ends; at once where `parent` is gone already.
 
     A fork clears the setting, so each generation calls it anew.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
-        os._exit(1)
+        signal.raise_signal(number)
+
+
+def retitle(text: str) -> None:
+    """Has `ps` and `top` show `text`, or as much of it as fits over this process's arguments."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # where the arguments lie in memory; 0: the system does not say
+    if start:
+        ctypes.memmove(start, text.encode()[: end - start - 1].ljust(end - start, b"\0"), end - start)
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, text.encode()[:15])
 
 
 def died(status: int) -> str:

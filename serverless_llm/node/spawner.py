@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 # Compute threads that wait for one another sleep: if they spin, a third busy process makes steps 100 times longer.
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
+# CUDA counts GPUs as NVML does, which is asked for their memory.
+NUMBERED = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 READY_LIMIT = 120.0  # seconds until a forkserver must be up; to import torch from a cold network disk takes some
 BACK_OFF = 1.0  # seconds before the next try after a forkserver that died before it was up; doubled each time
 BACK_OFF_LIMIT = 30.0
@@ -31,6 +33,7 @@ class Spawner:
         spawned: (device, incarnation, pid).
         exited: (device, incarnation, wait status); a worker was reaped.
         lost: the forkserver died, and all its workers with it, with the cause; another one is starting.
+        node: what workers are called after.
     """
 
     def __init__(
@@ -39,11 +42,13 @@ class Spawner:
         spawned: Callable[[int, int, int], None],
         exited: Callable[[int, int, int], None],
         lost: Callable[[str], None],
+        node: str = "node",
     ) -> None:
         self._ready = ready
         self._spawned = spawned
         self._exited = exited
         self._lost = lost
+        self._node = node
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._starting: asyncio.TimerHandle | None = None  # the next start, or the end of patience with this one
@@ -55,8 +60,8 @@ class Spawner:
         """Starts a forkserver; `ready` is called when torch is imported there."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        arguments = command("serverless_llm.node.forkserver", str(theirs.fileno()), str(os.getpid()))
-        environ = {**PATIENT, **environment()}
+        arguments = command("serverless_llm.node.forkserver", str(theirs.fileno()), str(os.getpid()), self._node)
+        environ = {**PATIENT, **NUMBERED, **environment()}
         self._process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], env=environ, stdin=subprocess.DEVNULL)
         theirs.close()
         self._control, self._verdict = ours, ""

@@ -14,9 +14,11 @@ import pynvml
 import pytest
 
 from serverless_llm.config import load
+from serverless_llm.errors import CapacityError
 from serverless_llm.node import processes
-from serverless_llm.node.devices import CUDA_RESERVE, budgets
+from serverless_llm.node.devices import CUDA_RESERVE, budgets, handle
 from serverless_llm.node.options import AgentOptions, DeviceOptions, local_agents
+from tests.serving import until
 
 
 def test_every_node_gets_an_agent(tmp_path: Path) -> None:
@@ -63,6 +65,35 @@ def test_a_gpu_without_free_memory_is_said(
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=left))
     assert budgets([DeviceOptions("cuda", 0, "copy")]) == [budget]
     assert (f"device 0 has {left} bytes free" in caplog.text) == (budget == 0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "number", "gpu"),
+    [({}, 1, 1), ({"CUDA_VISIBLE_DEVICES": "3, 1"}, 0, 3), ({"CUDA_VISIBLE_DEVICES": "3, 1"}, 1, 1),
+     ({"CUDA_VISIBLE_DEVICES": "GPU-5"}, 0, "GPU-5")],
+)  # fmt: skip
+def test_the_driver_is_asked_for_the_gpu_that_cuda_means(
+    monkeypatch: pytest.MonkeyPatch, visible: dict[str, str], number: int, gpu: object
+) -> None:
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: name)
+    assert handle(number, visible) == gpu
+
+
+def test_a_gpu_that_cuda_may_not_see_is_none() -> None:
+    with pytest.raises(CapacityError, match="CUDA_VISIBLE_DEVICES='0,-1,1' shows no device 1"):
+        handle(1, {"CUDA_VISIBLE_DEVICES": "0,-1,1"})
+
+
+def test_a_process_has_the_name_it_gives_itself() -> None:
+    script = (
+        "from serverless_llm.node.processes import retitle; retitle('worker n/0 (ours)'); import sys; sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], env=processes.environment(), stdin=subprocess.PIPE) as child:
+        until(lambda: Path(f"/proc/{child.pid}/comm").read_text() == "worker n/0 (our\n", "its short name")
+        assert Path(f"/proc/{child.pid}/cmdline").read_bytes().rstrip(b"\0") == b"worker n/0 (ours)"
+        assert child.stdin is not None
+        child.stdin.close()
 
 
 def test_children_find_this_package(tmp_path: Path) -> None:
