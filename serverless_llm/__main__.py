@@ -1,8 +1,19 @@
-"""`python -m serverless_llm`."""
+"""`python -m serverless_llm`, and the script `serverless-llm`."""
+
+from __future__ import annotations
 
 import sys
 
-from serverless_llm.cli.main import main
+
+def start() -> int:
+    """Runs this process's command line; the exit status. Ctrl-C may come while all else is still being imported."""
+    try:
+        from serverless_llm.cli.main import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

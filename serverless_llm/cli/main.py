@@ -1,19 +1,20 @@
 """`serverless-llm`: finds the verb, runs it, and turns what went wrong into a line and an exit status.
 
 Nothing heavy is imported here: each verb lives in a module of its own that is imported when it is called.
-Statuses: 0 done, 1 failure, 2 usage, 69 server unreachable, 78 bad configuration or platform, 130 and 143 signals.
+Statuses: 0 done, 1 failure, 2 usage, 69 server unreachable, 78 bad configuration or platform, 129, 130 and 143 signals.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import click
 
-from serverless_llm.cli.signals import Terminated
+from serverless_llm.cli.signals import Terminated, unwinding
 from serverless_llm.errors import ConfigurationError, ServerlessLLMError
 
 FAILURE, CONFIGURATION, INTERRUPTED = 1, 78, 130
@@ -92,8 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.platform != "linux":
         click.echo(f"serverless-llm: runs on Linux only, this is {sys.platform}", err=True)
         return CONFIGURATION
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale that lacks a letter costs this letter, not the answer
     try:
-        return cli.main(arguments, prog_name="serverless-llm", standalone_mode=False) or 0
+        with unwinding():
+            return cli.main(arguments, prog_name="serverless-llm", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -104,9 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ServerlessLLMError as error:
         click.echo(f"serverless-llm: {error}", err=True)
         return CONFIGURATION if isinstance(error, ConfigurationError) else FAILURE
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe went away: nobody is left to be told
-        return FAILURE
     except OSError as error:
         click.echo(f"serverless-llm: {error}", err=True)
         return FAILURE

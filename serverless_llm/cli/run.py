@@ -15,10 +15,11 @@ import click
 
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir, read_head
+from serverless_llm.cli.main import CONFIGURATION
 from serverless_llm.cli.options import COUNT
 from serverless_llm.cli.output import as_json, say
-from serverless_llm.cli.signals import unwinding
 from serverless_llm.cli.sources import is_source, name_of, resolve
+from serverless_llm.errors import ConfigurationError
 from serverless_llm.surroundings import PREFIX
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run(
     text = prompt if prompt is not None else _standard_input()
     body = {name: value for name, value in sampling.items() if value is not None}
     body |= {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
-    with _server(model, state_dir) as (server, name):
+    with _server(model, state_dir, quiet) as (server, name):
         body |= {"model": name, "stream": True}
         path = "/v1/completions" if raw else "/v1/chat/completions"
         answer = _take(server.stream(path, body), began, sys.stdout if not as_json else io.StringIO())
@@ -75,13 +76,20 @@ def run(
 
 
 def _standard_input() -> str:
+    """What is piped in, without the end of its last line."""
     if sys.stdin.isatty():
         raise click.UsageError("give a prompt, or pipe one in")
-    return sys.stdin.read()
+    try:
+        text = sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"standard input is no text: {error}") from None
+    if not text:
+        raise click.UsageError("standard input is empty; give a prompt, or pipe one in")
+    return text
 
 
 @contextlib.contextmanager
-def _server(model: str, state_dir: Path | None) -> Iterator[tuple[Server, str]]:
+def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[tuple[Server, str]]:
     """A server that has the model, and its name there."""
     try:
         server = find(state_dir)
@@ -93,8 +101,10 @@ def _server(model: str, state_dir: Path | None) -> Iterator[tuple[Server, str]]:
     else:
         yield server, _deployed(server, model)
         return
-    name = name_of(model)
-    with unwinding(), ephemeral(f"{name}={resolve(model)}") as server:
+    name, source = name_of(model), resolve(model)
+    if not quiet:
+        click.echo("no server is running: one is started for this answer", err=True)
+    with ephemeral(f"{name}={source}") as server:
         yield server, name
 
 
@@ -113,10 +123,12 @@ def _deployed(server: Server, model: str) -> str:
 def ephemeral(*models: str) -> Iterator[Server]:
     """A server on a free port of loopback with a state directory of its own, stopped and removed at the end.
 
-    It listens only to this process's key, and ends with this process whatever happens.
+    It listens only to this process's key, and ends with this process whatever happens; then it removes the directory
+    itself.
 
     Raises:
-        click.ClickException: it did not start; the message is its own.
+        ConfigurationError: it cannot run as it is configured.
+        click.ClickException: it did not start for another reason. Either message is its own.
     """
     import secrets
     import subprocess
@@ -151,7 +163,10 @@ def _started(process: subprocess.Popen[bytes], folder: Path, log: Path) -> str:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             lines = log.read_text(errors="replace").strip().splitlines()
-            raise click.ClickException(lines[-1] if lines else f"the server exited with {process.returncode}")
+            why = (
+                lines[-1].removeprefix("serverless-llm: ") if lines else f"the server exited with {process.returncode}"
+            )
+            raise ConfigurationError(why) if process.returncode == CONFIGURATION else click.ClickException(why)
         head = read_head(folder)
         if head is not None and _is_ready(head["url"]):
             return str(head["url"])
@@ -183,16 +198,19 @@ def _take(events: Iterator[dict[str, Any]], began: float, sink: TextIO) -> Answe
     first = None
     metrics: dict[str, Any] = {}
     parts = []
-    for event in events:
-        metrics = event.get("metrics") or metrics
-        for choice in event["choices"]:
-            text = choice.get("text") or (choice.get("delta") or {}).get("content")
-            if text:
-                first = first or time.monotonic()
-                parts.append(text)
-                sink.write(text)
-                sink.flush()
-    sink.write("\n")
+    try:
+        for event in events:
+            metrics = event.get("metrics") or metrics
+            for choice in event["choices"]:
+                text = choice.get("text") or (choice.get("delta") or {}).get("content")
+                if text:
+                    first = first or time.monotonic()
+                    parts.append(text)
+                    sink.write(text)
+                    sink.flush()
+    finally:
+        if parts:
+            sink.write("\n")
     return Answer("".join(parts), None if first is None else first - began, metrics)
 
 

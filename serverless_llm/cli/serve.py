@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,11 +69,7 @@ def serve(
 
     settings = sourced(load(settled(flags), os.environ, config))
     demand_gpus(settings, count_gpus(os.environ))
-    if die_with is not None:
-        from serverless_llm.node.processes import die_with as follow
-
-        follow(die_with)
-    with logged(made(settings.state_dir), verbose):
+    with following(die_with, settings.state_dir), logged(made(settings.state_dir), verbose):
         status = _run(settings, as_json)
     click.get_current_context().exit(status)
 
@@ -79,8 +78,31 @@ def settled(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, models with absolute sources."""
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     if "models" in given:
+        from serverless_llm.config import NAME
+
         given["models"] = sources.named(given["models"])
+        for name in given["models"]:
+            if not NAME.fullmatch(name):
+                raise click.BadParameter(f"{name!r} is no name of a model", param_hint="'--model'")
     return given
+
+
+@contextlib.contextmanager
+def following(parent: int | None, folder: Path) -> Iterator[None]:
+    """Ends as by SIGTERM when `parent`, if any, does, and then removes the state directory, as that would have."""
+    if parent is None:
+        yield
+        return
+    import shutil
+
+    from serverless_llm.node.processes import die_with
+
+    try:
+        die_with(parent, signal.SIGTERM)
+        yield
+    finally:
+        if os.getppid() != parent:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def sourced(settings: Config) -> Config:

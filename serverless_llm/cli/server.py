@@ -160,8 +160,10 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, STOP):
             loop.add_signal_handler(number, self._signalled, number)
-        if not sys.stderr.isatty():  # on a terminal it means that the terminal is gone
+        if not sys.stderr.isatty():
             loop.add_signal_handler(signal.SIGHUP, self._reload)
+        elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is gone
+            loop.add_signal_handler(signal.SIGHUP, self._signalled, signal.SIGHUP)
 
     def _reload(self) -> None:
         """Reads keys and certificate anew; what cannot be read leaves the old ones in force."""
@@ -227,7 +229,7 @@ def read_keys(config: Config) -> tuple[Key, ...]:
         ConfigurationError: the file of keys is unusable.
     """
     listed = keys.read(config.keys_file, os.environ) if config.keys_file else ()
-    single = config.api_key
+    single = (config.api_key or "").strip()  # no client can send white space around it
     if not single and not listed and config.host not in LOOPBACK:
         single = state.secret(config.state_dir / "api-key")
     return (*listed, keys.full(single)) if single else listed

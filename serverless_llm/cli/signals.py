@@ -21,8 +21,12 @@ def _raise(number: int, _frame: object) -> None:
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
-    """Has these signals raise `Terminated`, as Ctrl-C raises KeyboardInterrupt, so that `finally` holds."""
-    former = {number: signal.signal(number, _raise) for number in (signal.SIGTERM, signal.SIGHUP)}
+    """Has these signals raise `Terminated`, as Ctrl-C raises KeyboardInterrupt, so that `finally` holds.
+
+    One that is ignored, as SIGHUP is below nohup, stays so.
+    """
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    former = {number: signal.signal(number, _raise) for number in heard}
     try:
         yield
     finally:

@@ -12,8 +12,7 @@ import click
 
 from serverless_llm.cli.client import Server, Unreachable, find, of_state_dir
 from serverless_llm.cli.models import state, until
-from serverless_llm.cli.output import as_json, show, size
-from serverless_llm.cli.signals import unwinding
+from serverless_llm.cli.output import as_json, printable, show, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,8 +38,7 @@ def top(once: bool, interval: float, state_dir: Path | None, as_json: bool) -> N
     elif once or not sys.stdout.isatty():
         _print(look(server))
     else:
-        with unwinding():
-            _watch(server, interval)
+        _watch(server, interval)
 
 
 def look(server: Server) -> dict[str, Any]:
@@ -51,10 +49,7 @@ def look(server: Server) -> dict[str, Any]:
         "rates": {name: (traffic.get(name) or [None])[-1] for name in RATES},
         "models": status["models"],
         "devices": [device for node in status["nodes"] for device in node["devices"]],
-        "nodes": [
-            {name: node[name] for name in ("node", "state", "dram", "dram_used", "bandwidth")}
-            for node in status["nodes"]
-        ],
+        "nodes": [{name: node[name] for name in NODE} for node in status["nodes"]],
         "problems": status["problems"],
     }
 
@@ -91,7 +86,7 @@ def _print(seen: dict[str, Any]) -> None:
         click.echo()
         show(header, rows)
     for problem in seen["problems"]:
-        click.echo(problem, err=True)
+        click.echo(printable(problem), err=True)
 
 
 def _watch(server: Server, interval: float) -> None:
@@ -114,10 +109,10 @@ def _screen(seen: dict[str, Any]) -> RenderableType:
     from rich.table import Table as Grid
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(headline(seen), style="bold"), *map(Text, seen["problems"])]
+    parts: list[RenderableType] = [Text(headline(seen), style="bold"), *map(Text, map(printable, seen["problems"]))]
     for header, rows in tables(seen):
         grid = Grid(*header, box=None, header_style="dim", pad_edge=False)
         for row in rows:
-            grid.add_row(*map(Text, row))
+            grid.add_row(*map(Text, map(printable, row)))
         parts += [Text(), grid]
     return Group(*parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import resource
 import socket
 import ssl
@@ -121,7 +122,8 @@ async def listen(
             port = sock.getsockname()[1]  # of a free one: the same for every address of the host
             await web.SockSite(runner, sock, ssl_context=tls, backlog=BACKLOG).start()
     except OSError as error:
-        raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        hint = "; choose another --port, 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}{hint}") from error
     return port
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -14,11 +16,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from serverless_llm.demo import tasks
 from serverless_llm.node.processes import command, environment
-from tests.serving import hear_ctrl_c
+from tests.serving import hear_ctrl_c, until
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +31,7 @@ PATIENCE = 60.0
 class Serve:
     """`serverless-llm serve` with a state directory of its own, ready when made."""
 
-    def __init__(self, state: Path, *options: str) -> None:
+    def __init__(self, state: Path, *options: str, stderr: int = subprocess.PIPE) -> None:
         self.state = state
         self.environment = environment() | {"SERVERLESS_LLM_STATE_DIR": str(state)}
         small = ["--port", "0", "--devices", "cpu:1", "--device-memory", "16MiB", "--dram", "32MiB"]
@@ -37,7 +40,7 @@ class Serve:
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
@@ -93,25 +96,49 @@ def test_serve_run_list_and_stop(served: Serve) -> None:
     assert served.cli("rm", "demo-reverse").returncode == 0
     assert json.loads(served.cli("ls", "--json").stdout) == []
     (agent,) = agents(served.state)
-    assert served.cli("stop").returncode == 0
+    named = [child.cmdline() for child in psutil.Process(agent).children(recursive=True)]
+    assert ["worker node0/0 (serverless-llm)"] in [[text for text in line if text] for line in named]
+    assert served.cli("stop").stdout == f"stopped the server (pid {served.process.pid})\n"
     assert served.process.wait(PATIENCE) == 0
     assert not is_alive(agent)
     assert served.cli("ls").returncode == 69
 
 
+def streamed(url: str, tokens: int) -> http.client.HTTPResponse:
+    """A stream of so many tokens, which has begun."""
+    body = {"model": "demo-reverse", "prompt": "a", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+    stream: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=PATIENCE)
+    assert stream.readline().startswith(b"data: ")
+    return stream
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_the_status(served: Serve, number: int, status: int) -> None:
-    served.url()
-    served.process.send_signal(number)
-    assert served.process.wait(PATIENCE) == status
+def test_a_signal_is_the_status_and_what_is_not_drained_is_told(tmp_path: Path, number: int, status: int) -> None:
+    serve = Serve(tmp_path / "state", "--model", "demo-reverse", "--drain", "50ms")
+    with streamed(serve.url(), 900) as stream:
+        serve.process.send_signal(number)
+        assert b'"the server is stopping"' in stream.read()
+    assert serve.process.wait(PATIENCE) == status
+    serve.end()
+
+
+def test_a_server_whose_terminal_closes_ends_as_if_told_to(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    serve = Serve(tmp_path / "state", "--model", "demo-reverse", stderr=theirs)
+    with streamed(serve.url(), 100) as stream:
+        (agent,) = agents(serve.state)
+        os.close(theirs)
+        os.close(ours)
+        serve.process.send_signal(signal.SIGHUP)
+        assert stream.read().endswith(b"data: [DONE]\n\n")  # it had its time
+    assert serve.process.wait(PATIENCE) == 128 + signal.SIGHUP
+    assert not is_alive(agent)
+    serve.end()
 
 
 def test_second_signal_ends_at_once(served: Serve) -> None:
-    url = served.url()
-    body = {"model": "demo-reverse", "prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=PATIENCE) as stream:
-        assert stream.readline().startswith(b"data: ")
+    with streamed(served.url(), 900):
         (agent,) = agents(served.state)
         assert served.cli("stop", "--now").returncode == 0
     assert served.process.wait(PATIENCE) == 0
@@ -138,6 +165,7 @@ def test_a_taken_port_is_a_bad_configuration(tmp_path: Path) -> None:
         _, errors = serve.process.communicate(timeout=PATIENCE)
     assert serve.process.returncode == 78
     assert "cannot listen on 127.0.0.1" in errors
+    assert "choose another --port, 0 takes a free one" in errors
 
 
 def test_a_model_that_cannot_be_served_is_named(tmp_path: Path) -> None:
@@ -194,7 +222,7 @@ def test_module_runs_as_the_script_does() -> None:
     assert done.stdout.startswith("Usage: serverless-llm")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_run_that_is_ended_leaves_nothing(tmp_path: Path, number: int) -> None:
     folder = tmp_path / "tmp"
     folder.mkdir()
@@ -208,7 +236,10 @@ def test_run_that_is_ended_leaves_nothing(tmp_path: Path, number: int) -> None:
         assert process.stdout.read(1)  # it answers
         process.send_signal(number)
         process.stdout.read()
-        assert process.wait(PATIENCE) == 128 + number
+        assert process.wait(PATIENCE) == (-number if number == signal.SIGKILL else 128 + number)
+    if number == signal.SIGKILL:  # its server, which hears of its end, puts away everything
+        until(lambda: list(folder.iterdir()) == [], "the end of its server", PATIENCE)
+        until(lambda: not any(str(folder) in line for line in command_lines()), "the end of its processes", PATIENCE)
     assert list(folder.iterdir()) == []
     assert not any(str(folder) in line for line in command_lines())
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from serverless_llm.cli import main as cli_main
 from serverless_llm.cli.main import VERBS, Verbs, cli
 from serverless_llm.errors import CheckpointError, ConfigurationError
+from serverless_llm.node.processes import command, environment
 from tests.unit.cli.conftest import CommandLine
 
 
@@ -66,6 +70,50 @@ def test_errors_become_a_line_and_a_status(
     outcome = cli("fail")
     assert outcome.status == status
     assert outcome.err.strip() in {f"serverless-llm: {error}", ""}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_verb_that_is_ended_puts_away_what_it_has(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    put_away: list[bool] = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            put_away.append(True)
+
+    monkeypatch.setitem(VERBS, "work", cli_main.Verb("main", "work", ""))
+    monkeypatch.setattr(cli_main, "work", click.command("work")(work), raising=False)
+    former = signal.signal(number, signal.SIG_IGN)
+    assert cli("work") == (0, "", "")  # as below nohup
+    signal.signal(number, former)
+    assert cli("work") == (status, "", "")
+    assert put_away == [True, True]
+    assert signal.getsignal(number) == former
+
+
+@pytest.mark.slow
+def test_a_pipe_that_nobody_reads_is_a_failure_without_a_word() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command("serverless_llm", "completion", "bash"), env=environment(), stdout=writing, stderr=subprocess.PIPE,
+        check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.slow
+def test_a_letter_that_the_locale_lacks_costs_no_answer() -> None:
+    script = "import sys; from serverless_llm.cli import main; main.cli.main = lambda *_, **__: print('a…b')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; sys.exit(main.main())"], env=environment() | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, b"a?b\n")
 
 
 def test_other_platforms_are_told(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

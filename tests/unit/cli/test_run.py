@@ -59,6 +59,26 @@ def test_prompt_from_standard_input(cli: CommandLine, known: Scripted, monkeypat
     assert known.seen[-1][2]["messages"][0]["content"] == "from a pipe"
 
 
+@pytest.mark.parametrize(("piped", "prompt"), [(b"41 42\n", "41 42"), (b"a\nb\n\n", "a\nb"), ("ü".encode(), "ü")])
+def test_a_pipe_ends_with_a_newline_that_is_no_part_of_the_prompt(
+    cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch, piped: bytes, prompt: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), "utf-8"))
+    assert cli("run", "m", "-q").status == 0
+    assert known.seen[-1][2]["messages"][0]["content"] == prompt
+
+
+@pytest.mark.parametrize(("piped", "message"), [(b"", "is empty"), (b"\n", "is empty"), (b"\xff\xfe", "is no text")])
+def test_a_pipe_without_a_prompt_is_a_usage_error(
+    cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch, piped: bytes, message: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), "utf-8"))
+    outcome = cli("run", "m")
+    assert outcome.status == 2
+    assert f"standard input {message}" in outcome.err
+    assert not known.seen
+
+
 def test_no_prompt_on_a_terminal(cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
@@ -121,6 +141,18 @@ def test_a_name_without_a_server_says_that_none_runs_and_how_to_start_one(cli: C
     assert "start one: serverless-llm serve" in outcome.err
 
 
+@pytest.mark.slow
+def test_a_server_of_its_own_is_told_of_and_so_is_what_it_cannot_run_with(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_DRAM", "lots")
+    outcome = cli("run", "demo-add", "1+1")
+    told, why = outcome.err.splitlines()
+    assert outcome.status == 78
+    assert told == "no server is running: one is started for this answer"
+    assert why.startswith("serverless-llm: SERVERLESS_LLM_DRAM: 'lots' is no size")
+
+
 def test_phases_of_an_answer_without_tokens_or_metrics() -> None:
     assert phases(None, {}) == "no text"
     assert phases(0.5, {"time_to_first_token_ms": 2.0}) == (
@@ -138,7 +170,7 @@ def head(folder: Path, pid: int) -> None:
 def test_stop_waits_for_the_end(cli: CommandLine, tmp_path: Path) -> None:
     process = subprocess.Popen(["sleep", "60"])
     head(tmp_path, process.pid)
-    assert cli("stop") == (0, "", "")
+    assert cli("stop") == (0, f"stopped the server (pid {process.pid})\n", "")
     assert process.wait() == -STOP
 
 

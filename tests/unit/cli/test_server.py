@@ -48,6 +48,7 @@ def test_elsewhere_a_key_is_made_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_given_key_is_taken(tmp_path: Path, host: str) -> None:
     assert gateway_options(configured(tmp_path, host=host, api_key="mine")).keys == (full("mine"),)
+    assert gateway_options(configured(tmp_path, host=host, api_key="mine\n")).keys == (full("mine"),)
     assert list(tmp_path.iterdir()) == []
 
 

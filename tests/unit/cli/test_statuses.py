@@ -20,6 +20,7 @@ USAGE = [  # a value that cannot be, whichever verb it is given to
     ("serve --limit disk", "Invalid value for '--limit': 'disk' is not of the form name=value"),
     ("serve --limit disk=fast", "Invalid value for '--limit': 'fast' is no size"),
     ("serve --model no-such-model", "'no-such-model' is neither a directory nor one of demo-count"),
+    ("serve --model =demo-add", "Invalid value for '--model': '' is no name of a model"),
     ("serve --no-such-flag", "No such option"),
     ("deploy m demo-add --min-replicas -1", "Invalid value for '--min-replicas'"),
     ("deploy m demo-add --context 0", "Invalid value for '--context'"),
@@ -48,7 +49,7 @@ CONFIGURATION = [
     ("PROT", "1", "serve", "did you mean 'SERVERLESS_LLM_PORT'?"),
     ("URL", "localhost:8000", "ls", "SERVERLESS_LLM_URL: 'localhost:8000' is not of the form http://host:port"),
     ("URL", "http://host:port", "ps", "SERVERLESS_LLM_URL: 'http://host:port' is not of the form"),
-    ("DRAM", "1000TB", "serve", "SERVERLESS_LLM_DRAM: 1 x 1000000000000000 bytes, of "),
+    ("DRAM", "1000TB", "serve", "SERVERLESS_LLM_DRAM: 1000000000000000 bytes, of "),
     ("CUDA_VISIBLE_DEVICES", "", "serve --devices cuda:1", "cuda:1 on a machine where 0 NVIDIA GPU(s) can be seen"),
     ("STATE_DIR", "/proc/nothing", "serve", "state_dir: /proc/nothing: "),
 ]
