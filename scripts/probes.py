@@ -194,8 +194,7 @@ class Server:
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            environment = os.environ | {"SERVERLESS_LLM_STATE_DIR": str(self.state)}
-            subprocess.run([*COMMAND, "stop"], env=environment, check=False)
+            subprocess.run([*COMMAND, "stop", "--state-dir", str(self.state)], stdout=subprocess.DEVNULL, check=False)
             self.process.wait()
 
 

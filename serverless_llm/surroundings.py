@@ -1,4 +1,4 @@
-"""Where configuration and state are, by the environment; light, since every verb of the command line begins here."""
+"""Where configuration, state and processes are; light, since every verb of the command line begins here."""
 
 from __future__ import annotations
 
@@ -23,4 +23,16 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 
 def state_dir(environ: Mapping[str, str]) -> Path:
     """Where a client looks for a running server."""
-    return Path(environ.get(f"{PREFIX}STATE_DIR") or default_state_dir(environ))
+    return Path(environ.get(f"{PREFIX}STATE_DIR") or default_state_dir(environ)).expanduser()
+
+
+def began(pid: int) -> int | None:
+    """When a process began, in ticks since the machine did: no two with the same number have it in common.
+
+    None: it is dead, as a zombie is whose parent has not looked yet.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serverless_llm.cli.output import printable
 from serverless_llm.errors import ConfigurationError
-from serverless_llm.surroundings import LOOPBACK, PREFIX, state_dir
+from serverless_llm.surroundings import LOOPBACK, PREFIX, began, state_dir
 
 if TYPE_CHECKING:
     import http.client
 
 UNREACHABLE = 69
 ANSWER_SECONDS = 300.0  # a cold start of a large model from a slow disk, with its heartbeats in between
+LOOK_SECONDS = 30.0  # for what the server has only to look up; one that is stopped must not hold up a listing for long
 
 
 of_state_dir = click.option(
@@ -37,9 +39,16 @@ class Refusal(click.ClickException):
     """The server's error, as its body states it. `status` is HTTP's, 0 for an error inside a stream."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.status = status
         self.code = code
+
+
+class Answer(dict[str, Any]):
+    """A JSON object of the server. What it lacks is a matter of versions, not a bug of this process."""
+
+    def __missing__(self, key: str) -> Any:
+        raise Refusal(0, f"the server's answer lacks {key!r}: is it of another version than this command line?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +59,28 @@ class Server:
     api_key: str | None = None
     local: bool = True
 
-    def call(self, method: str, path: str, body: Any = None, seconds: float = ANSWER_SECONDS) -> Any:
-        """The JSON answer of one request, for which is waited at most so many `seconds`.
+    def call(self, method: str, path: str, body: Any = None, seconds: float | None = None) -> Any:
+        """The JSON object of one request, for which is waited at most `seconds`; None where the answer is empty.
 
         Raises:
-            Unreachable: nobody listens there, or the connection broke.
+            Unreachable: nobody listens there, the connection broke, or it is no server of this kind.
             Refusal: the answer is an error.
+            ConfigurationError: the request cannot be sent with this URL or key.
         """
         import http.client
 
-        response = self._send(method, path, body, seconds)
+        response = self._send(method, path, body, seconds or (LOOK_SECONDS if method == "GET" else ANSWER_SECONDS))
         try:
             text = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"the server at {self.url} broke off: {error}") from error
-        return json.loads(text) if text else None
+        try:
+            answer = json.loads(text, object_hook=Answer) if text or method == "GET" else None
+        except ValueError:
+            answer = ()
+        if not isinstance(answer, dict | None):
+            raise Unreachable(f"what answers at {self.url} is no serverless-llm server")
+        return answer
 
     def stream(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
         """The data events of a streaming request, as they come. Raises as `call`."""
@@ -76,8 +92,8 @@ class Server:
                 if line.startswith(b"data: [DONE]"):
                     return
                 if line.startswith(b"data: ") and line.endswith(b"\n"):
-                    yield _event(json.loads(line[6:]))
-        except (OSError, http.client.HTTPException) as error:
+                    yield _event(json.loads(line[6:], object_hook=Answer))
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise Unreachable(f"the server at {self.url} broke off: {error}") from error
         raise Unreachable(f"the server at {self.url} broke off before the end")
 
@@ -86,7 +102,7 @@ class Server:
 
         parts = urllib.parse.urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Connection": "close"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         try:
@@ -95,7 +111,13 @@ class Server:
             connection.request(method, parts.path.rstrip("/") + path, content, headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(f"no server answers at {self.url} ({error}); start one: serverless-llm serve") from error
+            hint = "; start one: serverless-llm serve" if self.local else ""
+            raise Unreachable(f"no server answers at {self.url} ({error}){hint}") from error
+        except ValueError:  # whose text would show the key
+            raise ConfigurationError(f"{PREFIX}URL or {PREFIX}API_KEY holds what no request can") from None
+        if 300 <= response.status < 400:
+            place = response.headers.get("Location", "elsewhere")
+            raise ConfigurationError(f"{PREFIX}URL: {self.url} sends on to {printable(place)}")
         if response.status >= 400:
             raise _refusal(response.status, response.read())
         return response
@@ -127,7 +149,7 @@ def find(given: Path | None = None) -> Server:
     Raises:
         Unreachable: it is not there.
     """
-    key = os.environ.get(f"{PREFIX}API_KEY")
+    key = os.environ.get(f"{PREFIX}API_KEY", "").strip() or None
     url = os.environ.get(f"{PREFIX}URL")
     if url and given is None:
         return _named(url, key)
@@ -150,23 +172,43 @@ def _named(url: str, key: str | None) -> Server:
     return Server(url.rstrip("/"), key, parts.hostname in LOOPBACK)
 
 
+def local_state_dir(given: Path | None) -> Path:
+    """The state directory of a server on this machine.
+
+    Raises:
+        click.UsageError: the environment names a server on another one.
+        ConfigurationError: it names none.
+    """
+    url = os.environ.get(f"{PREFIX}URL")
+    if given is None and url and not _named(url, None).local:
+        raise click.UsageError(f"{PREFIX}URL names {url}; for a server of this machine give --state-dir")
+    return given or state_dir(os.environ)
+
+
 def nobody(folder: Path) -> Unreachable:
     """No head lives in this state directory; agents of a dead one may, for a while."""
     from serverless_llm.node.state import holder
 
+    if os.access(folder, os.F_OK) and not os.access(folder, os.R_OK | os.X_OK):
+        return Unreachable(f"{folder} may not be read by this user: whether a server runs there is not known")
     orphans = sum(holder(lock) is not None for lock in (folder / "agents").glob("*.lock"))
     note = f", though {orphans} agent(s) of a killed one still wait for a new one" if orphans else ""
     return Unreachable(f"no server is running (looked in {folder}){note}; start one: serverless-llm serve")
 
 
 def read_head(folder: Path) -> dict[str, Any] | None:
-    """What the head of a state directory wrote about itself: url, generation, pid. None unless it lives."""
+    """What the head of a state directory wrote about itself: url, generation, pid, began. None unless it lives."""
     try:
         head: dict[str, Any] = json.loads((folder / "head.json").read_text())
-        state = Path(f"/proc/{head['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        return head if lives(head) else None
     except (OSError, ValueError, KeyError):
         return None
-    return None if state == "Z" else head  # a zombie is dead, only its parent has not looked yet
+
+
+def lives(head: dict[str, Any]) -> bool:
+    """Whether the process that wrote this is there; another one may have its number by now."""
+    now = began(head["pid"])
+    return now is not None and head.get("began") in (None, now)
 
 
 def _kept_key(folder: Path) -> str | None:

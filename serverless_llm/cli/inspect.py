@@ -11,7 +11,7 @@ import click
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir
 from serverless_llm.cli.models import state, until
-from serverless_llm.cli.output import as_json, seconds, size
+from serverless_llm.cli.output import as_json, printable, seconds, size
 from serverless_llm.cli.sources import is_source, resolve
 
 
@@ -23,11 +23,11 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
     """Tell of MODEL: a deployed name, or, whether a server runs or not, a directory, a hub id or a demo checkpoint."""
     from serverless_llm.errors import CheckpointError, RequestError
 
-    row, start = _deployed(model, state_dir)
+    row, start, here = _deployed(model, state_dir)
     value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start}
     source = row["source"] if row else resolve(model)
     try:
-        value["checkpoint"] = checkpoint(source, row["dtype"] if row else "auto")
+        value["checkpoint"] = checkpoint(source, row["dtype"] if row else "auto") if here else _elsewhere(source)
     except (CheckpointError, RequestError, OSError) as error:
         if row is None:
             raise
@@ -38,16 +38,23 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
     _print(value)
 
 
-def _deployed(model: str, state_dir: Path | None) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
-    """The model as the server shows it, and the estimate of its start; nothing of one that is only a source."""
+def _elsewhere(source: str) -> dict[str, Any]:
+    return {"source": source, "error": "on the server's machine, whose files cannot be read here"}
+
+
+def _deployed(model: str, state_dir: Path | None) -> tuple[dict[str, Any] | None, dict[str, float] | None, bool]:
+    """The model as the server shows it, and the estimate of its start; nothing of one that is only a source.
+
+    And whether its files are on this machine.
+    """
     try:
         server = find(state_dir)
         row: dict[str, Any] = server.call("GET", model_path(model))
     except (Unreachable, Refusal) as error:
         if not is_source(model) or (isinstance(error, Refusal) and error.status != 404):
             raise
-        return None, None
-    return row, _estimate(server, row)
+        return None, None, True
+    return row, _estimate(server, row), server.local
 
 
 def _estimate(server: Server, row: dict[str, Any]) -> dict[str, float] | None:
@@ -104,7 +111,7 @@ def _print(value: dict[str, Any]) -> None:
     width = max(len(name) for name, _ in rows)
     click.echo(value["model"])
     for name, text in rows:
-        click.echo(f"  {name:{width}}  {text}")
+        click.echo(f"  {name:{width}}  {printable(text)}")
 
 
 def _of_deployed(row: dict[str, Any], start: dict[str, float] | None) -> list[tuple[str, str]]:

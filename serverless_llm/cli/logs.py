@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TextIO
 
 import click
 
-from serverless_llm.cli.client import of_state_dir
-from serverless_llm.surroundings import state_dir as own_state_dir
+from serverless_llm.cli.client import local_state_dir, of_state_dir
+from serverless_llm.cli.output import printable
 
 POLL = 0.1  # seconds between two looks for more
 REQUEST = "serverless_llm.request"
@@ -140,13 +140,13 @@ def shown(line: Line, as_json: bool) -> str:
     if as_json:
         return json.dumps({"source": line.source, **(line.fields or {"message": line.text})})
     if not line.fields:
-        return f"{line.source}  {line.text}"
+        return f"{line.source}  {printable(line.text)}"
     rest = {name: value for name, value in line.fields.items() if name not in HEAD}
     message = rest.pop("message", "")
     pairs = " ".join(f"{name}={value}" for name, value in rest.items())
     when = str(line.fields.get("time", ""))[:23].replace("T", " ").replace(".", ",")
     words = (line.source + " ", when, line.fields.get("level", ""), line.fields.get("logger", ""), message, pairs)
-    return " ".join(word for word in map(str, words) if word)
+    return " ".join(printable(word) for word in map(str, words) if word)
 
 
 @click.command()
@@ -163,7 +163,7 @@ def logs(
 
     SOURCE is head, or a node's name such as node0; without one, all are shown in the order of time.
     """
-    folder = state_dir or own_state_dir(os.environ)
+    folder = local_state_dir(state_dir)
     found = find_logs(folder, sources)
     if not found and not follow:
         what = f"of {', '.join(sources)} " if sources else ""

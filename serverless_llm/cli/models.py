@@ -78,7 +78,7 @@ def is_deployed(server: Server, name: str) -> bool:
 def rm(name: str, state_dir: Path | None, as_json: bool) -> None:
     """Take the model NAME away; its files stay."""
     find(state_dir).call("DELETE", model_path(name))
-    say({"id": name, "deleted": True}, "", as_json)
+    say({"id": name, "deleted": True}, f"{name}: no longer deployed", as_json)
 
 
 @click.command()

@@ -19,6 +19,7 @@ from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.registry import Registry, TextCheck
 from serverless_llm.node.state import HeadAddress, State
 from serverless_llm.node.supervise import Supervisor
+from serverless_llm.surroundings import began
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,9 @@ class Head:
 
     def listening(self, url: str) -> None:
         """Tells the agents where this head is."""
-        state.write_head(self._state.directory, HeadAddress(url, self._state.generation, os.getpid()))
+        state.write_head(
+            self._state.directory, HeadAddress(url, self._state.generation, os.getpid(), began(os.getpid()))
+        )
 
     async def restore(self, models: Mapping[str, bytes]) -> None:
         """Deploys what was deployed before, and `models` (name -> body) over it; before agents can dial in.

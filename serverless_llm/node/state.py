@@ -31,11 +31,12 @@ CREATE TABLE models (name TEXT PRIMARY KEY, spec BLOB NOT NULL, created INTEGER 
 
 
 class HeadAddress(msgspec.Struct, frozen=True):
-    """`head.json`: where agents dial in."""
+    """`head.json`: where agents dial in. `began`: what tells this process from a later one of its pid."""
 
     url: str
     generation: int
     pid: int
+    began: int | None = None
 
 
 class Deployed(msgspec.Struct, frozen=True):

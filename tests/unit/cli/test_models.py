@@ -156,9 +156,9 @@ def test_deploy_refuses_what_is_no_time(cli: CommandLine, running: Scripted, tmp
     assert not running.seen
 
 
-def test_rm_says_nothing(cli: CommandLine, running: Scripted) -> None:
+def test_rm_says_what_it_did(cli: CommandLine, running: Scripted) -> None:
     running.answers["DELETE", "/admin/models/m"] = (204, b"")
-    assert cli("rm", "m") == (0, "", "")
+    assert cli("rm", "m") == (0, "m: no longer deployed\n", "")
 
 
 # --- lists ---

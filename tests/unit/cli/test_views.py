@@ -78,6 +78,16 @@ def test_show_a_model_whose_files_are_gone(cli: CommandLine, busy: Scripted) -> 
     assert "/nowhere: No such file or directory" in outcome.out
 
 
+def test_show_reads_no_file_here_of_a_server_elsewhere(
+    cli: CommandLine, busy: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serverless_llm.cli.client.LOOPBACK", frozenset())
+    outcome = cli("show", "m")
+    assert outcome.status == 0
+    assert "on the server's machine" in outcome.out
+    assert "Qwen3" not in outcome.out
+
+
 def test_show_a_source_without_a_server(cli: CommandLine) -> None:
     outcome = cli("show", "demo-add")
     assert outcome.status == 0

@@ -22,6 +22,7 @@ from serverless_llm.errors import RequestError
 from serverless_llm.node import admin, registry
 from serverless_llm.node.head import Head
 from serverless_llm.node.state import Deployed, State
+from serverless_llm.surroundings import began
 from tests.dead_mount import dead
 
 
@@ -237,7 +238,7 @@ def test_the_head_publishes_where_it_listens(tmp_path: Path) -> None:
     async def tell(desk: Desk) -> None:
         desk.head.listening("http://127.0.0.1:9")
         kept = json.loads((tmp_path / "head.json").read_bytes())
-        assert kept == {"url": "http://127.0.0.1:9", "generation": 1, "pid": os.getpid()}
+        assert kept == {"url": "http://127.0.0.1:9", "generation": 1, "pid": os.getpid(), "began": began(os.getpid())}
         assert stat.S_IMODE((tmp_path / "agent-token").stat().st_mode) == 0o600
 
     on_a_desk(tmp_path, tell)
