@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -9,20 +10,27 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serverless_llm.cli.main import main
+from serverless_llm.config import Config
 from serverless_llm.demo import tasks
 from serverless_llm.gateway.keys import _Entry
 from serverless_llm.gateway.listen import RESERVED
 from serverless_llm.gateway.records import Record
 from serverless_llm.node.processes import command, environment
+from serverless_llm.node.state import State
 from tests.serving import until
 
 pytestmark = pytest.mark.slow
@@ -175,6 +183,72 @@ def test_the_command_line_needs_to_know_no_certificate(operated: Operated) -> No
     keyed = environment() | {"SERVERLESS_LLM_API_KEY": KEYS["ops"]}
     done = subprocess.run(ls, env=keyed, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, "demo-reverse" in done.stdout) == (0, True), done.stderr
+
+
+def test_the_container_knows_that_it_is_well(operated: Operated) -> None:
+    """Its health check as it stands in the Containerfile, though this server speaks TLS on a port of its own."""
+    text = (ROOT / "Containerfile").read_text().replace("\\\n", "")
+    python, *check = json.loads(re.findall(r"HEALTHCHECK .* CMD (\[.*\])", text)[0])
+    assert python == "python"
+    state = {"SERVERLESS_LLM_STATE_DIR": str(operated.folder / "state")}
+    subprocess.run([sys.executable, *check], env=environment() | state, check=True, timeout=30)
+    assert subprocess.run([sys.executable, *check], env=environment() | {"SERVERLESS_LLM_STATE_DIR": "/nowhere"},
+                          capture_output=True, timeout=30, check=False).returncode == 1  # fmt: skip
+
+
+def test_the_container_has_what_the_package_needs() -> None:
+    text = (ROOT / "Containerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = re.findall(r"(?m)^FROM python:3\.(\d+)-slim$", text)
+    assert int(python[0]) >= int(project["requires-python"].removeprefix(">=3."))
+    options = {name.lower() for name in re.findall(r"SERVERLESS_LLM_([A-Z_]+)=", text)}
+    assert options == {"state_dir", "host"}
+    assert options <= set(Config.__struct_fields__)
+    (volume,) = re.findall(r"(?m)^VOLUME (\S+)$", text)
+    assert f"SERVERLESS_LLM_STATE_DIR={volume} " in text
+    assert f"--home-dir {volume} --create-home" in text  # its user may write there
+    assert json.loads(re.findall(r"(?m)^ENTRYPOINT (.*)", text)[0])[-1] in project["scripts"]
+    copied = {"constraints.txt", "pyproject.toml", "README.md", *project["license-files"]}
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    assert all((ROOT / name).exists() and not any(fnmatch(name, one) for one in left_out) for name in copied)
+
+
+def test_a_backup_that_is_taken_while_the_server_runs_can_be_restored(operated: Operated, tmp_path: Path) -> None:
+    state, restored = operated.folder / "state", tmp_path / "restored"
+    restored.mkdir(mode=0o700)
+    with (
+        contextlib.closing(sqlite3.connect(state / "state.db")) as database,
+        contextlib.closing(sqlite3.connect(restored / "state.db")) as copy,
+    ):
+        database.backup(copy)  # as `.backup` of the sqlite3 shell does
+    shutil.copy(state / "agent-token", restored)
+    kept = State(restored)
+    assert [one.spec.name for one in kept.models()] == ["demo-reverse"]
+    kept.close()
+
+
+def test_every_verb_reaches_a_server_by_url_and_key(
+    operated: Operated, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_URL", f"https://localhost:{operated.port}")
+    monkeypatch.setenv("SERVERLESS_LLM_API_KEY", KEYS["ops"])
+    source = str(tasks.checkpoint_dir("demo-add"))
+    lines = ["ls", "ps", "top", "show demo-reverse", "run demo-reverse abc", f"deploy copy {source}", "rm copy"]
+    assert main(["ls"]) == 69
+    assert "certificate" in capsys.readouterr().err
+    monkeypatch.setenv("SSL_CERT_FILE", str(operated.folder / "cert.pem"))
+    for line in lines:
+        assert main(line.split()) == 0, capsys.readouterr().err
+        assert "\x1b" not in capsys.readouterr().out
+    for line in lines:
+        assert main([*line.split(), "--json"]) == 0, capsys.readouterr().err
+        json.loads(capsys.readouterr().out)
+    monkeypatch.setenv("SERVERLESS_LLM_API_KEY", "canary-wrong-key")
+    for line in lines:
+        assert main(line.split()) == 1
+        told = capsys.readouterr().err
+        assert "the command line takes it from SERVERLESS_LLM_API_KEY" in told
+        assert "canary" not in told
 
 
 def test_keys_and_certificate_are_read_anew_and_a_bad_file_changes_nothing(operated: Operated) -> None:
