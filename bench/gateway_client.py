@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 MARK = b'"content":'
-END = b"0\r\n\r\n"  # of a chunked answer
+END = b"\r\n0\r\n\r\n"  # of a chunked answer; a header may end in 0, too
 WORDS = ("abacus", "baking", "copper", "dragon", "ember", "fabric", "garden", "harbor", "island", "jungle")
 
 
