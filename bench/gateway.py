@@ -4,8 +4,10 @@ Only the forward pass is replaced: head, agent, worker, a tokenizer of 150,000 t
 real. Each stream has its first token at once and 20 a second after that; arrivals are spread. Beside it, in turn, a
 FastAPI proxy on uvicorn and LiteLLM's proxy, which pass a made-up upstream's stream on, and tokenise nothing.
 
-Latency is what a client sees, from the request sent to the first text. From a proxy's, the upstream's own is taken;
-from ours nothing. CPU is that of the front (for us the head and its text processes), and of all before the worker.
+Time to the first token is what a client sees, from the request sent to the first text. Added latency is that without
+what is not the subject's: for ours the client's own way to send and to wake up, seen at a server that answers unread
+(`floor`), and the engine's step that made the first token, as the worker times it; for a proxy all that the client sees
+of its upstream. CPU is that of the front (for us the head and its text processes), and of all before the worker.
 """
 
 from __future__ import annotations
@@ -116,28 +118,32 @@ async def visit(
     figures: dict[str, dict[str, float]] = {}
     for streams in sizes:
         figures[f"streams={streams}"] = case = {}
+        subject.engine_seconds()
         if streams <= 16:
             case["ttft_ms"] = statistics.median(await latencies(subject, streams, seconds, chance))
         elif subject.front:
             front, every, times = await crowd(subject, streams, tokens, chance)
             case |= {"head_cpu_us_per_token": front, "cpu_us_per_token": every, "ttft_ms": statistics.median(times)}
-    figures["short calls"] = {"requests_per_s": await rate(subject, seconds, chance)}
+        if steps := subject.engine_seconds():
+            case["engine_ms"] = 1000 * statistics.median(steps)
+    if subject.front:
+        figures["short calls"] = {"requests_per_s": await rate(subject, seconds, chance)}
     return figures
 
 
 def note(samples: Samples, subjects: dict[str, Subject], seen: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Adds one round; latency is what is above the upstream's own."""
-    for name in subjects.keys() - {"upstream"}:
+    """Adds one round."""
+    for name in subjects.keys() - {"floor", "upstream"}:
         for case, metrics in seen[name].items():
             for metric, value in metrics.items():
-                if metric == "ttft_ms":
-                    own = seen["upstream"][case].get("ttft_ms", 0.0) if name != "ours" else 0.0
+                samples[case, name, metric].append(value)
+                behind = seen["floor" if name == "ours" else "upstream"].get(case, {})
+                if metric == "ttft_ms" and metric in behind:
+                    own = behind[metric] + metrics.get("engine_ms", 0.0)
                     samples[case, name, "latency_added_ms"].append(value - own)
-                else:
-                    samples[case, name, metric].append(value)
 
 
-UNITS = {"latency_added_ms": "ms", "requests_per_s": "1/s"}
+UNITS = {"ttft_ms": "ms", "latency_added_ms": "ms", "engine_ms": "ms", "requests_per_s": "1/s"}
 
 
 def rows(samples: Samples) -> list[dict[str, Any]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,12 +30,22 @@ NAME = "paced"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """`front`: the processes that a client talks to. `behind`: those between them and the engine or upstream."""
+    """`front`: the processes that a client talks to. `behind`: those between them and the engine or upstream.
+    `steps`: where our engine writes down the seconds of each step that gives a sequence its first token."""
 
     name: str
     url: str
     front: tuple[psutil.Process, ...]
     behind: tuple[psutil.Process, ...] = ()
+    steps: Path | None = None
+
+    def engine_seconds(self) -> list[float]:
+        """Of the first tokens since the last call."""
+        if self.steps is None:
+            return []
+        seen = [float(line) for line in self.steps.read_text().split()]
+        self.steps.write_text("")
+        return seen
 
     def cpu_seconds(self) -> tuple[float, float]:
         """Of the front, and of all."""
@@ -88,7 +97,13 @@ def ours(folder: Path, scratch: Path, streams: int) -> Iterator[Subject]:
     """A whole server; in its workers only the forward pass is replaced."""
     source = checkpoint(folder)
     path = os.pathsep.join([str(PACED), str(PACED.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environ = {"BENCH_PACE": str(PACE), "BENCH_VOCABULARY": str(VOCABULARY), "PYTHONPATH": path}
+    steps = scratch / "steps"
+    environ = {
+        "BENCH_PACE": str(PACE),
+        "BENCH_VOCABULARY": str(VOCABULARY),
+        "BENCH_STEPS": str(steps),
+        "PYTHONPATH": path,
+    }
     former = {name: os.environ.get(name) for name in environ}
     os.environ.update(environ)
     options = ("--devices", "cpu:1", "--device-memory", "2GiB", "--dram", "1GiB")
@@ -106,7 +121,7 @@ def ours(folder: Path, scratch: Path, streams: int) -> Iterator[Subject]:
         agents = {device["agent_pid"] for device in server.devices()}
         head = psutil.Process(server.head.pid)
         texts = [child for child in head.children() if child.pid not in agents]
-        yield Subject("ours", server.url, (head, *texts), tuple(psutil.Process(pid) for pid in agents))
+        yield Subject("ours", server.url, (head, *texts), tuple(psutil.Process(pid) for pid in agents), steps)
     finally:
         server.stop()
 
@@ -131,12 +146,10 @@ def process(command: list[str], port: int, environ: dict[str, str]) -> Iterator[
 
 def _listens(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2):
-            return True
-    except urllib.error.HTTPError:
-        return True
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
     except OSError:
         return False
+    return True
 
 
 @contextmanager
@@ -145,6 +158,13 @@ def upstream() -> Iterator[Subject]:
     command = [sys.executable, "-m", "bench.paced.backend", str(port)]
     with process(command, port, {"BENCH_PACE": str(PACE)}) as one:
         yield Subject("upstream", f"http://127.0.0.1:{port}", (one,))
+
+
+@contextmanager
+def floor() -> Iterator[Subject]:
+    port = free_port()
+    with process([sys.executable, "-m", "bench.paced.floor", str(port)], port, {"BENCH_PACE": str(PACE)}):
+        yield Subject("floor", f"http://127.0.0.1:{port}", ())
 
 
 @contextmanager
@@ -171,7 +191,7 @@ def _tree(process: psutil.Process) -> tuple[psutil.Process, ...]:
 
 
 def start(stack: ExitStack, names: list[str], folder: Path, scratch: Path, streams: int) -> dict[str, Subject]:
-    """The upstream and every subject that is named.
+    """The floor, the upstream and every subject that is named.
 
     Raises:
         PeerMissing: one is not installed, or does not start.
@@ -182,4 +202,5 @@ def start(stack: ExitStack, names: list[str], folder: Path, scratch: Path, strea
         "fastapi-proxy": lambda: fastapi_proxy(behind),
         "litellm": lambda: litellm(behind, scratch),
     }
-    return {"upstream": behind} | {name: stack.enter_context(begin[name]()) for name in names}
+    bare = stack.enter_context(floor())
+    return {"floor": bare, "upstream": behind} | {name: stack.enter_context(begin[name]()) for name in names}

@@ -7,6 +7,7 @@ phase. What a step would compute is made up; blocks, batches, frames and everyth
 import importlib.abc
 import importlib.machinery
 import os
+import pathlib
 import random
 import select
 import sys
@@ -63,6 +64,21 @@ def pace_engine(engine):
     engine.Scheduler.next_batch = lambda scheduler, rows: paced.next_batch(scheduler, rows)
     engine.Scheduler.remove = lambda scheduler, sequence: paced.forget(scheduler, sequence)
     engine.run, engine._draw = paced.run, paced.draw
+    engine.Engine.step = timed(engine.Engine.step)
+
+
+def timed(step):
+    """Writes down the seconds of every step in which a sequence got its first token; such a step waits for nothing."""
+
+    def timed_step(engine):
+        began = time.monotonic()
+        result = step(engine)
+        if result.first:
+            with pathlib.Path(os.environ["BENCH_STEPS"]).open("a") as log:
+                log.write(f"{time.monotonic() - began}\n")
+        return result
+
+    return timed_step
 
 
 def show_link(worker):
