@@ -36,8 +36,16 @@ class Desk:
         self.now += after
         out = self.machine.handle(event, self.now)
         check_invariants(self.machine.state)
+        self._check_histories()
         self.wake = max([self.wake, *(one.at for one in out if isinstance(one, c.WakeAt))])
         return [one for one in out if not isinstance(one, c.WakeAt)]
+
+    def _check_histories(self) -> None:
+        """What an InvariantError would tell of a life is in the order of its times."""
+        state = self.machine.state
+        for one in (*state.sequences.values(), *state.replicas.values(), *state.nodes.values()):
+            times = [at for at, _ in one.history]
+            assert times == sorted(times, key=float)
 
     def tick(self, after: float) -> list[c.Command]:
         return self.tell(e.Tick(), after)

@@ -149,6 +149,14 @@ def test_delete_tells_who_waits_and_lets_who_runs_end(desk: Desk) -> None:
     assert desk.machine.state.replicas == {}
 
 
+def test_a_deleted_model_leaves_no_deadline(desk: Desk) -> None:
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    assert ("hungry", "b") in desk.machine.state.timers
+    desk.tell(e.Delete("b"))
+    assert ("hungry", "b") not in desk.machine.state.timers
+
+
 def test_a_deleted_models_lost_sequence_is_told(desk: Desk) -> None:
     desk.tell(e.Delete("a"))
     (reject,) = desk.tell(e.WorkerLost(D0, 1, "killed"))

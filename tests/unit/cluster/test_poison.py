@@ -482,6 +482,12 @@ def test_a_load_that_ends_three_workers_is_guilty_and_cools_down_for_long() -> N
         c.Reject(4, 503, "model_load_failed", message, 30.0, True)
     ]
     assert court.machine.state.models["bad"].error == message
+    court.tick(30.0)
+    court.ask(5, "bad")
+    court.progress()
+    court.tell(e.Reserved(D0, max(court.machine.state.replicas)))
+    again = "loading bad ended the engine process 4 times"
+    assert court.die()[0] == c.Reject(5, 503, "model_load_failed", again, 120.0, True)
 
 
 def test_a_load_that_succeeds_alone_is_innocent() -> None:

@@ -313,6 +313,17 @@ def test_a_worker_that_refuses_is_left_alone_and_believed_to_be_short() -> None:
     assert desk.machine.state.devices[D0].shortfall == 0
 
 
+def test_what_a_device_lacks_adds_up() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", size=30))
+    desk.ask(1, "a")
+    desk.tell(e.Refused(D0, 1, 20))
+    desk.tick(1.0)
+    desk.tell(e.Refused(D0, 2, 5))
+    assert desk.machine.state.devices[D0].shortfall == 25
+
+
 def test_a_device_that_refused_is_left_alone_for_a_second() -> None:
     desk = Desk(QUIET)
     desk.join()

@@ -213,6 +213,17 @@ def test_a_refused_sequence_is_tried_again_after_a_rest_and_rejected_in_the_end(
     ]
 
 
+def test_who_has_rested_has_its_old_place_in_the_queue() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    desk.join()
+    desk.serve("a", 1, max_concurrency=1)
+    desk.ask(2, "a")
+    desk.ask(3, "a")
+    assert desk.tell(e.SequenceRefused(1, 1, "no room")) == [c.Dispatch(2, 1, 1, D0, 0.0, None)]
+    desk.tick(0.1)
+    assert desk.tell(e.SequenceDone(2, 1, DONE, 3)) == [c.Dispatch(1, 2, 1, D0, 0.1, None)]
+
+
 def test_a_resting_sequence_may_leave(desk: Desk) -> None:
     desk.tell(e.SequenceRefused(1, 1, "no room"))
     desk.tell(e.ClientGone(1))

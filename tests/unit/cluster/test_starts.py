@@ -434,6 +434,27 @@ def test_in_view_mode_dram_is_freed_by_all_that_pin_a_checkpoint() -> None:
     assert kinds(desk.tell(e.Unloaded(2))) == ["Reserve"]
 
 
+def test_in_view_mode_each_checkpoint_is_pinned_for_itself() -> None:
+    desk = Desk(QUIET)
+    desk.join(view(dram=100))
+    idle(desk, "a", 1, size=40)
+    desk.serve("b", 2, size=40)
+    desk.tick(10.0)
+    desk.tell(deploy("x", size=50))
+    assert decided(desk.ask(3, "x")).victims == (1,)
+
+
+def test_in_view_mode_copies_are_no_pins() -> None:
+    desk = Desk(QUIET)
+    desk.join(NodeSpec("n0", 100, (DeviceSpec(0, "cpu", 60, "copy"), DeviceSpec(1, "cpu", 100, "view"))))
+    copied = idle(desk, "a", 1, size=40)
+    viewed = idle(desk, "b", 2, size=70)
+    assert [desk.machine.state.replicas[one].device for one in (copied, viewed)] == [D0, D1]
+    desk.tick(10.0)
+    desk.tell(deploy("x", size=80))
+    assert decided(desk.ask(3, "x")).victims == (viewed,)
+
+
 def test_in_view_mode_what_leaves_the_device_frees_its_dram() -> None:
     desk = Desk(QUIET)
     desk.join(view(dram=100, devices=1))

@@ -52,6 +52,12 @@ def test_bytes_in_dram_show(desk: Desk) -> None:
     assert (see(desk).tier, round(see(desk).estimate_s or 0.0, 6)) == (Tier.DRAM, 0.05)
 
 
+def test_where_no_node_is_bytes_are_on_disk() -> None:
+    desk = Desk()
+    desk.tell(deploy("a"))
+    assert see(desk).tier is Tier.DISK
+
+
 def test_a_failed_model_says_why(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))

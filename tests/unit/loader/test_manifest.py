@@ -32,6 +32,7 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert built.file_bytes == (tmp_path / "model.safetensors").stat().st_size
     assert {name: number for name, (number, _) in built.tensors().items()} == {"a": 0, "b": 0}
     assert built.files[0].data_offset == built.files[0].header.data_offset
+    assert (built.directory, built.files[0].path) == (tmp_path, tmp_path / "model.safetensors")
 
 
 def test_shards_are_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -49,6 +50,10 @@ def test_the_identity_follows_directory_time_size_and_header(tmp_path: Path) -> 
     assert len(base) == 32
     assert manifest.build(Path(f"{first}/../first")).checkpoint == base
     assert manifest.build(second).checkpoint != base
+    written = (first / manifest.SINGLE).read_bytes()
+    (first / manifest.SINGLE).write_bytes(written[:-8] + bytes(8))  # that is what sizes and times are for
+    os.utime(first / manifest.SINGLE, ns=(0, 0))
+    assert manifest.build(first).checkpoint == base, "no tensor's byte is read"
     os.utime(first / manifest.SINGLE, ns=(0, 1))
     assert manifest.build(first).checkpoint != base
     write(first, {"c": torch.ones(2)})
@@ -86,6 +91,13 @@ def test_a_directory_without_weights_or_none_at_all(tmp_path: Path) -> None:
     assert str(gone.value) == f"{tmp_path}/nowhere: No such file or directory"
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (write(tmp_path, ONE) / "tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(TransientError) as caught:
+        manifest.build(tmp_path)
+    assert str(caught.value) == f"{tmp_path}/tokenizer.json: No such file or directory"
+
+
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
     directory = write(tmp_path, ONE, TWO)
     victim = directory / "model-00002-of-00002.safetensors"
@@ -118,6 +130,7 @@ def test_what_is_no_object_is_told_in_a_whole_sentence(text: str, sentence: str)
     ("weight_map", "sentence"),
     [
         ("[]", "model.safetensors.index.json has no weight_map"),
+        ("nope", "model.safetensors.index.json is not JSON: Expecting value: line 1 column 16 (char 15)"),
         (
             '{"a": "/b.safetensors"}',
             "model.safetensors.index.json names '/b.safetensors', which is no safetensors file in the directory",

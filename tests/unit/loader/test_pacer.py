@@ -16,6 +16,10 @@ def test_bytes_wait_for_those_before_them() -> None:
     assert pacer.delay(100) == 1.0
 
 
+def test_the_link_is_free_at_first_whatever_the_clock_says() -> None:
+    assert Pacer(100.0, lambda: 0.0).delay(50) == 0.5
+
+
 def test_no_cap_no_wait() -> None:
     pacer = Pacer(0.0)
     assert pacer.delay(1 << 40) == 0

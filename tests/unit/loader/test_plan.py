@@ -29,6 +29,10 @@ def test_headers_first_then_file_order() -> None:
     ]
 
 
+def test_a_header_that_ends_with_a_piece_needs_no_other() -> None:
+    assert plan.pieces([File(8, 4), File(4, 4)], (), 4) == [Piece(0, 0, 4), Piece(1, 0, 4), Piece(0, 4, 4)]
+
+
 def test_what_is_resident_is_left_out() -> None:
     assert plan.pieces([File(10, 3)], {Piece(0, 4, 4)}, 4) == [Piece(0, 0, 4), Piece(0, 8, 2)]
 
