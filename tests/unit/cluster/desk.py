@@ -43,9 +43,10 @@ class Desk:
     def _check_histories(self) -> None:
         """What an InvariantError would tell of a life is in the order of its times."""
         state = self.machine.state
-        for one in (*state.sequences.values(), *state.replicas.values(), *state.nodes.values()):
-            times = [at for at, _ in one.history]
-            assert times == sorted(times, key=float)
+        for lives in (state.sequences, state.replicas, state.nodes):
+            for one in lives.values():
+                times = [at for at, _ in one.history]
+                assert times == sorted(times, key=float)
 
     def tick(self, after: float) -> list[c.Command]:
         return self.tell(e.Tick(), after)
