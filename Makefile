@@ -38,6 +38,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.installed-mutation: $(VENV)/.installed-dev
+	$(PIP) --editable '.[mutation]'
+	@touch $@
+
 # --- what a visitor runs ---
 
 demo: $(VENV)/.installed
@@ -76,8 +80,13 @@ soak: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/properties --hypothesis-seed=$(SEED) $(ARGS)
 
-mutate: $(VENV)/.installed-dev
-	PYTHONPATH=. $(BIN)/python -m scripts.mutate --seed $(SEED) $(ARGS)
+# Goes on where the last call stopped: a mutant keeps its result for as long as its function stays the same. ARGS: how many
+# processes (--max-children 2), or names of mutants to run again ('serverless_llm.placement.*'); AGAIN=1: the survivors,
+# after new tests. The data limit ends mutants that collect without end.
+mutate: $(VENV)/.installed-mutation
+	ulimit -Sd 4194304 && HYPOTHESIS_PROFILE=mutation nice $(BIN)/mutmut run $(ARGS) \
+		$(if $(AGAIN),$$($(BIN)/mutmut results | sed -nE 's/: (survived|no tests|suspicious|timeout)$$//p'))
+	PYTHONPATH=. $(BIN)/python -m scripts.mutation
 
 accuracy: $(VENV)/.installed-dev
 	$(BENCH)accuracy $(ARGS)
@@ -100,5 +109,5 @@ gpu:
 	bash scripts/gpu.sh $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .demo *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) build dist mutants .demo *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache \
 		.hypothesis .import_linter_cache
