@@ -99,6 +99,37 @@ def test_adopted_views_must_fit_the_dram() -> None:
     assert desk.join(node(weights="view", dram=50), held) == [c.Unload(2, D0)]
 
 
+def test_adopted_views_of_one_checkpoint_share_the_dram() -> None:
+    desk = Desk()
+    desk.tell(deploy("a", size=30, max_replicas=2))
+    held = tuple(e.HeldReplica(number, device, "a", "sha-a", "auto") for number, device in ((1, D0), (2, D1)))
+    assert desk.join(node(devices=2, weights="view", dram=30), held) == []
+    assert sorted(desk.machine.state.replicas) == [1, 2]
+
+
+def test_what_is_adopted_is_idle_from_then_on() -> None:
+    desk = Desk(QUIET)
+    desk.tell(deploy("a", keep_alive=10.0))
+    desk.tick(100.0)
+    assert desk.join(held=(e.HeldReplica(1, D0, "a", "sha-a", "auto"),)) == []
+    assert desk.tick(9.9) == []
+    assert kinds(desk.tick(0.1)) == ["Evicted", "Unload"]
+
+
+def test_what_is_adopted_keeps_its_place_for_as_long_as_what_was_loaded() -> None:
+    desk = Desk(QUIET)
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b"))
+    desk.ask(1, "b")
+    desk.tick(100.0)
+    desk.ask(2, "a")
+    assert kinds(desk.join(held=(e.HeldReplica(1, D0, "a", "sha-a", "auto"),))) == ["Dispatch"]
+    desk.tick(1.9)
+    assert desk.machine.state.replicas[1].draining_for == ""
+    desk.tick(0.1)
+    assert desk.machine.state.replicas[1].draining_for == "b"
+
+
 def test_a_lost_worker_gives_its_sequences_and_its_memory_back(desk: Desk) -> None:
     assert kinds(desk.tell(e.WorkerLost(D0, 1, "killed"))) == []
     assert desk.machine.state.replicas == {}

@@ -408,6 +408,20 @@ def test_a_suspect_that_awaits_its_trial_on_one_device_takes_no_other() -> None:
     assert devices[D1].trial is None
 
 
+def test_a_suspect_is_tried_on_the_first_of_the_devices_that_can() -> None:
+    desk = Desk(Policy(silent_after=1e9, mention_s=1e9))
+    desk.join(node(devices=3))
+    desk.tell(deploy("a", size=30, min_replicas=3, max_replicas=3))
+    for replica, device in enumerate((D0, D1, DeviceId("n0", 2)), start=1):
+        desk.bring_up(replica, device)
+    desk.ask(1, "a")
+    desk.tell(e.WorkerLost(D0, 1, "SIGSEGV"))
+    desk.tell(e.WorkerUp(D0, 2))
+    desk.bring_up(4, D0)  # the newest replica, on the first device
+    assert dispatched(desk.tell(e.WorkerLost(D1, 1, "SIGSEGV"))) == [1]
+    assert desk.machine.state.devices[D0].trial == ("sequence", 1)
+
+
 def test_who_was_taken_back_and_runs_elsewhere_is_charged_but_no_suspect_when_its_former_worker_dies() -> None:
     pair = Pair()
     pair.ask(2, "a")
