@@ -79,6 +79,8 @@ class Footprint:
         file_bytes: bytes of its safetensors files, headers included: what a load reads and DRAM holds.
         weight_bytes: bytes its weights take on a device in the served dtype.
         kv_block_bytes: bytes of one KV block (`BLOCK_TOKENS` tokens, all layers).
+        kv_window_bytes: of these, bytes of layers that see a window, given back once it has passed.
+        kv_window_blocks: blocks that such layers hold at most.
         context: most tokens of a sequence.
     """
 
@@ -87,10 +89,13 @@ class Footprint:
     weight_bytes: int
     kv_block_bytes: int
     context: int
+    kv_window_bytes: int = 0
+    kv_window_blocks: int = 0
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of KV that hold `tokens` tokens."""
-        return -(-tokens // BLOCK_TOKENS) * self.kv_block_bytes
+        """Bytes of KV that a sequence of `tokens` tokens holds."""
+        blocks = -(-tokens // BLOCK_TOKENS)
+        return blocks * self.kv_block_bytes - max(0, blocks - self.kv_window_blocks) * self.kv_window_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,15 @@ class KvGroups(NamedTuple):
         """Columns that no token from number `cached` on sees through the window."""
         return max(0, cached - self.window + 1) // BLOCK_TOKENS if self.sliding else 0
 
+    @property
+    def kept(self) -> int:
+        """Columns that groups with a window hold at most, of a sequence that runs a few tokens at a time."""
+        return self.columns(self.window - 1) + 1
+
     def live(self, tokens: int) -> int:
         """Blocks that suffice to run a sequence up to so many tokens, a few at a time."""
         columns = self.columns(tokens)
-        return self.whole * columns + self.sliding * min(columns, self.columns(self.window - 1) + 1)
+        return self.whole * columns + self.sliding * min(columns, self.kept)
 
     def views(self) -> list[View]:
         """One for each group."""

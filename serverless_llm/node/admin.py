@@ -139,6 +139,8 @@ def footprint(spec: ModelSpec) -> Footprint:
         weight_bytes=model.weight_bytes({name: (one.dtype, one.shape) for name, (_, one) in found.tensors().items()}),
         kv_block_bytes=model.kv_column_bytes,
         context=spec.context or model.context,
+        kv_window_bytes=model.kv_groups.sliding * model.kv_block_bytes,
+        kv_window_blocks=model.kv_groups.kept,
     )
 
 

@@ -31,7 +31,7 @@ def gemma2(read: Reader) -> Description:
 def gemma3(read: Reader) -> Description:
     tables = read.table("rope_parameters")
     nested = bool(tables) and all(key in KINDS for key in tables)
-    outer = read.without("rope_parameters") if nested else read
+    outer = read.having(rope_parameters=None) if nested else read
     made = _gemma(outer, "Gemma3ForCausalLM", logit_cap=0.0, theta=1e6)
     pattern = read.size("sliding_window_pattern", 6)
     window = read.size_or_off("sliding_window", 4096)

@@ -9,6 +9,7 @@ from serverless_llm.engine.architectures.description import Description, Names, 
 from serverless_llm.engine.architectures.reader import Reader
 
 PHI3 = Names(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",))
+ORIGINAL_CONTEXT = 4096  # of a Phi-3 that does not say
 OLMO2 = Names(
     before_attention=None,
     after_attention="post_attention_layernorm",
@@ -65,9 +66,19 @@ def phi3(read: Reader) -> Description:
     for code in read.table("auto_map").values():  # the hub's Phi-3 carries a copy of what transformers has
         if code not in ("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"):
             read.refuse("auto_map")
-    made = read_decoder(read, "Phi3ForCausalLM", eps=1e-5, partial=True)
+    made = read_decoder(_as_longrope(read), "Phi3ForCausalLM", eps=1e-5, partial=True)
     window = read.size_or_off("sliding_window", 0)
     return replace(made, names=PHI3, windows=same_windows(read, made.layers, window))
+
+
+def _as_longrope(read: Reader) -> Reader:
+    """The first Phi-3 called it otherwise, and transformers takes the original context from this one place."""
+    tables = {key: dict(read.table(key)) for key in ("rope_scaling", "rope_parameters")}
+    for table in tables.values():
+        if table.get("rope_type", table.get("type")) in ("su", "yarn"):
+            table["rope_type"] = "longrope"
+    original = read.get("original_max_position_embeddings") or ORIGINAL_CONTEXT
+    return read.having(**tables, original_max_position_embeddings=original)
 
 
 def olmo2(read: Reader) -> Description:

@@ -26,11 +26,11 @@ class Reader:
         self.used.add(key)
         return self._config.get(key)
 
-    def without(self, key: str) -> Reader:
-        """The same object less one key; what is asked of it counts as asked here."""
-        rest = Reader({other: value for other, value in self._config.items() if other != key})
-        rest.used = self.used
-        return rest
+    def having(self, **keys: Any) -> Reader:
+        """The same object with these values; what is asked of it counts as asked here."""
+        other = Reader({**self._config, **keys})
+        other.used = self.used
+        return other
 
     def has(self, key: str) -> bool:
         """Whether the key is there, null or not."""

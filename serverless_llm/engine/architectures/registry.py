@@ -75,6 +75,8 @@ def describe(config: Mapping[str, Any]) -> Description:
         )
     read = Reader(config)
     description = architecture.read(read)
+    if config.get("is_causal") is False:
+        read.refuse("is_causal")
     for key in FOREIGN:
         if key not in read.used and config.get(key) not in (None, False, {}, []):
             read.refuse(key)

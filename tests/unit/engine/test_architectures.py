@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
+import torch
 
 from serverless_llm.engine.architectures.description import Activation
 from serverless_llm.engine.architectures.reader import Reader
 from serverless_llm.engine.architectures.registry import FOREIGN, NATIVE, Architecture, native
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.errors import CheckpointError
+from serverless_llm.kernels.rope import frequencies
 from serverless_llm.kernels.rope_kinds import Rope
 from tests.unit.engine.tiny import LONGROPE, YARN, config_json, entries_of, tensors_of
 
@@ -83,12 +86,30 @@ def test_a_key_that_changes_the_mathematics_is_read_or_refused(architecture: Arc
             ModelConfig.parse(config_json(architecture.name, **{key: 7}))
 
 
+# Without these there is nothing to compare; where transformers has a number of KV heads for want of one, shapes tell.
+REQUIRED = {
+    "vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "num_experts_per_tok", "max_position_embeddings", "architectures", "model_type",
+}  # fmt: skip
 # Fields of transformers' config classes that inference on text does not depend on.
 INERT = {
     "attention_dropout", "bos_token_id", "dropout", "embd_pdrop", "eos_token_id", "initializer_range", "init_std",
     "layerdrop", "output_router_logits", "pad_token_id", "pretraining_tp", "resid_pdrop", "router_aux_loss_coef",
     "router_jitter_noise", "use_cache", "init_device", "head_dim", "rope_theta",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", NATIVE, ids=lambda one: one.name)
+def test_an_absent_key_means_what_it_means_to_transformers(architecture: Architecture) -> None:
+    transformers = pytest.importorskip("transformers")
+    config_class = getattr(transformers, architecture.name).config_class
+    whole = config_json(architecture.name)
+    read = Reader(whole)
+    architecture.read(read)
+    for key in sorted(read.used & set(whole) - REQUIRED):
+        raw = {other: value for other, value in whole.items() if other != key}
+        filled = json.loads(config_class(**raw).to_json_string(use_diff=False))
+        assert ModelConfig.parse(filled | {"architectures": [architecture.name]}) == ModelConfig.parse(raw), key
 
 
 @pytest.mark.parametrize("architecture", NATIVE, ids=lambda one: one.name)
@@ -164,6 +185,23 @@ def test_yarn_scales_cosine_and_sine(table: dict[str, Any], scaling: float) -> N
     rope = ModelConfig.parse(config_json(rope_scaling=table)).rope
     assert rope
     assert rope.scaling == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_the_first_phi3_called_longrope_otherwise(kind: str, key: str) -> None:
+    """As transformers reads it, which also has its own original context."""
+    transformers = pytest.importorskip("transformers")
+    table = LONGROPE | {"original_max_position_embeddings": 4096, "rope_type": kind}
+    table[key] = table.pop("rope_type")
+    raw = config_json(PHI3, rope_scaling=table, max_position_embeddings=8192)
+    read = ModelConfig.parse(raw).rope
+    assert read
+    assert (read.kind, read.factor, read.original_context) == ("longrope", 2.0, 4096)
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**json.loads(json.dumps(raw))))
+    rotary = model.model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, frequencies(read)[0])
+    assert rotary.attention_scaling == pytest.approx(read.scaling)
 
 
 def test_dynamic_scaling_begins_beyond_the_context() -> None:

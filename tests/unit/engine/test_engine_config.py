@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from serverless_llm.domain import Footprint
 from serverless_llm.engine.config import ALIGNMENT, ModelConfig
 from serverless_llm.errors import CheckpointError
 from serverless_llm.kernels.rope_kinds import Rope
@@ -50,6 +51,7 @@ def test_no_torch() -> None:
         ({"max_position_embeddings": None}, "max_position_embeddings"),
         ({"dtype": "int8"}, "dtype"),
         ({"attention_multiplier": 0.1}, "attention_multiplier"),
+        ({"is_causal": False}, "is_causal"),
     ],
 )
 def test_refusals_name_the_key(keys: dict[str, Any], named: str) -> None:
@@ -171,3 +173,18 @@ def test_a_tied_checkpoint_may_store_its_head() -> None:
     entries = entries_of(tensors_of(config))
     config.check(entries)
     config.check({**entries, "lm_head.weight": ("F32", (160, 64))})
+
+
+def test_placement_counts_the_kv_that_the_engine_takes() -> None:
+    """A window of 24 tokens in one layer of three: that layer holds three blocks at most."""
+    keys = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3}
+    for raw in (
+        config_json("Gemma2ForCausalLM", sliding_window=24, **keys),
+        config_json("MistralForCausalLM", sliding_window=24),
+        config_json(),
+    ):
+        model = ModelConfig.parse(raw)
+        groups = model.kv_groups
+        needs = Footprint("sha", 1, 1, model.kv_column_bytes, 512, groups.sliding * model.kv_block_bytes, groups.kept)
+        for tokens in (0, 1, 16, 17, 48, 49, 500):
+            assert needs.kv_bytes(tokens) == groups.live(tokens) * model.kv_block_bytes

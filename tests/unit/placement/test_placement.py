@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +38,15 @@ def test_weights_and_floor_must_fit_and_in_view_mode_the_files_too(
 def test_a_sequence_fits_beside_the_weights_alone() -> None:
     assert fit.holds_sequence(FOOTPRINT, budget=920, tokens=32)
     assert not fit.holds_sequence(FOOTPRINT, budget=920, tokens=33)
+
+
+def test_layers_with_a_window_take_no_more_than_it() -> None:
+    """Of ten bytes of a block six are of layers that hold three blocks at most."""
+    windowed = replace(FOOTPRINT, kv_window_bytes=6, kv_window_blocks=3)
+    assert [windowed.kv_bytes(16 * blocks) for blocks in range(6)] == [0, 10, 20, 30, 34, 38]
+    assert fit.holds_sequence(windowed, budget=934, tokens=64)
+    assert not fit.holds_sequence(windowed, budget=933, tokens=64)
+    assert fit.kv_floor(windowed, budget=10_000, tokens=2048, share=0.1) == 34
 
 
 LINKS = estimate.Links(disk=100.0, upload=1000.0, overhead_s=0.5)
