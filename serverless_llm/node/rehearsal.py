@@ -1,10 +1,12 @@
 """What every worker would otherwise do first, done once in the forkserver: a small model is placed, and says a token.
 
 The first use of an operation costs a process milliseconds: a cold start should not pay them between its last byte and
-its first token.
+its first token. So there is one model for each set of operations that native architectures have.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +25,29 @@ CONFIG = {
         "original_max_position_embeddings": 64,
     },
 }  # fmt: skip
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 16},
+    {"architectures": ["OPTForCausalLM"], "ffn_dim": 64},
+    {
+        "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+)  # fmt: skip
 STORED = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
 
 
 def rehearse() -> None:
     """One thread only: a pool of threads would not outlive the fork."""
     for dtype in STORED:
-        engine = Engine("cpu", budget=1 << 20)
-        engine.warm()
-        _run(engine, dtype)
+        for keys in KINDS:
+            engine = Engine("cpu", budget=1 << 20)
+            engine.warm()
+            _run(engine, ModelConfig.parse(CONFIG | keys, dtype))
 
 
-def _run(engine: Engine, dtype: str) -> None:
-    model = ModelConfig.parse(CONFIG, dtype)
-    name, stored = STORED[dtype]
+def _run(engine: Engine, model: ModelConfig) -> None:
+    name, stored = STORED[model.dtype]
     engine.place(1, model, {tensor: (name, shape) for tensor, shape in model.tensors().items()}, kv_floor=0)
     engine.activate(1, {tensor: _view(shape, stored) for tensor, shape in model.tensors().items()})
     prompt, nothing = np.arange(20, dtype=np.int32), np.empty(0, np.int32)
