@@ -38,12 +38,14 @@ def greedy(sampling: Sampling) -> bool:
 def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
     """The token at `position` (counted from the prompt's first), from float32 [vocabulary].
 
-    Temperature, then top-k, then top-p (the fewest likeliest tokens whose probabilities reach `top_p`), then min-p, in
-    float64. Of equal logits the lower token id is the likelier.
+    Temperature (on differences to the greatest logit, so that a small one makes no infinities), then top-k, then top-p
+    (the fewest likeliest tokens whose probabilities reach `top_p`), then min-p, in float64. Of equal logits the lower
+    token id is the likelier.
     """
     if greedy(sampling):
         return int(logits.argmax())
-    weights = torch.softmax(logits.double() / sampling.temperature, dim=-1)
+    wide = logits.double()
+    weights = torch.softmax((wide - wide.max()) / sampling.temperature, dim=-1)
     tokens = None
     if 0 < sampling.top_k < weights.numel() or sampling.top_p < 1 or sampling.min_p > 0:
         weights, tokens = _likeliest(weights, sampling)

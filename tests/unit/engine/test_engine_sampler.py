@@ -51,6 +51,11 @@ def test_temperature_shapes_the_distribution() -> None:
             assert math.isclose(share, float(expected[token]), abs_tol=0.05)
 
 
+def test_the_smallest_temperatures_are_greedy_and_not_infinite() -> None:
+    for temperature in (1e-9, 1e-310, 5e-324):
+        assert set(drawn(Sampling(temperature=temperature, seed=1), count=50)) == {1, 3}
+
+
 def test_top_k_prefers_lower_ids_among_equals() -> None:
     assert set(drawn(Sampling(top_k=2))) == {1, 3}
     assert set(drawn(Sampling(top_k=3))) == {1, 2, 3}
