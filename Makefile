@@ -74,7 +74,7 @@ screenshots: $(VENV)/.installed-dev
 # The faults that last, each test by itself (STORM='-k late' runs one; after a failure STORM=--stepwise goes on there),
 # then the storm of kills
 soak: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m storm tests/integration $(STORM)
+	$(BIN)/python -m pytest -m storm tests/integration tests/unit/engine $(STORM)
 	$(BENCH)soak --seed $(SEED) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev

@@ -20,7 +20,7 @@ from serverless_llm.kernels.activation import soft_cap
 CHUNK_BLOCKS = 4
 CHUNK = BLOCK_TOKENS * CHUNK_BLOCKS  # keys that are reduced together
 TILE_ROWS = 16  # rows of a product, at most, where a KV head has no more heads than that
-CAPPED_QUERIES = 256  # query tokens whose scores `gathered_attention` holds at a time where it caps them
+FULL_QUERIES = 256  # query tokens whose scores `gathered_attention` holds at a time where it caps them or has sinks
 
 
 def tile_tokens(heads: int, kv_heads: int) -> int:
@@ -88,8 +88,11 @@ def tiled_attention(
     layer: int,
     groups: list[TileGroup],
     how: Scores,
+    sinks_A: torch.Tensor | None = None,  # noqa: N803
 ) -> torch.Tensor:
     """Attention of each query token over its sequence's keys up to itself; float32 [T, A * D].
+
+    `sinks_A`: scores of a further key of each head, whose value is zero.
 
     Every product has R rows and CHUNK keys, scores of hidden keys become exact zeros, and chunks are summed one after
     the other: a token's result depends neither on other sequences, nor on how its sequence was cut into steps, nor on
@@ -102,7 +105,7 @@ def tiled_attention(
         keys, values = _gather(kv, layer, group)
         for tile in group.tiles:
             q = scaled.index_select(0, tile.tokens).view(group.sequences, -1, heads, size)
-            out.index_copy_(0, tile.tokens, _attend(q, keys, values, tile, how.cap))
+            out.index_copy_(0, tile.tokens, _attend(q, keys, values, tile, how.cap, sinks_A))
     return out
 
 
@@ -114,7 +117,9 @@ def _gather(kv: torch.Tensor, layer: int, group: TileGroup) -> tuple[torch.Tenso
     return both[0], both[1]
 
 
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: Tile, cap: float) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: Tile, cap: float, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """`q`: [N, P, A, D], scaled. Returns [N * P, A * D]."""
     count, tokens, heads, size = q.shape
     kv_heads, group = keys.shape[1], heads // keys.shape[1]
@@ -127,8 +132,14 @@ def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: Til
     if cap:
         scores = soft_cap(scores, cap)
     scores.masked_fill_(tile.hidden, -torch.inf)
-    scores.sub_(scores.amax(dim=-1, keepdim=True).amax(dim=1, keepdim=True)).exp_()
+    peak = scores.amax(dim=-1, keepdim=True).amax(dim=1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.float().view(kv_heads, 1, group).expand(-1, tokens, -1).reshape(kv_heads, -1, 1)
+        peak = torch.maximum(peak, sinks)
+    scores.sub_(peak).exp_()
     total = _in_order(scores.sum(dim=-1))
+    if sinks is not None:
+        total.add_((sinks - peak[:, 0]).exp_()[..., 0])
     mixed = _in_order(torch.bmm(scores.view(-1, shape[3], CHUNK), values).view(*shape, size))
     mixed = mixed.div_(total[..., None]).view(count, kv_heads, tokens, group, size)
     return mixed.transpose(1, 2).reshape(count * tokens, heads * size)
@@ -165,6 +176,7 @@ def gathered_attention(
     layer: int,
     spans: list[Span],
     how: Scores,
+    sinks_A: torch.Tensor | None = None,  # noqa: N803
 ) -> torch.Tensor:
     """The same by torch's own kernel, sequence by sequence, any dtype and device; [T, A * D]."""
     tokens, heads, size = q_TAD.shape
@@ -175,8 +187,8 @@ def gathered_attention(
             blocks[:, part].reshape(-1, *kv.shape[3:])[: span.keys].transpose(0, 1)[None] for part in (0, 1)
         )
         q = q_TAD[span.start : span.stop].transpose(0, 1)[None]
-        if how.cap:
-            mixed = _capped(q, keys, values, span.visible, how)
+        if how.cap or sinks_A is not None:
+            mixed = _in_full(q, keys, values, span.visible, how, sinks_A)
         else:
             mixed = F.scaled_dot_product_attention(
                 q, keys, values, attn_mask=span.visible, scale=how.scale, enable_gqa=True
@@ -185,17 +197,28 @@ def gathered_attention(
     return out.view(tokens, heads * size)
 
 
-def _capped(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, how: Scores
+def _in_full(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor | None,
+    how: Scores,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`q`: [1, A, n, D]; torch's kernel has no cap. Scores are float32, of some query tokens at a time."""
+    """`q`: [1, A, n, D]; torch's kernel has no cap and no sinks. Scores are float32, of some query tokens at a time."""
     _, heads, count, size = q.shape
     q = q.view(keys.shape[1], -1, count, size)
     parts = []
-    for first in range(0, count, CAPPED_QUERIES):
-        part = slice(first, first + CAPPED_QUERIES)
-        scores = soft_cap(torch.matmul(q[:, :, part], keys[0][:, None].transpose(-1, -2)).float() * how.scale, how.cap)
+    for first in range(0, count, FULL_QUERIES):
+        part = slice(first, first + FULL_QUERIES)
+        scores = torch.matmul(q[:, :, part], keys[0][:, None].transpose(-1, -2)).float() * how.scale
+        if how.cap:
+            scores = soft_cap(scores, how.cap)
         if visible is not None:
             scores.masked_fill_(~visible[part], -torch.inf)
-        parts.append(torch.matmul(scores.softmax(dim=-1).to(values.dtype), values[0][:, None]))
+        if sinks is not None:
+            sink = sinks.float().view(*q.shape[:2], 1, 1).expand(-1, -1, scores.shape[2], -1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(dim=-1)[..., : keys.shape[2]].to(values.dtype)
+        parts.append(torch.matmul(weights, values[0][:, None]))
     return torch.cat(parts, dim=2).view(1, heads, count, size)

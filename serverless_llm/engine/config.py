@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
@@ -21,9 +22,13 @@ ALIGNMENT = 256  # bytes; every weight buffer begins on such a boundary
 
 
 class Buffer(NamedTuple):
-    """Tensors whose rows lie next to each other in one allocation, in this order."""
+    """Tensors whose rows lie next to each other in one allocation, in this order.
+
+    `packed`: they are used as one tensor, and are stored so even where others are views of the files.
+    """
 
     tensors: tuple[str, ...]
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +45,7 @@ class ModelConfig(Description):
             CheckpointError: names the key that is missing, malformed, or asks for mathematics that is not here.
         """
         parsed: ModelConfig
-        if native(config) is None and foreign.known(config):
+        if _of_transformers(config):
             parsed = ForeignConfig(
                 **_values(foreign.describe(config)), dtype=_served_dtype(config, dtype), values=config
             )
@@ -150,20 +155,43 @@ class ForeignConfig(ModelConfig):
     Attributes:
         values: its config.json.
         shapes: of its tensors, once `bound`.
+        wide: tensors that stay float32 in a model of bfloat16, as its checkpoint has them: biases of a choice of
+            experts, where rounding would choose others.
     """
 
     values: Mapping[str, Any]
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    wide: frozenset[str] = frozenset()
 
     def bound(self, entries: Entries) -> Self:
         self.check(entries)
-        return replace(self, shapes={name: tuple(shape) for name, (_, shape) in entries.items() if _weighs(name)})
+        shapes = {name: tuple(shape) for name, (_, shape) in entries.items() if _weighs(name)}
+        wide = (
+            frozenset(name for name in shapes if entries[name][0] == "F32") if self.dtype == "bfloat16" else frozenset()
+        )
+        few = sum(numel(shapes[name]) for name in wide) * MANY <= sum(map(numel, shapes.values()))
+        return replace(self, shapes=shapes, wide=wide if few else frozenset())
 
     def tensors(self) -> dict[str, Shape]:
         return dict(self.shapes)
 
     def groups(self) -> Iterator[tuple[str, ...]]:
-        yield from ((name,) for name in self.shapes)
+        """Every tensor once, but for wide ones; those of the experts of a layer as transformers packs them."""
+        experts: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        for name in self.shapes:
+            if name in self.wide:
+                continue
+            if found := EXPERT.fullmatch(name):
+                layer, number, product, kind = found.groups()
+                part, place = PARTS.get(product, (product, 0))
+                experts.setdefault((layer, part + kind), []).append((int(number), place, name))
+            else:
+                yield (name,)
+        for members in experts.values():
+            yield tuple(name for _, _, name in sorted(members))
+
+    def buffers(self) -> list[Buffer]:
+        return [Buffer(tensors, packed=len(tensors) > 1) for tensors in self.groups()]
 
     def check(self, entries: Entries) -> None:
         """
@@ -176,7 +204,8 @@ class ForeignConfig(ModelConfig):
 
     def weight_bytes(self, entries: Entries | None = None) -> int:
         whole = self if entries is None else self.bound(entries)
-        return sum(aligned(numel(shape) * self.item_bytes) for shape in whole.shapes.values())
+        wide = sum(aligned(numel(whole.shapes[name]) * ITEM_BYTES["float32"]) for name in whole.wide)
+        return wide + sum(aligned(whole.buffer_bytes(buffer, whole.shapes)) for buffer in whole.buffers())
 
 
 # Old checkpoints store masks and rotary frequencies, which follow from the config.
@@ -185,9 +214,20 @@ NO_WEIGHTS = (
     ".position_ids",
 )  # fmt: skip
 
+# Experts whose products transformers packs: of a layer one tensor of all gates and ups, and one of each other product.
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(weight|bias)")
+PARTS = {"gate_proj": ("up", 0), "up_proj": ("up", 1), "w1": ("up", 0), "w3": ("up", 1)}
+MANY = 16  # a checkpoint with more than one number in so many in float32 is one of float32; arbitrary
+
 
 def _weighs(name: str) -> bool:
     return not name.endswith(NO_WEIGHTS)
+
+
+def _of_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether transformers is to compute it. Some kinds of model have the code of a native one, and another config."""
+    own = native(config)
+    return (own is None or config.get("model_type", own.model_type) != own.model_type) and foreign.known(config)
 
 
 def _values(description: Description) -> dict[str, Any]:

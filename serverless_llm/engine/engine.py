@@ -29,7 +29,7 @@ from serverless_llm.errors import CapacityError
 from serverless_llm.loader.dest import Dest
 
 FALLBACK = "serverless_llm.engine.fallback"  # imported where it is needed: it needs an extra
-KERNELS = 2  # bumped when the same input may give other bits than before
+KERNELS = 3  # bumped when the same input may give other bits than before
 STEP_S = 0.2  # seconds a step of prefill should take at most, so that the tokens of other sequences keep flowing
 ROWS_LEAST, ROWS_MOST = 32, 512  # tokens of a step; 32 is what `kernels.linear` takes at once
 CUDA_ROWS = 2048
@@ -124,10 +124,12 @@ class Engine:
         given = tensors or {}
         for name, target in bound.items() if tensors else ():
             target.copy_(given[name])
-        viewed = {name: given[name] for name in shapes if name not in bound}
-        self._models[replica] = self._bind(config, bound | viewed)
-        self._pace[replica] = sum(tensor.numel() for tensor in (bound | viewed).values()) / FIRST_PACE
-        return bool(viewed)
+        others = {name: given[name] for name in shapes if name not in bound}
+        if self._weights == "copy":
+            others = {name: tensor.to(self.device, copy=True) for name, tensor in others.items()}
+        self._models[replica] = self._bind(config, bound | others)
+        self._pace[replica] = sum(tensor.numel() for tensor in (bound | others).values()) / FIRST_PACE
+        return bool(others) and self._weights == "view"
 
     def _bind(self, config: ModelConfig, tensors: Tensors) -> AnyModel:
         if isinstance(config, ForeignConfig):
@@ -354,7 +356,8 @@ def _drawn(row: torch.Tensor, sequence: Sequence) -> int:
 
 
 def _state(sequence: Sequence) -> SequenceState:
-    return SequenceState(sequence.sequence, sequence.epoch, sequence.generated, len(sequence.blocks))
+    held = len(sequence.blocks) - sequence.trimmed * sequence.groups.sliding
+    return SequenceState(sequence.sequence, sequence.epoch, sequence.generated, held)
 
 
 def _numerics_id(device: torch.device, threads: int) -> str:

@@ -3,8 +3,12 @@
 transformers lets an attention function and a mask function be registered by name. Ours stores the step's keys and
 values in the arena and attends over each sequence's blocks, so that batches, chunks of prompts and several sequences
 are as for native architectures; positions are given for each token. What a layer asks of attention (heads, scale, cap,
-window) is learned from one token when the model is bound, and the whole is then compared with transformers' own
-attention on a short text: an architecture whose mathematics does not pass through these two functions is refused.
+window) is learned from one token when the model is bound, and two texts are then compared with what transformers makes
+of them by itself: an architecture whose mathematics does not pass through these two functions is refused. What two
+short texts could not show is looked at beforehand: that nothing but attention carries anything from one token to
+another, which keys a mask hides over the whole context, and what else attention is given.
+
+Weights are views: those that transformers packs into one tensor already lie so, see `config.ForeignConfig`.
 
 Shape letters as in `engine.model`. In deterministic mode linear layers run on tiles, as native ones do; other products
 that a module may hold, such as those of packed experts, are torch's own, so that the promise is that of its layers.
@@ -12,18 +16,27 @@ that a module may hold, such as those of packed experts, are torch's own, so tha
 
 from __future__ import annotations
 
+import inspect
+import os
 import warnings
 from collections.abc import Callable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from serverless_llm.domain import BLOCK_TOKENS, Sampling
+from serverless_llm.engine.architectures import foreign
+from serverless_llm.engine.architectures.reader import Reader
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.blocks import SLAB_STEP
 from serverless_llm.engine.config import ForeignConfig
@@ -38,15 +51,20 @@ from serverless_llm.kernels.attention import Scores
 from serverless_llm.kernels.linear import padded, tiled_linear
 
 NAME = "serverless-llm"  # of our attention, to transformers
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # there is nothing to wait for, and `InPlace` sees this thread
 # Most that logits may differ from transformers' own, as a part of the greatest: an error of order is far over it, and
 # the rounding of the dtype, with a choice of experts that it turns over, far under.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+ALONE = {"float32": 1e-4, "bfloat16": 0.02}  # likewise, of a token after others, where each sees itself alone
 LONG, SHORT, CUT = 23, 9, 10  # tokens of the two texts that are compared, and where the first is cut in two steps
+COPIED = 64  # of so many bytes of weights transformers may copy one: what it wants in another dtype
+HEARD = {"dropout", "sliding_window", "position_ids"}  # by the mask, by the step, or in training only
 
 Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Mask(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Mask:
     """What transformers calls a mask, not worked out: which keys a query sees, as a function of their positions."""
 
     visible: Visible
@@ -72,18 +90,29 @@ class Pages:
         self.views: list[int] = []
 
     def use(self, arena: Arena, config: ForeignConfig) -> None:
+        self._size = config.head_dim
         self._kv = arena.rows(DTYPES[config.dtype], 2, BLOCK_TOKENS, config.kv_heads, config.head_dim)
         self._tokens = self._kv.view(-1, config.kv_heads * config.head_dim)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """`q`: [1, A, T, D], `k`, `v`: [1, G, T, D]; returns [1, T, A, D]."""
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`q`: [1, A, T, D], `k`: [1, G, T, D], `v`: [1, G, T, E]; returns [1, T, A, E].
+
+        The longer of D and E is the config's head size; the other is filled up with zeros.
+        """
         assert self.step is not None
         slots = self.step.slots[0] + 2 * BLOCK_TOKENS * layer
         for place, values in ((slots, k), (slots + BLOCK_TOKENS, v)):
-            rows = values[0].transpose(0, 1).reshape(-1, self._tokens.shape[1])
+            rows = self._filled(values)[0].transpose(0, 1).reshape(-1, self._tokens.shape[1])
             self._tokens.index_copy_(0, place, rows[: self.step.tokens])
-        mixed = self.step.attend[self.views[layer]](q[0].transpose(0, 1).contiguous(), self._kv, layer)
-        return mixed.view(1, q.shape[2], q.shape[1], q.shape[3])
+        queries = self._filled(q)[0].transpose(0, 1).contiguous()
+        mixed = self.step.attend[self.views[layer]](queries, self._kv, layer, sinks_A=sinks)
+        return mixed.view(1, q.shape[2], q.shape[1], self._size)[..., : v.shape[3]]
+
+    def _filled(self, values: torch.Tensor) -> torch.Tensor:
+        missing = self._size - values.shape[-1]
+        return F.pad(values, (0, missing)) if missing else values
 
 
 def _attend(
@@ -94,16 +123,28 @@ def _attend(
     attention_mask: Any,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls for every layer of a model that is bound here."""
+    """What transformers calls for every layer of a model that is bound here. `s_aux`: sinks."""
     pages: Pages = module.pages
     if pages.step is not None:
-        return pages.attend(module.layer_idx, query, key, value), None
+        return pages.attend(module.layer_idx, query, key, value, s_aux), None
+    for name, given in others.items():
+        if given is not None and given is not (name == "is_causal") and name not in HEARD:
+            raise CheckpointError(f"{type(module).__name__} asks paged attention for {name}, which is not supported")
+    if not isinstance(attention_mask, Mask | None):
+        raise CheckpointError(f"{type(module).__name__} has a mask of its own, which is not supported")
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap or 0.0)
     visible = None if attention_mask is None else attention_mask.visible
     pages.calls.append(Call(module.layer_idx, key.shape[1], key.shape[3], value.shape[3], scores, visible))
-    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    return _alone(query, key, value, scores.scale), None
+
+
+def _alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """In place of attention: a token sees itself alone, as much as its query and key agree. [1, T, A, E]"""
+    k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], dim=1) for one in (k, v))
+    return ((q * k).sum(dim=-1, keepdim=True).mul_(scale).tanh_() * v).transpose(1, 2).contiguous()
 
 
 def _mask(*_: Any, mask_function: Visible, **__: Any) -> Mask:
@@ -130,26 +171,35 @@ class Foreign:
         try:
             with warnings.catch_warnings(action="ignore"), torch.inference_mode():
                 self._module = _bound(config, tensors, self._device)
+                self._picks = "logits_to_keep" in inspect.signature(self._module.forward).parameters
                 for module in self._module.modules():
                     module.__dict__["pages"] = self._pages
                     if self.tiled:
                         _tile(module)
+                self._stand_alone()
                 self._learn()
                 self._compare()
         except CheckpointError:
             raise
         except Exception as error:  # another project's code, which was not written for this
-            why = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{config.architecture} does not run over paged KV: {why}") from error
+            raise self._refused(_cause(error)) from error
         self._pages.use(arena, config)
 
+    def _stand_alone(self) -> None:
+        """A token after some and after others: while it sees itself alone, it cannot tell them apart."""
+        after = [torch.tensor([*others, 0]) % self.config.vocab for others in ((1, 2, 3, 4), (5, 6, 7, 8))]
+        one, other = (self._call(text, torch.arange(len(text)))[-1] for text in after)
+        if not (one - other).abs().max() <= ALONE[self.config.dtype] * one.abs().max():
+            raise self._refused("its tokens meet elsewhere than in attention that transformers lets others compute")
+
     def _learn(self) -> None:
+        self._pages.calls.clear()
         self._call(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         calls, config = self._pages.calls, self.config
         if [call.layer for call in calls] != list(range(config.layers)):
-            raise self._refused(f"{config.layers} layers attend {len(calls)} times in all")
+            raise self._refused("its layers do not attend once each, in their order")
         for call in calls:
-            if {call.key_size, call.value_size} != {config.head_dim} or call.kv_heads != config.kv_heads:
+            if max(call.key_size, call.value_size) != config.head_dim or call.kv_heads != config.kv_heads:
                 shape = f"{call.kv_heads} KV heads of {call.key_size} and {call.value_size}"
                 raise self._refused(f"{shape}, config.json means {config.kv_heads} of {config.head_dim}")
         if len({call.scores for call in calls}) > 1:
@@ -181,15 +231,15 @@ class Foreign:
         return visible(zero, zero, torch.tensor(query), key).expand(len(key))
 
     def _compare(self) -> None:
-        """Two texts, one in two steps and then beside the other, against transformers' own attention."""
+        """Two texts, one in two steps and then beside the other, against transformers by itself."""
         long, short = ([(7 * place + 3) % self.config.vocab for place in range(size)] for size in (LONG, SHORT))
         self._module.set_attn_implementation("eager")
-        wanted = torch.cat([self._call(torch.tensor(text), torch.arange(len(text)))[-1:] for text in (long, short)])
+        wanted = torch.cat([self._call(torch.tensor(text))[-1:] for text in (long, short)])
         self._module.set_attn_implementation(NAME)
         found = self._paged(long, short)
         limit = TOLERANCE[self.config.dtype] * wanted.abs().max()
         if not (found - wanted).abs().max() <= limit:
-            raise self._refused("its numbers are not those of transformers' own attention")
+            raise self._refused("its numbers are not those that transformers computes by itself")
 
     def _paged(self, long: list[int], short: list[int]) -> torch.Tensor:
         block, each = self.config.kv_block_bytes, -(-LONG // BLOCK_TOKENS)
@@ -216,16 +266,24 @@ class Foreign:
             self._pages.step = None
 
     @torch.inference_mode()
-    def _call(self, ids: torch.Tensor, position: torch.Tensor, rows: torch.Tensor | int = 0) -> torch.Tensor:
-        """float32 logits of these rows of T, of all where it is 0."""
-        ids, position = (values.to(self._device)[None] for values in (ids, position))
+    def _call(
+        self, ids: torch.Tensor, position: torch.Tensor | None = None, rows: torch.Tensor | int = 0
+    ) -> torch.Tensor:
+        """float32 logits of these rows of T, of all where it is 0. Without positions: those of transformers."""
+        ids = ids.to(self._device)[None]
+        given: dict[str, Any] = {} if position is None else {"position_ids": position.to(self._device)[None]}
+        given |= {"logits_to_keep": rows} if self._picks else {}
         # With a mask of no padding, transformers does not take positions that begin anew for packed texts.
-        whole = torch.ones_like(ids)
-        out = self._module(
-            input_ids=ids, position_ids=position, attention_mask=whole, use_cache=False, logits_to_keep=rows
-        )
+        out = self._module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)
         logits: torch.Tensor = out.logits[0].float()
-        return logits
+        return logits if self._picks or isinstance(rows, int) else logits[rows]
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong in transformers; where it met our mask, or does not know of our attention, more plainly."""
+    told = f"{type(error).__name__}: {error}"
+    own = NAME in str(error) or Mask.__name__ in str(error)
+    return f"its attention is not one that transformers lets others compute ({told})" if own else told
 
 
 def _tile(module: Any) -> None:
@@ -247,6 +305,39 @@ def _on_tiles(weight_t: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
     return tiled_linear(whole.contiguous(), weight_t, bias)[: len(rows)].view(*x.shape[:-1], -1)
 
 
+class InPlace(TorchFunctionMode):
+    """Leaves weights where they are while transformers loads them; of neighbours that it joins it makes a view."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.Tensor.to and given.pop("device", None) and not given and len(args) == 1:
+            return args[0]
+        joined = join(*args, **given, new=func is torch.stack) if func in (torch.stack, torch.cat) else None
+        return func(*args, **given) if joined is None else joined
+
+
+def join(tensors: Several[torch.Tensor], dim: int = 0, *, new: bool) -> torch.Tensor | None:
+    """What `torch.cat`, with a `new` dimension `torch.stack`, makes of tensors, as a view; None where there is none."""
+    first = tensors[0]
+    shape, strides = [*map(int, first.shape)], list(first.stride())
+    steps = {after.storage_offset() - before.storage_offset() for before, after in pairwise(tensors)}
+    if len(steps) != 1 or any(_kind(tensor) != _kind(first) for tensor in tensors):
+        return None
+    step = int(steps.pop())
+    if new:
+        shape.insert(dim, len(tensors))
+        strides.insert(dim, step)
+    elif step == shape[dim] * strides[dim]:
+        shape[dim] *= len(tensors)
+    else:
+        return None
+    return first.as_strided(shape, strides) if step > 0 else None
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _bound(config: ForeignConfig, tensors: Tensors, device: torch.device) -> Any:
     """The module of transformers whose parameters are `tensors` themselves."""
     transformers.utils.logging.disable_progress_bar()
@@ -254,23 +345,35 @@ def _bound(config: ForeignConfig, tensors: Tensors, device: torch.device) -> Any
     kind = config.values["model_type"]
     # Which kernels run is for us to say, not for a checkpoint: such a key may name code to download.
     values = {key: value for key, value in config.values.items() if not key.endswith("_implementation")}
-    settings = CONFIG_MAPPING[kind].from_dict(values)
-    module, told = getattr(transformers, config.architecture).from_pretrained(
-        None,
-        config=settings,
-        state_dict=dict(tensors),
-        dtype=DTYPES[config.dtype],
-        attn_implementation=NAME,
-        output_loading_info=True,
-    )
+    settings = CONFIG_MAPPING[kind].from_dict(transformers.PreTrainedConfig._decode_special_floats(values))
+    foreign.check(Reader(settings.to_dict()))  # now with transformers' defaults
+    with InPlace():
+        module, told = getattr(transformers, config.architecture).from_pretrained(
+            None,
+            config=settings,
+            state_dict=dict(tensors),
+            dtype=DTYPES[config.dtype],
+            attn_implementation=NAME,
+            output_loading_info=True,
+        )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         for name in sorted(map(str, told[what])):
             raise CheckpointError(f"tensor {name} is one of the {what.replace('_', ' ')} of {config.architecture}")
-    ours = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
-    for name, parameter in module.named_parameters():
-        if parameter.untyped_storage().data_ptr() not in ours:
-            raise CheckpointError(f"{config.architecture}: transformers wants a copy of {name}, which is not supported")
+    _refuse_copies(config, module, tensors)
     for module_buffers in module.modules():
         for name, buffer in module_buffers.named_buffers(recurse=False):
             module_buffers._buffers[name] = buffer.to(device)
     return module.eval()
+
+
+def _refuse_copies(config: ForeignConfig, module: Any, tensors: Tensors) -> None:
+    ours = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    copied = {
+        name: parameter.nbytes
+        for name, parameter in module.named_parameters()
+        if parameter.untyped_storage().data_ptr() not in ours
+    }
+    if sum(copied.values()) * COPIED > sum(tensor.nbytes for tensor in tensors.values()):
+        raise CheckpointError(
+            f"{config.architecture}: transformers wants a copy of {next(iter(copied))}, which is not supported"
+        )

@@ -9,9 +9,11 @@ from serverless_llm.loader.dest import Dest
 
 
 def stored_buffers(config: ModelConfig, entries: Entries, weights: str) -> Iterator[Buffer]:
-    """The buffers that the arena must hold: all in `copy` mode, in `view` mode those that need a conversion."""
+    """The buffers that the arena must hold: all in `copy` mode, in `view` mode those that need a conversion or
+    are packed.
+    """
     for buffer in config.buffers():
-        if weights == "copy" or any(config.needs_conversion(name, entries) for name in buffer.tensors):
+        if weights == "copy" or buffer.packed or any(config.needs_conversion(name, entries) for name in buffer.tensors):
             yield buffer
 
 

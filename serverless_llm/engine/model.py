@@ -27,7 +27,7 @@ from serverless_llm.kernels.rope import rotate, rotate_part
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-Attention = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+Attention = Callable[..., torch.Tensor]
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -43,7 +43,7 @@ class StepInput(NamedTuple):
             of one token in the arena.
         drawn: int64, the rows whose logits are wanted, padded like T.
         attend: for each of the model's views: (q [T, A, D], arena as `kernels.attention` sees it, number of a layer
-            in a block) -> [T, A * D].
+            in a block, its `sinks_A` if it has some) -> [T, A * D].
     """
 
     ids: torch.Tensor

@@ -9,6 +9,7 @@ from serverless_llm.domain import FinishReason, Sampling, Shaping
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sampler import draw, likelihood, shaped
+from tests.unit.engine.test_fallback import EVERY, plain
 from tests.unit.engine.tiny import (
     GREEDY,
     VARIANTS,
@@ -87,3 +88,14 @@ def test_shaping_and_logprobs_are_those_of_a_cpu() -> None:
     told, expected = likelihood(logits.cuda(), 5, 4), likelihood(logits, 5, 4)
     assert told.tokens == expected.tokens
     assert told.logprobs == pytest.approx(expected.logprobs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.1)])
+@pytest.mark.parametrize("which", ["gpt2", "cohere2-window", "sinks", "latent", "olmoe", "deepseek-v3"])
+def test_decoders_of_transformers_stay_in_the_arena(which: str, dtype: str, tolerance: float) -> None:
+    values, model, tensors = plain(*EVERY[which])
+    config = ModelConfig.parse(values, dtype)
+    engine = Engine("cuda:0", 64 * MIB)
+    serve(engine, config, tensors if dtype == "float32" else {n: t.bfloat16() for n, t in tensors.items()})
+    engine.add(start(1, prompt(40)))
+    assert_near_oracle(model, prompt(40), drain(engine)[1][0], tolerance)

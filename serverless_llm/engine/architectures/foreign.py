@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_leng
 REFUSED = (
     "quantization_config", "compression_config", "auto_map", "is_encoder_decoder", "add_cross_attention",
     "vision_config", "audio_config",
+    "attn_temperature_tuning",  # counts the rows of a step instead of taking positions
 )  # fmt: skip
 # Their frequencies follow from the longest sequence of a batch.
 REFUSED_ROPES = ("dynamic", "longrope")
 CAUSAL = re.compile(r"\w+(ForCausalLM|LMHeadModel)")
-FOLDER = re.compile(r"\w[\w-]*")
+PAIR = re.compile(r'\("([\w-]+)", "(\w+)"\)')
 
 
 def known(config: Mapping[str, Any]) -> bool:
@@ -39,7 +41,7 @@ def known(config: Mapping[str, Any]) -> bool:
     names, kind = config.get("architectures"), config.get("model_type")
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) and isinstance(kind, str)):
         return False
-    if not CAUSAL.fullmatch(names[0]) or not FOLDER.fullmatch(kind):
+    if not CAUSAL.fullmatch(names[0]):
         return False
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
@@ -47,9 +49,18 @@ def known(config: Mapping[str, Any]) -> bool:
             f"config.json: {names[0]} is computed by transformers, which is not installed: "
             "pip install serverless-llm[transformers]"
         )
-    # Its source is read, not imported: the head must not stand still for seconds.
-    folder = Path(next(iter(spec.submodule_search_locations))) / "models" / kind.replace("-", "_")
-    return any(f"\nclass {names[0]}(" in path.read_text(encoding="utf-8") for path in folder.glob("modeling_*.py"))
+    return (kind, names[0]) in decoders(next(iter(spec.submodule_search_locations)))
+
+
+@cache
+def decoders(folder: str) -> tuple[tuple[str, str], ...]:
+    """(model_type, architecture) of every decoder that the transformers in this folder lists.
+
+    Its source is read, not imported: the head must not stand still for seconds.
+    """
+    source = (Path(folder) / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8")
+    _, _, rest = source.partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")
+    return tuple((kind, name) for kind, name in PAIR.findall(rest.partition("\n)")[0]))
 
 
 def describe(config: Mapping[str, Any]) -> Description:
@@ -59,13 +70,7 @@ def describe(config: Mapping[str, Any]) -> Description:
         CheckpointError: names the key that is missing, malformed, or not supported.
     """
     read = Reader(config)
-    for key in REFUSED:
-        if read.get(key) not in (None, False, {}, []):
-            read.refuse(key)
-    for key in ("rope_scaling", "rope_parameters"):
-        for kind in _rope_types(read.table(key)):
-            if kind in REFUSED_ROPES:
-                read.refuse(key, f"of type {kind} is not supported for this architecture")
+    check(read)
     hidden, heads = _size(read, HIDDEN), _size(read, HEADS)
     layers = _size(read, LAYERS, most=MOST_PARTS)
     return Description(
@@ -76,7 +81,7 @@ def describe(config: Mapping[str, Any]) -> Description:
         layers=layers,
         heads=heads,
         kv_heads=1 if read.flag("multi_query") else _size(read, KV_HEADS, default=heads),
-        head_dim=read.size("head_dim", max(1, hidden // heads)),
+        head_dim=_head_dim(read, hidden, heads),
         context=_size(read, CONTEXT),
         eps=0.0,
         embedding=hidden,
@@ -86,9 +91,32 @@ def describe(config: Mapping[str, Any]) -> Description:
     )
 
 
+def check(read: Reader) -> None:
+    """
+    Raises:
+        CheckpointError: names the key that asks for what paged KV or this engine has not.
+    """
+    for key in REFUSED:
+        if read.get(key) not in (None, False, {}, []):
+            read.refuse(key)
+    for key in ("rope_scaling", "rope_parameters"):
+        for kind in _rope_types(read.table(key)):
+            if kind in REFUSED_ROPES:
+                read.refuse(key, f"of type {kind} is not supported for this architecture")
+
+
+def _head_dim(read: Reader, hidden: int, heads: int) -> int:
+    """Numbers of a key or of a value, whichever is longer. Latent attention names the parts of a key."""
+    if read.get("qk_nope_head_dim") is None:
+        return read.size("head_dim", max(1, hidden // heads))
+    return max(read.size("qk_nope_head_dim") + read.size("qk_rope_head_dim"), read.size("v_head_dim"))
+
+
 def _size(read: Reader, names: tuple[str, ...], default: int | None = None, most: int = MOST) -> int:
-    name = next((name for name in names if read.get(name) is not None), names[0])
-    return read.size(name, default, most)
+    name = next((name for name in names if read.get(name) is not None), None)
+    if name is None and default is None:
+        raise CheckpointError(f"config.json: none of {', '.join(names)}, which paged KV needs")
+    return read.size(name or names[0], default, most)
 
 
 def _rope_types(table: Mapping[str, Any]) -> Iterator[Any]:

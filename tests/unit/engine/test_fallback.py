@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import re
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from serverless_llm.domain import BLOCK_TOKENS, Sampling
 from serverless_llm.engine.config import ForeignConfig, ModelConfig
 from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sequence import Likelihood, SequenceStart
 from serverless_llm.errors import CheckpointError
+from tests.unit.engine.every import model_of
 from tests.unit.engine.tiny import Tensors, assert_near_oracle, drain, entries_of, prompt, serve, start
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,17 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 GROUPED = COMMON | {"num_key_value_heads": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+SPARSE = {"layer_types": ["minimax_m3_sparse", "full_attention"], "index_block_size": 4, "index_topk_blocks": 2}
+FEW = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+ZAYA = GROUPED | {"num_experts": 4, "num_experts_per_tok": 1, "head_dim": 16}
 GPT2 = {"vocab_size": 160, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoXForCausalLM", "gpt_neox", COMMON),
@@ -36,7 +47,8 @@ SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cohere2-window": ("Cohere2ForCausalLM", "cohere2", GROUPED | {"sliding_window": 20, "sliding_window_pattern": 2}),
     "starcoder2-window": ("Starcoder2ForCausalLM", "starcoder2", GROUPED | {"sliding_window": 24}),
     "granite": (
-        "GraniteForCausalLM", "granite",
+        "GraniteForCausalLM",
+        "granite",
         GROUPED | {"attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     ),
     "gpt2": ("GPT2LMHeadModel", "gpt2", GPT2),
@@ -45,36 +57,63 @@ SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmo": ("OlmoForCausalLM", "olmo", GROUPED),
     "nemotron": ("NemotronForCausalLM", "nemotron", GROUPED),
     "smollm3": ("SmolLM3ForCausalLM", "smollm3", GROUPED | {"no_rope_layer_interval": 2}),
-}  # fmt: skip
+    "sinks": ("GraniteSWAForCausalLM", "granite_swa", GROUPED | {"sliding_window": 20}),
+    "granite-4": (
+        "GraniteMoeHybridForCausalLM",
+        "granitemoehybrid",
+        GROUPED | {"layer_types": ["attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 96},
+    ),
+    "latent": ("MiniCPM3ForCausalLM", "minicpm3", COMMON | LATENT),
+}
+# Experts are products of torch's own.
+MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "olmoe": ("OlmoeForCausalLM", "olmoe", GROUPED | FEW),
+    "qwen2-moe": (
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        GROUPED | FEW | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
+    "gpt-oss": ("GptOssForCausalLM", "gpt_oss", GROUPED | FEW | {"head_dim": 16, "sliding_window": 20}),
+    "granite-moe": ("GraniteMoeForCausalLM", "granitemoe", GROUPED | FEW),
+    "glm4-moe": (
+        "Glm4MoeForCausalLM",
+        "glm4_moe",
+        GROUPED | FEW | {"head_dim": 16, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+    ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        COMMON
+        | LATENT
+        | FEW
+        | {
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "v_head_dim": 12,
+        },
+    ),
+}
+EVERY = SERVED | MIXTURES  # fmt: skip
 
 
 def plain(name: str, kind: str, keys: dict[str, Any]) -> tuple[dict[str, Any], Any, Tensors]:
     """A config.json, transformers' model of random weights, and the tensors that its checkpoint would hold."""
-    import transformers
-
     values = {"architectures": [name], "model_type": kind, "dtype": "float32"} | keys
-    torch.manual_seed(5)
-    settings = transformers.models.auto.configuration_auto.CONFIG_MAPPING[kind].from_dict(dict(values))
-    settings._attn_implementation = "eager"
-    model = getattr(transformers, name)(settings).float().eval()
-    for tensor in model.parameters():
-        tensor.data += 0.3 * torch.randn_like(tensor) * tensor.shape[-1] ** -0.5
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return values, model, tensors
+    return values, *model_of(values)
 
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    made = Engine(budget=8 << 20)
+    made = Engine(budget=16 << 20)
     yield made
     made.check_invariants()
 
 
-@pytest.mark.parametrize("which", SERVED)
+@pytest.mark.parametrize("which", EVERY)
 def test_any_decoder_of_transformers_serves_batches_and_chunks_as_it_would_alone(which: str, engine: Engine) -> None:
-    values, model, tensors = plain(*SERVED[which])
+    values, model, tensors = plain(*EVERY[which])
     config = ModelConfig.parse(values)
     assert isinstance(config, ForeignConfig)
     serve(engine, config, tensors)
@@ -158,11 +197,18 @@ def test_copies_and_conversions(weights: str, dtype: str) -> None:
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "no attention": ("MambaForCausalLM", "mamba", COMMON, "2 layers attend 0 times"),
-    "another attention": ("FalconForCausalLM", "falcon", COMMON, "does not run over paged KV"),
+    "no attention": ("MambaForCausalLM", "mamba", COMMON, "its tokens meet elsewhere"),
+    "another attention": ("GPTJForCausalLM", "gptj", GPT2 | {"rotary_dim": 8}, "its attention is not one that"),
+    "a convolution of keys": ("ZayaForCausalLM", "zaya", ZAYA, "its tokens meet elsewhere"),
     "a bias": ("BloomForCausalLM", "bloom", {**COMMON, "n_layer": 2, "n_head": 4}, "does not run over paged KV"),
-    "sinks": ("GptOssForCausalLM", "gpt_oss", GROUPED | {"head_dim": 16, "num_local_experts": 4}, "its numbers"),
     "head size": ("Ernie4_5ForCausalLM", "ernie4_5", GROUPED, "2 KV heads of 128"),
+    "a choice of keys": (
+        "MiniMaxM3VLForCausalLM",
+        "minimax_m3_vl_text",
+        GROUPED | FEW | SPARSE | {"head_dim": 16},
+        "asks paged attention for block_indices",
+    ),
+    "positions": ("RobertaForCausalLM", "roberta", COMMON | {"is_decoder": True, "pad_token_id": 1}, "its numbers"),
     "scales": ("GPT2LMHeadModel", "gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "in different ways"),
 }
 
@@ -171,18 +217,52 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
 def test_attention_that_pages_do_not_hold_is_refused_by_name(which: str, engine: Engine) -> None:
     name, kind, keys, says = REFUSED[which]
     values, _, tensors = plain(name, kind, keys)
-    with pytest.raises(CheckpointError, match=f"{name}.*{says}"):
+    with pytest.raises(CheckpointError, match=says):
         serve(engine, ModelConfig.parse(values), tensors)
     engine.drop(1)
 
 
-def test_weights_that_transformers_packs_anew_are_refused(tmp_path: Path, engine: Engine) -> None:
-    keys = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
-    values, model, _ = plain("OlmoeForCausalLM", "olmoe", keys)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")  # its experts one by one
-    with pytest.raises(CheckpointError, match=r"OlmoeForCausalLM: transformers wants a copy of model\.layers\.0\.mlp"):
-        serve(engine, ModelConfig.parse(values), tensors)
+@pytest.mark.parametrize("weights", ["view", "copy"])
+@pytest.mark.parametrize("which", ["olmoe", "deepseek-v3"])
+def test_weights_that_transformers_packs_lie_packed_in_the_arena(which: str, weights: str) -> None:
+    engine = Engine(budget=8 << 20, weights=weights)
+    values, model, tensors = plain(*MIXTURES[which])
+    assert any(re.search(r"experts\.3\.up_proj", name) for name in tensors)
+    serve(engine, ModelConfig.parse(values), tensors)
+    module = engine._models[1]._module  # type: ignore[attr-defined]
+    arena = engine.arena.untyped_storage().data_ptr()
+    packed = [
+        one for name, one in module.named_parameters() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    ]
+    assert packed
+    assert {one.untyped_storage().data_ptr() for one in packed} == {arena}
+    assert all(one.is_contiguous() for one in packed)
+    for name, one in model.named_parameters():
+        assert torch.equal(module.get_parameter(name), one)
+    engine.drop(1)
+    assert engine._memory.free_bytes == engine.arena.numel()
+
+
+def test_what_decides_between_experts_is_not_rounded(engine: Engine) -> None:
+    """Biases whose differences bfloat16 does not have, stored in float32 beside weights of bfloat16."""
+    values, _, tensors = plain(*MIXTURES["glm4-moe"])
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    exact = 12 + torch.arange(4) / 1000
+    stored = {name: exact if name == bias else tensor.bfloat16() for name, tensor in tensors.items()}
+    config = ModelConfig.parse(values, "bfloat16")
+    serve(engine, config, stored)
+    module = engine._models[1]._module  # type: ignore[attr-defined]
+    assert torch.equal(module.get_buffer(bias), exact)
+    assert config.weight_bytes(entries_of(stored)) >= sum(tensor.nbytes for tensor in stored.values())
+    engine.add(start(1, prompt(40)))
+    assert len(drain(engine)[1][0]) == 12
+
+
+def test_a_wholly_float32_checkpoint_is_rounded_where_bfloat16_is_asked_for() -> None:
+    values, _, tensors = plain(*MIXTURES["glm4-moe"])
+    config = ModelConfig.parse(values, "bfloat16").bound(entries_of(tensors))
+    assert isinstance(config, ForeignConfig)
+    assert not config.wide
 
 
 @pytest.mark.parametrize(
@@ -206,7 +286,7 @@ def test_tensors_must_be_those_of_the_architecture(engine: Engine, change: str, 
         ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_parameters of type longrope"),
-        ({"num_hidden_layers": None}, "num_hidden_layers must be"),
+        ({"num_hidden_layers": None}, "none of num_hidden_layers, "),
         ({"num_attention_heads": 0}, "num_attention_heads must be"),
         ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM"),
         ({"architectures": ["GPTNeoXForSequenceClassification"]}, "is not served"),

@@ -16,7 +16,7 @@ from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sequence import SequenceStart
 
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 Tensors = dict[str, torch.Tensor]
 
 

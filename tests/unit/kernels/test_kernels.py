@@ -177,7 +177,14 @@ class Paged:
                 row = self.rows[-1][token // BLOCK_TOKENS] + 1  # layer 1
                 self.kv[row, 0, token % BLOCK_TOKENS], self.kv[row, 1, token % BLOCK_TOKENS] = k[token], v[token]
 
-    def expected(self, sequence: int, q: torch.Tensor, window: int = 10**9, cap: float = 0.0) -> torch.Tensor:
+    def expected(
+        self,
+        sequence: int,
+        q: torch.Tensor,
+        window: int = 10**9,
+        cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """`q`: [n, A, D], the sequence's last n tokens."""
         k, v = (x[sequence].repeat_interleave(self.group, 1).double() for x in (self.k, self.v))
         scores = torch.einsum("tad,kad->atk", q.double(), k) * q.shape[-1] ** -0.5
@@ -185,9 +192,19 @@ class Paged:
         position = torch.arange(len(k) - len(q), len(k))[:, None]
         key = torch.arange(len(k))[None, :]
         scores.masked_fill_((key > position) | (key <= position - window), -torch.inf)
-        return torch.einsum("atk,kad->tad", scores.softmax(-1), v).flatten(1).float()
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.double()[:, None, None].expand(-1, len(q), -1)), dim=-1)
+        return torch.einsum("atk,kad->tad", scores.softmax(-1)[..., : len(k)], v).flatten(1).float()
 
-    def last(self, sequences: list[int], chunks: int, how: Scores, window: int = 0, skip: bool = False) -> torch.Tensor:
+    def last(
+        self,
+        sequences: list[int],
+        chunks: int,
+        how: Scores,
+        window: int = 0,
+        skip: bool = False,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Tiled attention of the last token of each sequence, tables filled up to so many chunks; [N, A * D].
 
         `skip`: chunks before the window are left out of the tables.
@@ -202,26 +219,32 @@ class Paged:
         hidden = hidden_keys(position, chunks, self.group, window, torch.tensor(first) if skip else None)
         tile = Tile(torch.arange(len(rows)).repeat_interleave(width), chunks, hidden)
         q = torch.stack([random(heads, size, seed=n) for n in sequences])
-        return tiled_attention(q, self.kv, 1, [TileGroup(torch.tensor(table).ravel(), len(rows), [tile])], how)
+        groups = [TileGroup(torch.tensor(table).ravel(), len(rows), [tile])]
+        return tiled_attention(q, self.kv, 1, groups, how, sinks)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (4, 4, 8), (6, 1, 24), (40, 2, 8)])
-@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (1, 0.0), (70, 0.0), (0, 0.5), (33, 2.0)])
-def test_tiled_attention(heads: int, kv_heads: int, size: int, window: int, cap: float) -> None:
+@pytest.mark.parametrize(
+    ("window", "cap", "sinking"),
+    [(0, 0.0, False), (1, 0.0, False), (70, 0.0, True), (0, 0.5, False), (33, 2.0, True), (0, 0.0, True)],
+)
+def test_tiled_attention(heads: int, kv_heads: int, size: int, window: int, cap: float, sinking: bool) -> None:
     paged = Paged([1, 40, 200], heads, kv_heads, size)
-    out = paged.last([0, 1, 2], -(-200 // CHUNK), Scores(size**-0.5, cap), window)
+    sinks = 3 * random(heads, seed=5) if sinking else None
+    out = paged.last([0, 1, 2], -(-200 // CHUNK), Scores(size**-0.5, cap), window, sinks=sinks)
     for n in range(3):
         q = random(heads, size, seed=n)[None]
-        expected = paged.expected(n, q, window or 10**9, cap)
+        expected = paged.expected(n, q, window or 10**9, cap, sinks)
         torch.testing.assert_close(out[n : n + 1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_company_does_not_change_a_long_sequence() -> None:
     """Bit by bit the same alone, beside others, and with tables filled up to any length."""
     paged = Paged([1300, 700, 3, 2100], 4, 2, 16)
-    together = paged.last([0, 1, 2, 3], 40, Scores(0.25))
-    for n, chunks in ((0, 21), (1, 11), (2, 1), (3, 33)):
-        assert torch.equal(paged.last([n], chunks, Scores(0.25))[0], together[n])
+    for sinks in (None, random(4, seed=3)):
+        together = paged.last([0, 1, 2, 3], 40, Scores(0.25), sinks=sinks)
+        for n, chunks in ((0, 21), (1, 11), (2, 1), (3, 33)):
+            assert torch.equal(paged.last([n], chunks, Scores(0.25), sinks=sinks)[0], together[n])
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 130, 700])
@@ -234,8 +257,8 @@ def test_chunks_before_the_window_need_not_be_there(window: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 30])
-@pytest.mark.parametrize("cap", [0.0, 1.5])
-def test_gathered_attention(n: int, cap: float) -> None:
+@pytest.mark.parametrize(("cap", "sinking"), [(0.0, False), (1.5, False), (0.0, True), (1.5, True)])
+def test_gathered_attention(n: int, cap: float, sinking: bool) -> None:
     paged = Paged([50, 33], 4, 2, 16)
     q = random(2 * n, 4, 16)
     spans = []
@@ -243,10 +266,12 @@ def test_gathered_attention(n: int, cap: float) -> None:
         visible = torch.arange(length)[None, :] <= torch.arange(length - n, length)[:, None]
         rows = torch.tensor(paged.rows[number])
         spans.append(Span(number * n, number * n + n, rows, length, None if n == 1 else visible))
-    out = gathered_attention(q, paged.kv, 1, spans, Scores(0.25, cap))
+    sinks = 3 * random(4, seed=5) if sinking else None
+    out = gathered_attention(q, paged.kv, 1, spans, Scores(0.25, cap), sinks)
     for number in range(2):
         part = slice(number * n, number * n + n)
-        torch.testing.assert_close(out[part], paged.expected(number, q[part], cap=cap), rtol=1e-4, atol=1e-5)
+        expected = paged.expected(number, q[part], cap=cap, sinks=sinks)
+        torch.testing.assert_close(out[part], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_capped_attention_takes_long_queries_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +279,7 @@ def test_capped_attention_takes_long_queries_piece_by_piece(monkeypatch: pytest.
     q = random(40, 4, 16)
     visible = torch.arange(60)[None, :] <= torch.arange(20, 60)[:, None]
     spans = [Span(0, 40, torch.tensor(paged.rows[0]), 60, visible)]
-    monkeypatch.setattr(attention, "CAPPED_QUERIES", 16)
+    monkeypatch.setattr(attention, "FULL_QUERIES", 16)
     out = gathered_attention(q, paged.kv, 1, spans, Scores(0.25, 2.0))
     torch.testing.assert_close(out, paged.expected(0, q, cap=2.0), rtol=1e-4, atol=1e-5)
 
