@@ -53,7 +53,8 @@ class Completions:
             RequestError: there is no answer, and no header has left.
         """
         live = self._live.open(request_id, info, request)
-        self._spawn(self._prepare(live))
+        self._spawn(self._prepare(live))  # up to the call to a text process, which works while the machine does
+        asyncio.get_running_loop().call_soon(self._live.announce, live)
         cause = "client gone"
         try:
             response = await (self._stream(http, live) if request.stream else self._whole(live))

@@ -38,14 +38,20 @@ class LiveRequests:
         return iter(tuple(self._live.values()))
 
     def open(self, request_id: str, info: wire.ModelInfo, request: CompletionRequest) -> LiveRequest:
-        """New sequences, announced at once, so that a load begins while their prompts are tokenised."""
+        """New sequences, of which nobody knows; `announce` them next."""
         live = LiveRequest(request_id, info, request, self._next)
         self._next += len(live.choices)
         self._live.update((choice.sequence, choice) for choice in live.choices)
-        online = WorkClass.ONLINE.value
-        for choice in live.choices:
-            self._send(wire.Arrive(choice.sequence, info.name, info.checkpoint, online, request.keep_alive, request_id))
         return live
+
+    def announce(self, live: LiveRequest) -> None:
+        """A load may begin while their prompts are tokenised. Nothing where the request is over already."""
+        if not self.awaits(live):
+            return
+        name, checkpoint, online = live.info.name, live.info.checkpoint, WorkClass.ONLINE.value
+        keep_alive, request_id = live.request.keep_alive, live.request_id
+        for choice in live.choices:
+            self._send(wire.Arrive(choice.sequence, name, checkpoint, online, keep_alive, request_id))
 
     def awaits(self, live: LiveRequest) -> bool:
         """Whether anyone still wants its answer."""

@@ -131,6 +131,7 @@ class WebSocketLink:
             if message.type is WSMsgType.BINARY:
                 for frame in self._splitter.feed(message.data):
                     self._receive(frame)
+                    await asyncio.sleep(0)  # tokens are written before what the next frame makes to do
                     if self._end.done():
                         return ""
             elif message.type is WSMsgType.PING:
