@@ -56,14 +56,13 @@ class Server:
         self._config = config
         self._tls = tls_context(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         self._state = state.State(config.state_dir)
-        self._agents = local_agents(config)
         self._text = TextPool()
         self._options = gateway_options(config)
         self._gateway = Gateway(self._to_head, self._text, self._state.generation, self._options)
         self._head = Head(
             self._state,
             Machine(Policy(abandon_after=config.abandon_after)),
-            self._agents,
+            local_agents(config),
             self._gateway.receive,
             [self._observe],
             config.keep_alive,
@@ -179,7 +178,7 @@ class Server:
 
     def _signalled(self, number: int) -> None:
         if self._signal.done():
-            self._kill_agents()
+            self._head.kill_agents()
             os._exit(status_of(number))
         self._signal.set_result(number)
 
@@ -190,11 +189,6 @@ class Server:
         except TimeoutError:
             self._gateway.abort("the server is stopping")
             await asyncio.wait([asyncio.create_task(self._gateway.idle())], timeout=ABORT_SECONDS)
-
-    def _kill_agents(self) -> None:
-        for options in self._agents:
-            if pid := state.holder(options.lock_path):
-                os.kill(pid, signal.SIGKILL)
 
 
 def status_of(number: int) -> int:

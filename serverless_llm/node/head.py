@@ -89,6 +89,10 @@ class Head:
         """
         await self._supervisor.run()
 
+    def kill_agents(self) -> None:
+        """Ends them at once; nothing is freed in order."""
+        self._supervisor.signal(signal.SIGKILL)
+
     async def shut_down(self) -> None:
         """Has the agents free everything and exit; `run` must have been cancelled before."""
         self.controller.shut_down()
@@ -98,4 +102,4 @@ class Head:
                 await self._supervisor.ended()
         except TimeoutError:
             log.warning("agents still run after %g s: killed", SHUTDOWN_LIMIT)
-            self._supervisor.signal(signal.SIGKILL)
+            self.kill_agents()

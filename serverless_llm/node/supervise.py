@@ -27,6 +27,7 @@ class Supervisor:
 
     def __init__(self, agents: Sequence[AgentOptions]) -> None:
         self._agents = agents
+        self._begun: dict[str, int] = {}  # node -> pid of the agent begun here, which may not hold its lock yet
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -36,13 +37,14 @@ class Supervisor:
     def signal(self, number: int, without: Container[str] = ()) -> None:
         """Sends a signal to every agent that lives and is not among the nodes `without`."""
         for options in self._agents:
-            pid = state.holder(options.lock_path)
+            pid = state.holder(options.lock_path) or self._begun.get(options.node)
             if pid and options.node not in without:
                 os.kill(pid, number)
 
     async def ended(self) -> None:
-        """Returns when no agent lives (after `Shutdown`)."""
+        """Returns when no agent lives (after `Shutdown`, or a signal)."""
         for options in self._agents:
+            await exit_of(self._begun.get(options.node, 0))
             while (pid := state.holder(options.lock_path)) is not None:
                 await exit_of(pid)
 
@@ -69,5 +71,7 @@ class Supervisor:
                        for target, source in enumerate((nothing, log_file, log_file))]  # fmt: skip
             # Not subprocess: the agent is meant to outlive this process and its objects.
             pid = os.posix_spawn(arguments[0], arguments, environment(), file_actions=streams, setsid=True)
+        self._begun[options.node] = pid
         await exit_of(pid)
         os.waitpid(pid, 0)
+        del self._begun[options.node]
