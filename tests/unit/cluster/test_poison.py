@@ -218,6 +218,13 @@ def test_an_armed_trial_ends_with_its_client(court: Court) -> None:
     assert court.machine.state.devices[D0].trial is None
 
 
+def test_a_trials_term_ends_with_its_node(court: Court) -> None:
+    court.reload()
+    assert ("trial", D0) in court.machine.state.timers
+    court.tell(e.NodeLost("n0"))
+    assert ("trial", D0) not in court.machine.state.timers
+
+
 def test_an_armed_trial_ends_with_its_replica(court: Court) -> None:
     court.tell(deploy("b", size=30))
     court.ask(4, "b")

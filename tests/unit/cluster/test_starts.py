@@ -7,6 +7,8 @@ import pytest
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
+from serverless_llm.cluster.starts import hold_s
+from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
 from tests.unit.cluster.desk import D0, D1, Desk, deploy, node
 
@@ -404,6 +406,26 @@ def test_scaling_out_does_not_take_a_place_in_use() -> None:
 
 def view(dram: int, devices: int = 2) -> NodeSpec:
     return node(devices=devices, weights="view", dram=dram)
+
+
+def test_of_those_that_run_who_is_brought_back_soonest_makes_way() -> None:
+    desk = Desk(QUIET)
+    join(desk, "n0", disk=10.0)
+    desk.serve("b", 1, size=40)
+    desk.tick(50.0)
+    desk.serve("a", 2, size=30)
+    desk.tell(deploy("x", size=30))
+    desk.ask(3, "x")
+    desk.tick(20.0)
+    assert [one.model for one in desk.machine.state.replicas.values() if one.draining_for] == ["a"]
+
+
+def test_in_view_mode_the_idle_are_brought_back_from_dram() -> None:
+    desk = Desk(QUIET)
+    desk.join(view(dram=1000))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    replica = desk.machine.state.replicas[idle(desk, "a", 1)]
+    assert hold_s(Turn(desk.machine.state, QUIET, 0.0), replica) == QUIET.hold_floor_s
 
 
 def test_in_view_mode_one_checkpoint_is_pinned_once() -> None:
