@@ -63,6 +63,7 @@ class Gateway:
         self._problems: list[str] = []
         self._draining = False
         self._idle = asyncio.Event()
+        self._page: asyncio.Future[bytes] | None = None
         self.live = LiveRequests(send, self.metrics, generation)
         self._admin = Admin(send, self._options, self.metrics.traffic.shown)
         self._feed = Feed(self._options.heartbeat_every)
@@ -261,7 +262,10 @@ class Gateway:
         waiting = Counter((live.info.name, "") for live in shown if not live.device)
         zero = {(name, ""): 0 for name in self._models}
         self.metrics.occupancy(zero | running, zero | waiting)
-        return web.Response(body=self.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"})
+        if self._page is None or self._page.done():  # of many models it takes long: beside the loop, one for all who ask
+            self._page = asyncio.get_running_loop().run_in_executor(None, self.metrics.page)
+        text = await asyncio.shield(self._page)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
 def _is_routine(path: str, status: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from aiohttp import web
 from serverless_llm import wire
 from serverless_llm.gateway.app import Gateway
 from serverless_llm.gateway.listen import Runner, listen
+from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.text import TextPool
 from serverless_llm.gateway.traffic import STEP
@@ -137,6 +139,32 @@ def test_what_a_client_does_wrong_is_no_error_of_the_server(tmp_path: Path) -> N
         assert sum(step.errors for step in server.gateway.metrics.traffic._steps) == 0
 
     run(tmp_path, silent, scenario)
+
+
+def test_a_page_of_metrics_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, told = threading.Semaphore(0), threading.Event()
+    make = Metrics.page
+
+    def slow(metrics: Metrics) -> bytes:
+        asked.release()
+        assert told.wait(10)
+        return make(metrics)
+
+    monkeypatch.setattr(Metrics, "page", slow)
+
+    async def scenario(server: Served) -> None:
+        pages = [asyncio.create_task(server.http.get("/metrics").__aenter__()) for _ in range(3)]
+        await asyncio.to_thread(asked.acquire)
+        async with server.chat() as response:
+            assert response.status == 200
+        pages[0].cancel()
+        told.set()
+        for page in pages[1:]:
+            async with await page as response:
+                assert (response.status, "vllm:" in await response.text()) == (200, True)
+        assert not asked.acquire(blocking=False)  # one page for all of them
+
+    run(tmp_path, says("hi"), scenario)
 
 
 def test_who_waits_and_who_runs(tmp_path: Path) -> None:
