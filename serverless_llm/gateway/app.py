@@ -262,7 +262,7 @@ class Gateway:
         waiting = Counter((live.info.name, "") for live in shown if not live.device)
         zero = {(name, ""): 0 for name in self._models}
         self.metrics.occupancy(zero | running, zero | waiting)
-        if self._page is None or self._page.done():  # of many models it takes long: beside the loop, one for all who ask
+        if self._page is None or self._page.done():  # of many models it takes long: beside the loop, one for all
             self._page = asyncio.get_running_loop().run_in_executor(None, self.metrics.page)
         text = await asyncio.shield(self._page)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
