@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import msgspec
@@ -33,10 +34,13 @@ def decode(raw: bytes) -> dict[str, Any]:
     Raises:
         RequestError: not JSON, or not an object.
     """
+    gc.disable()  # it would look at millions of new lists again and again, while streams wait; JSON has no cycles
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise invalid(f"the body is not valid JSON: {error}") from error
+    finally:
+        gc.enable()
     if not isinstance(body, dict):
         raise invalid("the body must be a JSON object")
     return body

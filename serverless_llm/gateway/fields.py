@@ -16,6 +16,9 @@ Prompt = str | tuple[int, ...]  # a text, or token ids
 
 MAX_STOPS = 16  # arbitrary; the official API takes 4
 MAX_STOP = 1024  # characters of one stop string; bounds what a stream holds back
+MAX_PROMPT = 1 << 21  # token ids; over any context
+MAX_PROMPTS = 128  # of one request
+MAX_MESSAGES = 1 << 13  # of one conversation, and text parts of one of them; arbitrary
 MAX_STOP_IDS = MAX_BIASES = 1024  # arbitrary; every frame that starts or moves the sequence carries them
 
 
@@ -83,11 +86,16 @@ def stop_strings(value: Any, name: str) -> tuple[str, ...]:
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:
     """A list of token ids; whether the vocabulary has them is seen later."""
-    if not isinstance(value, list) or not all(is_token(token) for token in value):
+    if not isinstance(value, list) or not all(is_token(token) for token in _few(value, MAX_STOP_IDS, name)):
         raise invalid(f"{name} must be a list of token ids", name)
-    if len(value) > MAX_STOP_IDS:
-        raise invalid(f"{name} takes at most {MAX_STOP_IDS} token ids", name)
     return tuple(value)
+
+
+def _few(value: list[Any], most: int, name: str) -> list[Any]:
+    """A list that is looked at entry by entry, while all streams wait."""
+    if len(value) > most:
+        raise invalid(f"{name} has {len(value)} entries, of at most {most}", name)
+    return value
 
 
 def logit_bias(value: Any, name: str) -> tuple[tuple[int, float], ...]:
@@ -164,17 +172,21 @@ def _fits(value: Any) -> bool:
 
 def prompts(value: Any, name: str) -> tuple[Prompt, ...]:
     """A text, token ids, or a list of such."""
-    several = isinstance(value, list) and not (value and all(is_token(token) for token in value))
-    listed = value if several else [value]
+    listed = value if isinstance(value, list) and not _are_tokens(value, name) else [value]
     if not listed:
         raise invalid(f"{name} must not be empty", name)
-    return tuple(_prompt(one, name) for one in listed)
+    return tuple(_prompt(one, name) for one in _few(listed, MAX_PROMPTS, name))
+
+
+def _are_tokens(value: list[Any], name: str) -> bool:
+    """Whether all could be token ids, and are some; without a step of the interpreter for each of so many."""
+    return set(map(type, _few(value, MAX_PROMPT, name))) == {int} and min(value) >= 0 and max(value) < 2**31
 
 
 def _prompt(value: Any, name: str) -> Prompt:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(is_token(token) for token in value):
+    if isinstance(value, list) and _are_tokens(value, name):
         return tuple(value)
     raise invalid(f"{name} must be a string, a list of token ids, or a list of such, none of them empty", name)
 
@@ -187,7 +199,7 @@ def messages(value: Any, name: str) -> list[dict[str, Any]]:
     """The conversation, as a template reads it: role, content, and the name where one is given."""
     if not isinstance(value, list) or not value:
         raise invalid(f"{name} must be a list with at least one message", name)
-    return [_message(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+    return [_message(entry, f"{name}[{index}]") for index, entry in enumerate(_few(value, MAX_MESSAGES, name))]
 
 
 def _message(value: Any, name: str) -> dict[str, Any]:
@@ -211,7 +223,7 @@ def _content(value: Any, name: str) -> str | list[dict[str, str]]:
         return value
     if not isinstance(value, list):
         raise invalid(f"{name} must be a string or a list of text parts", name)
-    return [_part(part, f"{name}[{index}]") for index, part in enumerate(value)]
+    return [_part(part, f"{name}[{index}]") for index, part in enumerate(_few(value, MAX_MESSAGES, name))]
 
 
 def _part(value: Any, name: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from serverless_llm.gateway import fields
 from serverless_llm.gateway.failure import invalid, unsupported
 
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as everywhere
-MAX_CHOICES = 128  # of one request, all prompts together; the official API's bound of `n`
+MAX_CHOICES = fields.MAX_PROMPTS  # of one request, all prompts together; the official API's bound of `n`
 
 
 @dataclass(frozen=True, slots=True)

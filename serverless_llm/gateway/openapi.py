@@ -47,7 +47,7 @@ _MESSAGE: JSON = {
     "type": "object",
     "properties": {
         "role": {"enum": ["system", "developer", "user", "assistant"]},
-        "content": {"type": ["string", "array"], "items": _TEXT_PART},
+        "content": {"type": ["string", "array"], "items": _TEXT_PART, "maxItems": fields.MAX_MESSAGES},
         "name": {"type": ["string", "null"]},
         **{name: _only([], None) for name in fields.EMPTY},
     },
@@ -107,7 +107,7 @@ _COMMON: JSON = {
     "keep_alive": _KEEP_ALIVE,
 } | _UNUSED
 _CHAT: JSON = _COMMON | {
-    "messages": {"type": "array", "minItems": 1, "items": _MESSAGE},
+    "messages": {"type": "array", "minItems": 1, "maxItems": fields.MAX_MESSAGES, "items": _MESSAGE},
     "max_completion_tokens": _TOKENS,
     "chat_template_kwargs": {"type": "object", "propertyNames": {"not": {"enum": list(fields.RESERVED)}}},
     "logprobs": {"type": "boolean"},
@@ -116,17 +116,13 @@ _CHAT: JSON = _COMMON | {
     "echo": _only(False),
     "suffix": _only(""),
 }
+_PROMPT_IDS: JSON = _IDS | {"minItems": 1, "maxItems": fields.MAX_PROMPT}
 _COMPLETION: JSON = _COMMON | {
     "prompt": {
         "anyOf": [
             {"type": "string"},
-            _IDS | {"minItems": 1},
-            {
-                "type": "array",
-                "items": {"anyOf": [{"type": "string"}, _IDS | {"minItems": 1}]},
-                "minItems": 1,
-                "maxItems": 128,
-            },
+            _PROMPT_IDS,
+            {"type": "array", "items": {"anyOf": [{"type": "string"}, _PROMPT_IDS]}, "minItems": 1, "maxItems": 128},
         ],
         "description": "A text, token ids, or a list of either.",
     },

@@ -77,6 +77,11 @@ def test_keep_alive_that_is_none(value: Any) -> None:
         (fields.prompts, [[1], []]),
         (fields.prompts, [[[1]]]),
         (fields.prompts, [1, "a"]),
+        (fields.prompts, [1, True]),
+        (fields.prompts, [1, 2**31]),
+        (fields.prompts, ["a"] * 129),
+        (fields.messages, [{"role": "user", "content": "x"}] * (fields.MAX_MESSAGES + 1)),
+        (fields.messages, [{"role": "user", "content": [{"type": "text", "text": ""}] * (fields.MAX_MESSAGES + 1)}]),
         (fields.prompts, 5),
         (fields.messages, []),
         (fields.messages, {}),
@@ -102,6 +107,13 @@ def test_a_bad_value_names_its_field(check: fields.Check, value: Any) -> None:
     assert caught.value.status == 400
     assert caught.value.param is not None
     assert caught.value.param.startswith("field")
+
+
+@pytest.mark.parametrize("prompt", [[1] * 5, ["a", [1] * 5]])
+def test_a_prompt_over_any_context_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, prompt: Any) -> None:
+    monkeypatch.setattr(fields, "MAX_PROMPT", 4)
+    with pytest.raises(RequestError, match="prompt has 5 entries, of at most 4"):
+        fields.prompts(prompt, "prompt")
 
 
 def test_the_message_at_fault_is_named() -> None:

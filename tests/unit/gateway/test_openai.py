@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from pathlib import Path
@@ -183,6 +184,7 @@ def test_a_body_that_is_no_json_object(raw: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         decode(raw)
     assert (caught.value.status, caught.value.code) == (400, "invalid_request_error")
+    assert gc.isenabled()
 
 
 JSON = st.recursive(
