@@ -26,7 +26,8 @@ from serverless_llm.loader import manifest
 
 TOKENIZER = "tokenizer.json"
 CONNECTIONS = 4  # files at a time; one stream does not fill a fast link
-ANSWER_SECONDS = 10.0  # of the hub, before the cache is asked
+LATE_SECONDS = 60.0  # for an answer that the cache cannot stand in for; as huggingface_hub waits for it
+PARTIAL = ".partial"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PLAIN = re.compile(r"\w[\w.-]*")  # what may name a file in the cache
 TEMPLATES = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")
@@ -81,7 +82,7 @@ def pull(wanted: Repository, told: Told) -> Pulled:
 
     Raises:
         CheckpointError: there is no such repository, or it holds nothing that can be served; nothing is read then.
-        TransientError: the hub does not answer and the cache does not hold it, or the disk has no room.
+        TransientError: the hub does not answer and the cache does not hold it, or the cache cannot be written.
     """
     hub = _hub()
     if hub.is_offline_mode():
@@ -98,6 +99,9 @@ def pull(wanted: Repository, told: Told) -> Pulled:
             f"the hub has no repository {wanted.name!r}, or it is private and HF_TOKEN opens it not"
         ) from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine: the hub's have no number
+            why = f"{wanted} cannot be kept in {_storage(wanted)}: {error.strerror}"
+            raise TransientError(f"{why}; the next pull goes on with what came") from error
         return _from_cache(wanted, f"the hub failed: {error}")
 
 
@@ -138,10 +142,11 @@ def shards(directory: Path, names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Commit:
-    """One commit of a repository: its files and their sizes in bytes."""
+    """One commit of a repository: its files, their sizes in bytes, and the digests of those that the hub tells."""
 
     sha: str
     sizes: dict[str, int]
+    digests: dict[str, str]
 
 
 class _Pull:
@@ -165,17 +170,21 @@ class _Pull:
         missing = [name for name in large if not (directory / name).exists()]
         if unknown := set(large) - set(names):
             raise CheckpointError(f"{self._wanted} has no {min(unknown)}, which its index names")
-        self._demand_room(sum(commit.sizes[name] for name in missing))
+        self._demand_room(missing, commit)
         self._all(missing, commit)
         self._keep_reference(commit)
         needed = small + large
         return Pulled(directory, len(needed), sum(commit.sizes[name] for name in needed))
 
     def _commit(self) -> _Commit:
-        info = _hub().HfApi().model_info(
-            self._wanted.name, revision=self._wanted.revision, files_metadata=True, timeout=ANSWER_SECONDS
-        )  # fmt: skip
-        return _Commit(info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()})
+        hub = _hub()
+        patience = hub.constants.HF_HUB_ETAG_TIMEOUT if cached(self._wanted) else LATE_SECONDS
+        info = hub.HfApi().model_info(
+            self._wanted.name, revision=self._wanted.revision, files_metadata=True, timeout=patience
+        )
+        files = info.siblings or ()
+        digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs}
+        return _Commit(info.sha, {file.rfilename: file.size or 0 for file in files}, digests)
 
     def _small(self, name: str, commit: _Commit) -> Path:
         """Reads a file of a few MiB; the snapshot's directory."""
@@ -183,11 +192,24 @@ class _Pull:
         self._told(name, commit.sizes[name], commit.sizes[name])
         return Path(str(place).removesuffix(name))
 
-    def _demand_room(self, nbytes: int) -> None:
-        """Partial files count as missing: what they hold is at most slack."""
+    def _demand_room(self, names: Sequence[str], commit: _Commit) -> None:
+        most, nbytes = _hub().constants.MAX_HTTP_DOWNLOAD_SIZE, 0
+        for name in names:
+            size, held = commit.sizes[name], self._held(commit.digests.get(name, ""))
+            if size > most and not held:
+                how = f"bring it with: hf download {self._wanted.name}"
+                raise CheckpointError(f"{name} has {size} bytes; the hub gives out {most} by plain HTTP: {how}")
+            nbytes += max(0, size - held)
         free = shutil.disk_usage(self._storage).free
         if nbytes > free:
             raise TransientError(f"{self._wanted} needs {nbytes} bytes in {self._storage}, where {free} are free")
+
+    def _held(self, digest: str) -> int:
+        """Bytes of a file that are in the cache: all of it, by another commit, or what an earlier pull left."""
+        if not SHA256.fullmatch(digest):
+            return 0
+        places = [self._storage / "blobs" / f"{digest}{end}" for end in ("", PARTIAL)]
+        return max((place.stat().st_size for place in places if place.exists()), default=0)
 
     def _all(self, names: Sequence[str], commit: _Commit) -> None:
         """Reads files side by side. What ends it early leaves its threads alone, which may be stuck: they end with the
@@ -225,40 +247,42 @@ class _Pull:
         """Reads one file of weights, from where an earlier pull left it."""
         hub = _hub()
         url = hub.hf_hub_url(self._wanted.name, name, revision=commit.sha)
-        meta = hub.get_hf_file_metadata(url, token=None, headers=hub.utils.build_hf_headers())
+        meta = hub.get_hf_file_metadata(url, timeout=LATE_SECONDS, headers=hub.utils.build_hf_headers())
         if not PLAIN.fullmatch(meta.etag or ""):
             raise CheckpointError(f"{name}: the hub names it by {meta.etag!r}, which is no name of a file")
+        size = meta.size or commit.sizes[name]
         blob = self._storage / "blobs" / meta.etag
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with blob.with_name(f"{meta.etag}.partial").open("a+b") as partial:
+        with blob.with_name(f"{meta.etag}{PARTIAL}").open("a+b") as partial:
             fcntl.flock(partial, fcntl.LOCK_EX)  # another pull of the same file goes first
             if not blob.exists():
-                self._read_whole(url, partial, name, meta)
+                self._read_whole(url, partial, name, meta.etag, size)
                 os.fsync(partial.fileno())
                 Path(partial.name).rename(blob)
             else:
                 Path(partial.name).unlink(missing_ok=True)
         hub.hf_hub_download(self._wanted.name, name, revision=commit.sha, tqdm_class=_Silent)
-        self._told(name, meta.size, meta.size)
+        self._told(name, size, size)
 
-    def _read_whole(self, url: str, partial: BufferedRandom, name: str, meta: Any) -> None:
+    def _read_whole(self, url: str, partial: BufferedRandom, name: str, etag: str, size: int) -> None:
         """Reads the rest of a file, or all of it where what was left of it was not of this file."""
         begun = partial.seek(0, os.SEEK_END) > 0
-        self._read(url, partial, name, meta.size)
+        self._read(url, partial, name, size)
         try:
-            check(partial, meta.etag, name)
+            check(partial, etag, name)
         except CheckpointError:
             if not begun:
                 raise
-            self._read(url, partial, name, meta.size)
-            check(partial, meta.etag, name)
+            self._read(url, partial, name, size)
+            check(partial, etag, name)
 
     def _read(self, url: str, partial: BufferedRandom, name: str, size: int) -> None:
         from huggingface_hub.file_download import http_get
 
         have = partial.seek(0, os.SEEK_END)
         if have > size:
-            have = partial.truncate(0)
+            partial.truncate(0)
+            have = partial.seek(0)
         self._told(name, have, size)
         sink = _Sink(partial, lambda done: self._told(name, done, size), self._stop)
         headers = _hub().utils.build_hf_headers()

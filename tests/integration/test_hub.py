@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
 import random
+import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -66,10 +69,12 @@ class Shell:
             "SERVERLESS_LLM_DRAM": "32MiB",
         }
 
-    def __call__(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *arguments: str, most: int = -1, **changes: str) -> subprocess.CompletedProcess[str]:
+        """`most`: bytes that a file it writes may have, as on a disk that is full then."""
         return subprocess.run(
             command("serverless_llm", *arguments),
             env=self.environment | changes, capture_output=True, text=True, timeout=PATIENCE, check=False,
+            preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most)),
         )  # fmt: skip
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -96,7 +101,12 @@ def test_pull_reads_what_is_needed_and_nothing_twice(shell: Shell, hub: Hub) -> 
     assert Path(first.stdout.strip()).is_relative_to(shell.cache)
     assert "model.safetensors: " in first.stderr
     assert "\x1b" not in first.stderr
-    assert {one.token for one in hub.asked if "owner/demo" in one.path} == {"Bearer hf_secret"}
+    ours = [one for one in hub.asked if "owner/demo" in one.path]
+    assert {one.token for one in ours if not one.path.startswith("/elsewhere/")} == {"Bearer hf_secret"}
+    assert [one.token for one in hub.gets("model.safetensors")] == [None]  # another host
+    assert "hf_secret" not in first.stdout + first.stderr
+    kept = [path for path in shell.cache.parent.rglob("*") if path.is_file()]
+    assert not any(b"hf_secret" in path.read_bytes() for path in kept)
     hub.asked.clear()
     again = json.loads(shell("pull", "owner/demo", "--json").stdout)
     assert again["directory"] == first.stdout.strip()
@@ -145,6 +155,49 @@ def test_a_killed_pull_is_gone_on_with(shell: Shell, hub: Hub) -> None:
     assert list(shell.cache.glob("*/blobs/*.partial")) == []
 
 
+def test_a_hub_that_is_late_is_waited_for_where_the_cache_has_nothing(shell: Shell, hub: Hub) -> None:
+    hub.late = {"model.safetensors"}
+    late = shell("pull", "owner/demo", HF_HUB_ETAG_TIMEOUT="1")
+    assert late.returncode == 0, late.stderr
+    hub.late = {"info"}
+    cached = shell("pull", "owner/demo", HF_HUB_ETAG_TIMEOUT="1")
+    assert (cached.returncode, cached.stdout) == (0, late.stdout)
+    assert "taken from the cache, since the hub failed: " in cached.stderr
+
+
+def test_what_the_cache_cannot_take_is_not_the_hubs_fault(shell: Shell, hub: Hub) -> None:
+    """What is cached is of an older commit: it must not be taken for the one that was asked for."""
+    assert shell("pull", "owner/shards").returncode == 0
+    hub.repositories["owner/shards"] = Repository(sharded(4))
+    hub.asked.clear()
+    full = shell("pull", "owner/shards", most=1 << 20)
+    assert (full.returncode, full.stdout) == (1, "")
+    assert "owner/shards cannot be kept in" in full.stderr
+    assert "File too large; the next pull goes on with what came" in full.stderr
+    done = shell("pull", "owner/shards")
+    assert done.returncode == 0, done.stderr
+    assert {one.begin for one in hub.gets(".safetensors")} == {0, 1 << 20}
+
+
+def test_only_what_is_missing_must_fit_on_the_disk(shell: Shell, hub: Hub) -> None:
+    repository = hub.repositories["owner/demo"]
+    vast = repository.sizes["model.safetensors"] = 1 << 50
+    refused = shell("pull", "owner/demo")
+    assert refused.returncode == 1
+    assert f"model.safetensors has {vast} bytes; the hub gives out" in refused.stderr
+    blobs = shell.cache / "models--owner--demo" / "blobs"
+    begun = blobs / f"{repository.etags['model.safetensors']}.partial"
+    begun.write_bytes(b"x")
+    refused = shell("pull", "owner/demo")
+    assert refused.returncode == 1
+    assert f"owner/demo needs {vast - 1} bytes in {blobs.parent}, where " in refused.stderr
+    large = repository.sizes["model.safetensors"] = shutil.disk_usage(blobs).free + (1 << 30)
+    os.truncate(begun, large - 1000)  # holds no block
+    done = shell("pull", "owner/demo")
+    assert done.returncode == 0, done.stderr
+    assert held(done.stdout.strip()) == DEMO
+
+
 def test_ctrl_c_ends_a_pull_that_is_stuck(shell: Shell, hub: Hub) -> None:
     hub.stalls = dict.fromkeys(SHARDS, 1)
     with shell.start("pull", "owner/shards") as process:
@@ -190,6 +243,8 @@ def test_what_is_not_what_the_hub_names_is_refused(shell: Shell, hub: Hub) -> No
         ("owner/demo@v9", 1, "owner/demo has no revision 'v9'"),
         ("owner/torn", 1, f"owner/torn has no {SHARDS[1]}, which its index names"),
         ("demo", 2, "'demo' is not of the form owner/name or owner/name@revision"),
+        ("owner/de--mo", 2, "'owner/de--mo' is not of the form"),
+        ("owner/demo@../../v1", 2, "'owner/demo@../../v1' is not of the form"),
     ],
 )
 def test_what_cannot_be_pulled(shell: Shell, hub: Hub, name: str, status: int, message: str) -> None:
