@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
+HUB_ID = re.compile(rf"(?![^@]*(?:--|\.git(?:@|$)))(?!.*\.\.){_PART}/{_PART}(?:@\w[\w./-]*)?")  # what hubs can name
 
 
 def resolve(source: str) -> str:
@@ -17,7 +18,7 @@ def resolve(source: str) -> str:
         click.UsageError: it is neither a directory nor the name of a demo checkpoint, nor could it be a hub's id.
         CheckpointError: the hub has nothing of that name that can be served.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir():
         return str(path.resolve())
     if source in demos():
@@ -56,14 +57,21 @@ def _of_hub(source: str) -> Path:
 
 def is_source(text: str) -> bool:
     """Whether `resolve` has a chance."""
-    return text in demos() or Path(text).expanduser().is_dir() or HUB_ID.fullmatch(text) is not None
+    return text in demos() or _path(text).is_dir() or HUB_ID.fullmatch(text) is not None
+
+
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # `~` and a user whom nobody knows
+        return Path(source)
 
 
 def name_of(source: str) -> str:
     """A model's name made of its source: a hub's id as it is, without its revision, else the last part."""
     from serverless_llm.config import NAME
 
-    path = Path(source).expanduser()
+    path = _path(source)
     if HUB_ID.fullmatch(source) and not path.is_dir():
         return source.partition("@")[0]
     name = re.sub(r"[^\w.-]+", "-", path.resolve().name).lstrip("-._")

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from serverless_llm.cli import models
 from serverless_llm.cli.output import size
-from serverless_llm.cli.sources import name_of, named, resolve
+from serverless_llm.cli.sources import is_source, name_of, named, resolve
 from serverless_llm.demo import tasks
 from tests.unit.cli.conftest import CommandLine, Scripted
 
@@ -138,6 +139,17 @@ def test_deploy_where_looking_is_refused(cli: CommandLine, running: Scripted) ->
     assert outcome.status == 1
     assert "no key" in outcome.err
     assert len(running.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["owner/de--mo", "owner/demo.git", "owner/demo-", "owner/demo@../../v1", "owner/demo@/v1", f"owner/{'x' * 97}",
+     "~nobody-has-this-name/model"],
+)  # fmt: skip
+def test_what_no_hub_can_name_is_no_source(source: str) -> None:
+    with pytest.raises(click.UsageError, match="is neither a directory nor"):
+        resolve(source)
+    assert not is_source(source)
 
 
 def test_deploy_refuses_what_is_no_source(cli: CommandLine, running: Scripted) -> None:
