@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
 from collections import OrderedDict, deque
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -19,6 +22,7 @@ from serverless_llm.gateway.text_wire import LENGTH, Call, Fault, Reply, Table, 
 
 START_SECONDS = 60.0  # until a text process must be ready; it takes a fraction of one where nothing is wrong
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries to start one
+REAP_SECONDS = 2.0  # for a killed one to be gone; one that reads from a dead mount goes when the mount answers
 MOST_ENDS = 3  # text processes that a checkpoint may end before it is refused for a while
 REFUSED, LONGEST_REFUSED = 10.0, 600.0  # seconds of that, doubled with every further one
 FORGOTTEN = 60.0  # seconds without another after which all is forgotten
@@ -62,6 +66,11 @@ class _Process:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended, as far as this process was told."""
+        return self._process.returncode is not None
+
     async def ready(self) -> None:
         await self._replies.readexactly(LENGTH.size)
 
@@ -72,18 +81,26 @@ class _Process:
         return reply_decoder.decode(await self._replies.readexactly(length))
 
     async def stop(self) -> None:
-        """Kill and reap."""
-        if self._process.returncode is None:
+        """Kill, and reap unless that takes too long."""
+        if not self.gone:
             self._process.kill()
-        await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REAP_SECONDS):
+                await self.reaped()
         self._calls.close()
+
+    async def reaped(self) -> None:
+        await self._process.wait()
 
 
 class _Suspect:
-    """A checkpoint that ended text processes: one call at a time, and after some ends none for a while."""
+    """A checkpoint that ended text processes: after some ends it has no call for a while.
+
+    `stuck`: of these processes those that do not go; while there is one, there is no call.
+    """
 
     def __init__(self) -> None:
-        self.turn = asyncio.Lock()
+        self.stuck = 0
         self._ends = 0
         self._refused_until = self._forgotten_at = 0.0  # loop time
 
@@ -95,13 +112,16 @@ class _Suspect:
 
     @property
     def forgotten(self) -> bool:
-        return _now() >= self._forgotten_at and not self.turn.locked()
+        return _now() >= self._forgotten_at and not self.stuck
 
     def check(self, model: str) -> None:
         """
         Raises:
             RequestError: it is refused now.
         """
+        if self.stuck:
+            message = f"model {model!r}: the disk that its text files are on does not answer"
+            raise RequestError(503, "engine_error", message, retry_after=REFUSED)
         left = self._refused_until - _now()
         if left > 0:
             message = f"model {model!r}: its chat template or tokenizer ended {self._ends} text processes"
@@ -111,8 +131,8 @@ class _Suspect:
 class TextPool:
     """`size` text processes, each replaced when a call kills it; calls wait for a free one in order of arrival.
 
-    A checkpoint that ended a process has at most one for a minute, and none for longer and longer if it goes on, so
-    that it cannot hold up the others: answers in between change nothing.
+    All checkpoints that ended a process within a minute have at most one together, and one that goes on has none for
+    longer and longer, so that they cannot hold up the others: answers in between change nothing.
     """
 
     def __init__(self, size: int = 2, limits: TextLimits | None = None) -> None:
@@ -120,10 +140,11 @@ class TextPool:
         self._size = size
         self._free: deque[_Process] = deque()
         self._all: set[_Process] = set()
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._respawns: set[asyncio.Task[None]] = set()
+        self._waiting: deque[asyncio.Future[_Process]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._vocabularies: OrderedDict[tuple[str, str], Vocabulary] = OrderedDict()
         self._suspects: dict[tuple[str, str], _Suspect] = {}
+        self._turn = asyncio.Lock()  # of the suspects
         self._closed = False
 
     async def start(self) -> None:
@@ -133,9 +154,9 @@ class TextPool:
     async def close(self) -> None:
         """End every process, running calls included."""
         self._closed = True
-        for task in self._respawns:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._respawns, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(process.stop() for process in self._all))
 
     @property
@@ -156,7 +177,7 @@ class TextPool:
                 return await self._serve(process, key, call, framed)
             self._release(process)  # a call that came before overran meanwhile
         suspect = self._suspects[key]
-        async with suspect.turn:
+        async with self._turn:
             suspect.check(call.model)
             return await self._serve(await self._acquire(), key, call, framed)
 
@@ -204,8 +225,9 @@ class TextPool:
             async with asyncio.timeout(self._limits.seconds):
                 reply = await process.call(framed)
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-            self._replace(process)
-            self._suspects.setdefault((call.directory, call.checkpoint), _Suspect()).ended()
+            suspect = self._suspects.setdefault((call.directory, call.checkpoint), _Suspect())
+            suspect.ended()
+            self._replace(process, suspect)
             return self._overrun(call)
         except BaseException:
             self._replace(process)  # cancelled: what it would still answer belongs to nobody
@@ -219,42 +241,54 @@ class TextPool:
         return Fault(500, "engine_error", message)
 
     async def _acquire(self) -> _Process:
-        while not self._free:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                self._wake()  # if it was this waiter's turn, it is now the next one's
-                raise
-        return self._free.pop()  # the one used last has the warmest cache
+        while self._free:
+            process = self._free.pop()  # the one used last has the warmest cache
+            if not process.gone:
+                return process
+            self._replace(process)  # ended while it had nothing to do, which is no checkpoint's fault
+        waiter: asyncio.Future[_Process] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self._release(waiter.result())
+            raise
 
     def _release(self, process: _Process) -> None:
-        self._free.append(process)
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._free and self._waiting:
+        """To the one who waits longest: a caller that asks again at once comes after all who wait."""
+        while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(process)
                 return
+        self._free.append(process)
 
-    def _replace(self, process: _Process) -> None:
-        if self._closed:
-            return
-        task = asyncio.get_running_loop().create_task(self._respawn(process))
-        self._respawns.add(task)
-        task.add_done_callback(self._respawns.discard)
+    def _replace(self, process: _Process, suspect: _Suspect | None = None) -> None:
+        if not self._closed:
+            self._beside(self._respawn(process, suspect or _Suspect()))
 
-    async def _respawn(self, process: _Process) -> None:
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _respawn(self, process: _Process, suspect: _Suspect) -> None:
         _log.warning("text process %d is replaced", process.pid)
         await process.stop()
         self._all.discard(process)
+        if not process.gone:
+            self._beside(self._await_end(process, suspect))
         pause = FIRST_PAUSE
         while not await self._spawned():
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _await_end(self, process: _Process, suspect: _Suspect) -> None:
+        _log.error("text process %d was killed and does not end: what it reads from does not answer", process.pid)
+        suspect.stuck += 1
+        await process.reaped()
+        suspect.stuck -= 1
 
     async def _spawned(self) -> bool:
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 from array import array
@@ -103,6 +105,24 @@ def test_a_hostile_template_takes_one_process_only(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_several_hostile_templates_together_take_one_process_only(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(2, TextLimits(seconds=0.3))
+        await pool.start()
+        bad = [chat(checkpoint(tmp_path / name, ENDLESS)) for name in ("one", "other")]
+        good = chat(checkpoint(tmp_path / "good"))
+        await asyncio.gather(*(pool.prompt(call) for call in bad), return_exceptions=True)
+        await asyncio.gather(*pool._tasks)  # both processes are there again
+        running = [asyncio.create_task(pool.prompt(call)) for call in bad]
+        await asyncio.sleep(0)  # both of them wait before it
+        assert await ids(pool, good) == chat_tokens("Hi")
+        assert not any(task.done() for task in running)
+        await asyncio.gather(*running, return_exceptions=True)
+        await pool.close()
+
+    asyncio.run(main())
+
+
 ON_DEMAND = "{% if messages[0].content == 'end' %}" + ENDLESS + "{% endif %}"
 
 
@@ -139,7 +159,7 @@ def test_a_template_that_ends_processes_now_and_then_is_refused_for_a_while(
         monkeypatch.setattr(text, "_now", lambda: asyncio.get_running_loop().time() + later)
         await pool.prompt(chat(hostile, "Hi"))
         assert not pool._suspects
-        await asyncio.gather(*pool._respawns)
+        await asyncio.gather(*pool._tasks)
         await pool.close()
 
     asyncio.run(main())
@@ -178,6 +198,92 @@ def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
             await running
         assert await ids(pool, chat(checkpoint(tmp_path / "good"))) == chat_tokens("Hi")
         assert pid not in pool.pids
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_who_asks_again_at_once_comes_after_all_who_wait(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        call = chat(checkpoint(tmp_path / "a"))
+        order = []
+
+        async def ask(name: str, times: int) -> None:
+            for _ in range(times):
+                await pool.prompt(call)
+                order.append(name)
+
+        await asyncio.gather(ask("many", 4), ask("one", 1), ask("other", 1))
+        assert order == ["many", "one", "other", "many", "many", "many"]
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_process_that_ends_while_it_has_nothing_to_do_costs_no_call(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = TextPool(1)
+        await pool.start()
+        (unused,) = pool._free
+        os.kill(unused.pid, signal.SIGKILL)
+        await unused._process.wait()
+        assert await ids(pool, chat(checkpoint(tmp_path / "good"))) == chat_tokens("Hi")
+        assert unused.pid not in pool.pids
+        await pool.close()
+
+    asyncio.run(main())
+
+
+class Undying:
+    """A process that a signal does not end, as one that reads from a mount which does not answer."""
+
+    def __init__(self, process: asyncio.subprocess.Process, mount: asyncio.Event) -> None:
+        self._process = process
+        self._mount = mount
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._process, name)
+
+    def kill(self) -> None:
+        pass
+
+    async def wait(self) -> int:
+        await self._mount.wait()  # its own alarm ended it meanwhile
+        return await self._process.wait()
+
+
+def test_a_process_that_cannot_be_ended_takes_no_place_and_its_checkpoint_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "REAP_SECONDS", 0.01)
+    start = asyncio.create_subprocess_exec
+
+    async def main() -> None:
+        mount = asyncio.Event()
+
+        async def undying(*arguments: Any, **options: Any) -> Any:
+            return Undying(await start(*arguments, **options), mount)
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", undying)
+        pool = TextPool(1, TextLimits(seconds=0.1))
+        await pool.start()
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+        bad, good = chat(checkpoint(tmp_path / "bad", ENDLESS)), chat(checkpoint(tmp_path / "good"))
+        with pytest.raises(RequestError, match="limits"):
+            await pool.prompt(bad)
+        async with asyncio.timeout(10):
+            assert await ids(pool, good) == chat_tokens("Hi")
+        for _ in range(5):
+            with pytest.raises(RequestError, match="does not answer") as refused:
+                await pool.prompt(bad)
+            assert (refused.value.status, refused.value.retry_after) == (503, text.REFUSED)
+        mount.set()
+        (waiting,) = pool._tasks
+        await waiting
+        with pytest.raises(RequestError, match="limits"):
+            await pool.prompt(bad)
         await pool.close()
 
     asyncio.run(main())
