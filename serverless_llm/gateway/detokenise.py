@@ -15,8 +15,9 @@ from tokenizers import decoders
 
 REPLACEMENT = "\ufffd"
 # Tokens that a window takes in before it shows what they make, be it no text or no character: a decoder's time stays in
-# proportion. Arbitrary; a character takes 4 at most, but one may itself be U+FFFD, which looks like a part of one.
-LONGEST_WINDOW = 64
+# proportion. A character takes 4 at most, but one may itself be U+FFFD, which looks like a part of one: this is a
+# multiple of 1, 2, 3 and 4, so that a row of those is cut between two, of however many tokens they are.
+LONGEST_WINDOW = 60
 NEIGHBOURS = 16  # arbitrary: tokens before a text, one of which is hardly ever no text
 
 

@@ -23,6 +23,7 @@ from serverless_llm.gateway.text_wire import Table
 LINEAR = frozenset({"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "WordPiece"})
 MOST_STEPS = 16  # of such a decoder
 LONGEST_TOKEN = 4096  # bytes, there
+MOST_BYTES = 64 << 20  # of all tokens; arbitrary, ten times those of the largest vocabularies. The gateway holds them
 
 
 def byte_of_character() -> dict[str, int]:
@@ -90,7 +91,7 @@ def token_table(tokenizer: Tokenizer) -> Table:
     """The table of a tokenizer.
 
     Raises:
-        RequestError: its decoder could keep the gateway busy.
+        RequestError: its decoder, or its size, could keep the gateway busy.
     """
     decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
     rule = None if decoder is None else _piece(decoder)
@@ -127,4 +128,6 @@ def _table(tokenizer: Tokenizer, to_bytes: Callable[[str], bytes], strip: int) -
     offsets = array("I", [0])
     for piece in pieces:
         offsets.append(offsets[-1] + len(piece))
+    if offsets[-1] + sum(map(len, special.values())) + 4 * len(offsets) > MOST_BYTES:
+        raise RequestError(500, "engine_error", f"a vocabulary of more than {MOST_BYTES >> 20} MiB is not supported")
     return Table(b"".join(pieces), offsets.tobytes(), strip, special=special)

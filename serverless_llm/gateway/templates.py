@@ -33,6 +33,7 @@ MAX_RENDERED = 16 << 20  # characters of one rendered prompt; over any context, 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # a loop over a message's content; only to ask `content is string` is no sign: Qwen3's then drops what is not one
 READS_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[\w.\[\]'\"]*\bcontent\b")
+FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)  # as templates fail
 EXPANSION = 12  # bytes in memory per byte of tokenizer.json, measured with 32 k and 128 k vocabularies, rounded up
 
 
@@ -200,10 +201,16 @@ class CheckpointText:
         return values | ({"temperature": 0.0} if self._generation.get("do_sample") is False else {})
 
     def stop_ids(self) -> list[int]:
-        """Every id that ends a text, by any of the checkpoint's files, and that its model can choose."""
+        """Every id that ends a text, by any of the checkpoint's files, and that its model can choose.
+
+        Raises:
+            RequestError: there are too many.
+        """
         ids = {*_ids(self._generation.get("eos_token_id")), *_ids(self._config.get("eos_token_id"))}
         named = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
         ids |= set() if named is None else {named}
+        if len(ids) > fields.MAX_STOP_IDS:  # every frame that starts a sequence carries them
+            raise RequestError(500, "engine_error", f"its files name more than {fields.MAX_STOP_IDS} stop ids")
         return sorted(number for number in ids if number < self.vocabulary())
 
     def vocabulary(self) -> int:
@@ -233,7 +240,7 @@ class CheckpointText:
             raise RequestError(400, "invalid_request_error", "this model has no chat template", "messages")
         try:
             return self._run(self._compiled(self.source), messages, variables)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (jinja2.TemplateError, *FAILURES) as error:
             message = f"the model's chat template failed: {error}"
             raise RequestError(400, "invalid_request_error", message, "messages") from error
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from serverless_llm.demo.tokenizer import ASSISTANT, END, tokenizer_json
 from serverless_llm.errors import RequestError
+from serverless_llm.gateway import tables
 from serverless_llm.gateway.detokenise import (
     LONGEST_WINDOW,
     REPLACEMENT,
@@ -174,6 +175,12 @@ def test_long_tokens_are_for_tables_only() -> None:
         token_table(Tokenizer.from_str(json.dumps(tokenizer)))
 
 
+def test_a_vocabulary_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MOST_BYTES", 1000)
+    with pytest.raises(RequestError, match="vocabulary of more than"):
+        token_table(LLAMA)
+
+
 def test_a_window_does_not_grow_without_text() -> None:
     """Each token costs the same, however many came before."""
     lengths: list[int] = []
@@ -203,6 +210,12 @@ def test_frames_that_all_end_within_a_character_are_no_broken_text() -> None:
 def test_bytes_that_make_no_character_do_not_wait_for_ever() -> None:
     detokeniser = WINDOW.detokeniser()
     assert REPLACEMENT in "".join(detokeniser.feed([0x80]) for _ in range(LONGEST_WINDOW))
+
+
+@pytest.mark.parametrize("count", [*range(18, 26), 40, 64, 200])
+def test_a_row_of_replacement_characters_is_text_as_any_other(count: int) -> None:
+    whole = f"é{REPLACEMENT * count}世é"
+    assert "".join(deltas(WINDOW.detokeniser(), frames_of([*whole.encode()], []))) == whole
 
 
 def test_added_tokens_outside_the_byte_table_stand_for_themselves() -> None:

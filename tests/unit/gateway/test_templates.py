@@ -13,7 +13,7 @@ import pytest
 
 from serverless_llm.demo.tokenizer import CHAT_TEMPLATE, tokenizer_config_json, tokenizer_json
 from serverless_llm.errors import CheckpointError, RequestError
-from serverless_llm.gateway import templates
+from serverless_llm.gateway import fields, templates
 from serverless_llm.gateway.templates import CheckpointText
 from serverless_llm.gateway.text_wire import Call, Prompt
 
@@ -157,6 +157,7 @@ def test_a_developer_is_the_system_of_templates_that_do_not_know_the_role(write:
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
         ("{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}", "more than"),
         ("{% include 'x' %}", "no loader"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
         (None, "no chat template"),
     ],
 )
@@ -214,6 +215,13 @@ def test_stop_ids_are_the_union(
     (directory / "generation_config.json").write_text(json.dumps(generation))
     (directory / "config.json").write_text(json.dumps(config))
     assert prompted(directory, text="x").stop_ids == stops
+
+
+def test_there_are_at_most_so_many_stop_ids(write: Write) -> None:
+    directory = write()
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(fields.MAX_STOP_IDS + 1)]}))
+    with pytest.raises(RequestError, match="stop ids"):
+        prompted(directory)
 
 
 @pytest.mark.parametrize(
