@@ -35,7 +35,7 @@ class Head:
         observe: called with every `Decided`, `Outcome` and `Evicted`.
         keep_alive: default of a deploy, in seconds.
         roots: directories that sources must lie in; none: anywhere.
-        check: of a deploy's text files, see `Registry`.
+        check: of a model's text files, see `Registry`.
     """
 
     def __init__(
@@ -83,11 +83,15 @@ class Head:
         await self.registry.restore(models)
 
     async def run(self) -> None:
-        """Keeps the agents alive.
+        """Keeps the agents alive, and looks at the text files of the models that were restored.
 
         Cancel it to leave the agents alone, for the next head to adopt; `shut_down` ends them.
         """
-        await self._supervisor.run()
+        look = asyncio.create_task(self.registry.look())
+        try:
+            await self._supervisor.run()
+        finally:
+            look.cancel()
 
     def kill_agents(self) -> None:
         """Ends them at once; nothing is freed in order."""

@@ -25,6 +25,7 @@ from serverless_llm.node.state import Deployed, State
 log = logging.getLogger(__name__)
 
 READ_LIMIT = 10.0  # seconds for a checkpoint's headers when the head starts, which listens only then
+LOOKS = 3  # at the text files of a kept model until it fails: they have a time limit, and a machine starts busy
 READERS = 64  # checkpoints whose headers it reads at once; a bound on the wait for each other
 CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
 WRITE_AGAIN = 10.0  # seconds after which a client may ask again for what the disk did not take; arbitrary
@@ -59,6 +60,7 @@ class Registry:
         self._roots = roots
         self._check = check
         self._entries: dict[str, Entry] = {}
+        self._unseen: list[str] = []  # models that were restored without a look at their text files
         self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
         self._readers = asyncio.Semaphore(READERS)
         self._restored = False
@@ -90,6 +92,7 @@ class Registry:
             for name, model in known.items():
                 if name not in wanted:
                     group.create_task(self._revive(model))
+                    self._unseen.append(name)
         for name, body in wanted.items():
             try:
                 await self._deploy(name, body, READ_LIMIT)
@@ -114,6 +117,34 @@ class Registry:
             return
         self._entries[spec.name] = Entry(spec, model.created)
         self._controller.handle(events.Deploy(spec, footprint))
+
+    async def look(self) -> None:
+        """Looks at the text files of revived models, one after another; a model whose files cannot be used fails.
+
+        Beside requests, not before them: a large tokenizer takes a second.
+        """
+        while self._unseen:
+            await self._look(self._unseen.pop())
+
+    async def _look(self, name: str) -> None:
+        models = self._controller.machine.state.models
+        if self._check is None or name not in models:
+            return
+        source, footprint, why = models[name].spec.source, models[name].footprint, ""
+        for _ in range(LOOKS):
+            try:
+                await self._check(name, source, footprint.checkpoint)
+            except RequestError as error:
+                why = error.message
+            else:
+                return
+        async with self._changing:
+            if name in models and models[name].footprint is footprint:  # else it was deployed anew, and checked
+                entry = self._entries[name]
+                log.warning(BROKEN, name, why, name)
+                self._entries[name] = Entry(entry.spec, entry.created, why)
+                self._controller.handle(events.Delete(name))
+        self.changed(prompt=True)
 
     # --- what operators ask ---
 
@@ -161,6 +192,8 @@ class Registry:
             entry = self._entry(name)
             if entry.error:  # what it lies on may be back
                 await self._revive(Deployed(entry.spec, entry.created))
+        if entry.error:
+            await self._look(name)
         self._usable(name)
         self._controller.handle(events.Load(name))
         return self._row(name)

@@ -291,6 +291,70 @@ def test_a_dead_mount_fails_its_models_alone_until_it_is_back(
     asyncio.run(whole())
 
 
+def test_a_kept_model_whose_text_files_cannot_be_used_any_more_fails_until_they_can(
+    tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A look that fails once is no sign: the machine may be busy."""
+    kept = State(tmp_path)
+    for name in ("bad", "busy", "good", "gone"):
+        kept.save(Deployed(ModelSpec(name, str(checkpoint)), created=1))
+    kept.close()
+    faults = {"bad": registry.LOOKS, "busy": 1, "gone": registry.LOOKS}
+    looks: list[str] = []
+
+    async def check(name: str, source: str, checkpoint: str) -> None:
+        looks.append(name)
+        faults[name] = faults.get(name, 0) - 1
+        if faults[name] >= 0:
+            raise RequestError(400, "invalid_checkpoint", f"{name} has no tokenizer.json", "source")
+
+    async def tell(desk: Desk) -> None:
+        assert looks == []  # none before the server listens
+        assert (await desk.ask("delete", "gone"))[0] == 200
+        await desk.head.registry.look()
+        models = {one["name"]: one for one in (await desk.ask("status"))[1]["models"]}
+        assert {name: one["state"] for name, one in models.items()} == {
+            "bad": "failed", "busy": "unloaded", "good": "unloaded"
+        }  # fmt: skip
+        assert models["bad"]["error"] == "bad has no tokenizer.json"
+        assert "bad" not in desk.head.controller.machine.state.models
+        assert sorted(looks) == [*["bad"] * registry.LOOKS, "busy", "busy", "good"]
+        faults["bad"] = registry.LOOKS
+        assert (await desk.ask("load", "bad"))[0] == 503
+        assert (await desk.ask("load", "bad"))[0] == 200  # mended
+
+    on_a_desk(tmp_path, tell, check=check)
+    assert caplog.records[0].message.startswith("bad cannot be served: bad has no tokenizer.json")
+
+
+def test_a_look_at_a_model_that_is_deployed_anew_meanwhile_does_not_fail_it(tmp_path: Path, checkpoint: Path) -> None:
+    kept = State(tmp_path)
+    kept.save(Deployed(ModelSpec("m", str(checkpoint)), created=1))
+    kept.close()
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def check(name: str, source: str, checkpoint: str) -> None:
+        if not begun.is_set():
+            begun.set()
+            await go_on.wait()
+        if not deployed:
+            raise RequestError(400, "invalid_checkpoint", "no tokenizer.json", "source")
+
+    deployed: list[int] = []
+
+    async def tell(desk: Desk) -> None:
+        look = asyncio.create_task(desk.head.registry.look())
+        await begun.wait()
+        deployed.append(1)
+        assert (await desk.ask("deploy", "m", source=str(checkpoint)))[0] == 200
+        deployed.clear()
+        go_on.set()
+        await look
+        assert (await desk.ask("show", "m"))[1]["state"] == "unloaded"
+
+    on_a_desk(tmp_path, tell, check=check)
+
+
 def test_a_deploy_whose_text_files_cannot_be_used_changes_nothing(tmp_path: Path, checkpoint: Path) -> None:
     checked: list[tuple[str, str]] = []
 
