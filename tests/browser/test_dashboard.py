@@ -257,6 +257,32 @@ def test_a_server_that_goes_away_is_told_of(opened: OpenPage, tmp_path: Path) ->
     expect(page.get_by_role("alert").first).to_contain_text("does not answer")
 
 
+def test_a_machine_that_says_nothing_any_more_is_told_of_and_asked_again(opened: OpenPage, server: Server) -> None:
+    page, watch = opened(server, before=lambda page: page.clock.install())
+    expect(page.locator("#link")).to_have_text("connected")
+    page.route("**/admin/**", lambda route: None)  # taken, and never answered
+    page.clock.run_for(13_000)
+    expect(page.locator("#link")).to_have_text("not connected")
+    expect(page.get_by_role("alert").first).to_contain_text("does not answer")
+    page.unroute("**/admin/**")
+    before = watch.count("/admin/events")
+    page.clock.run_for(5_000)
+    expect(page.locator("#link")).to_have_text("connected")
+    for _ in range(8):
+        page.clock.run_for(5_000)  # the stream that was there says nothing either, by this clock
+    assert watch.count("/admin/events") > before
+
+
+def test_a_page_that_is_opened_behind_another_asks_nothing_until_it_is_seen(opened: OpenPage, server: Server) -> None:
+    behind = "Object.defineProperty(document, 'hidden', {value: true, configurable: true})"
+    page, watch = opened(server, before=lambda page: page.add_init_script(behind))
+    expect(page.locator("#link")).to_have_text("connecting")
+    assert watch.count("/admin/status") == watch.count("/admin/events") == 0
+    page.evaluate("() => { Object.defineProperty(document, 'hidden', {value: false}); }")
+    page.evaluate("() => { document.dispatchEvent(new Event('visibilitychange')); }")
+    expect(page.locator("#link")).to_have_text("connected")
+
+
 def test_below_a_path_of_a_proxy(chrome: Browser, server: Server) -> None:
     def passed_on(route: Route) -> None:
         path = route.request.url.removeprefix("http://proxy.test/models-here/")

@@ -11,6 +11,7 @@ import { Starts } from "./starts.js";
 
 const EVERY = 2000; // ms between two looks at the status
 const SLOWEST = 15000; // ms, while there is no server
+const LATE = 10000; // ms until a look is given up
 
 const models = new Models(act);
 const devices = new Devices();
@@ -30,7 +31,7 @@ async function look() {
   asking?.abort();
   const mine = (asking = new AbortController());
   try {
-    show(await ask("GET", "admin/status", undefined, mine.signal));
+    show(await ask("GET", "admin/status", undefined, mine.signal, LATE));
     failures = 0;
     connected("connected", "");
     events.run();
@@ -183,4 +184,4 @@ function wantKey(complaint) {
 
 byId("change-key").addEventListener("click", () => key.open());
 
-look();
+if (!document.hidden) look();
