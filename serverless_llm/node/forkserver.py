@@ -116,6 +116,7 @@ class Forkserver:
 
 def warm() -> None:
     """Imports what workers need, on one thread, and spares it from copy-on-write by the garbage collector."""
+    gc.disable()  # which would look through all of torch again and again
     import torch
 
     from serverless_llm.node import worker
@@ -124,6 +125,7 @@ def warm() -> None:
     worker.rehearse()
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 _FORKSERVER = os.getpid()
