@@ -243,6 +243,19 @@ def test_weights_that_transformers_packs_lie_packed_in_the_arena(which: str, wei
     assert engine._memory.free_bytes == engine.arena.numel()
 
 
+@pytest.mark.parametrize("which", ["gpt2", "olmoe", "glm4-moe"])
+def test_weights_stay_on_their_device(which: str) -> None:
+    """The meta device in place of CUDA: nothing can be copied from it."""
+    from serverless_llm.engine.fallback import _bound
+
+    values, _, tensors = plain(*EVERY[which])
+    config = ModelConfig.parse(values).bound(entries_of(tensors))
+    assert isinstance(config, ForeignConfig)
+    meta = torch.device("meta")
+    module = _bound(config, {name: tensor.to(meta) for name, tensor in tensors.items()}, meta)
+    assert {one.device for one in [*module.parameters(), *module.buffers()]} == {meta}
+
+
 def test_what_decides_between_experts_is_not_rounded(engine: Engine) -> None:
     """Biases whose differences bfloat16 does not have, stored in float32 beside weights of bfloat16."""
     values, _, tensors = plain(*MIXTURES["glm4-moe"])
