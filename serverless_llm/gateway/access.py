@@ -1,13 +1,14 @@
 """Who may speak to this server.
 
 With keys, a request carries one with the route's scope. Without, the server is bound to loopback and answers only to
-local names: a web page must not reach it through DNS rebinding (a foreign Host) or from a browser (a foreign Origin).
+local names: a web page must not reach it through DNS rebinding (a foreign Host) or from a browser (a foreign Origin; or
+none, as browsers fetch images, which they tell by Sec-Fetch-Site).
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -47,7 +48,7 @@ class Access:
             return None
         given = request.headers.get("Authorization", "")
         if not self._keys or (path == "/metrics" and self._options.open_metrics and not given):
-            _check_local(request.headers.get("Host", ""), request.headers.get("Origin"), self._hosts)
+            _check_local(request.headers, self._hosts)
             return None
         key = self._key(given)
         scope = _scope(path)
@@ -72,11 +73,15 @@ def _scope(path: str) -> str:
     return "inference" if path.startswith(_INFERENCE) else ""
 
 
-def _check_local(host: str, origin: str | None, allowed: tuple[str, ...]) -> None:
-    if not is_local(f"//{host}", allowed):
+def _check_local(headers: Mapping[str, str], allowed: tuple[str, ...]) -> None:
+    origin = headers.get("Origin")
+    if not is_local(f"//{headers.get('Host', '')}", allowed):
         raise RequestError(403, "permission_denied", "this Host is neither loopback nor configured")
     if origin is not None and not is_local(origin, allowed):
         raise RequestError(403, "permission_denied", "this Origin is neither loopback nor configured")
+    embedded = headers.get("Sec-Fetch-Site") == "cross-site" and headers.get("Sec-Fetch-Mode") != "navigate"
+    if origin is None and embedded:
+        raise RequestError(403, "permission_denied", "a page of another site may not embed what is here")
 
 
 def is_local(url: str, allowed: tuple[str, ...]) -> bool:

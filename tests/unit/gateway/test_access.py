@@ -50,6 +50,21 @@ def test_without_a_key_only_local_names(host: str, origin: str | None, status: i
 
 
 @pytest.mark.parametrize(
+    ("site", "mode", "origin", "status"),
+    [
+        ("cross-site", "no-cors", None, 403),  # an image of a foreign page, which has no Origin
+        ("cross-site", "navigate", None, 0),  # a link to the dashboard
+        ("cross-site", "cors", "http://gpu-box.lan", 0),
+        ("same-site", "no-cors", None, 0),
+        ("none", "navigate", None, 0),
+    ],
+)
+def test_without_a_key_no_foreign_page_embeds_anything(site: str, mode: str, origin: str | None, status: int) -> None:
+    fetched = {"Host": "localhost", "Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+    assert refusal(OPEN, "/admin/events", **fetched | ({} if origin is None else {"Origin": origin})) == status
+
+
+@pytest.mark.parametrize(
     ("header", "status"),
     [
         ("Bearer k1", 0),
