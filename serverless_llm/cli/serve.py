@@ -16,6 +16,7 @@ import click
 from serverless_llm.cli import sources
 from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, SHARE, TIME
 from serverless_llm.cli.output import as_json, say
+from serverless_llm.surroundings import LOOPBACK
 
 if TYPE_CHECKING:
     from serverless_llm.config import Config
@@ -149,11 +150,16 @@ def _run(settings: Config, as_json: bool) -> int:
 
     from serverless_llm.cli.server import Server
 
+    made_key = not (settings.host in LOOPBACK or settings.api_key or settings.keys_file)
+    key = settings.state_dir / "api-key" if made_key else None
+
     async def main() -> int:
-        return await Server(settings).run(partial(announce, as_json=as_json))
+        return await Server(settings).run(partial(announce, key=key, as_json=as_json))
 
     return uvloop.run(main())
 
 
-def announce(url: str, as_json: bool) -> None:
-    say({"url": url, "pid": os.getpid()}, f"serverless-llm serves on {url}", as_json)
+def announce(url: str, key: Path | None, as_json: bool) -> None:
+    """`key`: the file of the key that was made because none was given."""
+    hint = f"\nclients need the key in {key}" if key else ""
+    say({"url": url, "pid": os.getpid()}, f"serverless-llm serves on {url}{hint}", as_json)

@@ -181,6 +181,8 @@ def test_off_loopback_a_key_is_made_and_found(tmp_path: Path) -> None:
     try:
         url = serve.url()
         key_file = tmp_path / "state" / "api-key"
+        assert serve.process.stdout is not None
+        assert serve.process.stdout.readline() == f"clients need the key in {key_file}\n"
         assert key_file.stat().st_mode & 0o777 == 0o600
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{url}/v1/models", timeout=PATIENCE)

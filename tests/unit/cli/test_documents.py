@@ -21,7 +21,7 @@ OF_OTHERS = {"--index-url", "--user-group", "--system", "--home-dir", "--now", "
 
 def shown() -> list[str]:
     """Every command line of the product, in blocks of code and in the text."""
-    found = []
+    found = re.findall(r"ExecStart=(.*)", (ROOT / "docs" / "serverless-llm.service").read_text())
     for page in PAGES:
         text = page.read_text()
         found += re.findall(r"`(serverless-llm [^`]+)`", text)
