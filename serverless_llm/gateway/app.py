@@ -206,6 +206,8 @@ class Gateway:
             if "name" in request.match_info:
                 self._named(request.match_info["name"])  # an endpoint that is not there, whatever the body names
             info = self._named(_model_name(request, parsed.model))
+            if not info.checkpoint:
+                raise failure.not_restored(info)
             grow(parsed.choices)
             try:
                 return await self._completions.answer(request, records.CURRENT.get().request_id, info, parsed)

@@ -65,6 +65,11 @@ def unknown_model(name: str, known: Iterable[str]) -> RequestError:
     return RequestError(404, "model_not_found", message, "model")
 
 
+def not_restored(info: wire.ModelInfo) -> RequestError:
+    """503: it is deployed, and the controller does not know it since its files could not be read at a start."""
+    return RequestError(503, "model_load_failed", f"the model {info.name!r} cannot be served: {info.error}")
+
+
 def from_rejection(message: wire.Rejected) -> RequestError:
     """What the controller refused; a retry that is useful has a `Retry-After`."""
     after = (message.retry_after or 1.0) if message.retry else None

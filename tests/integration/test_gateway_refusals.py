@@ -169,6 +169,23 @@ def test_an_unknown_model_is_told_the_nearest_name(tmp_path: Path) -> None:
     run(tmp_path, silent, scenario)
 
 
+def test_a_model_that_could_not_be_restored_is_not_unknown(tmp_path: Path) -> None:
+    """The controller does not know it; the catalogue says why."""
+
+    async def scenario(server: Served) -> None:
+        lost = model("lost", tmp_path, checkpoint="", state="failed", error="model.safetensors is missing in /m")
+        server.gateway.receive(wire.Catalog([lost], True))
+        async with server.chat(model="lost") as response:
+            assert response.status == 503
+            error = await error_of(response)
+            assert error["code"] == "model_load_failed"
+            assert error["message"] == "the model 'lost' cannot be served: model.safetensors is missing in /m"
+            assert response.headers["x-should-retry"] == "false"
+        assert not server.controller.all(wire.Arrive)
+
+    run(tmp_path, silent, scenario)
+
+
 def test_other_methods_and_bodies_get_json_errors(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         async with server.http.get("/v1/chat/completions") as response:
