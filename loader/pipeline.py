@@ -94,7 +94,7 @@ class _Fill:
 class Pipeline:
     """Ties the tier's books, the pool and the reader together. `post` runs a callable on the owner's thread.
 
-    When nothing was read for `pause` seconds, free slots are made ready ahead of need: `ahead` bytes of them, or as
+    When nothing was loaded for `pause` seconds, free slots are made ready ahead of need: `ahead` bytes of them, or as
     many as the largest checkpoint so far had.
 
     Attributes:
@@ -165,27 +165,30 @@ class Pipeline:
         self._toucher.close()
 
     def _trim(self) -> None:
-        """Takes or gives back the memory of one slot, and so on until the tier has as much as it wants."""
+        """Takes or gives back the memory of one slot, and so on until the tier has as much as it wants, or there is no
+        more: then the next load begins anew."""
         if self._trimming or self._closed:
             return
         if (slot := self.tier.shrink()) is not None:
             self._trimming = True
             self._pool.punch([slot])  # one in a turn of the loop: many gigabytes take seconds
-            self._post(self._trimmed)
+            self._post(lambda: self._trimmed(True))
         elif not self._fills and (slot := self.tier.grow()) is not None:
             self._trimming = True
             delay = max(0.0, self._quiet_at - time.monotonic())
-            self._toucher.touch(slot, delay, lambda: self._post(self._trimmed))
+            self._toucher.touch(slot, delay, lambda room: self._post(lambda: self._trimmed(room)))
 
-    def _trimmed(self) -> None:
+    def _trimmed(self, more: bool) -> None:
         self._trimming = False
-        self._trim()
+        if more:
+            self._trim()
 
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
 
     def _join(self, load: Load) -> None:
         checkpoint = load.manifest.checkpoint
+        self._quiet_at = time.monotonic() + self._pause  # also where no byte is to be read
         fill = self._fills.get(checkpoint)
         if fill is not None and fill.cancelled:
             fill.loads.append(load)

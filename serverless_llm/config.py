@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from serverless_llm.errors import ConfigurationError
+from serverless_llm.loader.headroom import available_memory
 from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size
 from serverless_llm.surroundings import PREFIX, default_state_dir, search_path
 
@@ -142,29 +143,6 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str] | None:
 
 
 # --- where values come from ---
-
-
-def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """The smaller of the machine's available memory and the tightest cgroup limit above this process, in bytes."""
-    found = re.search(r"MemAvailable:\s*(\d+)", (proc / "meminfo").read_text())
-    limits = [int(found[1]) * 1024] if found else []
-    for line in _lines(proc / "self" / "cgroup"):
-        _, controllers, path = line.split(":", 2)
-        root, file = (cgroups, "memory.max") if not controllers else (cgroups / "memory", "memory.limit_in_bytes")
-        folder = root / path.strip("/")
-        for place in (folder, *folder.parents):
-            limits += [int(text) for text in _lines(place / file) if text.isdigit()]
-            if place == root:
-                break
-    return min(limits)
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a small file; none when it cannot be read."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 class Given(NamedTuple):

@@ -16,7 +16,8 @@ from typing import Any
 
 from serverless_llm.cli.client import read_head
 from serverless_llm.cli.output import size
-from serverless_llm.config import Config, available_memory, count_gpus, parse_devices
+from serverless_llm.config import Config, count_gpus, parse_devices
+from serverless_llm.loader.headroom import available_memory
 
 OK, WARNING, FAILURE = "ok", "warn", "fail"
 FEW_DESCRIPTORS = 256  # with fewer not even agents and workers get theirs; arbitrary

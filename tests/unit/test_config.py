@@ -128,22 +128,6 @@ def test_state_directory(tmp_path: Path) -> None:
     assert surroundings.state_dir({"HOME": "/home/someone"}) == Path("/home/someone/.local/state/serverless-llm")
 
 
-def test_available_memory_is_the_tightest_limit(tmp_path: Path) -> None:
-    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
-    (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4194304 kB\n")
-    assert config.available_memory(proc, cgroups) == 4 * GIB
-    (proc / "self" / "cgroup").write_text("0::/outer/inner\n4:memory:/box\n")
-    (cgroups / "outer" / "inner").mkdir(parents=True)
-    (cgroups / "outer" / "inner" / "memory.max").write_text("max\n")
-    assert config.available_memory(proc, cgroups) == 4 * GIB
-    (cgroups / "outer" / "memory.max").write_text(f"{2 * GIB}\n")
-    assert config.available_memory(proc, cgroups) == 2 * GIB
-    (cgroups / "memory" / "box").mkdir(parents=True)
-    (cgroups / "memory" / "box" / "memory.limit_in_bytes").write_text(f"{GIB}\n")
-    assert config.available_memory(proc, cgroups) == GIB
-
-
 def test_this_machine_has_memory() -> None:
     assert load({}, {"HOME": "/home/someone"}).dram > 0
 

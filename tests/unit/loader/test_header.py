@@ -112,32 +112,72 @@ def test_a_fault_is_named(why: str, content: bytes) -> None:
         parse(content)
 
 
-SENTENCES: list[tuple[str, bytes]] = [
-    ("file of 7 bytes is too short for a safetensors header", b"1234567"),
-    ("header of 3 bytes reaches beyond the file's 10 bytes", raw(b"{}", length=3)),
-    ("header of 100000001 bytes is over the limit of 100000000", raw(b"{}", length=100_000_001)),
-    ("header is nested too deeply", raw(b'{"a":' + b"[" * 1_000_000)),
-    ("header is not JSON in UTF-8: NaN is not JSON", raw(b'{"a": NaN}')),
-    ("header is not a JSON object", raw(b"[]")),
-    ("header has the key 'b' twice", raw(b'{"a": 1, "b": 1, "b": 2}')),
-    ("__metadata__ is not an object of strings", raw({"__metadata__": []})),
-    ("header has the string 'a\\udfff', which is not Unicode text", raw(b'{"__metadata__": {"a\\udfff": "b"}}')),
-    ("header has the string '\\ud800', which is not Unicode text", raw(b'{"\\ud800": {}}')),
-    ("tensor 'a' is not an object with dtype, shape and data_offsets", raw({"a": [1]})),
-    ("tensor 'a' has the unknown dtype 'F33'", raw({"a": GOOD | {"dtype": "F33"}}, bytes(8))),
-    ("shape of tensor 'a' is not a list of integers of 0 ... 2^63 - 1", raw({"a": GOOD | {"shape": [2**63]}})),
-    ("data_offsets of tensor 'a' is not a list of integers of 0 ... 2^63 - 1", raw({"a": GOOD | {"data_offsets": 1}})),
-    ("data_offsets of tensor 'a' are not [begin, end]", raw({"a": GOOD | {"data_offsets": [8, 0]}}, bytes(8))),
-    (f"shape [{2**62}, 2] of tensor 'a' overflows", raw({"a": GOOD | {"shape": [2**62, 2]}}, bytes(8))),
-    (f"tensor 'a' of F32 [{2**63 - 1}] does not fill its 8 bytes", raw({"a": GOOD | {"shape": [2**63 - 1]}}, bytes(8))),
-    ("a gap before the first tensor 'a'", raw({"a": GOOD | {"data_offsets": [1, 9]}}, bytes(9))),
-    ("a gap between the tensors 'a' and 'b'", raw({"a": GOOD, "b": GOOD | {"data_offsets": [9, 17]}}, bytes(17))),
-    ("an overlap of the tensors 'a' and 'b'", raw({"a": GOOD, "b": GOOD | {"data_offsets": [4, 12]}}, bytes(12))),
-    ("tensors end at byte 10, the file at 11", raw({}, bytes(1))),
-]
+SENTENCES: dict[str, tuple[str, bytes]] = {
+    "too short": ("file of 7 bytes is too short for a safetensors header", b"1234567"),
+    "length beyond the file": ("header of 3 bytes reaches beyond the file's 10 bytes", raw(b"{}", length=3)),
+    "length over the limit": (
+        "header of 100000001 bytes is over the limit of 100000000",
+        raw(b"{}", length=100_000_001),
+    ),
+    "length of 2^63": (f"header of {2**63} bytes is over the limit of 100000000", raw(b"{}", length=2**63)),
+    "nested a million deep": ("header is nested too deeply", raw(b'{"a":' + b"[" * 1_000_000)),
+    "not UTF-8": (
+        "header is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff in position 2: invalid start byte",
+        raw(b'{"\xff": 1}'),
+    ),
+    "not JSON": (
+        "header is not JSON in UTF-8: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        raw(b"{"),
+    ),
+    "NaN": ("header is not JSON in UTF-8: NaN is not JSON", raw(b'{"a": NaN}')),
+    "no object": ("header is not a JSON object", raw(b"[]")),
+    "duplicate keys": ("header has the key 'b' twice", raw(b'{"a": 1, "b": 1, "b": 2}')),
+    "metadata": ("__metadata__ is not an object of strings", raw({"__metadata__": []})),
+    "half a pair in metadata": (
+        "header has the string 'a\\udfff', which is not Unicode text",
+        raw(b'{"__metadata__": {"a\\udfff": "b"}}'),
+    ),
+    "half a pair in a name": ("header has the string '\\ud800', which is not Unicode text", raw(b'{"\\ud800": {}}')),
+    "no tensor": ("tensor 'a' is not an object with dtype, shape and data_offsets", raw({"a": [1]})),
+    "unknown dtype": ("tensor 'a' has the unknown dtype 'F33'", raw({"a": GOOD | {"dtype": "F33"}}, bytes(8))),
+    "shape": (
+        "shape of tensor 'a' is not a list of integers of 0 ... 2^63 - 1",
+        raw({"a": GOOD | {"shape": [2**63]}}),
+    ),
+    "offsets": (
+        "data_offsets of tensor 'a' is not a list of integers of 0 ... 2^63 - 1",
+        raw({"a": GOOD | {"data_offsets": 1}}),
+    ),
+    "offsets that run back": (
+        "data_offsets of tensor 'a' are not [begin, end]",
+        raw({"a": GOOD | {"data_offsets": [8, 0]}}, bytes(8)),
+    ),
+    "overflow": (f"shape [{2**62}, 2] of tensor 'a' overflows", raw({"a": GOOD | {"shape": [2**62, 2]}}, bytes(8))),
+    "bytes": (
+        f"tensor 'a' of F32 [{2**63 - 1}] does not fill its 8 bytes",
+        raw({"a": GOOD | {"shape": [2**63 - 1]}}, bytes(8)),
+    ),
+    "gap at the beginning": (
+        "a gap before the first tensor 'a'",
+        raw({"a": GOOD | {"data_offsets": [1, 9]}}, bytes(9)),
+    ),
+    "gapped offsets": (
+        "a gap between the tensors 'a' and 'b'",
+        raw({"a": GOOD, "b": GOOD | {"data_offsets": [9, 17]}}, bytes(17)),
+    ),
+    "overlapping offsets": (
+        "an overlap of the tensors 'a' and 'b'",
+        raw({"a": GOOD, "b": GOOD | {"data_offsets": [4, 12]}}, bytes(12)),
+    ),
+    "out-of-range offsets": (
+        "tensors end at byte 77, the file at 76",
+        raw({"a": GOOD}, bytes(7)),
+    ),
+    "bytes of no tensor": ("tensors end at byte 10, the file at 11", raw({}, bytes(1))),
+}
 
 
-@pytest.mark.parametrize(("sentence", "content"), SENTENCES, ids=range(len(SENTENCES)))
+@pytest.mark.parametrize(("sentence", "content"), SENTENCES.values(), ids=SENTENCES)
 def test_a_fault_is_told_in_a_whole_sentence(sentence: str, content: bytes) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse(content)

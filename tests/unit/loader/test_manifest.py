@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from tests.unit.loader.checkpoints import raw, write
 
 ONE = {"a": torch.ones(2)}
 TWO = {"b": torch.zeros(3, 2)}
+TEXTS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 def index(directory: Path, weight_map: Any) -> Path:
@@ -66,12 +71,13 @@ def test_the_identity_follows_config_tokenizer_and_template(tmp_path: Path) -> N
     known = {manifest.build(tmp_path).checkpoint}
     (tmp_path / "config.json").write_text('{"rope_theta": 5.0}')
     known.add(manifest.build(tmp_path).checkpoint)
-    for name in manifest.TEXTS:
+    assert manifest.TEXTS == TEXTS
+    for name in TEXTS:
         (tmp_path / name).write_text("{}")
         known.add(manifest.build(tmp_path).checkpoint)
         os.utime(tmp_path / name, ns=(0, 0))
         known.add(manifest.build(tmp_path).checkpoint)
-    assert len(known) == 2 + 2 * len(manifest.TEXTS)
+    assert len(known) == 2 + 2 * len(TEXTS)
     assert manifest.build(tmp_path).checkpoint in known
 
 
@@ -102,10 +108,11 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     directory = write(tmp_path, ONE, TWO)
     victim = directory / "model-00002-of-00002.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: tensors end at"):
+    size = victim.stat().st_size
+    with pytest.raises(CheckpointError, match=rf"^{victim.name}: tensors end at byte {size + 1}, the file at {size}$"):
         manifest.build(directory)
     victim.unlink()
-    with pytest.raises(CheckpointError, match="is missing in"):
+    with pytest.raises(TransientError, match=rf"^{victim.name} is missing in {directory}$"):
         manifest.build(directory)
     victim.mkdir()
     with pytest.raises(CheckpointError, match=r"^model-00002-of-00002\.safetensors is not a file"):
@@ -141,6 +148,17 @@ def test_a_bad_index_is_told_in_a_whole_sentence(weight_map: str, sentence: str)
     with pytest.raises(CheckpointError) as caught:
         manifest.weight_map_of(f'{{"weight_map": {weight_map}}}')
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "ckpt", "pkl", "msgpack", "h5"])
+def test_every_kind_of_pickle_is_known(suffix: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"weights only as model\.{suffix}: not opened"):
+        manifest.choose([f"model.{suffix}"], "/m")
+
+
+def test_files_have_the_names_that_transformers_gives_them() -> None:
+    assert manifest.choose(["model.safetensors.index.json"], "/m") == "model.safetensors.index.json"
+    assert manifest.choose(["model.safetensors", "model.safetensors.index.json"], "/m") == "model.safetensors"
 
 
 def test_pickles_are_named_up_to_three() -> None:
@@ -238,6 +256,18 @@ def test_links_stay_inside_or_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     (other / manifest.SINGLE).symlink_to(f"../../blobs/{manifest.SINGLE}")
     with pytest.raises(CheckpointError, match="link out of"):
         manifest.build(other)
+
+
+def test_a_header_of_2_to_the_63_bytes_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / manifest.SINGLE).write_bytes(raw(b"{}", length=2**63))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=rf"^model\.safetensors: header of {2**63} bytes is over the limit"):
+            manifest.build(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_index_and_files_must_agree(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from serverless_llm.errors import CapacityError, TransientError
-from serverless_llm.loader import manifest
+from serverless_llm.loader import manifest, toucher
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.toucher import Toucher
 from tests.unit.loader.checkpoints import Node, Told, random, write
@@ -251,6 +251,33 @@ def test_none_is_taken_soon_after_bytes_were_read(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Toucher, "touch", lambda _toucher, _slot, delay, _done: delays.append(delay))
     node.fetch(checkpoint(tmp_path, 2))
     assert [3500 < delay <= 3600 for delay in delays] == [True]
+    node.close()
+
+
+def test_none_is_taken_soon_after_bytes_were_found_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(slots=16, pause=3600)
+    delays: list[float] = []
+    monkeypatch.setattr(Toucher, "touch", lambda _toucher, _slot, delay, _done: delays.append(delay))
+    source = checkpoint(tmp_path, 2)
+    node.fetch(source)
+    node.pipeline._quiet_at = 0.0  # an hour later
+    node.fetch(source, 2)
+    node.pipeline._trimmed(True)  # the first slot is touched
+    assert [3500 < delay <= 3600 for delay in delays] == [True, True]
+    node.close()
+
+
+def test_where_there_is_no_memory_none_is_taken_until_the_next_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toucher, "MARGIN", 1 << 60)
+    node = Node(slots=16, ahead=4 << 20)
+    assert node.pool.memory == 0
+    monkeypatch.undo()
+    source = checkpoint(tmp_path, 2)
+    node.fetch(source)
+    node.settle()
+    assert node.pool.memory >= 6 << 20
     node.close()
 
 

@@ -191,3 +191,22 @@ def test_a_read_that_hangs_keeps_nobody_from_closing(
     assert until_last(stuck)[-1].error is not None
     monkeypatch.undo()
     assert reader.close()
+
+
+def test_a_slow_disk_is_told_of_once_a_transfer(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    reader = Reader(pool, threads=1)
+    slow = Transfer([SourceFile(Path("/slow"), 2 * MB, 0)], {}, [], lambda _: None)
+    for offset in (0, MB):
+        with reader._wake:
+            reader._give_up(module._Read(slow, (Piece(0, offset, MB),), 0.0))
+    assert [record.getMessage() for record in caplog.records] == ["/slow: a read at byte 0 has not returned for 5.0 s"]
+    reader.close()
+
+
+def test_under_a_cap_nothing_is_staged(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap is slower than the copy is dear."""
+    monkeypatch.setattr(module, "pays", lambda pages: True)
+    readers = [Reader(pool, threads=1, rate=rate) for rate in (0.0, SLOW)]
+    assert [reader._staged for reader in readers] == [True, False]
+    for reader in readers:
+        reader.close()
