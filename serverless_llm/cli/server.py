@@ -236,7 +236,7 @@ def deploy_body(entry: ModelEntry) -> bytes:
         del fields["keep_alive"]
     elif fields["keep_alive"] == float("inf"):
         fields["keep_alive"] = -1
-    fields["source"] = str(Path(entry.source).expanduser().resolve())
+    fields["source"] = str(Path(entry.source).expanduser().absolute())  # no link resolved: it may not answer
     return msgspec.json.encode(fields)
 
 

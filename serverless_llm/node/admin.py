@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,8 +41,12 @@ class PinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pinned: bool = True
 
 
+class DrainBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    drained: bool = True
+
+
 def spec_of(name: str, body: bytes, keep_alive: float, roots: Sequence[Path]) -> ModelSpec:
-    """The spec that a deploy asks for.
+    """The spec that a deploy asks for; blocks where its source lies.
 
     Args:
         keep_alive: the server's default, in seconds.
@@ -144,18 +148,27 @@ def footprint(spec: ModelSpec) -> Footprint:
     )
 
 
-async def read_footprint(spec: ModelSpec, limit: float | None = None) -> Footprint:
+async def read_footprint(spec: ModelSpec, limit: float) -> Footprint:
     """`footprint`, beside the loop, within `limit` seconds.
 
     Raises:
         RequestError: 400, it cannot be served, or what it lies on does not answer.
     """
     try:
-        async with asyncio.timeout(limit):
-            return await apart(lambda: footprint(spec))
-    except TimeoutError:
-        raise RequestError(
-            400, "invalid_checkpoint", f"{spec.source} did not answer within {limit:g} s", "source"
-        ) from None
+        return await within(limit, spec.source, lambda: footprint(spec))
     except CheckpointError as error:
         raise RequestError(400, "invalid_checkpoint", str(error), "source") from error
+
+
+async def within(limit: float, source: str, work: Callable[[], T]) -> T:
+    """What `work`, which looks at `source`, returns or raises, beside the loop.
+
+    Raises:
+        RequestError: 400, there was no answer for `limit` seconds.
+    """
+    try:
+        async with asyncio.timeout(limit):
+            return await apart(work)
+    except TimeoutError:
+        message = f"{source} did not answer within {limit:g} s"
+        raise RequestError(400, "invalid_checkpoint", message, "source") from None

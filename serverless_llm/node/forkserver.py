@@ -5,7 +5,7 @@ It has one thread, so that its children are whole. Protocol, one JSON datagram e
 
 - it says `Ready` once;
 - the agent asks `Spawn` with two descriptors (the worker's socket, the pool), answered by `Spawned`;
-- it says `Exited` when a child was reaped.
+- it says `Exited` when a child was reaped, or instead of `Spawned` where none could be made.
 
 It ends with the control socket, or with the agent; its workers end with it (PDEATHSIG).
 """
@@ -23,6 +23,7 @@ import msgspec
 from serverless_llm.node.processes import die_with, retitle
 
 DATAGRAM = 4096
+FAILED = 1 << 8  # the wait status of a process that exited with 1
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -75,16 +76,27 @@ class Forkserver:
         if not raw:
             return False
         request = msgspec.json.decode(raw, type=Spawn)
-        pid = os.fork()
+        pid = self._fork()
         if pid == 0:
             self._become_worker(request.device, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
+        if pid < 0:
+            self._report(Exited(request.device, request.incarnation, FAILED))
+            return True
         pidfd = os.pidfd_open(pid)
         self._children[pidfd] = (pid, request)
         self._poll.register(pidfd, select.POLLIN)
         self._report(Spawned(request.device, request.incarnation, pid))
         return True
+
+    def _fork(self) -> int:
+        """As `os.fork`; -1 where the system has no more processes or memory: the other workers must not die of it."""
+        try:
+            return os.fork()
+        except OSError as error:
+            print(f"no worker can be forked: {error}", file=sys.stderr, flush=True)
+            return -1
 
     def _reap(self, pidfd: int) -> None:
         pid, request = self._children.pop(pidfd)

@@ -15,6 +15,7 @@ import msgspec
 
 from serverless_llm import wire
 from serverless_llm.cluster import events
+from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.errors import RequestError, did_you_mean
 from serverless_llm.node import admin, catalog, news
 from serverless_llm.node.catalog import Clocks, Entry
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 READ_LIMIT = 10.0  # seconds for a checkpoint's headers when the head starts, which listens only then
 LOOKS = 3  # at the text files of a kept model until it fails: they have a time limit, and a machine starts busy
-READERS = 64  # checkpoints whose headers it reads at once; a bound on the wait for each other
+DEPLOY_LIMIT = 60.0  # seconds for them in a deploy; its client is told before it, or its gateway, gives up
+READERS = 64  # checkpoints whose headers are read at once; a bound on the wait for each other
 CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
 WRITE_AGAIN = 10.0  # seconds after which a client may ask again for what the disk did not take; arbitrary
 BROKEN = "%s cannot be served: %s; mend that and deploy it again, or: serverless-llm rm %s"
@@ -76,6 +78,7 @@ class Registry:
             "pin": self._pin,
             "status": self._status,
             "nodes": self._nodes,
+            "drain": self._drain,
         }
         controller.changed = self.changed
 
@@ -93,9 +96,12 @@ class Registry:
                 if name not in wanted:
                     group.create_task(self._revive(model))
                     self._unseen.append(name)
-        for name, body in wanted.items():
+        reading = [self._read(name, body, READ_LIMIT) for name, body in wanted.items()]
+        for name, found in zip(wanted, await asyncio.gather(*reading, return_exceptions=True), strict=True):
             try:
-                await self._deploy(name, body, READ_LIMIT)
+                if isinstance(found, BaseException):
+                    raise found
+                await self._admit(*found)
             except RequestError as error:
                 if name not in known:
                     raise RequestError(error.status, error.code, f"{name}: {error.message}", error.param) from error
@@ -107,8 +113,7 @@ class Registry:
     async def _revive(self, model: Deployed) -> None:
         spec = model.spec
         try:
-            async with self._readers:
-                footprint = await admin.read_footprint(spec, READ_LIMIT)
+            footprint = await self._footprint(spec, READ_LIMIT)
         except Exception as error:  # one model's checkpoint must not keep the others from being served
             log.warning(
                 BROKEN, spec.name, error, spec.name, exc_info=None if isinstance(error, RequestError) else error
@@ -160,9 +165,22 @@ class Registry:
             status, body = why.status, why.body()
         self._deliver(wire.Answer(question.id, status, msgspec.json.encode(body)))
 
-    async def _deploy(self, name: str, body: bytes, limit: float | None = None) -> JSON:
-        spec = admin.spec_of(name, body, self._keep_alive, self._roots)
-        footprint = await admin.read_footprint(spec, limit)
+    async def _deploy(self, name: str, body: bytes) -> JSON:
+        await self._admit(*await self._read(name, body, DEPLOY_LIMIT))
+        return self._row(name)
+
+    async def _read(self, name: str, body: bytes, limit: float) -> tuple[ModelSpec, Footprint]:
+        """What a deploy asks for, as far as `limit` seconds tell; its source may lie on a mount that is dead."""
+        source = admin.parse(body, admin.DeployBody).source
+        spec = await admin.within(limit, source, lambda: admin.spec_of(name, body, self._keep_alive, self._roots))
+        return spec, await self._footprint(spec, limit)
+
+    async def _footprint(self, spec: ModelSpec, limit: float) -> Footprint:
+        async with self._readers:
+            return await admin.read_footprint(spec, limit)
+
+    async def _admit(self, spec: ModelSpec, footprint: Footprint) -> None:
+        name = spec.name
         if self._check is not None:
             await self._check(spec.name, spec.source, footprint.checkpoint)
         async with self._changing:
@@ -172,7 +190,6 @@ class Registry:
             self._entries[name] = Entry(spec, created)
             self._controller.handle(events.Deploy(spec, footprint))
         self._publish()
-        return self._row(name)
 
     async def _delete(self, name: str, body: bytes) -> JSON:
         async with self._changing:
@@ -225,6 +242,15 @@ class Registry:
 
     async def _nodes(self, name: str, body: bytes) -> JSON:
         return {"nodes": catalog.nodes(self._controller.machine.state, self._controller.peers)}
+
+    async def _drain(self, name: str, body: bytes) -> JSON:
+        """Not kept on disk: who restarts the head says so again."""
+        peers = self._controller.peers
+        if name not in peers:
+            raise RequestError(404, "not_found", f"no node {name!r} has joined{did_you_mean(name, peers)}")
+        self._controller.handle(events.Drain(name, admin.parse(body, admin.DrainBody).drained))
+        (row,) = catalog.nodes(self._controller.machine.state, {name: peers[name]})
+        return row
 
     async def _write(self, change: Callable[[T], object], value: T) -> None:
         """

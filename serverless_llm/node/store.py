@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.1  # at most one report in this time
 PROGRESS_SHARE = 0.05  # ... unless this share of the bytes has landed since
+SHARED_S = 60.0  # a reading of headers is shared for so long: a dead mount costs a thread a minute, and no more loads
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +76,7 @@ class Store:
         self._pipeline = Pipeline(self._pool, self._tier, self._reader, loop.call_soon_threadsafe)
         self._upload = Link()
         self._manifests: dict[str, Manifest] = {}
-        self._reading: dict[tuple[str, str], asyncio.Future[Manifest]] = {}
+        self._reading: dict[tuple[str, str], tuple[float, asyncio.Future[Manifest]]] = {}
         self._replicas: dict[int, Replica] = {}
 
     @property
@@ -197,12 +199,22 @@ class Store:
         return found
 
     def _read(self, source: str, checkpoint: str) -> asyncio.Future[Manifest]:
-        """One reading for all who want it: on a dead mount it goes on when they have given up."""
-        key = source, checkpoint
-        reading = self._reading.get(key)
-        if reading is None:
-            reading = self._reading[key] = apart(lambda: manifest.build(Path(source)))
-            reading.add_done_callback(lambda _: self._reading.pop(key))
+        """One reading for all who want it: on a dead mount it goes on when they have given up.
+
+        It may never return, though the mount is back: after a while another one is begun in its place.
+        """
+        key, now = (source, checkpoint), time.monotonic()
+        began, reading = self._reading.get(key, (-math.inf, None))
+        if reading is not None and now - began < SHARED_S:
+            return reading
+
+        def forget(done: asyncio.Future[Manifest]) -> None:
+            if key in self._reading and self._reading[key][1] is done:
+                del self._reading[key]
+
+        reading = apart(lambda: manifest.build(Path(source)))
+        self._reading[key] = now, reading
+        reading.add_done_callback(forget)
         return reading
 
     def _landed(self, replica: Replica, spans: Sequence[Landed], last: bool) -> None:

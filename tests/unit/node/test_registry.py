@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         assert [one["name"] for one in shown["models"]] == ["org/tiny"]
         assert (shown["nodes"], shown["problems"]) == ([], ["no node has joined"])
         assert await desk.ask("nodes") == (200, {"nodes": []})
+        status, body = await desk.ask("drain", "node0")
+        assert (status, body["error"]["message"]) == (404, "no node 'node0' has joined")
         _, body = await desk.ask("load", "org/tini")
         assert body["error"]["message"] == "no model 'org/tini' is deployed; did you mean 'org/tiny'?"
         assert await desk.ask("delete", "org/tiny") == (200, {"name": "org/tiny", "deleted": True})
@@ -147,6 +150,18 @@ def test_what_the_disk_does_not_take_is_not_done(tmp_path: Path, checkpoint: Pat
         desk.kept._database.execute("PRAGMA query_only = OFF")
         (row,) = (await desk.ask("status"))[1]["models"]
         assert (row["name"], row["pinned"]) == ("a", False)
+
+    on_a_desk(tmp_path, tell)
+
+
+def test_a_disk_that_is_full_takes_no_deploy(tmp_path: Path, checkpoint: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        (pages,) = desk.kept._database.execute("PRAGMA page_count").fetchone()
+        desk.kept._database.execute(f"PRAGMA max_page_count = {pages}")
+        status, answer = await desk.ask("deploy", "a" * 10_000, source=str(checkpoint))
+        assert (status, answer["error"]["code"]) == (503, "overloaded")
+        assert "database or disk is full" in answer["error"]["message"]
+        assert (await desk.ask("status"))[1]["models"] == []
 
     on_a_desk(tmp_path, tell)
 
@@ -353,6 +368,52 @@ def test_a_look_at_a_model_that_is_deployed_anew_meanwhile_does_not_fail_it(tmp_
         assert (await desk.ask("show", "m"))[1]["state"] == "unloaded"
 
     on_a_desk(tmp_path, tell, check=check)
+def test_dead_mounts_of_configured_models_are_waited_for_together(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "READ_LIMIT", 1.0)
+    make_checkpoint("tiny-llama", tmp_path / "hung", dtype="float32")
+    names = [f"hung{number}" for number in range(8)]
+    body = json.dumps({"source": str(tmp_path / "hung")}).encode()
+
+    async def whole() -> None:
+        desk = Desk(tmp_path / "state")
+        for name in names:
+            desk.kept.save(Deployed(ModelSpec(name, str(tmp_path / "hung")), created=1))
+        with dead(tmp_path / "hung" / "config.json"):
+            await asyncio.wait_for(desk.head.restore(dict.fromkeys(names, body)), 4)
+        models = (await desk.ask("status"))[1]["models"]
+        assert [one["state"] for one in models] == ["failed"] * 8
+        desk.kept.close()
+
+    asyncio.run(whole())
+
+
+def test_a_deploy_from_a_dead_mount_is_told_and_holds_nobody_up(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even to resolve its links, which asks the mount."""
+    monkeypatch.setattr(registry, "DEPLOY_LIMIT", 0.2)
+    back = threading.Event()
+    resolve = Path.resolve
+
+    def hang(path: Path, strict: bool = False) -> Path:
+        if path.name == "hung":
+            back.wait(30)
+        return resolve(path, strict)
+
+    monkeypatch.setattr(Path, "resolve", hang)
+
+    async def tell(desk: Desk) -> None:
+        hung = asyncio.ensure_future(desk.ask("deploy", "hung", source="/mnt/hung"))
+        assert (await desk.ask("deploy", "good", source=str(checkpoint)))[0] == 200
+        status, body = await hung
+        assert (status, body["error"]["message"]) == (400, "/mnt/hung did not answer within 0.2 s")
+
+    try:
+        on_a_desk(tmp_path / "state", tell)
+    finally:
+        back.set()
 
 
 def test_a_deploy_whose_text_files_cannot_be_used_changes_nothing(tmp_path: Path, checkpoint: Path) -> None:
