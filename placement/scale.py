@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, auto
 
 
-class Want(StrEnum):
-    NOTHING = "nothing"
-    MORE = "more"  # one would do good: takes free room and long idle replicas' room only
-    FIRST = "first"  # somebody waits and nothing serves: may also claim the room of a model in use, after a while
+class Want(Enum):
+    NOTHING = auto()
+    MORE = auto()  # one would do good: takes free room and long idle replicas' room only
+    FIRST = auto()  # somebody waits and nothing serves: may also claim the room of a model in use, after a while
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,9 +139,12 @@ class WorkerUp(Message, frozen=True):
 
 
 class WorkerLost(Message, frozen=True):
+    """Fields as in `events.WorkerLost`."""
+
     device: int
     incarnation: int
     cause: str
+    charged: bool = True
 
 
 class KillWorker(Message, frozen=True):

@@ -128,7 +128,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """For the log and the metrics. `reason`: memory, keep-alive, unload, delete, abandoned, rollover."""
+    """For the log and the metrics. `reason`: memory, keep-alive, unload, delete, abandoned, rollover, drain."""
 
     replica: ReplicaId
     model: ModelName

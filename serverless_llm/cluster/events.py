@@ -59,6 +59,15 @@ class Pin:
     pinned: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take everything off a node, idle or on its way now, busy when its sequences end, and bring nothing there (admin);
+    `drained` False: use it again. Holds whether or not the node is there, until the head restarts."""
+
+    node: NodeId
+    drained: bool
+
+
 # --- requests ---
 
 
@@ -220,9 +229,12 @@ class WorkerUp:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
+    """`charged`: it may have died of what ran there; not so where it went with the forkserver of its node."""
+
     device: DeviceId
     incarnation: int
     cause: str
+    charged: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +248,7 @@ Event = (
     | Load
     | UnloadModel
     | Pin
+    | Drain
     | RequestArrived
     | PromptReady
     | Resumed

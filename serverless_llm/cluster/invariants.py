@@ -134,6 +134,16 @@ def _trials_are_alone(state: State) -> Iterator[object]:
             yield device
 
 
+def _drained_are_left(state: State) -> Iterator[object]:
+    """Nothing is on a drained device, or on its way there, but what goes when its sequences have ended."""
+    for device in state.devices.values():
+        if device.drained != (device.id.node in state.drained):
+            yield device
+        for replica in device.replicas.values() if device.drained else ():
+            if replica.state in PLANNED and not replica.retiring:
+                yield replica
+
+
 CHECKS: dict[str, Callable[[State], Iterator[object]]] = {
     "one owner": _one_owner,
     "one queue": _one_queue,
@@ -143,4 +153,5 @@ CHECKS: dict[str, Callable[[State], Iterator[object]]] = {
     "indexes agree": _indexes_agree,
     "commands have deadlines": _commands_have_deadlines,
     "trials are alone": _trials_are_alone,
+    "drained are left": _drained_are_left,
 }

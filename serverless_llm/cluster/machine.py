@@ -27,6 +27,7 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     e.Load: models.load,
     e.UnloadModel: models.unload_model,
     e.Pin: models.pin,
+    e.Drain: nodes.drain,
     e.RequestArrived: sequences.arrived,
     e.PromptReady: sequences.prompt_ready,
     e.Resumed: sequences.resumed,

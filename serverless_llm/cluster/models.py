@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from serverless_llm.cluster.events import Delete, Deploy, Load, Pin, UnloadModel
 from serverless_llm.cluster.failures import forgive
-from serverless_llm.cluster.replicas import unload
+from serverless_llm.cluster.replicas import send_off
 from serverless_llm.cluster.sequences import reject_not_found, reject_outdated
 from serverless_llm.cluster.starts import drain
-from serverless_llm.cluster.state import STARTING, Model, Replica
+from serverless_llm.cluster.state import STARTING, Model
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import ModelName
 
@@ -31,7 +31,7 @@ def deploy(turn: Turn, event: Deploy) -> None:
     model.spec, model.footprint = event.spec, event.footprint
     forgive(turn, model)
     for replica in model.present()[event.spec.max_replicas :]:
-        _send_off(turn, replica, "unload")
+        send_off(turn, replica, "unload")
     turn.touch(name)
 
 
@@ -66,7 +66,7 @@ def unload_model(turn: Turn, event: UnloadModel) -> None:
     model.requested_at = None
     for replica in model.present():
         if not (model.demand and replica.state in STARTING):
-            _send_off(turn, replica, "unload")
+            send_off(turn, replica, "unload")
 
 
 def pin(turn: Turn, event: Pin) -> None:
@@ -88,12 +88,4 @@ def _revision(turn: Turn) -> int:
 
 def _retire(turn: Turn, model: Model, reason: str) -> None:
     for replica in model.present():
-        _send_off(turn, replica, reason)
-
-
-def _send_off(turn: Turn, replica: Replica, reason: str) -> None:
-    """Unload what is idle or on its way; what runs something leaves when that has ended."""
-    if replica.running:
-        replica.retiring = reason
-    else:
-        unload(turn, replica, reason)
+        send_off(turn, replica, reason)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from serverless_llm.cluster.commands import Cancel, DropNode, Forget, Unload
-from serverless_llm.cluster.events import Heartbeat, NodeJoined, NodeLost, Progress, WorkerLost, WorkerUp
+from serverless_llm.cluster.events import Drain, Heartbeat, NodeJoined, NodeLost, Progress, WorkerLost, WorkerUp
 from serverless_llm.cluster.ledger import Ledger
 from serverless_llm.cluster.poison import charge
-from serverless_llm.cluster.replicas import enter, leave, vanish
+from serverless_llm.cluster.replicas import enter, leave, send_off, vanish
 from serverless_llm.cluster.sequences import mentioned, recall
-from serverless_llm.cluster.state import Device, Model, Node, Replica, Sequence
+from serverless_llm.cluster.state import PLANNED, Device, Model, Node, Replica, Sequence
 from serverless_llm.cluster.transitions import NODE, NodeState, ReplicaState, SequenceState, move
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import CheckpointId, DeviceId, NodeId, ReplicaId
@@ -35,6 +35,7 @@ def joined(turn: Turn, event: NodeJoined) -> None:
     turn.state.nodes[event.node.node] = node
     for spec in event.node.devices:
         device = Device(DeviceId(event.node.node, spec.number), spec, Ledger(spec.budget), Ledger(spec.budget))
+        device.drained = event.node.node in turn.state.drained
         node.devices[spec.number] = turn.state.devices[device.id] = device
     _measure(turn)
     for device_id, incarnation in event.workers:
@@ -52,6 +53,18 @@ def node_lost(turn: Turn, event: NodeLost) -> None:
         _forget(turn, turn.state.nodes[event.node])
 
 
+def drain(turn: Turn, event: Drain) -> None:
+    (turn.state.drained.add if event.drained else turn.state.drained.discard)(event.node)
+    turn.room = True
+    node = turn.state.nodes.get(event.node)
+    for device in node.devices.values() if node else ():
+        device.drained = event.drained
+        for replica in list(device.replicas.values()) if event.drained else ():
+            if replica.state in PLANNED:
+                send_off(turn, replica, "drain")
+                turn.touch(replica.model)
+
+
 def worker_up(turn: Turn, event: WorkerUp) -> None:
     device = turn.state.devices.get(event.device)
     if device is not None and _up(turn, device) and event.incarnation > max(device.incarnation, device.lost):
@@ -65,7 +78,7 @@ def worker_lost(turn: Turn, event: WorkerLost) -> None:
         return
     if device.incarnation:
         if event.incarnation >= device.incarnation:
-            _bury(turn, device, event.cause)
+            _bury(turn, device, event.cause, event.charged)
     elif event.incarnation > device.lost:
         device.failed_boots, device.cause = device.failed_boots + 1, event.cause
         turn.room = True
@@ -166,10 +179,13 @@ def _vacate(turn: Turn, node: Node) -> None:
         _empty(turn, device)
 
 
-def _bury(turn: Turn, device: Device, cause: str) -> None:
+def _bury(turn: Turn, device: Device, cause: str, charged: bool = True) -> None:
+    """`charged`: it died by itself, unless it was told to."""
+    charged = charged and not device.killing
     _mark_down(device)
     device.cause = cause
-    charge(turn, device, cause)
+    if charged:
+        charge(turn, device, cause)
     _empty(turn, device)
 
 
@@ -259,7 +275,7 @@ def _adopt(
     """A replica that outlived its head serves on, if a model still wants just that and the ledgers have room."""
     device = turn.device(device_id)
     wanted = model is not None and (model.footprint.checkpoint, model.spec.dtype) == served
-    if model is None or not wanted or not device.usable or replica_id in turn.state.replicas:
+    if model is None or not wanted or not device.open or replica_id in turn.state.replicas:
         turn.emit(Unload(replica_id, device_id))
         return
     floor = fit.kv_floor(model.footprint, device.spec.budget, turn.policy.kv_floor_tokens, turn.policy.kv_floor_share)

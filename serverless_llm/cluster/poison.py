@@ -6,13 +6,14 @@ trial ends. A worker that dies in a trial convicts. A sequence is acquitted when
 times as long as the longest run that a death ended, and moved on: tokens alone prove nothing, for one that always kills
 may generate some before it does. So a sequence or a checkpoint that kills every time ends three workers, or a few more
 if each life is `trial_factor` times as long as all before it. The first charge after an acquittal makes a suspect
-again; `trial_s` of life clear all charges.
+again; `trial_s` of life clear all charges. A worker that was told to die, or went with its node or its node's
+forkserver, charges nobody: that says nothing of what ran there.
 """
 
 from __future__ import annotations
 
 from serverless_llm.cluster.failures import convict
-from serverless_llm.cluster.sequences import accuse, dispatch, end_trial, recall, reject, requeue, suspect
+from serverless_llm.cluster.sequences import accuse, dispatch, end_trial, recall, reject, suspect
 from serverless_llm.cluster.state import STARTING, Device, Replica, Sequence
 from serverless_llm.cluster.transitions import ReplicaState, SequenceState
 from serverless_llm.cluster.turn import Turn
@@ -20,17 +21,16 @@ from serverless_llm.domain import DeviceId
 
 
 def charge(turn: Turn, device: Device, cause: str) -> None:
-    """The worker of `device` died, by itself: its sequences leave it, charged, and so are the loads there."""
-    trial = device.trial
+    """The worker of `device` died, by itself, with its sequences and loads; who is guilty, or a suspect, leaves it."""
     sequences = {s.id: s for replica in device.replicas.values() for s in replica.running.values()}
     recalled = sorted(device.recalled & (turn.state.sequences.keys() - sequences.keys()))
     loads = [replica for replica in device.replicas.values() if replica.state is ReplicaState.LOADING]
     for sequence in sequences.values():
-        _charge_sequence(turn, sequence, trial, cause)
+        _charge_sequence(turn, sequence, cause)
     for sequence_id in recalled:
         _charge_recalled(turn, turn.state.sequences[sequence_id])
     for replica in loads:
-        _charge_load(turn, replica, trial)
+        _charge_load(turn, replica, device.trial)
 
 
 def try_suspects(turn: Turn) -> None:
@@ -76,25 +76,25 @@ def outlived(turn: Turn, device_id: DeviceId) -> None:
     end_trial(turn, device, device.trial)
 
 
-def _charge_sequence(turn: Turn, sequence: Sequence, trial: tuple[str, int] | None, cause: str) -> None:
+def _charge_sequence(turn: Turn, sequence: Sequence, cause: str) -> None:
     ran = turn.now - sequence.dispatched
     sequence.longest_charged = max(sequence.longest_charged, ran)
     if ran >= turn.policy.trial_s:  # also of one on trial, should the death be told before its term is noticed
         turn.state.suspects.pop(sequence.id, None)
         sequence.deaths = 0
     sequence.deaths += 1
-    if trial == ("sequence", sequence.id) and sequence.id in turn.state.suspects:
+    if sequence.id in turn.state.suspects:  # and so on trial
         message = f"the request ended the engine process {sequence.deaths} times; last: {cause}"
         reject(turn, sequence, 500, "engine_error", message, None, retry=False)
     elif sequence.deaths >= turn.policy.suspect_deaths:
         suspect(turn, sequence)
-    else:
-        requeue(turn, sequence)
 
 
 def _charge_recalled(turn: Turn, sequence: Sequence) -> None:
     """It was taken back, but its worker may have died of it before it knew."""
     sequence.deaths += 1
+    if sequence.replica is None:  # else it runs elsewhere by now
+        sequence.longest_charged = max(sequence.longest_charged, turn.now - sequence.dispatched)
     if sequence.deaths >= turn.policy.suspect_deaths and sequence.state is SequenceState.WAITING:
         accuse(turn, sequence)
 

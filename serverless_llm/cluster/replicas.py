@@ -91,6 +91,14 @@ def unload(turn: Turn, replica: Replica, reason: str) -> None:
         _depart(turn, replica, "evict" if replica.state is ReplicaState.READY else "cancel")
 
 
+def send_off(turn: Turn, replica: Replica, reason: str) -> None:
+    """Unload what is idle or on its way; what runs something leaves when that has ended."""
+    if replica.running:
+        replica.retiring = reason
+    else:
+        unload(turn, replica, reason)
+
+
 def leave(turn: Turn, replica: Replica, cause: str) -> None:
     """It holds nothing any more: its sequences are queued again, whoever claimed its room gets it."""
     for sequence in list(replica.running.values()):

@@ -138,7 +138,7 @@ def _open(turn: Turn, model: Model, device: Device) -> bool:
     twin = any(replica.device == device.id for replica in model.present())
     suspect = model.load_deaths >= turn.policy.suspect_deaths
     busy = suspect and any(replica.state in STARTING for replica in device.replicas.values())
-    return device.usable and device.trial is None and device.avoid_until <= turn.now and not twin and not busy
+    return device.open and device.trial is None and device.avoid_until <= turn.now and not twin and not busy
 
 
 def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Option | None:

@@ -129,6 +129,7 @@ class Device:
         failed_boots: workers in a row that died before they were up.
         cause: why the last worker died.
         killing: its worker was told to die.
+        drained: an operator wants it empty.
         planned: grants of the replicas that have a claim, those that leave not counted.
         actual: grants of the replicas that may hold memory now.
         trial: the sequence or the load ("sequence" | "load", id) that has it for itself.
@@ -148,6 +149,7 @@ class Device:
     failed_boots: int = 0
     cause: str = ""
     killing: bool = False
+    drained: bool = False
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict, repr=False)
     trial: tuple[str, int] | None = None
     isolated_at: float = 0.0
@@ -164,6 +166,11 @@ class Device:
     @property
     def usable(self) -> bool:
         return self.incarnation > 0 and not self.killing
+
+    @property
+    def open(self) -> bool:
+        """Whether anything new may come."""
+        return self.usable and not self.drained
 
     @property
     def problem(self) -> str:
@@ -260,6 +267,7 @@ class State:
     devices: dict[DeviceId, Device] = field(default_factory=dict)
     suspects: dict[SequenceId, Sequence] = field(default_factory=dict)  # to be tried alone, or on trial
     hungry: dict[ModelName, None] = field(default_factory=dict)  # want a replica, found no room
+    drained: set[NodeId] = field(default_factory=set)  # also of nodes that are not there
     largest: int = 0  # budget of the largest device
     timers: Timers = field(default_factory=Timers)
     next_replica: int = 1

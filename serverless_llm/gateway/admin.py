@@ -34,6 +34,7 @@ class Admin:
         return [
             web.get("/admin/status", self.status),
             web.get("/admin/nodes", self.nodes),
+            web.post("/admin/nodes/{name}/drain", self._acting("drain")),
             *(web.post(f"{model}/{action}", self._acting(action)) for action in ACTIONS),
             web.put(model, self.deploy),
             web.get(model, self.show),

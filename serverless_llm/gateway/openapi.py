@@ -238,6 +238,8 @@ def _operations() -> JSON:
     row: JSON = {"type": "object"}
     recent = {"name": "recent", "in": "query", "schema": _whole(0, 256), "description": "Of the past, told first."}
     pin = _body({"pinned": {"type": "boolean"}})
+    drain = _body({"drained": {"type": "boolean"}})
+    node = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
     model = "/admin/models/{name}"
     return {
         model: {
@@ -251,6 +253,10 @@ def _operations() -> JSON:
         f"{model}/pin": {"parameters": name, "post": _route("Never evict it, or do again.", "admin", row, body=pin)},
         "/admin/status": {"get": _route("Models, nodes, devices, starts, traffic.", "admin", row)},
         "/admin/nodes": {"get": _route("Nodes with their devices, replicas and sequences.", "admin", row)},
+        "/admin/nodes/{name}/drain": {
+            "parameters": node,
+            "post": _route("Take everything off a node, or use it again.", "admin", row, body=drain),
+        },
         "/admin/events": {
             "get": _route("The control plane's events.", "admin", None, content=_EVENTS, parameters=[recent])
         },

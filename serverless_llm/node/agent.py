@@ -261,9 +261,9 @@ class Agent:
         else:
             self.stop("the driver, which did not answer before, does now: another agent asks it for its memory")
 
-    def _lost(self, slot: Slot, cause: str) -> None:
+    def _lost(self, slot: Slot, cause: str, charged: bool) -> None:
         self._store.worker_lost(slot.device)
-        self._tell(wire.WorkerLost(slot.device, slot.incarnation, cause))
+        self._tell(wire.WorkerLost(slot.device, slot.incarnation, cause, charged))
 
     def _boot_all(self) -> None:
         for slot in self._slots:

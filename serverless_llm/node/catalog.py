@@ -77,6 +77,7 @@ def _node(node: Node, peer: Peer) -> dict[str, Any]:
     return {
         "node": peer.hello.node,
         "state": node.state.value,
+        "drained": any(device.drained for device in node.devices.values()),
         "agent_pid": peer.hello.pid,
         "dram": peer.hello.dram,
         "dram_used": peer.resident_bytes,

@@ -41,6 +41,10 @@ def _pinned(event: events.Pin, _: State) -> JSON:
     return {"event": "pinned", "model": event.model, "pinned": event.pinned}
 
 
+def _drained(event: events.Drain, _: State) -> JSON:
+    return {"event": "drained", "node": event.node, "drained": event.drained}
+
+
 def _load_failed(event: events.LoadFailed, state: State) -> JSON | None:
     replica = state.replicas.get(event.replica)
     if replica is None:
@@ -80,6 +84,7 @@ _EVENTS: dict[type, Callable[[Any, State], JSON | None]] = {
     events.Deploy: _deployed,
     events.Delete: _deleted,
     events.Pin: _pinned,
+    events.Drain: _drained,
     events.LoadFailed: _load_failed,
     events.NodeJoined: _joined,
     events.NodeLost: _node_lost,

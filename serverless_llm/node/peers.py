@@ -38,7 +38,7 @@ class Peer:
                 self._up(message.workers)
             case wire.WorkerUp(device, incarnation, pid, numerics_id):
                 self.workers[device] = wire.WorkerState(device, incarnation, pid, 0, numerics_id, [])
-            case wire.WorkerLost(device, _, _):
+            case wire.WorkerLost(device):
                 self.workers.pop(device, None)
                 self.kv.pop(device, None)
             case wire.Progress():

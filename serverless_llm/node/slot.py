@@ -35,7 +35,9 @@ class Slot:
         boot: what every incarnation is told, its number aside.
         pool: descriptor of the DRAM pool, owned by the agent.
         receive: a frame of the worker.
-        up: the worker is up. lost: it is gone for good (reaped), with the cause, or never came up; the next one boots.
+        up: the worker is up.
+        lost: it is gone for good (reaped), or never came up; the next one boots. With the cause, and whether that may
+            be what ran there: not where it went with the forkserver.
         stuck_after: seconds of silence with work to do that a worker is allowed.
     """
 
@@ -46,7 +48,7 @@ class Slot:
         spawner: Spawner,
         receive: Callable[[Slot, framing.Frame], None],
         up: Callable[[Slot], None],
-        lost: Callable[[Slot, str], None],
+        lost: Callable[[Slot, str, bool], None],
         stuck_after: float,
     ) -> None:
         self.device = boot.device
@@ -73,7 +75,7 @@ class Slot:
     def boot(self) -> None:
         """Starts the next incarnation. The forkserver must be up."""
         self.incarnation += 1
-        self.step, self._verdict = 0, ""
+        self.step = 0
         self._due = self._now() + BOOT_LIMIT
         self._owed = self._now() + FORKSERVER_LIMIT
         socket = self._spawner.spawn(self.device, self.incarnation, self._pool)
@@ -104,17 +106,21 @@ class Slot:
         self._link.send(raw)
 
     def kill(self, cause: str) -> None:
-        """Kills the worker; `lost` follows when it was reaped. `cause`: what to say of it, "" how it died."""
+        """Kills the worker; `lost` follows when it was reaped. `cause`: what to say of it, "" how it died.
+
+        One whose process is not known yet is killed when it is.
+        """
+        if self._link is None:
+            return
+        self._verdict = self._verdict or cause
         if self._pidfd >= 0:
-            self._verdict = self._verdict or cause
             self._owed = self._owed or self._now() + FORKSERVER_LIMIT
             with contextlib.suppress(ProcessLookupError):  # reaped already, the report is on its way
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def refuse(self, cause: str) -> None:
         """Kills a worker that just came up, as if it had not: `lost` follows, and the next one boots later."""
-        self.up, self._verdict = False, cause
-        self._due = self._now()  # for `check`, should its process not be known yet
+        self.up = False
         self.kill(cause)
 
     def forgive(self) -> None:
@@ -149,10 +155,12 @@ class Slot:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             log.debug("worker %d of device %d was reaped at once", pid, self.device)
+        if self._verdict:
+            self.kill(self._verdict)
 
     def exited(self, incarnation: int, status: int) -> None:
         assert incarnation == self.incarnation
-        self._gone(self._verdict or died(status))
+        self._gone(self._verdict or died(status), True)
         if self._failed_boots == 0:
             self.boot()
             return
@@ -163,15 +171,15 @@ class Slot:
         """All workers died with it; `boot` is called when another one is ready."""
         if self._link is None:
             self.incarnation += 1  # a boot that could not be tried, or waits no more
-        self._gone(cause)
+        self._gone(self._verdict or cause, bool(self._verdict))
 
     def _boot_again(self, incarnation: int) -> None:
         if incarnation == self.incarnation and self._spawner.up:
             self.boot()
 
-    def _gone(self, cause: str) -> None:
+    def _gone(self, cause: str, charged: bool) -> None:
         self._failed_boots = 0 if self.up else self._failed_boots + 1
-        self.up, self.pid, self._due, self._owed = False, 0, None, None
+        self.up, self.pid, self._due, self._owed, self._verdict = False, 0, None, None, ""
         link, self._link = self._link, None
         if link is not None:
             link.close(cause)
@@ -179,7 +187,7 @@ class Slot:
             os.close(self._pidfd)
             self._pidfd = -1
         log.warning("worker of device %d, incarnation %d: %s", self.device, self.incarnation, cause)
-        self._told_lost(self, cause)
+        self._told_lost(self, cause, charged)
 
     # --- what the worker tells ---
 

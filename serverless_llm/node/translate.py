@@ -93,7 +93,7 @@ def _up(node: NodeId, one: wire.WorkerUp) -> Iterable[events.Event]:
 
 
 def _lost(node: NodeId, one: wire.WorkerLost) -> Iterable[events.Event]:
-    yield events.WorkerLost(DeviceId(node, one.device), one.incarnation, one.cause)
+    yield events.WorkerLost(DeviceId(node, one.device), one.incarnation, one.cause, one.charged)
 
 
 _FROM_NODE: dict[type[wire.Message], Callable[[NodeId, Any], Iterable[events.Event]]] = {

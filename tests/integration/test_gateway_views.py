@@ -341,6 +341,8 @@ def test_admin_routes_are_questions_to_the_controller(tmp_path: Path) -> None:
         for verb in ("load", "unload", "pin"):
             answer = {"verb": verb, "name": "team/x", "body": "{}"}
             assert await ask(server, "POST", f"/admin/models/team/x/{verb}") == (200, answer)
+        drained = {"verb": "drain", "name": "node0", "body": '{"drained": false}'}
+        assert await ask(server, "POST", "/admin/nodes/node0/drain", b'{"drained": false}') == (200, drained)
         assert (await ask(server, "PUT", "/admin/models/x", b"["))[0] == 400
 
     run(tmp_path, answers, scenario)

@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ async def deployed(cluster: Cluster, checkpoint: Path, name: str = "tiny", **opt
     await cluster.gateway.ask("deploy", name, source=str(checkpoint), **options)
 
 
+@asynccontextmanager
+async def speaking(
+    directory: Path, checkpoint: Path, *options: AgentOptions
+) -> AsyncIterator[tuple[Cluster, list[int]]]:
+    """A cluster that serves `tiny`, and what that says at length."""
+    async with serving(directory, *options) as cluster:
+        await deployed(cluster, checkpoint)
+        yield cluster, await cluster.gateway.generate("tiny", PROMPT, LONG)
+
+
 async def midstream(cluster: Cluster, expected: list[int]) -> Stream:
     """A stream that has said something and has much left to say."""
     stream = cluster.gateway.start("tiny", PROMPT, len(expected))
@@ -91,10 +102,8 @@ def test_streams_survive_every_death_below_the_head(tmp_path: Path, checkpoint: 
     options = agent(tmp_path, weights=weights, stuck_after=0.5)
 
     async def tell() -> None:
-        async with serving(tmp_path, options) as cluster:
+        async with speaking(tmp_path, checkpoint, options) as (cluster, expected):
             gateway = cluster.gateway
-            await deployed(cluster, checkpoint)
-            expected = await gateway.generate("tiny", PROMPT, LONG)
             assert len(expected) == LONG
             assert expected[:64] == await asyncio.to_thread(alone, checkpoint, PROMPT, 64)
 
@@ -156,9 +165,7 @@ def test_a_link_that_is_cut_costs_a_stream_nothing(tmp_path: Path, checkpoint: P
     options = agent(tmp_path)
 
     async def tell() -> None:
-        async with serving(tmp_path, options) as cluster:
-            await deployed(cluster, checkpoint)
-            expected = await cluster.gateway.generate("tiny", PROMPT, LONG)
+        async with speaking(tmp_path, checkpoint, options) as (cluster, expected):
             (before,) = await cluster.gateway.devices()
             stream = await midstream(cluster, expected)
             cluster.head.controller.peers["node0"].link.close("cut by the test")
@@ -174,9 +181,7 @@ def test_a_new_head_adopts_what_the_old_one_left(tmp_path: Path, checkpoint: Pat
     options = agent(tmp_path)
 
     async def tell() -> None:
-        async with serving(tmp_path, options) as cluster:
-            await deployed(cluster, checkpoint)
-            expected = await cluster.gateway.generate("tiny", PROMPT, LONG)
+        async with speaking(tmp_path, checkpoint, options) as (cluster, expected):
             (before,) = await cluster.gateway.devices()
             await midstream(cluster, expected)  # its gateway dies with the head
         async with serving(tmp_path, options) as cluster:
@@ -213,6 +218,8 @@ def test_a_stopped_server_ends_its_agents(tmp_path: Path) -> None:
             devices = await cluster.gateway.seen(
                 lambda now: len(now) == 2 and all(one["worker_pid"] for one in now) and now, "two nodes"
             )
+            assert (await cluster.gateway.ask("drain", "node1"))["drained"]
+            assert [one["drained"] for one in (await cluster.gateway.ask("nodes"))["nodes"]] == [False, True]
             await cluster.abandon()
             await cluster.head.shut_down()
             assert not any(psutil.pid_exists(device["agent_pid"]) for device in devices if not zombie(device))

@@ -136,6 +136,10 @@ class Storm(RuleBasedStateMachine):
     def jam_loads(self, model: str, stuck: bool) -> None:
         (self.world.stuck.add if stuck else self.world.stuck.discard)(model)
 
+    @rule(number=st.integers(0, 1), seconds=st.sampled_from([0.1, 5.0, 20.0]))
+    def drain(self, number: int, seconds: float) -> None:
+        self.world.drain(NODES[number], seconds)
+
     @rule(model=st.sampled_from(MODELS), what=st.sampled_from(["load", "unload", "pin", "unpin", "delete", "redeploy"]))
     def operate(self, model: str, what: str) -> None:
         operate(self.world, model, what)
@@ -180,6 +184,7 @@ def make_trouble(trouble: Storm, chance: random.Random) -> None:
         lambda: trouble.jam_loads(MODELS[number], number > 2),
         lambda: trouble.ask_poisonously(number, MODELS[number], number / 3),
         lambda: operate(trouble.world, MODELS[number], what),
+        lambda: trouble.drain(number % 2, 5.0),
     ]
     chance.choice(actions)()
 

@@ -1,13 +1,39 @@
-"""Who plays in the driver's world: what a worker, an agent and a client remember."""
+"""Who plays in the driver's world, and when: what a worker, an agent and a client remember."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.domain import CheckpointId, DeviceId, ModelName, NodeSpec, ReplicaId, SequenceId
+
+
+class Time:
+    """What happens when. `now` only moves in `run`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.queue: list[tuple[float, int, Callable[[], object]]] = []
+        self.serial = 0
+
+    def at(self, when: float, action: Callable[[], object]) -> None:
+        self.serial += 1
+        heapq.heappush(self.queue, (max(when, self.now), self.serial, action))
+
+    def after(self, seconds: float, action: Callable[[], object]) -> None:
+        self.at(self.now + seconds, action)
+
+    def run(self, seconds: float) -> None:
+        """Let so much time pass."""
+        end = self.now + seconds
+        while self.queue and self.queue[0][0] <= end:
+            when, _, action = heapq.heappop(self.queue)
+            self.now = when
+            action()
+        self.now = end
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ def deploy(name: str, size: int = 80, checkpoint: str = "", context: int = 1024,
     return e.Deploy(ModelSpec(name, f"/{name}", **spec), footprint)  # type: ignore[arg-type]
 
 
+def kinds(out: list[c.Command]) -> list[str]:
+    """The commands' names."""
+    return [type(one).__name__ for one in out]
+
+
 class Desk:
     """`tell` lets `after` seconds pass, then the event happens; `WakeAt`s are left out of what it returns."""
 

@@ -6,7 +6,6 @@ it lives in the head's process. After every event the machine's invariants and t
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -30,24 +29,22 @@ from serverless_llm.domain import (
     NodeSpec,
     SequenceId,
 )
-from tests.unit.cluster.cast import Agent, Client, Faults, Run, Worker
+from tests.unit.cluster.cast import Agent, Client, Faults, Run, Time, Worker
 
 GIB = 1 << 30
 CALM = Faults()
 BLOCK = 1 << 16
 
 
-class World:
+class World(Time):
     """Everything outside the machine. `now` only moves in `run`."""
 
     def __init__(self, policy: Policy | None = None, faults: Faults = CALM, seed: int = 0) -> None:
+        super().__init__()
         self.machine = Machine(policy or Policy())
         self.generation = 0
         self.faults = faults
         self.chance = random.Random(seed)
-        self.now = 0.0
-        self.queue: list[tuple[float, int, Callable[[], object]]] = []
-        self.serial = 0
         self.agents: dict[NodeId, Agent] = {}
         self.clients: dict[SequenceId, Client] = {}
         self.footprints: dict[CheckpointId, Footprint] = {}
@@ -68,24 +65,6 @@ class World:
         self.rtt_s, self.load_s, self.prefill_s, self.token_s = 0.001, 0.08, 0.02, 0.01
         self.disk_bps, self.restart_s, self.progress_s = 2.0 * GIB, 0.3, 0.1
         self.catalog_s = 1.0
-
-    # --- time ---
-
-    def at(self, when: float, action: Callable[[], object]) -> None:
-        self.serial += 1
-        heapq.heappush(self.queue, (max(when, self.now), self.serial, action))
-
-    def after(self, seconds: float, action: Callable[[], object]) -> None:
-        self.at(self.now + seconds, action)
-
-    def run(self, seconds: float) -> None:
-        """Let so much time pass."""
-        end = self.now + seconds
-        while self.queue and self.queue[0][0] <= end:
-            when, _, action = heapq.heappop(self.queue)
-            self.now = when
-            action()
-        self.now = end
 
     def run_until_answered(self, limit: float = 600.0) -> None:
         """Until every request has its end.
@@ -197,6 +176,11 @@ class World:
     def took(self, sequence: SequenceId) -> float:
         client = self.clients[sequence]
         return client.ended - client.arrived
+
+    def drain(self, node: NodeId, seconds: float) -> None:
+        """An operator has it emptied, and takes it back: or others could wait for ever."""
+        self.handle(e.Drain(node, True))
+        self.after(seconds, lambda: self.handle(e.Drain(node, False)))
 
     def restart_head(self) -> None:
         """Clients lose their connections, models are deployed anew, agents dial again with what they hold."""

@@ -38,6 +38,16 @@ def state() -> State:
     return desk.machine.state
 
 
+def drain_and_stay(state: State) -> None:
+    state.drained.add("n1")
+    for device in state.nodes["n1"].devices.values():
+        device.drained = True
+
+
+def drain_half(state: State) -> None:
+    state.drained.add("n0")
+
+
 def serve_nobody(state: State) -> None:
     state.replicas[1].running.clear()
 
@@ -184,6 +194,8 @@ def run_a_suspect(state: State) -> None:
         ("indexes agree", exceed_the_most),
         ("indexes agree", double_up_on_a_device),
         ("indexes agree", feed_the_dead),
+        ("drained are left", drain_and_stay),
+        ("drained are left", drain_half),
         ("commands have deadlines", never_expire_a_load),
         ("commands have deadlines", never_miss_a_sequence),
         ("commands have deadlines", rest_for_ever),

@@ -9,7 +9,7 @@ from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.domain import FinishReason
-from tests.unit.cluster.desk import D0, D1, Desk, deploy, node
+from tests.unit.cluster.desk import D0, D1, Desk, deploy, kinds, node
 
 DONE = FinishReason.STOP
 OUTDATED = "the model was deployed anew while the request waited"
@@ -26,10 +26,6 @@ def desk() -> Desk:
     desk.join()
     desk.serve("a", 1)
     return desk
-
-
-def kinds(out: list[c.Command]) -> list[str]:
-    return [type(one).__name__ for one in out]
 
 
 def test_a_deploy_loads_nothing_unless_replicas_are_wanted() -> None:

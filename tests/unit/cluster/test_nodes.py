@@ -11,7 +11,7 @@ from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
-from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, node
+from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, kinds, node
 
 QUIET = Policy(silent_after=1e9)
 DONE = FinishReason.STOP
@@ -24,10 +24,6 @@ def desk() -> Desk:
     desk.join()
     desk.serve("a", 1)
     return desk
-
-
-def kinds(out: list[c.Command]) -> list[str]:
-    return [type(one).__name__ for one in out]
 
 
 def test_a_new_head_adopts_what_the_agents_hold() -> None:

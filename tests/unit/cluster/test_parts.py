@@ -9,7 +9,7 @@ import pytest
 
 from serverless_llm.cluster.ledger import Ledger
 from serverless_llm.cluster.timers import Timers
-from serverless_llm.cluster.transitions import NODE, REPLICA, SEQUENCE, ReplicaState, SequenceState, move
+from serverless_llm.cluster.transitions import NODE, REPLICA, SEQUENCE, NodeState, ReplicaState, SequenceState, move
 from serverless_llm.errors import InvariantError
 
 
@@ -40,6 +40,17 @@ def test_replaced_deadlines_do_not_pile_up() -> None:
         timers.arm(("x", 1), float(number))
     assert len(timers._heap) < 100
     assert list(timers.due(1e9)) == [("x", 1)]
+
+
+def test_deadlines_that_were_not_replaced_keep_their_order_when_others_are_swept() -> None:
+    timers = Timers()
+    for name, at in (("late", 9.0), ("later", 12.0), ("soon", 1.0)):
+        timers.arm((name, 0), at)
+    for _ in range(100):
+        timers.arm(("replaced", 0), 10.0)
+    assert len(timers._heap) < 100  # swept
+    assert timers.earliest() == 1.0
+    assert list(timers.due(20.0)) == [("soon", 0), ("late", 0), ("replaced", 0), ("later", 0)]
 
 
 def test_a_deadline_armed_while_others_fire_waits_for_its_time() -> None:
@@ -83,6 +94,12 @@ def test_every_state_but_the_last_has_a_way_out_and_a_way_in(table: dict[tuple[s
     states = set(type(next(iter(table))[0]))  # type: ignore[call-overload]
     assert {state for state, _ in table} == states - ends
     assert {*table.values()} | starts >= states
+
+
+def test_states_have_the_names_that_the_status_shows() -> None:
+    assert " ".join(ReplicaState) == "claiming reserving loading ready unloading gone"
+    assert " ".join(SequenceState) == "tokenising waiting resting suspect dispatched running done"
+    assert " ".join(NodeState) == "up dropped gone"
 
 
 def test_every_sequence_can_end() -> None:

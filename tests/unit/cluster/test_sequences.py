@@ -8,7 +8,7 @@ from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import FinishReason
-from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, node
+from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, kinds, node
 
 DONE = FinishReason.STOP
 
@@ -84,6 +84,13 @@ def test_who_rests_while_its_replica_leaves_waits_on(desk: Desk) -> None:
     desk.tell(e.WorkerLost(D0, 1, "killed"))
     desk.tick(0.1)
     assert desk.machine.state.models["a"].demand == 1
+
+
+def test_who_runs_may_be_refused_too(desk: Desk) -> None:
+    """Its worker dropped the replica, and then took the prompt that was on its way."""
+    desk.tell(e.FirstToken(1, 1, 0.1))
+    assert desk.tell(e.SequenceRefused(1, 1, "no such replica")) == []
+    assert kinds(desk.tick(0.1)) == ["Dispatch"]
 
 
 def test_a_mention_is_good_for_thirty_seconds_from_then(desk: Desk) -> None:

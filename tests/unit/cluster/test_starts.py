@@ -10,15 +10,11 @@ from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.starts import hold_s
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
-from tests.unit.cluster.desk import D0, D1, Desk, deploy, node
+from tests.unit.cluster.desk import D0, D1, Desk, deploy, kinds, node
 
 QUIET = Policy(silent_after=1e9, mention_s=1e9)
 DONE = FinishReason.STOP
 OTHER = DeviceId("n1", 0)
-
-
-def kinds(out: list[c.Command]) -> list[str]:
-    return [type(one).__name__ for one in out]
 
 
 def decided(out: list[c.Command]) -> c.Decided:
@@ -56,6 +52,18 @@ def test_a_start_goes_to_the_faster_disk() -> None:
     desk.tell(deploy("a"))
     one = decided(desk.tell(e.RequestArrived(1, "a", "sha-a")))
     assert (one.device, round(one.predicted_s, 6)) == (OTHER, 4.05)
+
+
+def test_who_asked_first_is_given_the_place_though_no_prompt_is_ready() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("x", 1)
+    for name in ("a", "b"):
+        desk.tell(deploy(name))
+    desk.tell(e.RequestArrived(2, "b", "sha-b"))
+    desk.tell(e.RequestArrived(3, "a", "sha-a"), after=1.0)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert decided(desk.tell(e.Delete("x"))).model == "b"
 
 
 def test_a_start_goes_where_it_takes_less_beside_its_bytes() -> None:

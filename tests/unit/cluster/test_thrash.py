@@ -14,7 +14,7 @@ from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import FinishReason
-from tests.unit.cluster.desk import D0, Desk, deploy, node
+from tests.unit.cluster.desk import D0, Desk, deploy, kinds, node
 from tests.unit.cluster.driver import GIB, World
 
 DONE = FinishReason.STOP
@@ -139,10 +139,6 @@ def desk() -> Desk:
     desk.tell(deploy("b"))
     desk.ask(2, "b")
     return desk
-
-
-def kinds(out: list[c.Command]) -> list[str]:
-    return [type(one).__name__ for one in out]
 
 
 def test_a_model_in_use_is_drained_when_patience_ends(desk: Desk) -> None:

@@ -23,6 +23,7 @@ PHASES = LoadPhases(queue_s=0.1, disk_s=0.5, upload_s=0.2, total_s=0.8, disk_byt
         (DEPLOY, {"event": "deployed", "model": "m", "source": "/models/m", "replaces": False}),
         (events.Delete("m"), {"event": "deleted", "model": "m"}),
         (events.Pin("m", True), {"event": "pinned", "model": "m", "pinned": True}),
+        (events.Drain("n0", False), {"event": "drained", "node": "n0", "drained": False}),
         (events.NodeJoined(NodeSpec("n0", 1, (DeviceSpec(0, "cpu", 1, "view"),)), (), (), ()),
          {"event": "agent_joined", "node": "n0", "devices": 1}),
         (events.NodeLost("n0"), {"event": "agent_lost", "node": "n0"}),

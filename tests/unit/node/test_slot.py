@@ -1,16 +1,20 @@
-"""A slot against a real forkserver."""
+"""A slot against a real forkserver, and against one that says what the test wants."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from serverless_llm import wire
 from serverless_llm.loader.pool import Pool
+from serverless_llm.node import forkserver
 from serverless_llm.node import slot as slots
 from serverless_llm.node.slot import Slot
 from serverless_llm.node.spawner import Spawner
@@ -45,6 +49,7 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
         slot.check()  # nothing is owed
         assert spawner._process is not None
         first = spawner._process.pid
+        assert b"\0OMP_WAIT_POLICY=passive\0" in b"\0" + Path(f"/proc/{first}/environ").read_bytes()
         os.kill(first, signal.SIGSTOP)
         monkeypatch.setattr(slots, "FORKSERVER_LIMIT", -1.0)
         slot.kill("to be reaped by a forkserver that does not")
@@ -63,17 +68,113 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_forkserver_that_dies_before_any_worker_is_a_failed_boot() -> None:
-    lost: list[tuple[int, str]] = []
+    lost: list[tuple[int, str, bool]] = []
     spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None)
     boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", MIB, 1, 0.0)
 
-    def told(slot: Slot, cause: str) -> None:
-        lost.append((slot.incarnation, cause))
+    def told(slot: Slot, cause: str, charged: bool) -> None:
+        lost.append((slot.incarnation, cause, charged))
 
     slot = Slot(boot, -1, spawner, lambda *_: None, lambda _: None, told, 10.0)
     slot.forkserver_lost("the forkserver died")
     slot.forkserver_lost("it died again")
-    assert lost == [(1, "the forkserver died"), (2, "it died again")]
+    assert lost == [(1, "the forkserver died", False), (2, "it died again", False)]
+
+
+class Scripted:
+    """A slot whose forkserver and workers are this test: who says what first is its choice."""
+
+    def __init__(self) -> None:
+        self.news: asyncio.Queue[tuple[object, ...]] = asyncio.Queue()
+        self._spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None)
+        self._spawner._control, self._asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pool = os.memfd_create("pool")
+        boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", MIB, 1, 0.0)
+        self.slot = Slot(
+            boot,
+            self._pool,
+            self._spawner,
+            lambda *_: None,
+            lambda one: self.news.put_nowait(("up", one.pid)),
+            lambda _, cause, charged: self.news.put_nowait(("lost", cause, charged)),
+            10.0,
+        )
+
+    def boot(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """The next incarnation's process, of which nobody has told yet, and its end of the socket."""
+        self.slot.boot()
+        _, descriptors, _, _ = socket.recv_fds(self._asked, forkserver.DATAGRAM, 2)
+        os.close(descriptors[1])
+        return subprocess.Popen(["sleep", "100"]), socket.socket(fileno=descriptors[0])
+
+    async def told(self) -> tuple[object, ...]:
+        async with asyncio.timeout(30):
+            return await self.news.get()
+
+    async def close(self) -> None:
+        self.slot.forkserver_lost("the end")
+        await asyncio.sleep(0)  # the link's transport closes in the next turn
+        self._spawner.stop()
+        self._asked.close()
+        os.close(self._pool)
+
+
+def test_a_worker_that_is_up_before_its_forkserver_tells_of_it_is_known_and_can_be_killed() -> None:
+    """Two sockets tell of a boot, and either may be first. Else its pid came with the next heartbeat only."""
+
+    async def tell() -> None:
+        scripted = Scripted()
+        process, worker = scripted.boot()
+        worker.send(wire.encode(wire.Booted(process.pid, "numerics")))
+        assert await scripted.told() == ("up", process.pid)
+        scripted.slot.kill("it is not wanted any more")
+        assert process.wait(30) == -signal.SIGKILL
+        scripted.slot.spawned(1, process.pid)
+        worker.close()
+        await scripted.close()
+
+    asyncio.run(tell())
+
+
+def test_a_worker_that_is_to_die_before_it_is_known_dies_when_it_is() -> None:
+    async def tell() -> None:
+        scripted = Scripted()
+        process, worker = scripted.boot()
+        scripted.slot.kill("it was not wanted")
+        scripted.slot.spawned(1, process.pid)
+        assert process.wait(30) == -signal.SIGKILL
+        worker.close()
+        scripted.slot.exited(1, signal.SIGKILL)
+        assert await scripted.told() == ("lost", "it was not wanted", True)
+        await scripted.close()
+
+    asyncio.run(tell())
+
+
+@pytest.mark.parametrize(
+    ("verdict", "told"),
+    [("", ("lost", "the forkserver died", False)), ("no step for 10 s", ("lost", "no step for 10 s", True))],
+)
+def test_a_worker_that_goes_with_its_forkserver_is_to_blame_only_for_what_it_did_before(
+    verdict: str, told: tuple[object, ...]
+) -> None:
+    async def tell() -> None:
+        scripted = Scripted()
+        process, worker = scripted.boot()
+        worker.send(wire.encode(wire.Booted(process.pid, "numerics")))
+        await scripted.told()
+        if verdict:
+            scripted.slot.kill(verdict)
+        scripted.slot.forkserver_lost("the forkserver died")
+        assert await scripted.told() == told
+        scripted.slot.forkserver_lost("the next one died too")
+        assert await scripted.told() == ("lost", "the next one died too", False)
+        process.kill()
+        process.wait()
+        worker.close()
+        await scripted.close()
+
+    asyncio.run(tell())
 
 
 @pytest.mark.slow
@@ -95,7 +196,7 @@ def test_a_worker_that_is_refused_when_it_is_up_counts_as_a_failed_boot() -> Non
             spawner,
             lambda *_: None,
             lambda one: one.refuse("no memory"),
-            lambda one, cause: lost.put_nowait((one.incarnation, cause)),
+            lambda one, cause, _: lost.put_nowait((one.incarnation, cause)),
             10.0,
         )
         spawner.start()
@@ -104,45 +205,6 @@ def test_a_worker_that_is_refused_when_it_is_up_counts_as_a_failed_boot() -> Non
             assert await lost.get() == (2, "no memory")
         assert slot._failed_boots == 2
         assert not slot.up
-        spawner.stop()
-        slot.forkserver_lost("stopped")
-        await asyncio.sleep(0)
-        pool.close()
-
-    asyncio.run(tell())
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_up_before_the_forkserver_says_so_is_known_by_its_pid_and_can_be_killed() -> None:
-    """On a busy machine the child may run before its parent does again."""
-    held: list[int] = []
-    ups: asyncio.Queue[int] = asyncio.Queue()
-    lost: asyncio.Queue[str] = asyncio.Queue()
-
-    async def tell() -> None:
-        pool = Pool(MIB)
-        spawner = Spawner(
-            lambda: slot.boot(),
-            lambda device, incarnation, pid: held.append(pid),
-            lambda device, incarnation, status: slot.exited(incarnation, status),
-            lambda cause: slot.forkserver_lost(cause),
-        )
-        boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
-        slot = Slot(
-            boot,
-            pool.fd,
-            spawner,
-            lambda *_: None,
-            lambda one: ups.put_nowait(one.pid),
-            lambda _, cause: lost.put_nowait(cause),
-            10.0,
-        )
-        spawner.start()
-        async with asyncio.timeout(60):
-            pid = await ups.get()
-            slot.kill("no longer wanted")
-            assert await lost.get() == "no longer wanted"
-        assert pid == held[0]
         spawner.stop()
         slot.forkserver_lost("stopped")
         await asyncio.sleep(0)
