@@ -161,10 +161,11 @@ def test_two_servers_on_one_state_directory(served: Serve) -> None:
 
 def test_a_taken_port_is_a_bad_configuration(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        serve = Serve(tmp_path / "state", "--port", str(taken.getsockname()[1]))
+        port = taken.getsockname()[1]
+        serve = Serve(tmp_path / "state", "--port", str(port))
         _, errors = serve.process.communicate(timeout=PATIENCE)
     assert serve.process.returncode == 78
-    assert "cannot listen on 127.0.0.1" in errors
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in errors
     assert "choose another --port, 0 takes a free one" in errors
 
 

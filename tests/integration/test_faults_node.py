@@ -18,7 +18,7 @@ from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.node import state
 from tests.dead_mount import dead
 from tests.integration.cluster import Cluster, agent, serving
-from tests.integration.test_node import LONG, PROMPT, checkpoint, deployed, midstream, story
+from tests.integration.test_node import LONG, PROMPT, checkpoint, deployed, midstream, speaking, story
 
 __all__ = ["checkpoint"]  # a fixture
 pytestmark = pytest.mark.slow
@@ -108,16 +108,16 @@ def test_a_link_cut_in_mid_frame_costs_a_stream_nothing(tmp_path: Path, checkpoi
     options = agent(tmp_path)
 
     async def tell() -> None:
-        async with serving(tmp_path, options) as cluster:
-            await deployed(cluster, checkpoint)
-            expected = await cluster.gateway.generate("tiny", PROMPT, LONG)
-            async with through_a_wire(cluster, tmp_path) as wire:
-                for count in (1, 7, 40):  # within a WebSocket's header, a frame's, and its body
-                    stream = await midstream(cluster, expected)
-                    links = wire.links
-                    wire.cut_after(count)
-                    assert await cluster.gateway.finished(stream) == expected
-                    assert wire.links > links
+        async with (
+            speaking(tmp_path, checkpoint, options) as (cluster, expected),
+            through_a_wire(cluster, tmp_path) as wire,
+        ):
+            for count in (1, 7, 40):  # within a WebSocket's header, a frame's, and its body
+                stream = await midstream(cluster, expected)
+                links = wire.links
+                wire.cut_after(count)
+                assert await cluster.gateway.finished(stream) == expected
+                assert wire.links > links
 
     story(tell, options)
 
@@ -128,17 +128,17 @@ def test_a_link_whose_bytes_come_late_costs_a_stream_nothing(tmp_path: Path, che
     options = agent(tmp_path, orphan_grace=90.0)
 
     async def tell() -> None:
-        async with serving(tmp_path, options) as cluster:
-            await deployed(cluster, checkpoint)
-            expected = await cluster.gateway.generate("tiny", PROMPT, LONG)
-            async with through_a_wire(cluster, tmp_path) as wire:
-                stream = await midstream(cluster, expected)
-                wire.hold()
-                await asyncio.sleep(seconds)
-                assert "node0" not in cluster.head.controller.peers  # it was given up
-                wire.release()
-                assert await cluster.gateway.finished(stream, 60) == expected
-                assert stream.attaches > 1
+        async with (
+            speaking(tmp_path, checkpoint, options) as (cluster, expected),
+            through_a_wire(cluster, tmp_path) as wire,
+        ):
+            stream = await midstream(cluster, expected)
+            wire.hold()
+            await asyncio.sleep(seconds)
+            assert "node0" not in cluster.head.controller.peers  # it was given up
+            wire.release()
+            assert await cluster.gateway.finished(stream, 60) == expected
+            assert stream.attaches > 1
 
     story(tell, options)
 
@@ -180,9 +180,7 @@ def test_a_step_that_hangs_costs_its_worker_and_no_stream(
     options = agent(tmp_path, stuck_after=0.5)
 
     async def tell() -> None:
-        async with serving(tmp_path, options) as cluster:
-            await deployed(cluster, checkpoint)
-            expected = await cluster.gateway.generate("tiny", PROMPT, LONG)
+        async with speaking(tmp_path, checkpoint, options) as (cluster, expected):
             stream = await midstream(cluster, expected)
             (tmp_path / "hang").touch()
             assert await cluster.gateway.finished(stream) == expected
@@ -212,8 +210,12 @@ def test_a_process_that_is_stopped_for_half_a_minute_costs_a_stream_nothing(
             os.kill(pid, signal.SIGSTOP)
             began = time.monotonic()
             try:
+                if who == "agent":
+                    await gateway.seen(lambda now: len(now) == 1, "the loss of its node")
+                    assert time.monotonic() - began > 4
                 assert await gateway.finished(stream, 29) == expected  # elsewhere, or by its next worker
                 await asyncio.sleep(began + 30 - time.monotonic())
+                assert psutil.pid_exists(pid) == (who == "agent")  # its agent killed the worker
             finally:
                 if psutil.pid_exists(pid):
                     os.kill(pid, signal.SIGCONT)
@@ -225,18 +227,23 @@ def test_a_process_that_is_stopped_for_half_a_minute_costs_a_stream_nothing(
 
 @pytest.mark.storm
 def test_a_read_that_is_stuck_for_half_a_minute_keeps_no_other_model_waiting(tmp_path: Path, checkpoint: Path) -> None:
-    make_checkpoint("tiny-llama", tmp_path / "hung", dtype="float32", seed=1)
+    names = ["hung", *(f"other{number}" for number in range(6))]
+    for seed, name in enumerate(names):
+        make_checkpoint("tiny-llama", tmp_path / name, dtype="float32", seed=seed)
     options = agent(tmp_path / "state")
 
     async def tell() -> None:
         async with serving(tmp_path / "state", options) as cluster:
             gateway = cluster.gateway
             await deployed(cluster, checkpoint)
-            await deployed(cluster, tmp_path / "hung", "hung")
+            for name in names:
+                await deployed(cluster, tmp_path / name, name)
             expected = await gateway.generate("tiny", PROMPT, 8)
             with dead(tmp_path / "hung" / "model.safetensors"):
                 waiting = gateway.start("hung", PROMPT, 8)
                 until = time.monotonic() + 30
+                for name in names[1:]:  # each is read from the disk
+                    assert len(await gateway.generate(name, PROMPT, 8)) == 8
                 while time.monotonic() < until:
                     assert await gateway.generate("tiny", PROMPT, 8) == expected
                     await asyncio.sleep(0.5)

@@ -160,6 +160,18 @@ def test_a_body_over_the_limit_is_told_the_limit(tmp_path: Path) -> None:
     run(tmp_path, silent, scenario, GatewayOptions(body_limit=4096))
 
 
+def test_a_prompt_over_the_context_is_told_both_lengths(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        for count, wanted in (256, 1), (300, 16):
+            body = {"model": "demo", "prompt": [65] * count, "max_tokens": wanted}
+            async with server.http.post("/v1/completions", json=body) as response:
+                message = (await error_of(response))["message"]
+            says = f"the context is 256 tokens long; the prompt has {count} and max_tokens asks for {wanted} more"
+            assert message == says
+
+    run(tmp_path, silent, scenario)
+
+
 def test_an_unknown_model_is_told_the_nearest_name(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         for name, near in (("dmo", "; did you mean 'demo'?"), ("nobody", "")):

@@ -148,7 +148,7 @@ def test_a_checkpoint_that_is_not_what_its_config_says() -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     bad: list[tuple[Any, str]] = [
         (None, "missing"),
-        (("F32", (64, 32)), "shape"),
+        (("F32", (64, 32)), r"shape \(64, 32\), config.json means \(32, 64\)"),
         (("I8", (32, 64)), "dtype I8"),
     ]
     for entry, why in bad:

@@ -229,8 +229,14 @@ def test_an_agent_that_dials_anew_replaces_itself() -> None:
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("word", [wire.Beat(1, False, 0.0), hello(protocol=99)])
-def test_a_bad_first_word_ends_the_link(word: wire.Message) -> None:
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        (wire.Beat(1, False, 0.0), "Beat instead of Hello"),
+        (hello(protocol=99), f"n speaks protocol version 99, this is {framing.PROTOCOL}"),
+    ],
+)
+def test_a_bad_first_word_ends_the_link(word: wire.Message, why: str, caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
         async with office() as one:
             agent = await one.dial()
@@ -239,6 +245,7 @@ def test_a_bad_first_word_ends_the_link(word: wire.Message) -> None:
             assert one.controller.peers == {}
 
     asyncio.run(story())
+    assert f"link to an agent ended: {why}" in caplog.text
 
 
 def test_a_silent_visitor_is_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:

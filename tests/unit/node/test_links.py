@@ -36,6 +36,7 @@ class Ear:
         self._changed = asyncio.Event()
 
     def receive(self, frame: framing.Frame) -> None:
+        wire.decode(frame.header.kind, frame.body)  # as whoever listens does
         self.frames.append(frame)
         self._changed.set()
 
@@ -93,6 +94,36 @@ def test_a_socket_link_ends_at_foreign_bytes() -> None:
             peer.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await ear.until(lambda: bool(ear.causes))
             assert ear.causes == ["not a serverless-llm frame"]
+
+    asyncio.run(story())
+
+
+BAD = {
+    "truncated": (framing.pack(wire.KIND[wire.Run], b"\x90", 0, 0, 0), "bad Run frame"),
+    "oversized": (
+        framing.HEADER.pack(framing.MAGIC, 1, 0, 0, 0, 0, framing.MAX_FRAME + 1),
+        f"frame of {framing.MAX_FRAME + 1} bytes is over the limit of {framing.MAX_FRAME}",
+    ),
+    "of another version": (
+        framing.HEADER.pack(b"SLM\xff", 1, 0, 0, 0, 0, 0),
+        f"peer speaks protocol version 255, this is version {framing.PROTOCOL}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "words"), BAD.values(), ids=BAD)
+def test_a_bad_frame_ends_its_link_with_the_reason(raw: bytes, words: str) -> None:
+    async def story() -> None:
+        async with socket_link() as (_, ear, peer):
+            peer.send(cancel(1) + raw)
+            await ear.until(lambda: bool(ear.causes))
+            assert (len(ear.frames), ear.causes[0].startswith(words)) == (1, True)
+        async with websocket_pair() as (_, near, server, _far):
+            assert server is not None
+            server.send(cancel(1))
+            server.send(raw)
+            await near.until(lambda: bool(near.causes))
+            assert (len(near.frames), near.causes[0].startswith(words)) == (1, True)
 
     asyncio.run(story())
 
@@ -190,6 +221,8 @@ def test_pings_keep_a_quiet_websocket_alive() -> None:
 
 
 def test_a_silent_peer_is_given_up() -> None:
+    assert links.SILENCE == 5.0
+
     async def story() -> None:
         async with websocket_pair(beat=0.01, silence=0.05, deaf=True) as (_, near, _, _):
             await near.until(lambda: bool(near.causes))
@@ -199,6 +232,7 @@ def test_a_silent_peer_is_given_up() -> None:
 
 
 def test_a_peer_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert links.WRITE_LIMIT == 64 << 20
     monkeypatch.setattr(links, "WRITE_LIMIT", 1 << 20)
 
     async def story() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -180,6 +181,21 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert "is the disk full?" in state._why(one.path, raised.value)
     assert one.models() == []
     one.close()
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["first", "again"])
+def test_a_disk_that_takes_no_more_at_the_start_is_named(tmp_path: Path, new: bool) -> None:
+    if not new:
+        State(tmp_path).close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # for this process alone
+    try:
+        with pytest.raises(ConfigurationError, match=r"state\.db cannot be written: .*; is the disk full\?"):
+            State(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert holder(tmp_path / "lock") is None
+    State(tmp_path).close()
 
 
 def test_deploys_are_synced_before_they_are_answered(tmp_path: Path) -> None:
