@@ -24,7 +24,7 @@ def test_a_fork_that_fails_is_that_workers_failure_alone(
     agents, workers = socket.socketpair()
     pool = os.memfd_create("pool")
     with ours, theirs, agents:
-        server = Forkserver(theirs)
+        server = Forkserver(theirs, "node0")
         socket.send_fds(ours, [msgspec.json.encode(Spawn(2, 5))], [workers.fileno(), pool])
         workers.close()
         os.close(pool)
