@@ -126,6 +126,39 @@ def test_what_is_adopted_keeps_its_place_for_as_long_as_what_was_loaded() -> Non
     assert desk.machine.state.replicas[1].draining_for == "b"
 
 
+def test_a_load_under_way_hides_no_replica_that_is_not_there() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", size=30))
+    desk.tell(deploy("b", size=30))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    desk.ask(2, "b")
+    desk.bring_up(2)
+    desk.beat(1)
+    assert 2 in desk.machine.state.replicas
+    desk.beat(1, after=2.0)
+    assert sorted(desk.machine.state.replicas) == [1, 3]
+
+
+def test_a_worker_has_let_go_of_whom_it_does_not_mention() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    desk.ask(2, "a")
+    desk.tell(e.ClientGone(1))
+    assert desk.machine.state.devices[D0].recalled == {1}
+    desk.tell(e.Progress(D0, 1, ((2, 1, 3, 1),)))
+    assert desk.machine.state.devices[D0].recalled == set()
+
+
+def test_bytes_of_a_model_that_nobody_uses_stay_in_dram() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a"))
+    assert desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (("sha-a", 80),), ())) == []
+
+
 def test_a_lost_worker_gives_its_sequences_and_its_memory_back(desk: Desk) -> None:
     assert kinds(desk.tell(e.WorkerLost(D0, 1, "killed"))) == []
     assert desk.machine.state.replicas == {}

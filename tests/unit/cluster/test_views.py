@@ -72,6 +72,15 @@ def test_without_a_device_no_start_can_be_foreseen(desk: Desk) -> None:
     assert see(desk).estimate_s == math.inf
 
 
+def test_what_is_pinned_stays_without_end(desk: Desk) -> None:
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert see(desk).until == 10.0
+    desk.tell(e.Pin("a", True))
+    assert see(desk).until is None
+
+
 def test_a_model_goes_when_its_last_replica_does() -> None:
     desk = Desk(Policy(silent_after=1e9))
     desk.join(node(devices=2))
