@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -88,14 +89,22 @@ def cli() -> None:
     """Serve many language models from few GPUs: an endpoint for each at once, nothing while idle."""
 
 
+def _mend_streams() -> None:
+    """One that was closed is empty instead, before a file takes its number; a letter that the locale lacks is a `?`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; the exit status."""
     if sys.platform != "linux":
         click.echo(f"serverless-llm: runs on Linux only, this is {sys.platform}", err=True)
         return CONFIGURATION
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a locale that lacks a letter costs this letter, not the answer
+    _mend_streams()
     try:
         with unwinding():
             return cli.main(arguments, prog_name="serverless-llm", standalone_mode=False) or 0

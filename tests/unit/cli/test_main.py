@@ -107,6 +107,15 @@ def test_a_pipe_that_nobody_reads_is_a_failure_without_a_word() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("closed", "line", "status"), [(">&-", "completion bash", 0), ("<&-", "run demo-add", 2)])
+def test_a_stream_that_is_closed_is_an_empty_one(closed: str, line: str, status: int) -> None:
+    script = f'"$0" -m serverless_llm {line} {closed}'
+    done = subprocess.run(["bash", "-c", script, sys.executable], env=environment(), capture_output=True, check=False)
+    assert done.returncode == status
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_letter_that_the_locale_lacks_costs_no_answer() -> None:
     script = "import sys; from serverless_llm.cli import main; main.cli.main = lambda *_, **__: print('a…b')"
     done = subprocess.run(
