@@ -6,7 +6,8 @@ are as for native architectures; positions are given for each token. What a laye
 window) is learned from one token when the model is bound, and two texts are then compared with what transformers makes
 of them by itself: an architecture whose mathematics does not pass through these two functions is refused. What two
 short texts could not show is looked at beforehand: that nothing but attention carries anything from one token to
-another, which keys a mask hides over the whole context, and what else attention is given.
+another, that the position of a token says all of its place, which keys a mask hides over the whole context, and what
+else attention is given.
 
 Weights are views: those that transformers packs into one tensor already lie so, see `config.ForeignConfig`.
 
@@ -58,7 +59,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 ALONE = {"float32": 1e-4, "bfloat16": 0.02}  # likewise, of a token after others, where each sees itself alone
 LONG, SHORT, CUT = 23, 9, 10  # tokens of the two texts that are compared, and where the first is cut in two steps
 COPIED = 64  # of so many bytes of weights transformers may copy one: what it wants in another dtype
-HEARD = {"dropout", "sliding_window", "position_ids"}  # by the mask, by the step, or in training only
+HEARD = {"dropout", "sliding_window", "position_ids", "use_cache"}  # by the mask, by the step, or in training only
 
 Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -155,6 +156,26 @@ transformers.AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, _mask)
 
 
+class Seen(transformers.DynamicCache):  # type: ignore[misc]
+    """A cache that claims to have seen so many tokens, and gives back what it is told."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._seen = tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._seen + query_length, 0
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return key, value
+
+
 class Foreign:
     """One model of transformers bound to its weights and to the arena where its KV lies. As `engine.model.Model`.
 
@@ -177,6 +198,7 @@ class Foreign:
                     if self.tiled:
                         _tile(module)
                 self._stand_alone()
+                self._stand_far()
                 self._learn()
                 self._compare()
         except CheckpointError:
@@ -191,6 +213,16 @@ class Foreign:
         one, other = (self._call(text, torch.arange(len(text)))[-1] for text in after)
         if not (one - other).abs().max() <= ALONE[self.config.dtype] * one.abs().max():
             raise self._refused("its tokens meet elsewhere than in attention that transformers lets others compute")
+
+    def _stand_far(self) -> None:
+        """A token far on in the context: given its position, it is as after so many tokens in a cache."""
+        seen = self.config.context // 2
+        token = torch.zeros(1, dtype=torch.int64)
+        here = self._call(token, torch.tensor([seen]))
+        ids = token.to(self._device)[None]
+        there = self._module(input_ids=ids, past_key_values=Seen(seen), use_cache=True).logits[0].float()
+        if not (here - there).abs().max() <= ALONE[self.config.dtype] * here.abs().max():
+            raise self._refused("it takes the place of a token from elsewhere than its position")
 
     def _learn(self) -> None:
         self._pages.calls.clear()

@@ -24,7 +24,6 @@ CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_leng
 REFUSED = (
     "quantization_config", "compression_config", "auto_map", "is_encoder_decoder", "add_cross_attention",
     "vision_config", "audio_config",
-    "attn_temperature_tuning",  # counts the rows of a step instead of taking positions
 )  # fmt: skip
 # Their frequencies follow from the longest sequence of a batch.
 REFUSED_ROPES = ("dynamic", "longrope")

@@ -63,6 +63,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 8},
     "gemma4_text": {"vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "llama4_text": {"floor_scale": 8, "layer_types": ["full_attention"] * 2, "no_rope_layers": [0, 0]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},

@@ -37,6 +37,7 @@ LATENT = {
 }
 SPARSE = {"layer_types": ["minimax_m3_sparse", "full_attention"], "index_block_size": 4, "index_topk_blocks": 2}
 FEW = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+FAR = {"floor_scale": 8, "layer_types": ["full_attention"] * 2, "no_rope_layers": [0, 0]}
 ZAYA = GROUPED | {"num_experts": 4, "num_experts_per_tok": 1, "head_dim": 16}
 GPT2 = {"vocab_size": 160, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 SERVED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -208,7 +209,18 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         GROUPED | FEW | SPARSE | {"head_dim": 16},
         "asks paged attention for block_indices",
     ),
-    "positions": ("RobertaForCausalLM", "roberta", COMMON | {"is_decoder": True, "pad_token_id": 1}, "its numbers"),
+    "a scale by place": (
+        "Llama4ForCausalLM",
+        "llama4_text",
+        GROUPED | FEW | {"head_dim": 16} | FAR,
+        "the place of a token",
+    ),
+    "positions": (
+        "RobertaForCausalLM",
+        "roberta",
+        COMMON | {"is_decoder": True, "pad_token_id": 1},
+        "the place of a token",
+    ),
     "scales": ("GPT2LMHeadModel", "gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "in different ways"),
 }
 
