@@ -87,11 +87,7 @@ class Head:
 
         Cancel it to leave the agents alone, for the next head to adopt; `shut_down` ends them.
         """
-        look = asyncio.create_task(self.registry.look())
-        try:
-            await self._supervisor.run()
-        finally:
-            look.cancel()
+        await asyncio.gather(self._supervisor.run(), self.registry.look())
 
     def kill_agents(self) -> None:
         """Ends them at once; nothing is freed in order."""

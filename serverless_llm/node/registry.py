@@ -129,7 +129,11 @@ class Registry:
         Beside requests, not before them: a large tokenizer takes a second.
         """
         while self._unseen:
-            await self._look(self._unseen.pop())
+            name = self._unseen.pop()
+            try:
+                await self._look(name)
+            except Exception:  # one model's files must not end the server
+                log.exception("the text files of %s", name)
 
     async def _look(self, name: str) -> None:
         models = self._controller.machine.state.models

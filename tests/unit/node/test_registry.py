@@ -311,7 +311,7 @@ def test_a_kept_model_whose_text_files_cannot_be_used_any_more_fails_until_they_
 ) -> None:
     """A look that fails once is no sign: the machine may be busy."""
     kept = State(tmp_path)
-    for name in ("bad", "busy", "good", "gone"):
+    for name in ("bad", "busy", "good", "gone", "odd"):
         kept.save(Deployed(ModelSpec(name, str(checkpoint)), created=1))
     kept.close()
     faults = {"bad": registry.LOOKS, "busy": 1, "gone": registry.LOOKS}
@@ -319,6 +319,8 @@ def test_a_kept_model_whose_text_files_cannot_be_used_any_more_fails_until_they_
 
     async def check(name: str, source: str, checkpoint: str) -> None:
         looks.append(name)
+        if name == "odd":
+            raise ValueError("nobody thought of that")
         faults[name] = faults.get(name, 0) - 1
         if faults[name] >= 0:
             raise RequestError(400, "invalid_checkpoint", f"{name} has no tokenizer.json", "source")
@@ -326,20 +328,22 @@ def test_a_kept_model_whose_text_files_cannot_be_used_any_more_fails_until_they_
     async def tell(desk: Desk) -> None:
         assert looks == []  # none before the server listens
         assert (await desk.ask("delete", "gone"))[0] == 200
-        await desk.head.registry.look()
+        await desk.head.run()
         models = {one["name"]: one for one in (await desk.ask("status"))[1]["models"]}
         assert {name: one["state"] for name, one in models.items()} == {
-            "bad": "failed", "busy": "unloaded", "good": "unloaded"
+            "bad": "failed", "busy": "unloaded", "good": "unloaded", "odd": "unloaded"
         }  # fmt: skip
         assert models["bad"]["error"] == "bad has no tokenizer.json"
         assert "bad" not in desk.head.controller.machine.state.models
-        assert sorted(looks) == [*["bad"] * registry.LOOKS, "busy", "busy", "good"]
+        assert sorted(looks) == [*["bad"] * registry.LOOKS, "busy", "busy", "good", "odd"]
         faults["bad"] = registry.LOOKS
         assert (await desk.ask("load", "bad"))[0] == 503
         assert (await desk.ask("load", "bad"))[0] == 200  # mended
 
     on_a_desk(tmp_path, tell, check=check)
-    assert caplog.records[0].message.startswith("bad cannot be served: bad has no tokenizer.json")
+    said = [one.message for one in caplog.records]
+    assert said[0] == "the text files of odd"
+    assert said[1].startswith("bad cannot be served: bad has no tokenizer.json")
 
 
 def test_a_look_at_a_model_that_is_deployed_anew_meanwhile_does_not_fail_it(tmp_path: Path, checkpoint: Path) -> None:
