@@ -8,8 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH = PYTHONPATH=. $(BIN)/python -m bench.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SEED ?= 1
 ARGS ?=
 STORM ?=
@@ -28,9 +27,9 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; name one with PYTHON=..." >&2; exit 78; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: it is the one big wheel, and the only one that TORCH_INDEX is about
+# torch first: it is the one big wheel, and the only one that TORCH_INDEX is about; what it needs comes with the rest
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) torch
+	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
 	$(PIP) --editable .
 	@touch $@
 
