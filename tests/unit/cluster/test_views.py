@@ -81,6 +81,19 @@ def test_what_is_pinned_stays_without_end(desk: Desk) -> None:
     assert see(desk).until is None
 
 
+def test_an_idle_replica_that_takes_over_stays() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    desk.join(node(devices=2))
+    desk.serve("a", 1, keep_alive=10.0, max_replicas=2, max_concurrency=1)
+    desk.ask(2, "a")
+    desk.bring_up(2)
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    assert ("idle", 2) in desk.machine.state.timers
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    assert 1 in desk.machine.state.replicas[2].running
+    assert see(desk).until is None
+
+
 def test_a_model_goes_when_its_last_replica_does() -> None:
     desk = Desk(Policy(silent_after=1e9))
     desk.join(node(devices=2))
