@@ -76,7 +76,8 @@ def address(settings: Config) -> Finding:
     """Whether a server could listen, or does."""
     head = read_head(settings.state_dir)
     if head is not None:
-        return Finding("server", OK, f"runs at {head['url']}, pid {head['pid']}", head["url"])
+        url = head.get("public") or head["url"]
+        return Finding("server", OK, f"runs at {url}, pid {head['pid']}", url)
     where = f"{settings.host} port {settings.port}"
     try:
         family, kind, _, _, place = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]

@@ -53,11 +53,15 @@ class Answer(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server's address and key; one connection per call. `local`: on this machine, where paths mean the same."""
+    """A server's address and key; one connection per call.
+
+    `local`: on this machine, where paths mean the same. `public`: where clients find it, if not at `url`.
+    """
 
     url: str
     api_key: str | None = None
     local: bool = True
+    public: str = ""
 
     def call(self, method: str, path: str, body: Any = None, seconds: float | None = None) -> Any:
         """The JSON object of one request, for which is waited at most `seconds`; None where the answer is empty.
@@ -158,7 +162,7 @@ def find(given: Path | None = None) -> Server:
     if head is None:
         raise nobody(folder)
     kept = _kept_key(folder)
-    return Server(head["url"], (kept or key) if given else (key or kept))
+    return Server(head["url"], (kept or key) if given else (key or kept), public=head.get("public", ""))
 
 
 def _named(url: str, key: str | None) -> Server:

@@ -58,7 +58,7 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     answer = server.call("PUT", model_path(name), spec)
     if replaces:
         click.echo(f"{name} was deployed already and is replaced; what was not given is at its default", err=True)
-    say(answer, f"{name}: {server.url}/models/{name}/v1", as_json)
+    say(answer, f"{name}: {server.public or server.url}/models/{name}/v1", as_json)
 
 
 def is_deployed(server: Server, name: str) -> bool:

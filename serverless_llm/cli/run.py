@@ -99,7 +99,7 @@ def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[tuple[S
         if not is_source(model):
             raise Unreachable(f"{model!r} is no directory, hub id or demo checkpoint, and {error.message}") from None
     else:
-        yield server, _deployed(server, model)
+        yield server, _deployed(server, model, quiet)
         return
     name, source = name_of(model), resolve(model)
     if not quiet:
@@ -108,14 +108,27 @@ def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[tuple[S
         yield server, name
 
 
-def _deployed(server: Server, model: str) -> str:
-    """The name under which `model` is deployed, deployed now if it is a source that the server does not know."""
+def _deployed(server: Server, model: str, quiet: bool) -> str:
+    """The name under which `model` is deployed, deployed now if it is a source that the server does not know.
+
+    Raises:
+        click.ClickException: another source has its name.
+    """
     known = {row["id"] for row in server.call("GET", "/v1/models")["data"]}
     if model in known or not server.local or not is_source(model):
         return model
-    name = name_of(model)
-    if name not in known:
-        server.call("PUT", model_path(name), {"source": resolve(model)})
+    name, source = name_of(model), resolve(model)
+    if name in known:
+        other = server.call("GET", model_path(name))["source"]
+        if other != source and os.path.realpath(other) != source:
+            raise click.ClickException(
+                f"{name!r} is deployed from {other}, not from {source}: give this one a name of its own "
+                f"(serverless-llm deploy NAME {model}), or run {name} for the other"
+            )
+        return name
+    server.call("PUT", model_path(name), {"source": source})
+    if not quiet:
+        click.echo(f"{name} is deployed now and stays so; serverless-llm rm {name} takes it away", err=True)
     return name
 
 

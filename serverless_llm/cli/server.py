@@ -127,7 +127,7 @@ class Server:
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
         url = f"{scheme}://{f'[{local}]' if ':' in local else local}:{port}"
         own = f"http://127.0.0.1:{await listen(runner, '127.0.0.1', 0, options)}" if self._tls else url
-        self._head.listening(own)
+        self._head.listening(own, url)
         return url
 
     async def _deploy(self) -> None:

@@ -68,11 +68,10 @@ class Head:
     def routes(self) -> list[web.RouteDef]:
         return [web.get("/agents/connect", self.controller.agent_handler)]
 
-    def listening(self, url: str) -> None:
-        """Tells the agents where this head is."""
-        state.write_head(
-            self._state.directory, HeadAddress(url, self._state.generation, os.getpid(), began(os.getpid()))
-        )
+    def listening(self, url: str, public: str = "") -> None:
+        """Tells the agents where this head is, and the command line where clients find it, if elsewhere."""
+        address = HeadAddress(url, self._state.generation, os.getpid(), began(os.getpid()), public)
+        state.write_head(self._state.directory, address)
 
     async def restore(self, models: Mapping[str, bytes]) -> None:
         """Deploys what was deployed before, and `models` (name -> body) over it; before agents can dial in.

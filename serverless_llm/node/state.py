@@ -31,12 +31,16 @@ CREATE TABLE models (name TEXT PRIMARY KEY, spec BLOB NOT NULL, created INTEGER 
 
 
 class HeadAddress(msgspec.Struct, frozen=True):
-    """`head.json`: where agents dial in. `began`: what tells this process from a later one of its pid."""
+    """`head.json`: where agents dial in. `began`: what tells this process from a later one of its pid.
+
+    `public`: where clients find it, if not at `url`.
+    """
 
     url: str
     generation: int
     pid: int
     began: int | None = None
+    public: str = ""
 
 
 class Deployed(msgspec.Struct, frozen=True):

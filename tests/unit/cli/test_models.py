@@ -99,6 +99,14 @@ def test_deploy_a_directory(cli: CommandLine, running: Scripted, tmp_path: Path)
     assert running.seen[-1][:3] == ("PUT", "/admin/models/a%2Fb", body)
 
 
+def test_deploy_prints_the_endpoint_that_clients_reach(cli: CommandLine, server: Scripted, tmp_path: Path) -> None:
+    """With TLS the command line has a port of its own."""
+    head = {"url": server.url, "public": "https://gpu.example:8000", "generation": 1, "pid": os.getpid()}
+    (tmp_path / "head.json").write_text(json.dumps(head))
+    server.answers["PUT", "/admin/models/m"] = (200, {})
+    assert cli("deploy", "m", str(tmp_path)).out == "m: https://gpu.example:8000/models/m/v1\n"
+
+
 def test_hub_ids_need_a_library(cli: CommandLine, running: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     outcome = cli("deploy", "m", "owner/name")

@@ -94,18 +94,35 @@ def test_raw_completes_the_prompt(cli: CommandLine, known: Scripted) -> None:
 
 def test_unknown_source_is_deployed_first(cli: CommandLine, known: Scripted) -> None:
     known.answers["PUT", "/admin/models/demo-add"] = (201, {})
-    assert cli("run", "demo-add", "1+1", "-q").out == "44 45\n"
+    outcome = cli("run", "demo-add", "1+1")
+    assert outcome.out == "44 45\n"
+    assert outcome.err.startswith("demo-add is deployed now and stays so; serverless-llm rm demo-add takes it away\n")
+    assert cli("run", "demo-add", "1+1", "-q").err == ""
     assert known.seen[-2][:3] == (
         "PUT", "/admin/models/demo-add", {"source": str(tasks.checkpoint_dir("demo-add"))},
     )  # fmt: skip
     assert known.seen[-1][2]["model"] == "demo-add"
 
 
-def test_directory_whose_name_is_deployed_is_used_as_it_is(cli: CommandLine, known: Scripted, tmp_path: Path) -> None:
+def test_a_directory_that_is_deployed_is_used_as_it_is(cli: CommandLine, known: Scripted, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    assert cli("run", str(tmp_path / "m"), "1", "-q").status == 0
-    assert known.seen[-1][2]["model"] == "m"
-    assert [method for method, *_ in known.seen] == ["GET", "POST"]
+    (tmp_path / "link").symlink_to(tmp_path)
+    for source in (tmp_path / "m", tmp_path / "link" / "m"):
+        known.answers["GET", "/admin/models/m"] = (200, {"source": str(source)})
+        assert cli("run", str(tmp_path / "m"), "1", "-q").status == 0
+        assert known.seen[-1][2]["model"] == "m"
+    assert {method for method, *_ in known.seen} == {"GET", "POST"}
+
+
+def test_a_directory_of_a_deployed_name_gets_no_answer_from_another(
+    cli: CommandLine, known: Scripted, tmp_path: Path
+) -> None:
+    (tmp_path / "m").mkdir()
+    known.answers["GET", "/admin/models/m"] = (200, {"source": "/models/m"})
+    outcome = cli("run", str(tmp_path / "m"), "1")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert f"'m' is deployed from /models/m, not from {tmp_path / 'm'}: give this one a name of its own" in outcome.err
+    assert {method for method, *_ in known.seen} == {"GET"}
 
 
 def test_an_unknown_name_is_for_the_server_to_refuse(cli: CommandLine, known: Scripted) -> None:
