@@ -55,7 +55,7 @@ class Asked:
 class Hub:
     """Serves `repositories` by id while it is entered. Of `stalls` (file -> bytes) no more is sent than that.
 
-    `late`: names of files about which it answers `LATE_SECONDS` late, once each; "info": about a repository.
+    `late`: names of files about which it answers `LATE_SECONDS` late, once each.
     """
 
     repositories: dict[str, Repository]
@@ -113,8 +113,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path)
         file = re.fullmatch(r"(?:/elsewhere)?/([^/]+/[^/]+)/(?:resolve|raw)/([^/]+)/(.+)", path)
         found = info or file
-        about = "info" if info else path.rpartition("/")[2]
-        if about in self.server.hub.late and (info or self.command == "HEAD"):
+        about = path.rpartition("/")[2]
+        if about in self.server.hub.late and self.command == "HEAD":
             self.server.hub.late.remove(about)
             self.server.hub.hold(LATE_SECONDS)
         repository = self.server.hub.repositories.get(found[1]) if found else None

@@ -107,7 +107,7 @@ def test_a_hostile_template_takes_one_process_only(tmp_path: Path) -> None:
 
 def test_several_hostile_templates_together_take_one_process_only(tmp_path: Path) -> None:
     async def main() -> None:
-        pool = TextPool(2, TextLimits(seconds=0.3))
+        pool = TextPool(2, TextLimits(seconds=1.0))
         await pool.start()
         bad = [chat(checkpoint(tmp_path / name, ENDLESS)) for name in ("one", "other")]
         good = chat(checkpoint(tmp_path / "good"))
@@ -117,6 +117,8 @@ def test_several_hostile_templates_together_take_one_process_only(tmp_path: Path
         await asyncio.sleep(0)  # both of them wait before it
         assert await ids(pool, good) == chat_tokens("Hi")
         assert not any(task.done() for task in running)
+        for task in running:
+            task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         await pool.close()
 
@@ -267,7 +269,7 @@ def test_a_process_that_cannot_be_ended_takes_no_place_and_its_checkpoint_waits_
             return Undying(await start(*arguments, **options), mount)
 
         monkeypatch.setattr(asyncio, "create_subprocess_exec", undying)
-        pool = TextPool(1, TextLimits(seconds=0.1))
+        pool = TextPool(1, TextLimits(seconds=0.4))
         await pool.start()
         monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
         bad, good = chat(checkpoint(tmp_path / "bad", ENDLESS)), chat(checkpoint(tmp_path / "good"))
