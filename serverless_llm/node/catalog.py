@@ -62,10 +62,11 @@ def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks
 
 
 def problems(state: State) -> list[str]:
-    """Why the devices that are not up are not; empty when all are."""
+    """Why devices take nothing: they are not up, or drained; empty when all do."""
     if not state.devices:
         return ["no node has joined"]
-    return [device.problem for device in state.devices.values() if device.problem]
+    each = [(device.problem, device) for device in state.devices.values()]
+    return [problem or f"{device.id} is drained" for problem, device in each if problem or device.drained]
 
 
 def nodes(state: State, peers: Mapping[str, Peer]) -> list[dict[str, Any]]:

@@ -301,7 +301,7 @@ class Registry:
             self._publishing.cancel()
             self._publishing = None
         machine = self._controller.machine.state
-        ready = self._restored and any(device.usable for device in machine.devices.values())
+        ready = self._restored and any(device.open for device in machine.devices.values())
         latest = wire.Catalog(self._infos(self._entries), ready, catalog.problems(machine))
         if latest != self._published:
             before = {one.name: one.error for one in self._published.models} if self._published else {}

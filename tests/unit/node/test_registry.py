@@ -16,9 +16,10 @@ import pytest
 
 from serverless_llm import wire
 from serverless_llm.cli.make_checkpoint import make_checkpoint
+from serverless_llm.cluster import events
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
-from serverless_llm.domain import ModelSpec
+from serverless_llm.domain import DeviceId, DeviceSpec, ModelSpec, NodeSpec
 from serverless_llm.errors import RequestError
 from serverless_llm.node import admin, registry
 from serverless_llm.node.head import Head
@@ -101,6 +102,25 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
             assert (status, body["error"]["code"]) == (404, "model_not_found")
         assert [one["event"] for one in desk.news] == ["deployed", "pinned", "pinned", "deleted"]
         assert all(one["model"] == "org/tiny" and one["time"] > 1.7e9 for one in desk.news)
+
+    on_a_desk(tmp_path, tell)
+
+
+def test_with_every_node_drained_the_server_is_not_ready(tmp_path: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        async def published(ready: bool) -> list[str]:
+            async with asyncio.timeout(5):
+                while not desk.catalogs or desk.catalogs[-1].ready != ready:
+                    await asyncio.sleep(0)
+            return desk.catalogs[-1].problems
+
+        node = NodeSpec("n0", 1, (DeviceSpec(0, "cpu", 1, "view"),))
+        desk.head.controller.handle(events.NodeJoined(node, ((DeviceId("n0", 0), 1),), (), ()))
+        assert await published(ready=True) == []
+        desk.head.controller.handle(events.Drain("n0", True))
+        assert await published(ready=False) == ["n0/0 is drained"]
+        desk.head.controller.handle(events.Drain("n0", False))
+        assert await published(ready=True) == []
 
     on_a_desk(tmp_path, tell)
 
