@@ -11,6 +11,9 @@ from pathlib import Path
 
 import serverless_llm
 
+# An agent copies checkpoints past the caches, which would read each line before it is overwritten. glibc does so by
+# itself for copies of three quarters of the shared cache, of which hypervisors tell hundreds of megabytes.
+STREAMING = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x100000"}
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 

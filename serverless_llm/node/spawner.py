@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from serverless_llm.node import forkserver
-from serverless_llm.node.processes import command, died, environment
+from serverless_llm.node.processes import STREAMING, command, died, environment
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class Spawner:
         ours.setblocking(False)
         arguments = command("serverless_llm.node.forkserver", str(theirs.fileno()), str(os.getpid()), self._node)
         environ = {**PATIENT, **NUMBERED, **environment()}
+        if STREAMING.items() <= environ.items():  # the agent's own; what workers copy is used again at once
+            del environ["GLIBC_TUNABLES"]
         self._process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], env=environ, stdin=subprocess.DEVNULL)
         theirs.close()
         self._control, self._verdict = ours, ""

@@ -13,7 +13,7 @@ import msgspec
 from serverless_llm.node import state
 from serverless_llm.node.logs import log_path
 from serverless_llm.node.options import AgentOptions
-from serverless_llm.node.processes import command, environment, exit_of
+from serverless_llm.node.processes import STREAMING, command, environment, exit_of
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ class Supervisor:
             streams = [(os.POSIX_SPAWN_DUP2, source.fileno(), target)
                        for target, source in enumerate((nothing, log_file, log_file))]  # fmt: skip
             # Not subprocess: the agent is meant to outlive this process and its objects.
-            pid = os.posix_spawn(arguments[0], arguments, environment(), file_actions=streams, setsid=True)
+            environ = {**STREAMING, **environment()}
+            pid = os.posix_spawn(arguments[0], arguments, environ, file_actions=streams, setsid=True)
         self._begun[options.node] = pid
         await exit_of(pid)
         os.waitpid(pid, 0)

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from serverless_llm.demo import tasks
-from serverless_llm.node.processes import command, environment
+from serverless_llm.node.processes import STREAMING, command, environment
 from tests.serving import hear_ctrl_c, until
 
 pytestmark = pytest.mark.slow
@@ -96,7 +96,10 @@ def test_serve_run_list_and_stop(served: Serve) -> None:
     assert served.cli("rm", "demo-reverse").returncode == 0
     assert json.loads(served.cli("ls", "--json").stdout) == []
     (agent,) = agents(served.state)
-    named = [child.cmdline() for child in psutil.Process(agent).children(recursive=True)]
+    below = psutil.Process(agent).children(recursive=True)
+    assert psutil.Process(agent).environ().items() >= STREAMING.items()
+    assert not any("GLIBC_TUNABLES" in child.environ() for child in below)
+    named = [child.cmdline() for child in below]
     assert ["worker node0/0 (serverless-llm)"] in [[text for text in line if text] for line in named]
     assert served.cli("stop").stdout == f"stopped the server (pid {served.process.pid})\n"
     assert served.process.wait(PATIENCE) == 0
