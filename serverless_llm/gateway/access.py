@@ -21,6 +21,7 @@ from serverless_llm.gateway.options import GatewayOptions
 OPEN = ("/health", "/ready", "/openapi.json")
 AGENTS = "/agents/"  # agents show a token of their own to their own handler
 _ADMIN = "/admin/"
+_UNKNOWN = "is neither loopback nor one of `hosts` in the server's configuration"
 _INFERENCE = ("/v1/", "/models/")
 
 
@@ -76,9 +77,9 @@ def _scope(path: str) -> str:
 def _check_local(headers: Mapping[str, str], allowed: tuple[str, ...]) -> None:
     origin = headers.get("Origin")
     if not is_local(f"//{headers.get('Host', '')}", allowed):
-        raise RequestError(403, "permission_denied", "this Host is neither loopback nor configured")
+        raise RequestError(403, "permission_denied", f"this Host {_UNKNOWN}")
     if origin is not None and not is_local(origin, allowed):
-        raise RequestError(403, "permission_denied", "this Origin is neither loopback nor configured")
+        raise RequestError(403, "permission_denied", f"this Origin {_UNKNOWN}")
     embedded = headers.get("Sec-Fetch-Site") == "cross-site" and headers.get("Sec-Fetch-Mode") != "navigate"
     if origin is None and embedded:
         raise RequestError(403, "permission_denied", "a page of another site may not embed what is here")

@@ -11,10 +11,21 @@ from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import body
+from serverless_llm.gateway import body, records
 from serverless_llm.gateway.options import GatewayOptions
 
 ACTIONS = ("load", "unload", "pin")
+
+
+class _Error(msgspec.Struct):
+    code: str
+    param: str | None
+
+
+class _Refused(msgspec.Struct):
+    """An error's body, as the controller gives it."""
+
+    error: _Error
 
 
 class Admin:
@@ -98,4 +109,8 @@ class Admin:
 
 
 def _shown(status: int, body: bytes) -> web.Response:
+    if status >= 400:
+        refused = msgspec.json.decode(body, type=_Refused).error
+        record = records.CURRENT.get()
+        record.end, record.param = refused.code, refused.param or ""
     return web.Response(status=status, body=body, content_type="application/json")

@@ -253,7 +253,8 @@ class Gateway:
 
     async def _get_ready(self, _request: web.Request) -> web.Response:
         ready = self._ready and not self._draining
-        return _json({"ready": ready, "problems": self._problems}, status=200 if ready else 503)
+        problems = ["the server is stopping", *self._problems] if self._draining else self._problems
+        return _json({"ready": ready, "problems": problems}, status=200 if ready else 503)
 
     async def _openapi(self, _request: web.Request) -> web.Response:
         return web.Response(body=openapi.document(), content_type="application/json")
@@ -322,7 +323,8 @@ def _json(value: Any, status: int = 200) -> web.Response:
 
 
 def _refused(error: RequestError, cause: web.HTTPException | None = None) -> web.Response:
-    records.CURRENT.get().end = error.code
+    record = records.CURRENT.get()
+    record.end, record.param = error.code, error.param or ""
     body, headers = failure.encoded(error), failure.headers(error)
     if cause is not None and "Allow" in cause.headers:
         headers["Allow"] = cause.headers["Allow"]

@@ -39,10 +39,14 @@ _FEATURES = {
     "videos": "videos",
 }  # what other servers have under /v1/
 
+_BARE = ("/chat/completions", "/completions", "/models")  # what clients ask for whose base URL lacks its end
+
 
 def no_route(method: str, path: str) -> RequestError:
     """404: nothing is there; names the feature that other servers have there."""
     message = f"there is no {method} {path}"
+    if path in _BARE:
+        return RequestError(404, "not_found", f"{message}; did you mean /v1{path}? A base URL ends in /v1")
     _, found, rest = path.rpartition("/v1/")
     feature = _FEATURES.get(rest.partition("/")[0]) if found else None
     if feature:

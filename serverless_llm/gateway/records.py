@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+_FIELD = re.compile(r"[\w.\[\]-]{1,64}")  # what is called so; anything else may be a text, or forge a line
 _log = logging.getLogger("serverless_llm.request")
 
 
@@ -19,6 +21,7 @@ class Record:
         key: the caller's key by its id.
         route: method and path; paths name models and nothing secret.
         end: why it ended: a finish reason, an error's code, `client gone`.
+        param: the field at fault.
         prompt, generated: tokens.
         phases: milliseconds.
         restarts: how often its sequence went on at another worker.
@@ -31,6 +34,7 @@ class Record:
     work_class: str = ""
     status: int = 0
     end: str = ""
+    param: str = ""
     prompt: int = 0
     generated: int = 0
     device: str = ""
@@ -52,6 +56,8 @@ class Record:
             "end": self.end.replace(" ", "_"),
             "ms": round(1000 * (time.monotonic() - self.began), 3),
         }
+        if _FIELD.fullmatch(self.param):
+            fields["param"] = self.param
         if not self.model:
             return fields
         node, _, number = self.device.rpartition("/")

@@ -17,6 +17,7 @@ import yarl
 from aiohttp import web
 
 from serverless_llm import wire
+from serverless_llm.errors import RequestError
 from serverless_llm.gateway.app import Gateway
 from serverless_llm.gateway.listen import Runner, listen
 from serverless_llm.gateway.metrics import Metrics
@@ -227,6 +228,27 @@ def test_looking_at_the_status_leaves_no_line_unless_it_is_refused(
     assert "status=403" in lines[0]
 
 
+def test_a_line_says_what_was_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def refuses(controller: Controller, message: wire.Message) -> None:
+        if isinstance(message, wire.Ask):
+            error = RequestError(400, "invalid_request_error", "no such thing", "source")
+            controller.deliver(wire.Answer(message.id, error.status, msgspec.json.encode(error.body())))
+
+    async def scenario(server: Served) -> None:
+        async with server.chat(temperature=-1) as response:
+            assert response.status == 400
+        async with server.http.put("/admin/models/x", json={"source": "x"}) as response:
+            assert response.status == 400
+        async with server.chat(**{"a text\nwith lines": 1}) as response:
+            assert response.status == 400
+
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, refuses, scenario)
+    lines = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
+    assert [line.partition(" param=")[2] for line in lines] == ["temperature", "source", ""]
+    assert all("end=invalid_request_error" in line or "end=unsupported_parameter" in line for line in lines)
+
+
 def test_what_a_request_names_forges_no_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(server: Served) -> None:
         url = yarl.URL(server.url + "/v1/models/x%0Astatus=200%1b[2J?key=canary", encoded=True)
@@ -365,6 +387,8 @@ def test_stopping(tmp_path: Path) -> None:
             server.gateway.drain()
             async with server.chat() as refused, server.http.get("/ready") as ready:
                 assert (refused.status, ready.status) == (503, 503)
+                assert (await error_of(refused))["message"] == "the server is stopping"
+                assert await ready.json() == {"ready": False, "problems": ["the server is stopping"]}
             server.gateway.abort("the server is stopping")
             rest = [event async for event in seen]
         assert rest[0]["error"]["message"] == "the server is stopping"

@@ -115,3 +115,9 @@ def test_what_needs_no_key() -> None:
 
 def test_a_url_without_a_host_is_not_local() -> None:
     assert not is_local("file:///x", ("",))
+
+
+@pytest.mark.parametrize("headers", [{"Host": "gpu-2.lan"}, {"Host": "localhost", "Origin": "http://gpu-2.lan"}])
+def test_a_foreign_name_is_told_the_option_that_allows_it(headers: dict[str, str]) -> None:
+    with pytest.raises(RequestError, match="one of `hosts` in the server's configuration"):
+        Access(OPEN).check(make_mocked_request("GET", "/v1/models", headers=headers))

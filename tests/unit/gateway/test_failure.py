@@ -57,6 +57,11 @@ def test_clients_that_retry_by_status_are_never_misled() -> None:
         ("/models/a/b/v1/embeddings", "embeddings are not supported"),
         ("/v1/audio/speech", "audio is not supported"),
         ("/models/x", "there is no GET /models/x"),
+        (
+            "/chat/completions",
+            "there is no GET /chat/completions; did you mean /v1/chat/completions? A base URL ends in /v1",
+        ),
+        ("/models", "did you mean /v1/models? A base URL ends in /v1"),
         ("/v1/teapots", "there is no GET /v1/teapots"),
     ],
 )
