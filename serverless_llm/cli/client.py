@@ -75,7 +75,8 @@ class Server:
 
         response = self._send(method, path, body, seconds or (LOOK_SECONDS if method == "GET" else ANSWER_SECONDS))
         try:
-            text = response.read()
+            with response:  # not when it is collected: a signal would be lost there
+                text = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"the server at {self.url} broke off: {error}") from error
         try:
@@ -92,11 +93,12 @@ class Server:
 
         response = self._send("POST", path, body, ANSWER_SECONDS)
         try:
-            for line in response:
-                if line.startswith(b"data: [DONE]"):
-                    return
-                if line.startswith(b"data: ") and line.endswith(b"\n"):
-                    yield _event(json.loads(line[6:], object_hook=Answer))
+            with response:
+                for line in response:
+                    if line.startswith(b"data: [DONE]"):
+                        return
+                    if line.startswith(b"data: ") and line.endswith(b"\n"):
+                        yield _event(json.loads(line[6:], object_hook=Answer))
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Unreachable(f"the server at {self.url} broke off: {error}") from error
         raise Unreachable(f"the server at {self.url} broke off before the end")
@@ -123,7 +125,8 @@ class Server:
             place = response.headers.get("Location", "elsewhere")
             raise ConfigurationError(f"{PREFIX}URL: {self.url} sends on to {printable(place)}")
         if response.status >= 400:
-            raise _refusal(response.status, response.read())
+            with response:
+                raise _refusal(response.status, response.read())
         return response
 
 

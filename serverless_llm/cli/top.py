@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serverless_llm.cli.client import Server, Unreachable, find, of_state_dir
+from serverless_llm.cli.client import Refusal, Server, Unreachable, find, of_state_dir
 from serverless_llm.cli.models import state, until
 from serverless_llm.cli.output import as_json, printable, show, size
 
@@ -90,7 +90,7 @@ def _print(seen: dict[str, Any]) -> None:
 
 
 def _watch(server: Server, interval: float) -> None:
-    """Until Ctrl-C. A server that goes away is waited for: agents, too, wait for the next one."""
+    """Until Ctrl-C. A server that goes away, or is overloaded, is waited for: agents, too, wait for the next one."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -99,7 +99,9 @@ def _watch(server: Server, interval: float) -> None:
         while True:
             try:
                 live.update(_screen(look(server)), refresh=True)
-            except Unreachable as error:
+            except (Unreachable, Refusal) as error:
+                if isinstance(error, Refusal) and error.status < 500:
+                    raise
                 live.update(Text(error.message), refresh=True)
             time.sleep(interval)
 

@@ -145,6 +145,8 @@ def test_top_of_a_server_without_traffic() -> None:
 
 @pytest.mark.slow
 def test_top_watches_on_a_terminal_and_leaves_it_as_it_was(busy: Scripted) -> None:
+    there = busy.answers["GET", "/admin/status"]
+    busy.answers["GET", "/admin/status"] = (503, {"error": {"message": "for a moment", "code": "overloaded"}})
     ours, theirs = pty.openpty()
     surroundings = environment() | {"SERVERLESS_LLM_URL": busy.url, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
     with subprocess.Popen(
@@ -152,6 +154,9 @@ def test_top_watches_on_a_terminal_and_leaves_it_as_it_was(busy: Scripted) -> No
     ) as process:
         os.close(theirs)
         seen = b""
+        while b"for a moment" not in seen:
+            seen += os.read(ours, 65536)
+        busy.answers["GET", "/admin/status"] = there
         while seen.count(b"node0/1") < 4:  # twice on each of two screens
             seen += os.read(ours, 65536)
         process.send_signal(signal.SIGTERM)
