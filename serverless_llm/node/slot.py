@@ -78,7 +78,12 @@ class Slot:
         self.step = 0
         self._due = self._now() + BOOT_LIMIT
         self._owed = self._now() + FORKSERVER_LIMIT
-        socket = self._spawner.spawn(self.device, self.incarnation, self._pool)
+        try:
+            socket = self._spawner.spawn(self.device, self.incarnation, self._pool)
+        except OSError as error:  # this process has no descriptors left for now
+            self._gone(f"cannot be started: {error}", True)
+            self._again()
+            return
         socket.send(wire.encode(msgspec.structs.replace(self._boot, incarnation=self.incarnation)))
         incarnation = self.incarnation
 
@@ -161,17 +166,20 @@ class Slot:
     def exited(self, incarnation: int, status: int) -> None:
         assert incarnation == self.incarnation
         self._gone(self._verdict or died(status), True)
-        if self._failed_boots == 0:
-            self.boot()
-            return
-        delay = min(BACK_OFF * 2.0 ** (self._failed_boots - 1), BACK_OFF_LIMIT)
-        asyncio.get_running_loop().call_later(delay, self._boot_again, self.incarnation)
+        self._again()
 
     def forkserver_lost(self, cause: str) -> None:
         """All workers died with it; `boot` is called when another one is ready."""
         if self._link is None:
             self.incarnation += 1  # a boot that could not be tried, or waits no more
         self._gone(self._verdict or cause, bool(self._verdict))
+
+    def _again(self) -> None:
+        if self._failed_boots == 0:
+            self.boot()
+            return
+        delay = min(BACK_OFF * 2.0 ** (self._failed_boots - 1), BACK_OFF_LIMIT)
+        asyncio.get_running_loop().call_later(delay, self._boot_again, self.incarnation)
 
     def _boot_again(self, incarnation: int) -> None:
         if incarnation == self.incarnation and self._spawner.up:

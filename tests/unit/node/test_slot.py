@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -86,14 +87,14 @@ class Scripted:
 
     def __init__(self) -> None:
         self.news: asyncio.Queue[tuple[object, ...]] = asyncio.Queue()
-        self._spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None)
-        self._spawner._control, self._asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None)
+        self.spawner._control, self._asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pool = os.memfd_create("pool")
         boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", MIB, 1, 0.0)
         self.slot = Slot(
             boot,
             self._pool,
-            self._spawner,
+            self.spawner,
             lambda *_: None,
             lambda one: self.news.put_nowait(("up", one.pid)),
             lambda _, cause, charged: self.news.put_nowait(("lost", cause, charged)),
@@ -103,6 +104,10 @@ class Scripted:
     def boot(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         """The next incarnation's process, of which nobody has told yet, and its end of the socket."""
         self.slot.boot()
+        return self.asked()
+
+    def asked(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """What it was asked for, waiting for it."""
         _, descriptors, _, _ = socket.recv_fds(self._asked, forkserver.DATAGRAM, 2)
         os.close(descriptors[1])
         return subprocess.Popen(["sleep", "100"]), socket.socket(fileno=descriptors[0])
@@ -114,7 +119,7 @@ class Scripted:
     async def close(self) -> None:
         self.slot.forkserver_lost("the end")
         await asyncio.sleep(0)  # the link's transport closes in the next turn
-        self._spawner.stop()
+        self.spawner.stop()
         self._asked.close()
         os.close(self._pool)
 
@@ -146,6 +151,27 @@ def test_a_worker_that_is_to_die_before_it_is_known_dies_when_it_is() -> None:
         worker.close()
         scripted.slot.exited(1, signal.SIGKILL)
         assert await scripted.told() == ("lost", "it was not wanted", True)
+        await scripted.close()
+
+    asyncio.run(tell())
+
+
+def test_a_worker_that_cannot_be_asked_for_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def tell() -> None:
+        scripted = Scripted()
+        scripted.spawner.up = True
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "socketpair", fail)
+            scripted.slot.boot()
+        assert await scripted.told() == ("lost", "cannot be started: [Errno 24] Too many open files", True)
+        process, worker = await asyncio.wait_for(asyncio.to_thread(scripted.asked), 30)
+        assert scripted.slot.incarnation == 2
+        process.kill()
+        process.wait()
+        worker.close()
         await scripted.close()
 
     asyncio.run(tell())
