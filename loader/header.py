@@ -163,4 +163,5 @@ def _check_cover(tensors: list[TensorEntry], begin: int, file_size: int) -> None
             raise CheckpointError(f"{fault} the tensors {before.name!r} and {after.name!r}")
     end = tensors[-1].end if tensors else begin
     if end != file_size:
-        raise CheckpointError(f"tensors end at byte {end}, the file at {file_size}")
+        fault = "truncated: " if end > file_size else ""
+        raise CheckpointError(f"{fault}tensors end at byte {end}, the file at {file_size}")

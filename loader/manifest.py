@@ -117,7 +117,7 @@ def _file(directory: Path, name: str) -> tuple[FileEntry, bytes]:
             head = prefix + file.read(header.data_offset(prefix, stat.st_size) - header.PREFIX)
             return FileEntry(name, path, stat.st_size, stat.st_mtime_ns, header.parse(head, stat.st_size)), head
         except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from None
+            raise CheckpointError(f"{directory / name}: {error}") from None
 
 
 def confined(directory: Path, name: str) -> Path:

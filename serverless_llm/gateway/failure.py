@@ -71,7 +71,8 @@ def unknown_model(name: str, known: Iterable[str]) -> RequestError:
 
 def not_restored(info: wire.ModelInfo) -> RequestError:
     """503: it is deployed, and the controller does not know it since its files could not be read at a start."""
-    return RequestError(503, "model_load_failed", f"the model {info.name!r} cannot be served: {info.error}")
+    message = f"the model {info.name!r} cannot be served: {info.error}; mend that and deploy it again"
+    return RequestError(503, "model_load_failed", message)
 
 
 def from_rejection(message: wire.Rejected) -> RequestError:

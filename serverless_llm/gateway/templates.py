@@ -144,7 +144,12 @@ def _special_tokens(named: dict[str, Any]) -> dict[str, str]:
 
 def _tokenizer(path: Path, special: dict[str, str], named: dict[str, Any]) -> Tokenizer:
     """The tokenizer with what the other files add, as transformers does; it cuts and pads nothing."""
-    made = Tokenizer.from_file(str(path))
+    try:
+        made = Tokenizer.from_file(str(path))
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises nothing else
+        raise RequestError(500, "engine_error", f"{path} cannot be used: {error}") from error
     made.no_truncation()
     made.no_padding()
     known = {token.content for token in made.get_added_tokens_decoder().values()}

@@ -192,7 +192,12 @@ class Store:
         self._manifests = {checkpoint: one for checkpoint, one in self._manifests.items() if checkpoint in here}
         found = self._manifests.get(order.checkpoint)
         if found is None:
-            found = await asyncio.shield(self._read(order.source, order.checkpoint))
+            try:
+                found = await asyncio.shield(self._read(order.source, order.checkpoint))
+            except TransientError:
+                raise
+            except CheckpointError as error:  # it was whole when it was deployed
+                raise CheckpointError(f"{error}; mend that and deploy it again") from error
             if found.checkpoint != order.checkpoint:
                 raise CheckpointError(f"{order.source} was changed after it was deployed: deploy it again")
             self._manifests[order.checkpoint] = found

@@ -24,7 +24,7 @@ from serverless_llm.gateway.text import TextPool
 M = TypeVar("M", bound=wire.Message)
 END = tokenizer.END
 CONTEXT = 256
-COLD = {"load_queue_ms": 1.0, "load_disk_ms": 20.0, "load_upload_ms": 3.0, "load_ms": 24.0}
+COLD = {"load_queue_ms": 0.001, "load_disk_ms": 0.02, "load_upload_ms": 0.003, "load_ms": 0.024}
 QUICK = GatewayOptions(hold=0.05, commit_after=0.02, heartbeat_every=0.02)
 
 

@@ -74,7 +74,11 @@ def test_answers_that_do_not_stream(tmp_path: Path) -> None:
         metrics = chat.model_extra["metrics"]
         assert metrics["queue_time_ms"] == 12.5
         assert metrics["time_to_first_token_ms"] == metrics["cold_start_ms"] > 0
-        assert metrics["cold_start_phases"] == COLD | {"prefill_ms": metrics["cold_start_phases"]["prefill_ms"]}
+        phases = metrics["cold_start_phases"]
+        waited = {name: phases[name] for name in ("load_queue_ms", "prefill_ms")}
+        assert phases == COLD | waited
+        parts = (*waited.values(), phases["load_disk_ms"], phases["load_upload_ms"])
+        assert sum(parts) == pytest.approx(metrics["time_to_first_token_ms"], abs=0.01)
 
     run(tmp_path, says("answer", "length", COLD), scenario)
 

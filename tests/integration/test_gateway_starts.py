@@ -84,12 +84,25 @@ def test_headers_wait_for_the_first_token_and_carry_the_phases(tmp_path: Path) -
                 "prefill",
                 "first_token",
             }
-            assert timing["load_disk"] == "20"
+            assert timing["load_disk"] == "0.02"
             seen = [event async for event in events(response)]
-        assert seen[-2]["metrics"]["cold_start_phases"]["load_disk_ms"] == 20.0
+        assert seen[-2]["metrics"]["cold_start_phases"]["load_disk_ms"] == 0.02
         assert seen[0]["choices"][0]["delta"]["content"]
 
     run(tmp_path, says("hi", cold=COLD), scenario)
+
+
+def test_who_comes_during_a_load_waited_for_the_rest_of_it(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat() as response:
+            metrics = (await response.json())["metrics"]
+        phases = metrics["cold_start_phases"]
+        assert phases["load_ms"] == 9e5
+        assert phases["load_queue_ms"] == 0
+        total = phases["load_disk_ms"] + phases["load_upload_ms"] + phases["prefill_ms"]
+        assert total == pytest.approx(metrics["cold_start_ms"], abs=0.01)
+
+    run(tmp_path, says("hi", cold=COLD | {"load_disk_ms": 9e5, "load_ms": 9e5}), scenario)
 
 
 def test_a_hold_ends_in_503_with_the_estimate(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def known(config: Mapping[str, Any]) -> bool:
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
-            f"config.json: {names[0]} is computed by transformers, which is not installed: "
+            f"config.json: {names[0]} is not native; transformers, which may know it, is not installed: "
             "pip install serverless-llm[transformers]"
         )
     return (kind, names[0]) in decoders(next(iter(spec.submodule_search_locations)))

@@ -329,7 +329,9 @@ def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name))
     values = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"} | COMMON
-    with pytest.raises(CheckpointError, match=r"pip install serverless-llm\[transformers\]"):
+    with pytest.raises(
+        CheckpointError, match=r"which may know it, is not installed: pip install serverless-llm\[transformers\]"
+    ):
         ModelConfig.parse(values)
 
 

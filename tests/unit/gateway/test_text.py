@@ -412,7 +412,7 @@ DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     ("name", "contents", "says"),
     [
         ("tokenizer.json", None, "no tokenizer.json"),
-        ("tokenizer.json", "nonsense", "cannot be used"),
+        ("tokenizer.json", "{}", "broken/tokenizer.json cannot be used"),
         ("tokenizer.json", json.dumps(tokenizer_json() | {"decoder": DOUBLING}), "decoder is not supported"),
         ("tokenizer_config.json", "nonsense", "cannot be used"),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "cannot be used"),
