@@ -119,7 +119,7 @@ def parse_devices(value: str, gpus: int = 0) -> tuple[str, int]:
         return ("cuda", gpus) if gpus else ("cpu", 1)
     match = DEVICES.fullmatch(value)
     if not match:
-        raise ConfigurationError(f"devices: {value!r} is neither cpu:N nor cuda:N nor auto")
+        raise ConfigurationError(f"devices: {value!r} is neither cpu:N nor cuda:N nor auto, N from 1 on")
     return match[1], int(match[2] or 1)
 
 

@@ -2,6 +2,7 @@
 
 ServerlessLLMError
 ├── ConfigurationError      a bad option, file or environment variable (exit 78)
+│   └── OccupiedError       another process uses the state directory, its log included
 ├── CheckpointError         a checkpoint that cannot be served; the message names the file and what is wrong
 │   └── TransientError      the system failed on it (I/O, descriptors, a mount): worth another try later
 ├── CapacityError           it can never fit; the message names the needed and the available bytes
@@ -33,6 +34,10 @@ class ServerlessLLMError(Exception):
 
 class ConfigurationError(ServerlessLLMError):
     """A bad option, configuration file or environment variable."""
+
+
+class OccupiedError(ConfigurationError):
+    """A state directory that another process uses."""
 
 
 class CheckpointError(ServerlessLLMError):

@@ -59,3 +59,13 @@ def parse_pairs(value: object) -> dict[str, Any]:
     if bad:
         raise ConfigurationError(f"{bad[0]!r} is not of the form name=value")
     return {name.strip(): text.strip() for name, _, text in (str(part).partition("=") for part in parts)}
+
+
+def size(count: float) -> str:
+    """Bytes as Ollama prints them: 3.8 MB."""
+    units = ["B", "KB", "MB", "GB", "TB"]
+    value = float(count)
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from serverless_llm.cli.client import read_head
-from serverless_llm.cli.output import size
 from serverless_llm.config import Config, count_gpus, parse_devices
 from serverless_llm.loader.headroom import available_memory
+from serverless_llm.quantities import size
 
 OK, WARNING, FAILURE = "ok", "warn", "fail"
 FEW_DESCRIPTORS = 256  # with fewer not even agents and workers get theirs; arbitrary
@@ -134,8 +134,8 @@ def shared_memory(settings: Config) -> Finding:
     try:
         total = shutil.disk_usage("/dev/shm").total
     except OSError:
-        return Finding("shm", OK, "no /dev/shm, which is not needed")
-    return Finding("shm", OK, f"/dev/shm of {size(total)}, of which nothing is needed", total)
+        return Finding("shm", OK, "memory that processes share can be made; there is no /dev/shm, and none is used")
+    return Finding("shm", OK, f"memory that processes share can be made; /dev/shm ({size(total)}) is not used", total)
 
 
 def huge_pages(settings: Config) -> Finding:
@@ -147,7 +147,7 @@ def huge_pages(settings: Config) -> Finding:
     if chosen in {"always", "advise", "within_size", "force"}:
         return Finding("huge pages", OK, f"shared memory: {chosen}", chosen)
     why = f"shared memory: {chosen}; loads read through a buffer, which costs some speed: echo advise > {path}"
-    return Finding("huge pages", OK, why, chosen)
+    return Finding("huge pages", WARNING, why, chosen)
 
 
 def free_space(settings: Config) -> Finding:

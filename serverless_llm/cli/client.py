@@ -117,8 +117,7 @@ class Server:
             connection.request(method, parts.path.rstrip("/") + path, content, headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            hint = "; start one: serverless-llm serve" if self.local else ""
-            raise Unreachable(f"no server answers at {self.url} ({error}){hint}") from error
+            raise Unreachable(self._why(error)) from error
         except ValueError:  # whose text would show the key
             raise ConfigurationError(f"{PREFIX}URL or {PREFIX}API_KEY holds what no request can") from None
         if 300 <= response.status < 400:
@@ -128,6 +127,22 @@ class Server:
             with response:
                 raise _refusal(response.status, response.read())
         return response
+
+    def _why(self, error: Exception) -> str:
+        """Why no answer came, and what to do."""
+        import ssl
+
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return (
+                f"the certificate of {self.url} is not trusted here ({error.verify_message}): name the file of its "
+                "authority in SSL_CERT_FILE, and the server as the certificate does"
+            )
+        if isinstance(error, ssl.SSLError):
+            return f"what answers at {self.url} does not speak TLS ({error.reason}): is it http://?"
+        if isinstance(error, ConnectionResetError):  # RemoteDisconnected is one
+            return f"what listens at {self.url} hung up ({error}); if it speaks TLS, its URL begins with https://"
+        hint = "; start one: serverless-llm serve" if self.local else ""
+        return f"no server answers at {self.url} ({error}){hint}"
 
 
 def _event(event: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+from click.shell_completion import CompletionItem
 
 VARIABLE = "_SERVERLESS_LLM_COMPLETE"
 WAIT_SECONDS = 1.0  # of somebody who pressed Tab
@@ -25,6 +26,32 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(cli, {}, "serverless-llm", VARIABLE).source())
+
+
+def sources(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Directories, and the demo checkpoints whose names begin so."""
+    from serverless_llm.demo import tasks
+
+    names = [CompletionItem(name) for name in tasks.NAMES if name.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="dir"), *names]
+
+
+def models_and_sources(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    known, others = models(ctx, param, incomplete), sources(ctx, param, incomplete)
+    return [*others, *(CompletionItem(name) for name in known if name not in {item.value for item in others})]
+
+
+def logs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The logs of this machine's server whose names begin so."""
+    from serverless_llm.cli.client import local_state_dir
+    from serverless_llm.cli.logs import sources_of
+    from serverless_llm.errors import ServerlessLLMError
+
+    try:
+        found = sources_of(local_state_dir(ctx.params.get("state_dir")))
+    except (click.ClickException, ServerlessLLMError):
+        return []
+    return [source for source in found if source.startswith(incomplete)]
 
 
 def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serverless_llm.cli.checks import FAILURE, OK, Finding, checks, versions
-from serverless_llm.cli.output import size
+from serverless_llm.cli.checks import FAILURE, OK, WARNING, Finding, checks, versions
+from serverless_llm.cli.client import Refusal, Unreachable, find, read_head
 from serverless_llm.config import Config, ModelEntry, parse_devices
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError
+from serverless_llm.quantities import size
 
 UNKNOWN = 1 << 62  # bytes of a GPU whose memory is not known: nothing is said not to fit
 
@@ -63,11 +64,55 @@ class Diagnosis:
 
 
 def diagnose(settings: Config) -> Diagnosis:
-    """Every check and measurement; takes some seconds."""
+    """Every check and measurement, of the server that runs or else of one that would; takes some seconds."""
+    status, problem = running(settings)
+    failed: dict[str, Any] = {}
+    if status:
+        settings = as_it_runs(settings, status)
+        failed = {row["name"]: row for row in status["models"] if row["state"] == "failed"}
     models = {name: directory_of(source) for name, source in deployed(settings).items()}
     measured, rates = measure(settings, list(models.values()))
-    forecasts = [forecast(name, path, settings, rates) for name, path in models.items()]
-    return Diagnosis((versions(), *checks(settings), *measured), rates, tuple(forecasts))
+    forecasts = [
+        Forecast(name, str(path), failed[name]["bytes"], error=failed[name]["error"])
+        if name in failed
+        else forecast(name, path, settings, rates)
+        for name, path in models.items()
+    ]
+    return Diagnosis((versions(), *checks(settings), *problem, *measured), rates, tuple(forecasts))
+
+
+# --- what there is to diagnose ---
+
+
+def running(settings: Config) -> tuple[Any, list[Finding]]:
+    """The status of this state directory's server, or why there is none; neither where no server runs."""
+    if read_head(settings.state_dir) is None:
+        return None, []
+    try:
+        server = find(settings.state_dir)
+        return replace(server, api_key=settings.api_key or server.api_key).call("GET", "/admin/status"), []
+    except (Unreachable, Refusal) as error:
+        why = f"what follows is of the configuration, since the server did not tell of itself: {error.message}"
+        return None, [Finding("status", WARNING, why)]
+
+
+def as_it_runs(settings: Config, status: Mapping[str, Any]) -> Config:
+    """The configuration with the devices, budgets and models of a running server, whatever flags it was given."""
+    from msgspec.structs import replace as changed
+
+    models = {row["name"]: ModelEntry(source=row["source"], dtype=row["dtype"]) for row in status["models"]}
+    settings, nodes = changed(settings, models=models), [node for node in status["nodes"] if node["devices"]]
+    if not nodes:
+        return settings
+    largest = max((device for node in nodes for device in node["devices"]), key=lambda device: device["budget"])
+    return changed(
+        settings,
+        nodes=len(nodes),
+        devices=f"{largest['kind']}:{max(len(node['devices']) for node in nodes)}",
+        device_memory=largest["budget"],
+        weights=largest["weights"],
+        dram=max(node["dram"] for node in nodes),
+    )
 
 
 def deployed(settings: Config) -> dict[str, str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from serverless_llm.cli.output import as_json, say, seconds, show, size
+from serverless_llm.cli.output import as_json, say, seconds, show
+from serverless_llm.quantities import size
 
 if TYPE_CHECKING:
     from serverless_llm.cli.diagnosis import Diagnosis, Forecast
@@ -49,5 +50,5 @@ def text_of(diagnosis: Diagnosis) -> str:
 
 def _times(one: Forecast) -> tuple[str, str]:
     if one.from_disk_s is None or one.from_dram_s is None:
-        return "cannot be served", one.error
+        return "cannot be served", ""
     return seconds(one.from_disk_s), seconds(one.from_dram_s)

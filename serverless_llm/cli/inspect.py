@@ -11,12 +11,13 @@ import click
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir
 from serverless_llm.cli.models import state, until
-from serverless_llm.cli.output import as_json, printable, seconds, size
+from serverless_llm.cli.output import as_json, printable, seconds
 from serverless_llm.cli.sources import is_source, resolve
+from serverless_llm.quantities import size
 
 
 @click.command()
-@click.argument("model", shell_complete=completion.models)
+@click.argument("model", shell_complete=completion.models_and_sources)
 @of_state_dir
 @as_json
 def show(model: str, state_dir: Path | None, as_json: bool) -> None:
@@ -54,7 +55,7 @@ def _deployed(model: str, state_dir: Path | None) -> tuple[dict[str, Any] | None
         if not is_source(model) or (isinstance(error, Refusal) and error.status != 404):
             raise
         return None, None, True
-    return row, _estimate(server, row), server.local
+    return row, None if row["state"] == "failed" else _estimate(server, row), server.local
 
 
 def _estimate(server: Server, row: dict[str, Any]) -> dict[str, float] | None:
@@ -121,7 +122,9 @@ def _of_deployed(row: dict[str, Any], start: dict[str, float] | None) -> list[tu
     if start:
         rows.append(("next start", f"about {seconds(start['start_s'])}; {seconds(start['from_dram_s'])} from DRAM"))
     kept = "for ever" if row["keep_alive"] is None else f"{row['keep_alive']:g} s"
-    rows += [("keep alive", kept + (", pinned" if row["pinned"] else "")), ("context", f"{row['context']} tokens")]
+    rows.append(("keep alive", kept + (", pinned" if row["pinned"] else "")))
+    if row["context"]:  # of files that cannot be read it is not known
+        rows.append(("context", f"{row['context']} tokens"))
     return [*rows, ("requests", f"{row['running']} running, {row['waiting']} waiting")]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from serverless_llm.errors import ServerlessLLMError
+from serverless_llm.errors import OccupiedError, ServerlessLLMError
 
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 LIMIT = 16 << 20  # bytes of the log, and as many of the one before it; arbitrary
@@ -69,6 +69,8 @@ def logged(folder: Path, verbose: bool) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except OccupiedError:  # the log is another's
+        raise
     except Exception as error:
         root.removeHandler(told)  # whoever catches it tells the terminal
         root.error("the server ended: %s", error, exc_info=None if isinstance(error, ServerlessLLMError) else error)

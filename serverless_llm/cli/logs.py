@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 import click
 
+from serverless_llm.cli import completion
 from serverless_llm.cli.client import local_state_dir, of_state_dir
 from serverless_llm.cli.output import printable
 
@@ -124,6 +125,11 @@ def find_logs(folder: Path, sources: tuple[str, ...]) -> list[Log]:
     return [log for log in logs if not sources or log.source in sources]
 
 
+def sources_of(folder: Path) -> list[str]:
+    """What a state directory has logs of."""
+    return [log.source for log in find_logs(folder, ())]
+
+
 def following(folder: Path, sources: tuple[str, ...], logs: list[Log]) -> Iterator[Line]:
     """Lines as they come, for ever; of logs that begin later too."""
     known = {log.path for log in logs}
@@ -150,7 +156,7 @@ def shown(line: Line, as_json: bool) -> str:
 
 
 @click.command()
-@click.argument("sources", nargs=-1, metavar="[SOURCE]...")
+@click.argument("sources", nargs=-1, metavar="[SOURCE]...", shell_complete=completion.logs)
 @click.option("--follow", "-f", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--lines", "-n", type=click.IntRange(min=0), default=100, show_default=True, help="Of each log.")
 @click.option("--requests", is_flag=True, help="Only the lines of requests.")
@@ -167,7 +173,8 @@ def logs(
     found = find_logs(folder, sources)
     if not found and not follow:
         what = f"of {', '.join(sources)} " if sources else ""
-        raise click.ClickException(f"there are no logs {what}in {folder / 'logs'}")
+        there = ", ".join(sources_of(folder))
+        raise click.ClickException(f"there are no logs {what}in {folder / 'logs'}" + (there and f"; there are {there}"))
     try:
         for line in sorted((line for log in found for line in log.last(lines)), key=_when):
             _print(line, requests, as_json)

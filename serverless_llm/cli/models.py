@@ -12,8 +12,9 @@ import click
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, find, model_path, of_state_dir
 from serverless_llm.cli.options import ANY_COUNT, COUNT, TIME
-from serverless_llm.cli.output import as_json, say, show, size
+from serverless_llm.cli.output import as_json, say, show
 from serverless_llm.cli.sources import name_of, resolve
+from serverless_llm.quantities import size
 
 
 def spec_of(source: str, local: bool, **options: Any) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def elsewhere(source: str) -> str:
 
 
 @click.command()
-@click.argument("name")
-@click.argument("source", required=False)
+@click.argument("name", shell_complete=completion.models_and_sources)
+@click.argument("source", required=False, shell_complete=completion.sources)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Served precision.")
 @click.option("--keep-alive", type=TIME, help="How long it stays on its device unused: 5m, 0, or -1 for ever.")
 @click.option("--min-replicas", type=ANY_COUNT, help="Replicas that stay loaded.")

@@ -52,16 +52,6 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else " " if one.isspace() else "?" for one in text)
 
 
-def size(count: float) -> str:
-    """Bytes as Ollama prints them: 3.8 MB."""
-    units = ["B", "KB", "MB", "GB", "TB"]
-    value = float(count)
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
 def seconds(value: float) -> str:
     """`31 ms`, `2.8 s`."""
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import click
 
 from serverless_llm.cli.hub import Told
-from serverless_llm.cli.output import size
+from serverless_llm.quantities import size
 
 
 @contextlib.contextmanager

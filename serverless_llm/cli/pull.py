@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from serverless_llm.cli.output import as_json, say, size
+from serverless_llm.cli.output import as_json, say
+from serverless_llm.quantities import size
 
 if TYPE_CHECKING:
     from serverless_llm.cli.hub import Pulled, Repository

@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 @click.command()
-@click.argument("model", shell_complete=completion.models)
+@click.argument("model", shell_complete=completion.models_and_sources)
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=COUNT, help="Most tokens of the answer.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token every time.")

@@ -154,12 +154,13 @@ def _run(settings: Config, as_json: bool) -> int:
     key = settings.state_dir / "api-key" if made_key else None
 
     async def main() -> int:
-        return await Server(settings).run(partial(announce, key=key, as_json=as_json))
+        return await Server(settings).run(partial(announce, host=settings.host, key=key, as_json=as_json))
 
     return uvloop.run(main())
 
 
-def announce(url: str, key: Path | None, as_json: bool) -> None:
-    """`key`: the file of the key that was made because none was given."""
+def announce(url: str, host: str, key: Path | None, as_json: bool) -> None:
+    """`host`: what was asked for; `key`: the file of the key that was made because none was given."""
+    everywhere = f"\nit listens on every address of this machine ({host})" if host in {"0.0.0.0", "::"} else ""
     hint = f"\nclients need the key in {key}" if key else ""
-    say({"url": url, "pid": os.getpid()}, f"serverless-llm serves on {url}{hint}", as_json)
+    say({"url": url, "pid": os.getpid()}, f"serverless-llm serves on {url}{hint}{everywhere}", as_json)

@@ -24,7 +24,7 @@ def resolve(source: str) -> str:
     if source in demos():
         return str(_demo(source))
     if HUB_ID.fullmatch(source):
-        return str(_of_hub(source))
+        return _of_hub(source)
     from serverless_llm.errors import did_you_mean
 
     raise click.UsageError(
@@ -46,13 +46,17 @@ def _demo(name: str) -> Path:
     return tasks.checkpoint_dir(name)
 
 
-def _of_hub(source: str) -> Path:
+def _of_hub(source: str) -> str:
     from serverless_llm.cli import hub
     from serverless_llm.cli.pull import bring
+    from serverless_llm.errors import CheckpointError, ConfigurationError
 
     wanted = hub.repository(source)
     assert wanted is not None
-    return (hub.cached(wanted) or bring(wanted)).directory
+    try:
+        return str((hub.cached(wanted) or bring(wanted)).directory)
+    except (CheckpointError, ConfigurationError) as error:
+        raise type(error)(f"there is no directory {source} here, and of the hub: {error}") from error
 
 
 def is_source(text: str) -> bool:

@@ -12,7 +12,8 @@ import click
 
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, of_state_dir
 from serverless_llm.cli.models import state, until
-from serverless_llm.cli.output import as_json, printable, show, size
+from serverless_llm.cli.output import as_json, printable, show
+from serverless_llm.quantities import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -26,6 +26,7 @@ from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import CheckpointId, Footprint, ReplicaId
 from serverless_llm.placement import choose, evict, fit, scale
 from serverless_llm.placement.estimate import Links, Start, reuse, startup_s
+from serverless_llm.quantities import size
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +291,9 @@ def _too_large(turn: Turn, model: Model) -> str:
     most = max(device.spec.budget for device in turn.state.devices.values())
     dram = max(node.spec.dram for node in turn.state.nodes.values())
     return (
-        f"{model.spec.name} fits on no device: it takes {needed} bytes (weights and least KV) of a device that has at"
-        f" most {most}, and {footprint.file_bytes} bytes of a node's DRAM that has at most {dram}"
+        f"{model.spec.name} fits on no device: it takes {size(needed)} (weights and least KV) of a device that has at"
+        f" most {size(most)}, and {size(footprint.file_bytes)} of a node's DRAM that has at most {size(dram)};"
+        " serve has --device-memory and --dram"
     )
 
 

@@ -15,7 +15,7 @@ import msgspec
 import yaml
 
 from serverless_llm.config import expand
-from serverless_llm.errors import ConfigurationError
+from serverless_llm.errors import ConfigurationError, did_you_mean
 
 Scope = Literal["inference", "admin"]
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -105,6 +105,10 @@ def _is_secret(entry: Any) -> bool:
 
 def _key(raw: Any, number: int, path: Path) -> Key:
     where = f"keys file {path}: key {raw.get('id', number) if isinstance(raw, dict) else number}"
+    for name in raw if isinstance(raw, dict) else ():
+        if name not in _Entry.__struct_fields__:
+            near = did_you_mean(str(name), _Entry.__struct_fields__)
+            raise ConfigurationError(f"{where}: unknown key {str(name)!r}{near}")
     try:
         entry = msgspec.convert(raw, _Entry)
     except msgspec.ValidationError as error:

@@ -242,7 +242,8 @@ class CheckpointText:
             RequestError: no template, or one that is broken or refuses these messages.
         """
         if self.source is None:
-            raise RequestError(400, "invalid_request_error", "this model has no chat template", "messages")
+            message = "this model has no chat template; /v1/completions (serverless-llm run --raw) needs none"
+            raise RequestError(400, "invalid_request_error", message, "messages")
         try:
             return self._run(self._compiled(self.source), messages, variables)
         except (jinja2.TemplateError, *FAILURES) as error:

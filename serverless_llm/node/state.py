@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from serverless_llm.domain import ModelSpec
-from serverless_llm.errors import ConfigurationError
+from serverless_llm.errors import ConfigurationError, OccupiedError
 
 MIGRATIONS: tuple[str, ...] = ()  # SQL; the first leads from schema 1 to 2
 LOCK_SECONDS = 5.0  # that another program (a backup) may hold the database when the head starts
@@ -54,7 +54,7 @@ def lock(path: Path, who: str) -> int:
     """Locks `path` for the life of this process and writes its pid there; returns the descriptor.
 
     Raises:
-        ConfigurationError: another process holds it; the message says `who` and names its pid.
+        OccupiedError: another process holds it; the message says `who` and names its pid.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -62,7 +62,7 @@ def lock(path: Path, who: str) -> int:
     except BlockingIOError:
         pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise ConfigurationError(f"{who} (pid {pid}) already uses {path.parent}") from None
+        raise OccupiedError(f"{who} (pid {pid}) already uses {path.parent}") from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

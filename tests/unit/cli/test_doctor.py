@@ -18,7 +18,7 @@ from serverless_llm.config import Config, load
 from serverless_llm.demo import tasks
 from serverless_llm.domain import ModelSpec
 from serverless_llm.node.state import Deployed, State
-from tests.unit.cli.conftest import CommandLine
+from tests.unit.cli.conftest import CommandLine, Scripted
 
 MIB = 1 << 20
 
@@ -110,12 +110,41 @@ def test_a_damaged_database_is_78(cli: CommandLine, tmp_path: Path) -> None:
     assert "state.db" in outcome.err
 
 
+def test_a_running_server_is_diagnosed_as_it_runs(cli: CommandLine, tmp_path: Path, server: Scripted) -> None:
+    """Not as this command line's own configuration would have it."""
+    source = str(tasks.checkpoint_dir("demo-add"))
+    row = {"name": "m", "source": source, "dtype": "auto", "bytes": 3_000_000, "state": "unloaded", "error": ""}
+    failed = row | {"name": "big", "bytes": 614_000_000, "state": "failed", "error": "big fits on no device"}
+    device = {"kind": "cpu", "budget": 100_000_000, "weights": "view"}
+    status = {"models": [row, failed], "nodes": [{"devices": [device, device], "dram": 200_000_000}, {"devices": []}]}
+    server.answers["GET", "/admin/status"] = (200, status)
+    (tmp_path / "head.json").write_text(json.dumps({"url": server.url, "generation": 1, "pid": os.getpid()}))
+    outcome = cli("doctor")
+    assert outcome.status == 1
+    assert "200.0 MB for DRAM, cpu:2 of 100.0 MB each" in outcome.out
+    assert outcome.out.splitlines()[-1].split() == ["big", "614.0", "MB", "cannot", "be", "served"]
+    assert "would not work: big: big fits on no device" in outcome.err
+    server.answers["GET", "/admin/status"] = (200, {"models": [row], "nodes": []})
+    assert "cpu:1 of " in cli("doctor").out
+    server.answers["GET", "/admin/status"] = (401, {"error": {"message": "no key"}})
+    outcome = cli("doctor")
+    assert outcome.status == 0
+    assert "since the server did not tell of itself: no key" in outcome.out
+
+
 # --- checks ---
 
 
 def test_a_running_server_is_told(tmp_path: Path) -> None:
     (tmp_path / "head.json").write_text(json.dumps({"url": "http://x", "generation": 1, "pid": os.getpid()}))
     assert checks.address(configured(tmp_path)).text == f"runs at http://x, pid {os.getpid()}"
+
+
+def test_what_costs_speed_is_no_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: "always [never]\n")
+    assert checks.huge_pages(configured(tmp_path)).level == checks.WARNING
+    monkeypatch.setattr(Path, "read_text", lambda _: "[always] never\n")
+    assert checks.huge_pages(configured(tmp_path)).level == checks.OK
 
 
 def test_a_state_directory_that_is_a_file(tmp_path: Path) -> None:

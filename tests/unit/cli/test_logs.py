@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import logging.handlers
+import os
 from pathlib import Path
 
 import pytest
 
 from serverless_llm.cli import log, logs
 from serverless_llm.errors import ConfigurationError
+from serverless_llm.node.state import lock
 from tests.unit.cli.conftest import CommandLine
 
 LOCAL = "2026-11-21 07:48:{:02},000"
@@ -62,7 +64,13 @@ def test_some_of_them(cli: CommandLine, folder: Path) -> None:
 
 def test_no_logs_is_a_failure(cli: CommandLine, folder: Path, tmp_path: Path) -> None:
     outcome = cli("logs", "node9")
-    assert (outcome.status, outcome.err) == (1, f"Error: there are no logs of node9 in {tmp_path / 'logs'}\n")
+    assert (outcome.status, outcome.err) == (
+        1,
+        f"Error: there are no logs of node9 in {tmp_path / 'logs'}; there are node0, node1, head\n",
+    )
+    other = tmp_path / "other"
+    outcome = cli("logs", "node9", "--state-dir", str(other))
+    assert outcome.err == f"Error: there are no logs of node9 in {other / 'logs'}\n"
 
 
 def texts(lines: list[logs.Line]) -> list[str]:
@@ -133,6 +141,14 @@ def test_the_log_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             logging.getLogger("a.b").info("hello")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head.log", "head.log.1"]
     assert all(path.stat().st_size <= 1000 for path in tmp_path.iterdir())
+
+
+def test_a_second_server_writes_nothing_into_the_log_of_the_first(tmp_path: Path) -> None:
+    first = lock(tmp_path / "lock", "another server")
+    with pytest.raises(ConfigurationError, match="already uses"), log.logged(tmp_path, verbose=False):
+        lock(tmp_path / "lock", "another server")
+    os.close(first)
+    assert not (tmp_path / "head.log").exists()
 
 
 def test_what_ended_the_server_is_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

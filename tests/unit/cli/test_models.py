@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
+import socket
+import ssl
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +18,9 @@ import click
 import pytest
 
 from serverless_llm.cli import models
-from serverless_llm.cli.output import size
 from serverless_llm.cli.sources import is_source, name_of, named, resolve
 from serverless_llm.demo import tasks
+from serverless_llm.quantities import size
 from tests.unit.cli.conftest import CommandLine, Scripted
 
 ROW = {
@@ -87,6 +93,54 @@ def test_an_error_that_is_no_json_is_shown_too(cli: CommandLine, running: Script
     assert (outcome.status, outcome.err) == (1, "Error: HTTP 404: no such page\n")
 
 
+def test_a_url_without_its_s_is_told(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that speaks TLS hangs up on a request that is no hello."""
+    with listening(lambda one: one.recv(1000)) as port:
+        monkeypatch.setenv("SERVERLESS_LLM_URL", f"http://127.0.0.1:{port}")
+        outcome = cli("ls")
+    assert outcome.status == 69
+    assert "if it speaks TLS, its URL begins with https://" in outcome.err
+    assert "start one" not in outcome.err
+
+
+def test_a_url_with_an_s_too_many_is_told(cli: CommandLine, running: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_URL", running.url.replace("http", "https"))
+    outcome = cli("ls")
+    assert outcome.status == 69
+    assert "does not speak TLS" in outcome.err
+
+
+def test_a_certificate_of_nobody_known_is_told(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    failure.verify_message = "self-signed certificate"
+
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(http.client.HTTPSConnection, "request", fail)
+    monkeypatch.setenv("SERVERLESS_LLM_URL", "https://gpu.invalid")
+    outcome = cli("ls")
+    assert outcome.status == 69
+    assert "the certificate of https://gpu.invalid is not trusted here (self-signed certificate)" in outcome.err
+    assert "SSL_CERT_FILE" in outcome.err
+
+
+@contextlib.contextmanager
+def listening(meet: Callable[[socket.socket], object]) -> Iterator[int]:
+    """A port where one connection is met so, then closed."""
+    with socket.create_server(("127.0.0.1", 0)) as there:
+
+        def wait() -> None:
+            one, _ = there.accept()
+            with one:
+                meet(one)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        yield there.getsockname()[1]
+        thread.join()
+
+
 # --- deploy and rm ---
 
 
@@ -124,6 +178,14 @@ def test_paths_mean_what_they_do_on_the_servers_machine(
         assert "the server is on another machine: name a directory there by its absolute path" in outcome.err
     assert cli("deploy", "m", "/models/there/alone").status == 69  # it is asked
     assert models.spec_of("/models/there/alone", local=False) == {"source": "/models/there/alone"}
+
+
+def test_a_directory_that_is_gone_is_told_before_what_the_hub_says(
+    cli: CommandLine, running: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    outcome = cli("deploy", "m", "models/gone")
+    assert outcome.err.startswith("serverless-llm: there is no directory models/gone here, and of the hub: ")
 
 
 def test_deploy_a_demo_by_its_name(cli: CommandLine, running: Scripted) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serverless_llm.cli.serve import announce
 from serverless_llm.cli.server import deploy_body, gateway_options, kv_usage, model_roots, observe, status_of
 from serverless_llm.cli.stop import STOP
 from serverless_llm.cluster.commands import Decided, Evicted, Outcome
@@ -108,3 +109,14 @@ def test_decisions_and_outcomes_are_counted() -> None:
     assert 'serverless_llm_load_seconds_sum{model_name="m",phase="disk"} 0.75' in lines
     assert 'serverless_llm_estimate_ratio_sum{model_name="m"} 2.0' in lines
     assert 'serverless_llm_evictions_total{reason="memory"} 1.0' in lines
+
+
+def test_what_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    announce("http://127.0.0.1:8000", "127.0.0.1", None, False)
+    announce("http://127.0.0.1:8000", "0.0.0.0", Path("/state/api-key"), False)
+    assert capsys.readouterr().out.splitlines() == [
+        "serverless-llm serves on http://127.0.0.1:8000",
+        "serverless-llm serves on http://127.0.0.1:8000",
+        "clients need the key in /state/api-key",
+        "it listens on every address of this machine (0.0.0.0)",
+    ]

@@ -75,6 +75,10 @@ def test_show_a_model_whose_files_are_gone(cli: CommandLine, busy: Scripted) -> 
     outcome = cli("show", "m")
     assert outcome.status == 0
     assert "failed: gone" in outcome.out
+    assert "next start" not in outcome.out
+    assert "512 tokens" in outcome.out
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"source": "/nowhere", "state": "failed", "context": 0})
+    assert "0 tokens" not in cli("show", "m").out
     assert "/nowhere: No such file or directory" in outcome.out
 
 

@@ -213,8 +213,8 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_bytes(desk: Desk) -> None
         1,
         503,
         "model_load_failed",
-        "big fits on no device: it takes 105 bytes (weights and least KV) of a device that has at most 100,"
-        " and 95 bytes of a node's DRAM that has at most 1000",
+        "big fits on no device: it takes 105 B (weights and least KV) of a device that has at most 100 B,"
+        " and 95 B of a node's DRAM that has at most 1.0 KB; serve has --device-memory and --dram",
         None,
         False,
     )

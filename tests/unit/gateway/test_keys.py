@@ -46,7 +46,7 @@ def test_keys_with_scopes_and_limits(tmp_path: Path) -> None:
         ("- [1", "line 1 is no YAML"),
         ("- canary: [\n  canary", "line 2 is no YAML"),
         ("- 7", "key 1: Expected `object`"),
-        ("- {id: a, keys: canary}", "key a: Object contains unknown field `keys`"),
+        ("- {id: a, keys: canary}", "key a: unknown key 'keys'; did you mean 'key'?"),
         ("- {id: a b, key: canary}", "its id must be"),
         ("- {id: a}", "key a: give key or sha256"),
         ("- {id: a, key: canary, sha256: x}", "key a: give key or sha256"),

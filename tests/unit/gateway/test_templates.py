@@ -158,7 +158,7 @@ def test_a_developer_is_the_system_of_templates_that_do_not_know_the_role(write:
         ("{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}", "more than"),
         ("{% include 'x' %}", "no loader"),
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
-        (None, "no chat template"),
+        (None, "no chat template; /v1/completions (serverless-llm run --raw) needs none"),
     ],
 )
 def test_a_template_that_fails_is_the_requests_400(
