@@ -416,6 +416,42 @@ def view(dram: int, devices: int = 2) -> NodeSpec:
     return node(devices=devices, weights="view", dram=dram)
 
 
+def three() -> Desk:
+    """A node of three devices that reads ten bytes a second."""
+    desk = Desk(QUIET)
+    desk.join(node(devices=3))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    return desk
+
+
+def test_a_start_waits_for_what_others_still_read() -> None:
+    desk = three()
+    desk.machine.state.nodes["n0"].resident["sha-a"] = 60
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b"))
+    assert round(decided(desk.ask(1, "a")).predicted_s, 6) == 2.05
+    assert round(decided(desk.ask(2, "b")).predicted_s, 6) == 10.05
+
+
+def test_a_start_waits_for_the_most_advanced_of_those_that_read_one_checkpoint() -> None:
+    desk = three()
+    desk.tell(deploy("a", min_replicas=2, max_replicas=2))
+    for replica in (1, 2):
+        desk.tell(e.Reserved(desk.machine.state.replicas[replica].device, replica))
+    desk.tell(e.LoadProgress(1, 40, 80))
+    desk.tell(deploy("b"))
+    assert round(decided(desk.ask(1, "b")).predicted_s, 6) == 12.05
+
+
+def test_what_is_to_start_has_not_been_idle() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a"))
+    desk.tick(100.0)
+    desk.ask(1, "a")
+    assert desk.machine.state.replicas[1].idle_since == 100.0
+
+
 def test_of_those_that_run_who_is_brought_back_soonest_makes_way() -> None:
     desk = Desk(QUIET)
     join(desk, "n0", disk=10.0)
