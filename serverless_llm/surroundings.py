@@ -29,10 +29,10 @@ def state_dir(environ: Mapping[str, str]) -> Path:
 def began(pid: int) -> int | None:
     """When a process began, in ticks since the machine did: no two with the same number have it in common.
 
-    None: it is dead, as a zombie is whose parent has not looked yet.
+    None: it is dead, as a zombie is whose parent has not looked yet, once all its threads have ended.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else int(fields[19])
+    return None if fields[0] == "Z" and int(fields[17]) <= 1 else int(fields[19])

@@ -301,6 +301,7 @@ def test_with_256_descriptors_clients_beyond_them_are_told_and_others_served(ope
 def own_port(operated: Operated) -> int:
     """Where agents and the command line speak without TLS."""
     head = json.loads((operated.folder / "state" / "head.json").read_text())
+    assert head["public"].startswith("https://")
     return int(head["url"].rpartition(":")[2])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,17 @@ def test_what_is_of_this_machine_takes_no_url_of_another(
     assert (
         "SERVERLESS_LLM_URL names http://gpu.example:8000; for a server of this machine give --state-dir" in outcome.err
     )
+
+
+def test_a_process_lives_as_long_as_one_of_its_threads() -> None:
+    """Its files, locks among them, are open until then."""
+    script = "import ctypes, threading; threading.Thread(target=input).start(); ctypes.CDLL(None).pthread_exit(0)"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        stat = Path(f"/proc/{process.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            os.sched_yield()
+        assert began(process.pid) is not None
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert began(process.pid) is None
