@@ -18,6 +18,7 @@ from typing import NamedTuple
 from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CapacityError, InvariantError
 from serverless_llm.loader.plan import Piece
+from serverless_llm.quantities import size
 
 
 class Reservation(NamedTuple):
@@ -167,8 +168,9 @@ class Tier:
         available = self._free + sum(len(one.slots) for _, one in victims)
         if needed > available:
             raise CapacityError(
-                f"{needed * self.slot_bytes} bytes of DRAM are needed for the weights, "
-                f"{available * self.slot_bytes} of {self.slots * self.slot_bytes} are available"
+                f"{size(needed * self.slot_bytes)} of DRAM are needed for the weights, "
+                f"{size(available * self.slot_bytes)} of {size(self.slots * self.slot_bytes)} are available; "
+                "serve has --dram"
             )
         evicted = 0
         for name, one in sorted(victims, key=lambda item: (item[1].used, item[0])):

@@ -20,7 +20,7 @@ import msgspec
 
 from serverless_llm.errors import ConfigurationError
 from serverless_llm.loader.headroom import available_memory
-from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size
+from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size, size
 from serverless_llm.surroundings import PREFIX, default_state_dir, search_path
 
 CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  # read elsewhere, no options
@@ -295,8 +295,8 @@ def _derived(values: dict[str, Any], where: Mapping[str, str], gpus: int, memory
     for name, count, most in (("device_memory", 1, memory if kind == "cpu" else sys.maxsize), ("dram", nodes, memory)):
         nbytes = found.get(name, LEAST_MEMORY)
         if nbytes < LEAST_MEMORY or count * nbytes > most:
-            each = f"{nbytes} bytes" if count == 1 else f"{count} x {nbytes} bytes"
-            there = f"of {memory} that this machine has; at least {LEAST_MEMORY} are needed"
+            each = size(nbytes) if count == 1 else f"{count} x {size(nbytes)}"
+            there = f"of {size(memory)} that this machine has; at least {LEAST_MEMORY >> 20} MiB are needed"
             raise ConfigurationError(f"{where.get(name, name)}: {each}, {there}")
     cores = len(os.sched_getaffinity(0))
     found["threads"] = values.get("threads", max(1, (cores - (cores > 2)) // (nodes * devices)))

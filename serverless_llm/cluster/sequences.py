@@ -20,6 +20,7 @@ from serverless_llm.cluster.transitions import SEQUENCE, SequenceState, move
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import SequenceId
 from serverless_llm.placement import fit
+from serverless_llm.quantities import size
 
 # --- events ---
 
@@ -246,8 +247,10 @@ def refuse_oversized(turn: Turn, model: Model, sequence: Sequence) -> None:
     if tokens > model.footprint.context:
         problem = f"{tokens} tokens (prompt and max_tokens) are more than the {model.footprint.context} of the context"
     elif most and not fit.holds_sequence(model.footprint, most, tokens):
-        needed, left = model.footprint.kv_bytes(tokens), most - model.footprint.weight_bytes
-        problem = f"the KV of {tokens} tokens takes {needed} bytes; beside the weights at most {left} are available"
+        needed, left = model.footprint.kv_bytes(tokens), max(0, most - model.footprint.weight_bytes)
+        problem = (
+            f"the KV of {tokens} tokens takes {size(needed)}; beside the weights at most {size(left)} are available"
+        )
     else:
         return
     reject(turn, sequence, 400, "context_length_exceeded", problem, None, retry=False)

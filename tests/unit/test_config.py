@@ -233,8 +233,8 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("hosts: &a [*a]", "hosts", "recursion"),
     ("devices: cpu:²", "devices", "'cpu:²' is neither cpu:N nor cuda:N nor auto"),
     ("dram: 99999999999999999999TB", "dram", "is no size"),
-    ("dram: 1000", "dram", "1000 bytes, of 8589934592 that this machine has; at least 1048576 are needed"),
-    ("{devices: 'cuda:1', device_memory: 1000}", "device_memory", "at least 1048576 are needed"),
+    ("dram: 1000", "dram", "1.0 KB, of 8.6 GB that this machine has; at least 1 MiB are needed"),
+    ("{devices: 'cuda:1', device_memory: 1000}", "device_memory", "at least 1 MiB are needed"),
     ("port: many", "port", "Expected `int`, got `str`"),
     ("port: 70000", "port", "70000 is not between 0 and 65535"),
     ("nodes: 0", "nodes", "0 is not between 1 and"),
@@ -268,7 +268,7 @@ def test_what_a_mistake_says(file: Path, text: str, place: str, message: str) ->
         ("PORT", "many", "Expected `int`, got `str`"),
         ("NODES", "0", "0 is not between 1 and"),
         ("DRAM", "lots", "'lots' is no size"),
-        ("DRAM", "100TB", "100000000000000 bytes, of 8589934592 that this machine has"),
+        ("DRAM", "100TB", "100.0 TB, of 8.6 GB that this machine has"),
         ("DEVICES", "tpu:1", "'tpu:1' is neither cpu:N nor cuda:N nor auto"),
         ("HOLD", "soon", "'soon' is no duration"),
         ("WEIGHTS", "move", "Invalid enum value 'move'"),
@@ -284,7 +284,7 @@ def test_a_mistake_in_a_variable_names_it(name: str, value: str, message: str) -
 
 
 def test_what_this_machine_cannot_do_names_the_flag() -> None:
-    with pytest.raises(ConfigurationError, match=r"^--device-memory: 9 bytes"):
+    with pytest.raises(ConfigurationError, match=r"^--device-memory: 9 B,"):
         loaded({"device_memory": "9"})
     assert [flag(name) for name in ("models", "model_roots", "limits", "threads")] == [
         "--model", "--model-root", "--limit", "--threads",

@@ -50,7 +50,7 @@ CONFIGURATION = [
     ("PROT", "1", "serve", "did you mean 'SERVERLESS_LLM_PORT'?"),
     ("URL", "localhost:8000", "ls", "SERVERLESS_LLM_URL: 'localhost:8000' is not of the form http://host:port"),
     ("URL", "http://host:port", "ps", "SERVERLESS_LLM_URL: 'http://host:port' is not of the form"),
-    ("DRAM", "1000TB", "serve", "SERVERLESS_LLM_DRAM: 1000000000000000 bytes, of "),
+    ("DRAM", "1000TB", "serve", "SERVERLESS_LLM_DRAM: 1000.0 TB, of "),
     ("CUDA_VISIBLE_DEVICES", "", "serve --devices cuda:1", "cuda:1 on a machine where 0 NVIDIA GPU(s) can be seen"),
     ("STATE_DIR", "/proc/nothing", "serve", "state_dir: /proc/nothing: "),
 ]

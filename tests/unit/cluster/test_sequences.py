@@ -160,7 +160,7 @@ def test_the_replica_with_the_fewest_sequences_is_chosen() -> None:
     ("prompt", "most", "says"),
     [
         (1000, 25, "1025 tokens (prompt and max_tokens) are more than the 1024 of the context"),
-        (300, 21, "the KV of 321 tokens takes 210 bytes; beside the weights at most 20 are available"),
+        (300, 21, "the KV of 321 tokens takes 210 B; beside the weights at most 20 B are available"),
     ],
 )
 def test_a_request_whose_kv_can_never_fit_is_refused(desk: Desk, prompt: int, most: int, says: str) -> None:

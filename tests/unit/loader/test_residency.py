@@ -69,7 +69,8 @@ def test_leased_and_unfinished_ones_stay() -> None:
     filled(tier, "leased", 2, now=1)
     tier.lease("leased", 7)
     tier.reserve("reading", pieces(1), 2)
-    with pytest.raises(CapacityError, match="20 bytes of DRAM are needed for the weights, 10 of 40 are available"):
+    told = "20 B of DRAM are needed for the weights, 10 B of 40 B are available; serve has --dram"
+    with pytest.raises(CapacityError, match=told):
         tier.reserve("c", pieces(2), 3)
     assert tier.residents() == [("leased", 20)]
     assert tier.holders("leased") == {7}
