@@ -65,9 +65,13 @@ class Diagnosis:
 
 def diagnose(settings: Config) -> Diagnosis:
     """Every check and measurement, of the server that runs or else of one that would; takes some seconds."""
+    from serverless_llm.cluster.policy import Policy
+
     status, problem = running(settings)
     failed: dict[str, Any] = {}
+    overhead_s = Policy().overhead_s
     if status:
+        overhead_s = min((node["overhead_s"] for node in status["nodes"]), default=overhead_s)  # as it learned it
         settings = as_it_runs(settings, status)
         failed = {row["name"]: row for row in status["models"] if row["state"] == "failed"}
     models = {name: directory_of(source) for name, source in deployed(settings).items()}
@@ -75,7 +79,7 @@ def diagnose(settings: Config) -> Diagnosis:
     forecasts = [
         Forecast(name, str(path), failed[name]["bytes"], error=failed[name]["error"])
         if name in failed
-        else forecast(name, path, settings, rates)
+        else forecast(name, path, settings, rates, overhead_s)
         for name, path in models.items()
     ]
     return Diagnosis((versions(), *checks(settings), *problem, *measured), rates, tuple(forecasts))
@@ -206,8 +210,11 @@ def _device() -> tuple[Finding, float | None]:
 # --- predictions ---
 
 
-def forecast(name: str, path: Path, settings: Config, rates: Rates) -> Forecast:
-    """What placement would say of a start on an empty device, with the measured bandwidths."""
+def forecast(name: str, path: Path, settings: Config, rates: Rates, overhead_s: float) -> Forecast:
+    """What placement would say of a start on an empty device, with the measured bandwidths.
+
+    `overhead_s`: what a start takes beside moving bytes.
+    """
     from serverless_llm.cluster.policy import Policy
     from serverless_llm.domain import DeviceSpec, ModelSpec
     from serverless_llm.node.admin import footprint
@@ -230,7 +237,7 @@ def forecast(name: str, path: Path, settings: Config, rates: Rates) -> Forecast:
         return Forecast(name, str(path), needs.file_bytes, error=f"{why} with {size(settings.dram)} of DRAM")
     disk = min(rates.disk.get(path.stat().st_dev, policy.disk_bps), settings.limits.disk or math.inf)
     upload = min(rates.device or rates.memcpy, settings.limits.upload or math.inf)
-    links = estimate.Links(disk, upload, policy.overhead_s)
+    links = estimate.Links(disk, upload, overhead_s)
     moved = 0 if view else needs.weight_bytes
     cold, warm = (estimate.startup_s(estimate.Start(0, missing, moved), links) for missing in (needs.file_bytes, 0))
     return Forecast(name, str(path), needs.file_bytes, cold, warm)

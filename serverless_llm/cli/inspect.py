@@ -68,7 +68,7 @@ def _estimate(server: Server, row: dict[str, Any]) -> dict[str, float] | None:
         held = {one["checkpoint"]: one["bytes"] for one in node["resident"]}
         missing = max(0, row["bytes"] - held.get(row["checkpoint"], 0))
         known = node["bandwidth"]
-        links = Links(known.get("disk", policy.disk_bps), known.get("upload", policy.upload_bps), policy.overhead_s)
+        links = Links(known.get("disk", policy.disk_bps), known.get("upload", policy.upload_bps), node["overhead_s"])
         for device in node["devices"]:
             upload = 0 if device["weights"] == "view" else row["bytes"]
             times.append((startup_s(Start(0, missing, upload), links), startup_s(Start(0, 0, upload), links)))

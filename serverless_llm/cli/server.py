@@ -34,9 +34,10 @@ from serverless_llm.gateway.listen import Runner, listen, load_certificate, tls_
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.text import TextPool
-from serverless_llm.node import state
+from serverless_llm.node import catalog, state
 from serverless_llm.node.head import Head
 from serverless_llm.node.options import local_agents
+from serverless_llm.node.peers import Peer
 from serverless_llm.surroundings import LOOPBACK
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ class Server:
                 for link, total in peers[name].link_bytes.items():
                     self._gateway.metrics.bytes_moved(name, link, total)
             self._gateway.metrics.kv_usage(kv_usage(state, {name: peer.kv for name, peer in peers.items()}))
+            for series, amounts in memory(state, peers).items():
+                self._gateway.metrics.memory(series, amounts)
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def _observe(self, note: commands.Decided | commands.Outcome | commands.Evicted) -> None:
@@ -251,6 +254,21 @@ def kv_usage(state: State, reported: Mapping[str, Mapping[int, tuple[int, int]]]
             used, free = reported.get(replica.device.node, {}).get(replica.device.number, (0, 0))
             fractions[replica.model, str(replica.device)] = used / (used + free or 1)
     return fractions
+
+
+def memory(state: State, peers: Mapping[str, Peer]) -> dict[str, dict[str, int]]:
+    """Bytes used of the DRAM of every connected node and of its devices, and what there may be; as `Metrics.memory`."""
+    here = [(peers[name], state.nodes[name]) for name in sorted(peers.keys() & state.nodes.keys())]
+    devices = [
+        (device, peer.kv.get(device.id.number, (0, 0))[0]) for peer, node in here for device in node.devices.values()
+    ]
+    held = {str(device.id): catalog.memory(device, kv) for device, kv in devices}
+    return {
+        "dram_used_bytes": {peer.hello.node: peer.resident_bytes for peer, _ in here},
+        "dram_budget_bytes": {peer.hello.node: peer.hello.dram for peer, _ in here},
+        "device_used_bytes": {device: one["weights"] + one["kv"] for device, one in held.items()},
+        "device_budget_bytes": {str(device.id): device.spec.budget for device, _ in devices},
+    }
 
 
 def observe(metrics: Metrics, note: commands.Decided | commands.Outcome | commands.Evicted) -> None:

@@ -263,6 +263,7 @@ class Gateway:
         shown = [live for live in self.live if live.info.name in self._models]
         running = Counter((live.info.name, live.device) for live in shown if live.device)
         waiting = Counter((live.info.name, "") for live in shown if not live.device)
+        self.metrics.states({name: info.state for name, info in self._models.items()})
         zero = {(name, ""): 0 for name in self._models}
         self.metrics.occupancy(zero | running, zero | waiting)
         if self._page is None or self._page.done():  # of many models it takes long: beside the loop, one for all

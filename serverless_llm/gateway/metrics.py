@@ -6,6 +6,7 @@ The series of a deleted model vanish (`forget`). Every `Metrics` has a registry 
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -72,6 +73,13 @@ _STILL = {
     "vllm:num_preemptions": "Running sequences that had to give up their KV: none.",
     "vllm:prefix_cache_queries": "Prompt tokens looked up in a prefix cache: there is none.",
     "vllm:prefix_cache_hits": "Prompt tokens found in a prefix cache: there is none.",
+}
+_STATES = ("unloaded", "loading", "loaded", "failed")
+_MEMORY = {
+    "dram_used_bytes": ("Checkpoints in the DRAM tier.", "node"),
+    "dram_budget_bytes": ("What the DRAM tier may hold.", "node"),
+    "device_used_bytes": ("Weights and KV on a device.", "engine"),
+    "device_budget_bytes": ("What weights and KV may take of a device.", "engine"),
 }
 # Names that older dashboards of vLLM ask for, and those that have what they mean.
 _ALIASES = {
@@ -144,6 +152,9 @@ class Metrics:
         self._load = self._ours(Histogram, "load_seconds", "Seconds of loads by phase.", "phase", buckets=LOAD)
         self._error = self._ours(Histogram, "estimate_ratio", "Actual over predicted load time.", buckets=RATIO)
         self._evictions = self._ours(Counter, "evictions", "Replicas that left a device.", "reason", of_model=False)
+        self._states = self._ours(Gauge, "models", "Deployed models by state.", "state", of_model=False)
+        self._failed = self._ours(Gauge, "model_failed", "1 while a model cannot be loaded, else 0.")
+        self._memory = {name: self._ours(Gauge, name, *spec, of_model=False) for name, spec in _MEMORY.items()}
         self._bytes = self._ours(Counter, "bytes_moved", "Bytes moved by link.", "node", "link", of_model=False)
         self._moved: dict[tuple[str, str], int] = {}
         self.registry.register(_Aliases(self._families))
@@ -223,6 +234,21 @@ class Metrics:
         self._kv.keep(fractions)
         for labels, fraction in fractions.items():
             self._kv.child(*labels).set(fraction)
+
+    def states(self, states: Mapping[str, str]) -> None:
+        """Of every deployed model, by its name."""
+        counts = collections.Counter(states.values())
+        for state in _STATES:
+            self._states.child(state).set(counts[state])
+        for name, state in states.items():
+            self._failed.child(name).set(state == "failed")
+
+    def memory(self, name: str, amounts: Mapping[str, int]) -> None:
+        """Bytes of one of `dram_used_bytes` and so on, by node or device; series of those that are gone vanish."""
+        family = self._memory[name]
+        family.keep([(place,) for place in amounts])
+        for place, amount in amounts.items():
+            family.child(place).set(amount)
 
     def forget(self, model: str) -> None:
         """The model is deleted: so are its series, until it is `deployed` again."""

@@ -84,6 +84,7 @@ def _node(node: Node, peer: Peer) -> dict[str, Any]:
         "dram_used": peer.resident_bytes,
         "resident": [{"checkpoint": name, "bytes": size} for name, size in sorted(node.resident.items())],
         "bandwidth": node.bandwidth,
+        "overhead_s": node.overhead_s,
         "link_bytes": peer.link_bytes,
         "devices": [_device(device, peer) for device in node.devices.values()],
     }
@@ -98,7 +99,7 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
         "weights": device.spec.weights,
         "budget": device.spec.budget,
         "granted": device.planned.used,
-        "memory": _memory(device, used),
+        "memory": memory(device, used),
         "worker_pid": worker.pid if worker else None,
         "incarnation": worker.incarnation if worker else 0,
         "step": worker.step if worker else 0,
@@ -113,7 +114,7 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
     }
 
 
-def _memory(device: Device, kv_used: int) -> dict[str, int]:
+def memory(device: Device, kv_used: int) -> dict[str, int]:
     """What the budget is used for now, in bytes."""
     weights = sum(one.footprint.weight_bytes for one in device.replicas.values() if one.state in ACTUAL)
     return {"weights": weights, "kv": kv_used, "free": max(0, device.spec.budget - weights - kv_used)}

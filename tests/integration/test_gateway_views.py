@@ -123,6 +123,7 @@ def test_metrics_of_served_and_deleted_models(tmp_path: Path) -> None:
         assert f"vllm:time_to_first_token_seconds_count{{{served_by}}} 1.0" in text
         assert 'vllm:request_success_total{engine="n0/0",finished_reason="stop",model_name="demo"} 1.0' in text
         assert 'serverless_llm_cold_start_seconds_count{model_name="demo"} 1.0' in text
+        assert 'serverless_llm_model_failed{model_name="demo"} 0.0' in text
         assert sum(step.tokens for step in server.gateway.metrics.traffic._steps) == 3
         server.gateway.receive(wire.Catalog([], True))
         assert '"demo"' not in await page(server)

@@ -127,6 +127,7 @@ def test_every_series_of_the_grafana_dashboard_is_served(operated: Operated) -> 
     dashboard = json.loads((ROOT / "docs" / "grafana" / "serverless-llm.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     queries += [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
+    queries.append((ROOT / "docs" / "operations.md").read_text())
     names = {name for query in queries for name in re.findall(r"\b(?:vllm:|serverless_llm_)\w+", query)}
     assert len(names) > 15
 

@@ -94,7 +94,7 @@ def test_what_would_not_work_is_the_status_and_the_reason(
         outcome = cli("doctor", "--json")
     assert outcome.status == 1
     assert "none could listen on 127.0.0.1 port" in outcome.err
-    assert "bad: model.safetensors" in outcome.err
+    assert f"bad: {source}/model.safetensors" in outcome.err
     assert len(json.loads(outcome.out)["problems"]) == 2
 
 
@@ -116,12 +116,14 @@ def test_a_running_server_is_diagnosed_as_it_runs(cli: CommandLine, tmp_path: Pa
     row = {"name": "m", "source": source, "dtype": "auto", "bytes": 3_000_000, "state": "unloaded", "error": ""}
     failed = row | {"name": "big", "bytes": 614_000_000, "state": "failed", "error": "big fits on no device"}
     device = {"kind": "cpu", "budget": 100_000_000, "weights": "view"}
-    status = {"models": [row, failed], "nodes": [{"devices": [device, device], "dram": 200_000_000}, {"devices": []}]}
+    node = {"devices": [device, device], "dram": 200_000_000, "overhead_s": 0.02}
+    status = {"models": [row, failed], "nodes": [node, {"devices": [], "overhead_s": 0.03}]}
     server.answers["GET", "/admin/status"] = (200, status)
     (tmp_path / "head.json").write_text(json.dumps({"url": server.url, "generation": 1, "pid": os.getpid()}))
     outcome = cli("doctor")
     assert outcome.status == 1
     assert "200.0 MB for DRAM, cpu:2 of 100.0 MB each" in outcome.out
+    assert outcome.out.splitlines()[-2].endswith(" 20 ms")  # as the server learned it
     assert outcome.out.splitlines()[-1].split() == ["big", "614.0", "MB", "cannot", "be", "served"]
     assert "would not work: big: big fits on no device" in outcome.err
     server.answers["GET", "/admin/status"] = (200, {"models": [row], "nodes": []})
@@ -217,7 +219,7 @@ def test_a_disk_that_fails_is_told(tmp_path: Path) -> None:
 
 
 def predicted(state: Path, rates: Rates, **flags: Any) -> tuple[float, float]:
-    told = forecast("demo-add", tasks.checkpoint_dir("demo-add"), configured(state, **flags), rates)
+    told = forecast("demo-add", tasks.checkpoint_dir("demo-add"), configured(state, **flags), rates, 0.05)
     assert told.from_disk_s is not None
     assert told.from_dram_s is not None
     return round(told.from_disk_s, 6), round(told.from_dram_s, 6)
@@ -237,7 +239,7 @@ def test_predictions_are_placements(tmp_path: Path) -> None:
 
 def test_a_model_that_fits_no_device_is_told(tmp_path: Path) -> None:
     told = forecast(
-        "m", tasks.checkpoint_dir("demo-add"), configured(tmp_path, device_memory="2MiB"), Rates({}, 1e9, None)
+        "m", tasks.checkpoint_dir("demo-add"), configured(tmp_path, device_memory="2MiB"), Rates({}, 1e9, None), 0.05
     )
     assert "do not fit a device of 2.1 MB" in told.error
 
@@ -245,5 +247,5 @@ def test_a_model_that_fits_no_device_is_told(tmp_path: Path) -> None:
 def test_sources_of_the_configuration_are_found(tmp_path: Path) -> None:
     assert diagnosis.directory_of("demo-add") == tasks.checkpoint_dir("demo-add")
     assert diagnosis.directory_of(str(tmp_path)) == tmp_path
-    told = forecast("m", diagnosis.directory_of("no/such"), configured(tmp_path), Rates({}, 1e9, None))
+    told = forecast("m", diagnosis.directory_of("no/such"), configured(tmp_path), Rates({}, 1e9, None), 0.05)
     assert "no/such" in told.error

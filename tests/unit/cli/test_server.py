@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
+from serverless_llm import framing, wire
 from serverless_llm.cli.serve import announce
-from serverless_llm.cli.server import deploy_body, gateway_options, kv_usage, model_roots, observe, status_of
+from serverless_llm.cli.server import deploy_body, gateway_options, kv_usage, memory, model_roots, observe, status_of
 from serverless_llm.cli.stop import STOP
 from serverless_llm.cluster.commands import Decided, Evicted, Outcome
 from serverless_llm.cluster.events import Delete
@@ -20,6 +23,8 @@ from serverless_llm.errors import RequestError
 from serverless_llm.gateway.keys import full
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.node.admin import spec_of
+from serverless_llm.node.links import WebSocketLink
+from serverless_llm.node.peers import Peer
 from tests.unit.cluster.desk import Desk
 
 DEVICE = DeviceId("node0", 0)
@@ -120,3 +125,26 @@ def test_what_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
         "clients need the key in /state/api-key",
         "it listens on every address of this machine (0.0.0.0)",
     ]
+
+
+async def agent(hello: wire.Hello) -> Peer:
+    """One that is connected; its link lives on a loop."""
+    return Peer(0, WebSocketLink(web.WebSocketResponse(), lambda _frame: None), hello, kv={0: (7, 1)})
+
+
+def test_memory_is_that_of_connected_nodes() -> None:
+    desk = Desk()
+    desk.join()
+    desk.serve("m", 1)
+    state = desk.machine.state
+    (device,) = state.devices.values()
+    hello = wire.Hello(framing.PROTOCOL, "n0", 4, 900, [], [], [], [("c", 300)], {})
+    peer = asyncio.run(agent(hello))
+    (replica,) = state.replicas.values()
+    assert memory(state, {"n0": peer}) == {
+        "dram_used_bytes": {"n0": 300},
+        "dram_budget_bytes": {"n0": 900},
+        "device_used_bytes": {"n0/0": replica.footprint.weight_bytes + 7},
+        "device_budget_bytes": {"n0/0": device.spec.budget},
+    }
+    assert memory(state, {})["device_used_bytes"] == {}

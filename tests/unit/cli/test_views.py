@@ -28,6 +28,7 @@ DEVICE = {
 }  # fmt: skip
 NODE = {
     "node": "node0", "state": "up", "dram": 8_000_000_000, "dram_used": 1_000_000_000, "bandwidth": {"disk": 1e9},
+    "overhead_s": 0.02,
     "resident": [{"checkpoint": "c", "bytes": 1_000_000_000}], "devices": [DEVICE],
 }  # fmt: skip
 TRAFFIC = {
@@ -51,13 +52,13 @@ def busy(running: Scripted) -> Scripted:
 def test_show_a_deployed_model(cli: CommandLine, busy: Scripted) -> None:
     told = json.loads(cli("show", "m", "--json").out)
     assert told["deployed"] == ROW
-    assert told["estimate"] == {"start_s": 2.05, "from_dram_s": 0.05}
+    assert told["estimate"] == {"start_s": 2.02, "from_dram_s": 0.02}
     assert told["checkpoint"]["architecture"] == "Qwen3ForCausalLM"
     assert told["checkpoint"]["dtypes"] == ["F32"]
     assert told["checkpoint"]["context"] == 1024
     lines = [line.split(maxsplit=1) for line in cli("show", "m").out.splitlines()[1:]]
     assert ["status", "loaded"] in lines
-    assert ["next", "start    about 2.0 s; 50 ms from DRAM"] in lines
+    assert ["next", "start    about 2.0 s; 20 ms from DRAM"] in lines
     assert ["requests", "1 running, 2 waiting"] in lines
 
 
@@ -65,7 +66,7 @@ def test_show_estimates_the_copy_to_a_device(cli: CommandLine, busy: Scripted) -
     _, status = busy.answers["GET", "/admin/status"]
     node: dict[str, Any] = NODE | {"devices": [DEVICE | {"weights": "copy"}], "bandwidth": {"upload": 1e9}}
     busy.answers["GET", "/admin/status"] = (200, status | {"nodes": [node]})
-    assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 3.05, "from_dram_s": 3.05}
+    assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 3.02, "from_dram_s": 3.02}
     busy.answers["GET", "/admin/status"] = (200, status | {"nodes": []})
     assert json.loads(cli("show", "m", "--json").out)["estimate"] is None
 

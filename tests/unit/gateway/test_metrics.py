@@ -56,6 +56,26 @@ def test_occupancy_that_is_not_named_is_none() -> None:
     assert value(metrics, "vllm:num_requests_waiting", model_name="a", engine="") == 1
 
 
+def test_models_by_state_and_those_that_failed() -> None:
+    metrics = Metrics()
+    metrics.states({"a": "failed", "b": "loaded", "c": "loaded"})
+    assert value(metrics, "serverless_llm_models", state="loaded") == 2
+    assert value(metrics, "serverless_llm_models", state="unloaded") == 0
+    assert value(metrics, "serverless_llm_model_failed", model_name="a") == 1
+    metrics.states({"a": "loading"})
+    assert value(metrics, "serverless_llm_model_failed", model_name="a") == 0
+    metrics.forget("a")
+    assert value(metrics, "serverless_llm_model_failed", model_name="a") is None
+
+
+def test_memory_of_a_node_that_left_vanishes() -> None:
+    metrics = Metrics()
+    metrics.memory("dram_used_bytes", {"node0": 5, "node1": 6})
+    metrics.memory("dram_used_bytes", {"node1": 7})
+    assert value(metrics, "serverless_llm_dram_used_bytes", node="node1") == 7
+    assert value(metrics, "serverless_llm_dram_used_bytes", node="node0") is None
+
+
 def test_kv_of_a_replica_that_left_vanishes() -> None:
     metrics = filled("a", "b")
     metrics.kv_usage({("b", "n0/0"): 0.5})
