@@ -38,6 +38,15 @@ def test_a_deadline_that_any_event_finds_passed_acts() -> None:
     assert machine.handle(e.ClientGone(7), 6.0) == [c.DropNode("n0"), c.WakeAt(11.0)]
 
 
+def test_of_a_long_life_only_the_last_steps_are_kept() -> None:
+    desk = Desk(Policy(history=3, silent_after=1e9))
+    desk.join()
+    desk.serve("a", 1)
+    desk.tell(e.SequenceRefused(1, 1, "no room"))
+    desk.tick(0.1)
+    assert [cause for _, cause in desk.machine.state.sequences[1].history] == ["refused", "rested", "dispatch"]
+
+
 def test_an_empty_machine_asks_for_nothing() -> None:
     machine = Machine(Policy())
     assert machine.handle(deploy("a"), 1.0) == []

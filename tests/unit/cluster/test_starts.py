@@ -424,6 +424,25 @@ def three() -> Desk:
     return desk
 
 
+def test_a_node_knows_its_links_when_it_joins() -> None:
+    desk = Desk(QUIET)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"),), {"disk": 10.0}))
+    desk.tell(deploy("a"))
+    assert round(decided(desk.ask(1, "a")).predicted_s, 6) == 8.05
+
+
+def test_who_made_way_for_one_that_is_gone_may_make_way_for_another() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    for sequence, name in ((2, "b"), (3, "x")):
+        desk.tell(deploy(name))
+        desk.ask(sequence, name)
+        desk.tick(2.0)
+        assert desk.machine.state.replicas[1].draining_for == name
+        desk.tell(e.ClientGone(sequence))
+
+
 def test_a_start_waits_for_what_others_still_read() -> None:
     desk = three()
     desk.machine.state.nodes["n0"].resident["sha-a"] = 60
