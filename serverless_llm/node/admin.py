@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from serverless_llm.config import NAME
+from serverless_llm.demo import tasks
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError
@@ -87,6 +88,8 @@ def _check(spec: ModelSpec) -> None:
 
 
 def _source(source: str, roots: Sequence[Path]) -> Path:
+    if source in tasks.NAMES:
+        return tasks.checkpoint_dir(source).resolve()
     try:
         path = Path(source).expanduser()
         if not path.is_absolute():

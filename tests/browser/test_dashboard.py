@@ -42,11 +42,11 @@ def reach(page: Page, name: str) -> None:
 def test_models_and_devices(page: Page) -> None:
     expect(page.locator("#link")).to_have_text("connected")
     for name in ("demo-add", "demo-count", "demo-reverse"):
-        expect(row(page, "models", name)).to_contain_text("MiB")
+        expect(row(page, "models", name)).to_contain_text(" MB")
     devices = page.get_by_role("list", name="Devices of node0").locator("> li")
     expect(devices).to_have_count(2)
-    expect(devices.first).to_contain_text(re.compile(r"weights .*, KV .*, free .* of 16.0 MiB"))
-    expect(page.get_by_role("heading", name="node0")).to_contain_text("64.0 MiB")
+    expect(devices.first).to_contain_text(re.compile(r"weights .*, KV .*, free .* of 16.8 MB"))
+    expect(page.get_by_role("heading", name="node0")).to_contain_text("67.1 MB")
 
 
 def test_watching_wakes_no_model(page: Page, server: Server) -> None:
@@ -94,8 +94,8 @@ def test_a_load_that_goes_on_is_shown_live(page: Page, server: Server, tmp_path:
 
 
 QUANTITIES = [
-    ("bytes", 0, "0 B"), ("bytes", 1023, "1023 B"), ("bytes", 1536, "1.5 KiB"), ("bytes", 200 * 2**30, "200 GiB"),
-    ("bytes", 5000 * 2**40, "5000 TiB"), ("seconds", None, "\u2013"), ("seconds", 0, "0 ms"),
+    ("bytes", 0, "0 B"), ("bytes", 999, "999 B"), ("bytes", 1536, "1.5 KB"), ("bytes", 2 * 10**11, "200.0 GB"),
+    ("bytes", 5 * 10**15, "5000.0 TB"), ("seconds", None, "\u2013"), ("seconds", 0, "0 ms"),
     ("seconds", 0.0002, "<1 ms"), ("seconds", 0.0123, "12.3 ms"), ("seconds", 0.123, "123 ms"),
     ("seconds", 4.2, "4.20 s"), ("seconds", 99.9, "99.90 s"), ("seconds", 240, "4 min"), ("span", -3, "0 s"),
     ("span", 89, "89 s"), ("span", 5400, "2 h"), ("span", 86400 * 3, "3 d"), ("number", 0, "0"),
@@ -152,11 +152,23 @@ def test_deploy_and_remove_by_keyboard(page: Page, checkpoint: Path) -> None:
     expect(page.get_by_role("log")).to_contain_text("team/mine deployed from")
     reach(page, "Remove team/mine")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("dialog", name="Remove a model")).to_contain_text("team/mine")
+    expect(page.get_by_role("dialog", name="Remove a model")).to_contain_text("Requests that run get their")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(row(page, "models", "team/mine")).to_have_count(0)
     expect(page.locator("#models")).to_be_focused()
+
+
+def test_a_deploy_over_a_name_that_is_there_asks_first(page: Page) -> None:
+    page.get_by_role("button", name="Deploy a model").click()
+    dialog = page.get_by_role("dialog", name="Deploy a model")
+    dialog.get_by_label("Name").fill("demo-add")
+    dialog.get_by_label("Source").fill("demo-add")
+    dialog.get_by_role("button", name="Deploy").click()
+    expect(dialog.get_by_role("alert")).to_have_text("demo-add is deployed already. Deploy once more to replace it.")
+    dialog.get_by_role("button", name="Deploy").click()
+    expect(dialog).to_be_hidden()
+    expect(page.locator("#said")).to_have_text("demo-add is deployed")
 
 
 @pytest.mark.parametrize(
@@ -347,6 +359,13 @@ def test_narrow_screens_scroll_only_downwards(opened: OpenPage, server: Server) 
     page, _ = opened(server, viewport={"width": 340, "height": 700})
     expect(page.locator("#models-table tbody tr")).not_to_have_count(0)
     assert page.evaluate("document.documentElement.scrollWidth") <= 340
+
+
+def test_on_narrow_screens_what_can_be_done_is_in_sight(opened: OpenPage, server: Server) -> None:
+    page, _ = opened(server, viewport={"width": 420, "height": 900})
+    box = page.get_by_label("Remove demo-add").bounding_box()
+    assert box is not None
+    assert box["x"] + box["width"] <= 420
 
 
 def test_text_is_only_ever_text(opened: OpenPage, server: Server) -> None:

@@ -1,15 +1,15 @@
 // Quantities as people read them.
 
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+const UNITS = ["B", "KB", "MB", "GB", "TB"];
 
-/** 1536 -> "1.5 KiB". */
+/** 1536 -> "1.5 KB", as the command line has it. */
 export function bytes(count) {
   let unit = 0;
-  while (count >= 1024 && unit < UNITS.length - 1) {
-    count /= 1024;
+  while (count >= 1000 && unit < UNITS.length - 1) {
+    count /= 1000;
     unit += 1;
   }
-  return `${unit === 0 || count >= 100 ? Math.round(count) : count.toFixed(1)} ${UNITS[unit]}`;
+  return `${unit === 0 ? count : count.toFixed(1)} ${UNITS[unit]}`;
 }
 
 /** 0.0123 -> "12.3 ms", 4.2 -> "4.20 s"; nothing known is a dash. */

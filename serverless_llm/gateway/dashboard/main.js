@@ -131,13 +131,22 @@ function tellWatched(shown) {
   }
 }
 
+let replacing = ""; // the name whose replacement was asked about
+
 const deploy = new Asking("deploy", async (fields) => {
   const name = fields.name.value.trim();
+  if (models.has(name) && replacing !== name) {
+    replacing = name;
+    throw new Error(`${name} is deployed already. Deploy once more to replace it.`);
+  }
   await ask("PUT", modelPath(name), deployBody(fields));
   tell(`${name} is deployed`);
   return look;
 });
-byId("deploy-open").addEventListener("click", () => deploy.open());
+byId("deploy-open").addEventListener("click", () => {
+  replacing = "";
+  deploy.open();
+});
 
 let removing = "";
 const remove = new Asking("remove", async () => {
@@ -155,7 +164,7 @@ const remove = new Asking("remove", async () => {
 
 function askRemove(name) {
   removing = name;
-  say(byId("remove-what"), `${name} loses its endpoint, and its running requests end. Its files stay.`);
+  say(byId("remove-what"), `${name} loses its endpoint. Requests that run get their whole answer; those that wait are refused. Its files stay.`);
   remove.open();
 }
 

@@ -20,6 +20,10 @@ export class Models {
     this.draw();
   }
 
+  has(name) {
+    return this.models.some((model) => model.name === name);
+  }
+
   draw() {
     const wanted = this.filter.value.trim().toLowerCase();
     const shown = this.models.filter((model) => model.name.toLowerCase().includes(wanted));

@@ -73,6 +73,7 @@ def test_model_roots_never_shut_out_the_demos(tmp_path: Path) -> None:
     roots = model_roots(configured(tmp_path, model_roots=(str(tmp_path),)))
     body = json.dumps({"source": str(tasks.checkpoint_dir("demo-add"))}).encode()
     assert spec_of("demo-add", body, 300.0, roots).source == str(tasks.checkpoint_dir("demo-add"))
+    assert spec_of("m", b'{"source": "demo-add"}', 300.0, roots).source == str(tasks.checkpoint_dir("demo-add"))
     with pytest.raises(RequestError, match="outside the model roots"):
         spec_of("m", b'{"source": "/elsewhere"}', 300.0, roots)
 
