@@ -1,10 +1,12 @@
-"""Settings of every test: one compute thread, and examples that are the same in every run."""
+"""Settings of every test: one compute thread, signals as from a terminal, and examples that are the same in every run."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children inherit that it is ignored
 
 from hypothesis import HealthCheck, Phase, settings
 
