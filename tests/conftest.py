@@ -1,4 +1,4 @@
-"""Settings of every test: one compute thread, signals as from a terminal, and examples that are the same in every run."""
+"""Settings of every test: one compute thread, signals as from a terminal, examples that are the same in every run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children inherit that it is ignored
 
 from hypothesis import HealthCheck, Phase, settings
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children inherit that it is ignored
 
 settings.register_profile(
     "default", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
