@@ -102,6 +102,11 @@ def test_a_node_that_is_not_there_may_be_drained_before_it_comes() -> None:
     assert kinds(desk.tell(e.Drain("n0", False))) == ["Decided", "Reserve"]
 
 
+def test_a_node_that_was_not_drained_and_is_taken_back_goes_on(desk: Desk) -> None:
+    assert desk.tell(e.Drain("n0", False)) == []
+    assert desk.machine.state.replicas[1].retiring == ""
+
+
 def test_what_is_unloading_already_is_told_once(desk: Desk) -> None:
     desk.tell(e.SequenceDone(1, 1, DONE, 3))
     desk.tell(e.UnloadModel("a"))

@@ -155,9 +155,8 @@ def test_a_deleted_model_leaves_no_deadline(desk: Desk) -> None:
 
 def test_a_deleted_models_lost_sequence_is_told(desk: Desk) -> None:
     desk.tell(e.Delete("a"))
-    (reject,) = desk.tell(e.WorkerLost(D0, 1, "killed"))
-    assert isinstance(reject, c.Reject)
-    assert reject.code == "model_not_found"
+    reject = c.Reject(1, 404, "model_not_found", "the model 'a' does not exist", None, False)
+    assert desk.tell(e.WorkerLost(D0, 1, "killed")) == [reject]
 
 
 def test_a_refused_or_suspected_sequence_of_a_deleted_model_is_told(desk: Desk) -> None:

@@ -126,6 +126,15 @@ def test_what_is_adopted_keeps_its_place_for_as_long_as_what_was_loaded() -> Non
     assert desk.machine.state.replicas[1].draining_for == "b"
 
 
+@pytest.mark.parametrize("news", [e.WorkerUp(D0, 2), e.Heartbeat("n0", ((D0, 2, ()),), (), ())])
+def test_a_death_that_only_the_next_worker_tells_of_is_charged(news: e.Event) -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    desk.tell(news)
+    assert desk.machine.state.sequences[1].deaths == 1
+
+
 def test_a_load_under_way_hides_no_replica_that_is_not_there() -> None:
     desk = Desk(QUIET)
     desk.join()

@@ -7,7 +7,7 @@ import pytest
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
-from serverless_llm.domain import FinishReason
+from serverless_llm.domain import DeviceSpec, FinishReason, NodeSpec
 from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, kinds, node
 
 DONE = FinishReason.STOP
@@ -166,6 +166,16 @@ def test_the_replica_with_the_fewest_sequences_is_chosen() -> None:
 def test_a_request_whose_kv_can_never_fit_is_refused(desk: Desk, prompt: int, most: int, says: str) -> None:
     desk.tell(e.RequestArrived(2, "a", "sha-a"))
     assert desk.tell(e.PromptReady(2, prompt, most)) == [c.Reject(2, 400, "context_length_exceeded", says, None, False)]
+
+
+def test_beside_weights_that_no_known_device_holds_there_is_no_room() -> None:
+    desk = Desk(Policy(silent_after=1e9))
+    unknown = DeviceSpec(1, "cpu", 0, "copy")
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), unknown)))
+    desk.tell(deploy("a", size=150))
+    (reject,) = desk.ask(1, "a")
+    assert isinstance(reject, c.Reject)
+    assert reject.message == "the KV of 20 tokens takes 20 B; beside the weights at most 0 B are available"
 
 
 def test_a_client_that_leaves_ends_its_sequence_wherever_it_is(desk: Desk) -> None:
