@@ -29,8 +29,8 @@ from serverless_llm.loader.staging import Staging, pays
 
 CALL_BYTES = 64 << 20  # longer calls gain nothing; shorter ones suffer when a Python thread is busy
 THREADS = 2
-STAGED_CALL_BYTES = 16 << 20
-STAGED_THREADS = 8  # some copy while others read
+STAGED_CALL_BYTES = 8 << 20
+STAGED_THREADS = 12  # some copy while others read
 STUCK_S = 5.0  # after which a read counts as stuck: less than the control plane waits for the loads queued behind it
 MOST_STUCK = 16  # stuck reads that are replaced, each a thread; arbitrary
 log = logging.getLogger(__name__)
