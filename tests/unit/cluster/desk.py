@@ -12,6 +12,7 @@ from serverless_llm.domain import DeviceId, DeviceSpec, Footprint, LoadPhases, M
 D0, D1 = DeviceId("n0", 0), DeviceId("n0", 1)
 KV = 10  # bytes of a block; a floor is one block, because a device has 100
 PHASES = LoadPhases(total_s=1.0)
+QUIET = Policy(silent_after=1e9)  # nobody minds that a node says nothing
 
 
 def node(name: str = "n0", devices: int = 1, weights: str = "copy", dram: int = 1000) -> NodeSpec:
@@ -85,3 +86,11 @@ class Desk:
         """One heartbeat of a node with one device."""
         workers = ((DeviceId(node, 0), incarnation, replicas),) if incarnation else ()
         return self.tell(e.Heartbeat(node, workers, (), ()), after)
+
+
+def serving() -> Desk:
+    """One device that serves `a` to sequence 1; nobody minds that its node says nothing."""
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    return desk

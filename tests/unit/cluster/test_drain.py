@@ -7,9 +7,8 @@ import pytest
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster import views
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import DeviceId, FinishReason
-from tests.unit.cluster.desk import D0, PHASES, Desk, deploy, kinds, node
+from tests.unit.cluster.desk import D0, PHASES, QUIET, Desk, deploy, kinds, node, serving
 
 N1 = DeviceId("n1", 0)
 DONE = FinishReason.STOP
@@ -17,11 +16,7 @@ DONE = FinishReason.STOP
 
 @pytest.fixture
 def desk() -> Desk:
-    """`n0` serves `a` to sequence 1."""
-    desk = Desk(Policy(silent_after=1e9))
-    desk.join()
-    desk.serve("a", 1)
-    return desk
+    return serving()
 
 
 def test_what_is_idle_leaves_at_once(desk: Desk) -> None:
@@ -30,7 +25,7 @@ def test_what_is_idle_leaves_at_once(desk: Desk) -> None:
 
 
 def test_what_must_stay_leaves_too() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.tell(deploy("a", pinned=True, min_replicas=1))
     desk.ask(1, "a")
@@ -52,7 +47,7 @@ def test_what_runs_ends_there_and_who_comes_goes_elsewhere(desk: Desk) -> None:
 
 
 def test_a_load_on_its_way_is_begun_elsewhere() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.tell(deploy("a"))
     desk.ask(1, "a")
@@ -65,7 +60,7 @@ def test_a_load_on_its_way_is_begun_elsewhere() -> None:
 
 
 def test_one_more_is_wanted_where_a_replica_leaves_that_must_be_there() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.tell(deploy("a", min_replicas=1))
     desk.ask(1, "a")
@@ -93,7 +88,7 @@ def test_it_stays_so_over_a_link_that_breaks(desk: Desk) -> None:
 
 
 def test_a_node_that_is_not_there_may_be_drained_before_it_comes() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.tell(e.Drain("n0", True))
     desk.join()
     desk.tell(deploy("a"))

@@ -8,11 +8,9 @@ import pytest
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import FinishReason
-from tests.unit.cluster.desk import D0, Desk, deploy, kinds
+from tests.unit.cluster.desk import D0, QUIET, Desk, deploy, kinds
 
-QUIET = Policy(silent_after=1e9)  # no heartbeats in these tests
 DONE = FinishReason.STOP
 
 

@@ -9,7 +9,7 @@ from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.domain import FinishReason
-from tests.unit.cluster.desk import D0, D1, Desk, deploy, kinds, node
+from tests.unit.cluster.desk import D0, D1, QUIET, Desk, deploy, kinds, node, serving
 
 DONE = FinishReason.STOP
 OUTDATED = "the model was deployed anew while the request waited"
@@ -21,11 +21,7 @@ def outdated(sequence: int) -> c.Reject:
 
 @pytest.fixture
 def desk() -> Desk:
-    """One device that serves `a` to sequence 1; nobody minds that its node says nothing."""
-    desk = Desk(Policy(silent_after=1e9))
-    desk.join()
-    desk.serve("a", 1)
-    return desk
+    return serving()
 
 
 def test_a_deploy_loads_nothing_unless_replicas_are_wanted() -> None:
@@ -69,7 +65,7 @@ def test_new_limits_need_no_new_load(desk: Desk) -> None:
 
 
 def test_fewer_replicas_send_the_newest_off() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join(node(devices=2))
     desk.tell(deploy("a", min_replicas=2, max_replicas=2))
     desk.bring_up(1)
@@ -78,7 +74,7 @@ def test_fewer_replicas_send_the_newest_off() -> None:
 
 
 def test_who_waits_for_an_old_revision_is_told_at_its_end() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.tell(deploy("a"))
     desk.tell(e.RequestArrived(1, "a", "sha-a"))
     desk.ask(2, "a")
@@ -94,7 +90,7 @@ def test_who_arrives_for_an_overtaken_checkpoint_is_told_at_once(desk: Desk) -> 
 
 
 def test_a_load_of_an_old_revision_serves_nobody() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.tell(deploy("a"))
     desk.ask(1, "a")
@@ -217,7 +213,7 @@ def test_unload_waits_for_who_runs(desk: Desk) -> None:
 
 
 def test_unload_ends_a_load_that_nobody_waits_for_only() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.tell(deploy("a"))
     desk.tell(e.Load("a"))

@@ -11,19 +11,14 @@ from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
-from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, kinds, node
+from tests.unit.cluster.desk import D0, D1, PHASES, QUIET, Desk, deploy, kinds, node, serving
 
-QUIET = Policy(silent_after=1e9)
 DONE = FinishReason.STOP
 
 
 @pytest.fixture
 def desk() -> Desk:
-    """One device that serves `a` to sequence 1; nobody minds that its node says nothing."""
-    desk = Desk(QUIET)
-    desk.join()
-    desk.serve("a", 1)
-    return desk
+    return serving()
 
 
 def test_a_new_head_adopts_what_the_agents_hold() -> None:
@@ -127,10 +122,7 @@ def test_what_is_adopted_keeps_its_place_for_as_long_as_what_was_loaded() -> Non
 
 
 @pytest.mark.parametrize("news", [e.WorkerUp(D0, 2), e.Heartbeat("n0", ((D0, 2, ()),), (), ())])
-def test_a_death_that_only_the_next_worker_tells_of_is_charged(news: e.Event) -> None:
-    desk = Desk(QUIET)
-    desk.join()
-    desk.serve("a", 1)
+def test_a_death_that_only_the_next_worker_tells_of_is_charged(desk: Desk, news: e.Event) -> None:
     desk.tell(news)
     assert desk.machine.state.sequences[1].deaths == 1
 
@@ -150,10 +142,7 @@ def test_a_load_under_way_hides_no_replica_that_is_not_there() -> None:
     assert sorted(desk.machine.state.replicas) == [1, 3]
 
 
-def test_a_worker_has_let_go_of_whom_it_does_not_mention() -> None:
-    desk = Desk(QUIET)
-    desk.join()
-    desk.serve("a", 1)
+def test_a_worker_has_let_go_of_whom_it_does_not_mention(desk: Desk) -> None:
     desk.ask(2, "a")
     desk.tell(e.ClientGone(1))
     assert desk.machine.state.devices[D0].recalled == {1}
@@ -407,7 +396,7 @@ def fail_boots(desk: Desk, times: int, device: DeviceId = D0) -> list[c.Command]
 
 def down(devices: int = 1, **spec: object) -> Desk:
     """A desk whose node's workers are not up, and whose model has a request waiting."""
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.tell(e.NodeJoined(node(devices=devices), (), (), ()))
     desk.tell(deploy("a", **spec))  # type: ignore[arg-type]
     assert desk.ask(1, "a") == []
@@ -455,7 +444,7 @@ def test_min_replicas_come_when_a_device_comes_up_after_all() -> None:
 
 
 def test_who_waits_for_a_device_of_unknown_memory_is_told_why_it_is_not_up() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     unknown = NodeSpec("n0", 1000, (DeviceSpec(0, "cuda", 0, "copy"),))
     desk.tell(e.NodeJoined(unknown, (), (), ()))
     desk.tell(deploy("a"))
@@ -466,7 +455,7 @@ def test_who_waits_for_a_device_of_unknown_memory_is_told_why_it_is_not_up() -> 
 
 
 def test_a_device_of_unknown_memory_may_hold_what_a_known_one_does_not() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     mixed = NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cuda", 0, "copy")))
     desk.tell(e.NodeJoined(mixed, ((D0, 1),), (), ()))
     desk.tell(deploy("big", size=95))

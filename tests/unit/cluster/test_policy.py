@@ -7,17 +7,16 @@ import pytest
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.failures import convict, fail
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import DeviceSpec, Footprint, ModelSpec, NodeSpec
-from tests.unit.cluster.desk import D0, Desk, deploy, kinds
+from tests.unit.cluster.desk import D0, QUIET, Desk, deploy, kinds
 
 GB = 10**9
 
 
 @pytest.fixture
 def desk() -> Desk:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     return desk
 
@@ -44,7 +43,7 @@ def test_one_that_ends_engine_processes_for_an_hour_at_most(desk: Desk) -> None:
 
 @pytest.mark.parametrize(("bandwidth", "limit"), [(1000.0, 10.0), (40.0, 20 * 2.05)])
 def test_a_load_may_take_twenty_times_as_long_as_predicted_and_ten_seconds(bandwidth: float, limit: float) -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"),), {"disk": bandwidth}))
     desk.tell(deploy("a", size=80))
     desk.ask(1, "a")

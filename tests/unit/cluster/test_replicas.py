@@ -11,9 +11,8 @@ from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.domain import FinishReason, LoadPhases
-from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, kinds, node
+from tests.unit.cluster.desk import D0, D1, PHASES, QUIET, Desk, deploy, kinds, node
 
-QUIET = Policy(silent_after=1e9)  # no heartbeats in these tests
 DONE = FinishReason.STOP
 
 

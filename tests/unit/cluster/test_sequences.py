@@ -6,20 +6,15 @@ import pytest
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import DeviceSpec, FinishReason, NodeSpec
-from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, kinds, node
+from tests.unit.cluster.desk import D0, D1, PHASES, QUIET, Desk, deploy, kinds, node, serving
 
 DONE = FinishReason.STOP
 
 
 @pytest.fixture
 def desk() -> Desk:
-    """One device that serves `a` to sequence 1; nobody minds that its node says nothing."""
-    desk = Desk(Policy(silent_after=1e9))
-    desk.join()
-    desk.serve("a", 1)
-    return desk
+    return serving()
 
 
 def test_a_cold_request_starts_a_load_before_its_prompt_is_known() -> None:
@@ -57,7 +52,7 @@ def test_a_model_nobody_deployed_is_not_found(desk: Desk) -> None:
 
 
 def test_a_request_may_fill_the_context_to_its_last_token() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.serve("a", 1, context=20)
     desk.tell(e.RequestArrived(2, "a", "sha-a"))
@@ -169,7 +164,7 @@ def test_a_request_whose_kv_can_never_fit_is_refused(desk: Desk, prompt: int, mo
 
 
 def test_beside_weights_that_no_known_device_holds_there_is_no_room() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     unknown = DeviceSpec(1, "cpu", 0, "copy")
     desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), unknown)))
     desk.tell(deploy("a", size=150))
@@ -231,7 +226,7 @@ def test_a_refused_sequence_is_tried_again_after_a_rest_and_rejected_in_the_end(
 
 
 def test_who_has_rested_has_its_old_place_in_the_queue() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.serve("a", 1, max_concurrency=1)
     desk.ask(2, "a")

@@ -14,7 +14,7 @@ from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import FinishReason
-from tests.unit.cluster.desk import D0, Desk, deploy, kinds, node
+from tests.unit.cluster.desk import D0, QUIET, Desk, deploy, kinds, node
 from tests.unit.cluster.driver import GIB, World
 
 DONE = FinishReason.STOP
@@ -156,7 +156,7 @@ def test_a_model_in_use_is_drained_when_patience_ends(desk: Desk) -> None:
 
 
 def test_patience_begins_when_the_other_is_loaded() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.tell(deploy("a"))
     desk.tell(deploy("b"))
@@ -171,7 +171,7 @@ def test_patience_begins_when_the_other_is_loaded() -> None:
 
 
 def test_whoever_is_drained_stays_chosen() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.serve("a", 1, size=30)
     desk.serve("b", 2, size=30)

@@ -8,16 +8,15 @@ import pytest
 
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster import views
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import FinishReason, Tier
-from tests.unit.cluster.desk import D0, Desk, deploy, node
+from tests.unit.cluster.desk import D0, QUIET, Desk, deploy, node
 
 DONE = FinishReason.STOP
 
 
 @pytest.fixture
 def desk() -> Desk:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join()
     desk.tell(deploy("a", keep_alive=10.0))
     return desk
@@ -82,7 +81,7 @@ def test_what_is_pinned_stays_without_end(desk: Desk) -> None:
 
 
 def test_an_idle_replica_that_takes_over_stays() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join(node(devices=2))
     desk.serve("a", 1, keep_alive=10.0, max_replicas=2, max_concurrency=1)
     desk.ask(2, "a")
@@ -95,7 +94,7 @@ def test_an_idle_replica_that_takes_over_stays() -> None:
 
 
 def test_a_model_goes_when_its_last_replica_does() -> None:
-    desk = Desk(Policy(silent_after=1e9))
+    desk = Desk(QUIET)
     desk.join(node(devices=2))
     desk.serve("a", 1, keep_alive=10.0, max_replicas=2, max_concurrency=1)
     desk.ask(2, "a")
