@@ -80,13 +80,19 @@ def test_what_is_pinned_stays_without_end(desk: Desk) -> None:
     assert see(desk).until is None
 
 
-def test_an_idle_replica_that_takes_over_stays() -> None:
+def half_idle() -> Desk:
+    """Two devices serve `a`; the second has had nothing to do since sequence 2 ended."""
     desk = Desk(QUIET)
     desk.join(node(devices=2))
     desk.serve("a", 1, keep_alive=10.0, max_replicas=2, max_concurrency=1)
     desk.ask(2, "a")
     desk.bring_up(2)
     desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    return desk
+
+
+def test_an_idle_replica_that_takes_over_stays() -> None:
+    desk = half_idle()
     assert ("idle", 2) in desk.machine.state.timers
     desk.tell(e.WorkerLost(D0, 1, "killed"))
     assert 1 in desk.machine.state.replicas[2].running
@@ -94,12 +100,7 @@ def test_an_idle_replica_that_takes_over_stays() -> None:
 
 
 def test_a_model_goes_when_its_last_replica_does() -> None:
-    desk = Desk(QUIET)
-    desk.join(node(devices=2))
-    desk.serve("a", 1, keep_alive=10.0, max_replicas=2, max_concurrency=1)
-    desk.ask(2, "a")
-    desk.bring_up(2)
-    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    desk = half_idle()
     assert see(desk).until is None
     desk.tell(e.SequenceDone(1, 1, DONE, 3), after=5.0)
     assert see(desk).until == 15.0
