@@ -21,8 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
-from tests.unit.cluster.cast import Agent, Faults, Worker
-from tests.unit.cluster.driver import GIB, World
+from tests.unit.cluster.cast import GIB, Agent, Faults, Worker
+from tests.unit.cluster.driver import World
 
 MODELS = ("a", "b", "c", "d", "e")
 NODES = ("n0", "n1")

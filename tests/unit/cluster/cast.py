@@ -10,6 +10,8 @@ from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.domain import CheckpointId, DeviceId, ModelName, NodeSpec, ReplicaId, SequenceId
 
+GIB = 1 << 30
+
 
 class Time:
     """What happens when. `now` only moves in `run`."""

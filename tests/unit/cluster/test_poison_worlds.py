@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.cluster.driver import GIB, World
+from tests.unit.cluster.cast import GIB
+from tests.unit.cluster.driver import World
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -14,8 +14,9 @@ from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import FinishReason
+from tests.unit.cluster.cast import GIB
 from tests.unit.cluster.desk import D0, QUIET, Desk, deploy, kinds, node
-from tests.unit.cluster.driver import GIB, World
+from tests.unit.cluster.driver import World
 
 DONE = FinishReason.STOP
 
