@@ -8,6 +8,7 @@ import resource
 import socket
 import ssl
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from serverless_llm.gateway.options import GatewayOptions
 
 BACKLOG = 1024  # connections that the kernel holds until they are accepted; a burst of clients
 PASSIVE = socket.AI_PASSIVE
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # as of ::1, which a name may have although IPv6 is off
 CLOSE_SECONDS = 1.0  # for handlers that still run when the server closes; streams had their time before
 RESERVED = 128  # descriptors for all else: agents, text processes, logs, the database
 
@@ -111,20 +113,38 @@ def most_connections(wanted: int) -> int:
 async def listen(
     runner: web.AppRunner, host: str, port: int, options: GatewayOptions, tls: ssl.SSLContext | None = None
 ) -> int:
-    """Accepts connections; returns the port.
+    """Accepts connections on those addresses of the host that this machine has; returns the port.
 
     Raises:
-        ConfigurationError: the address is not there or taken.
+        ConfigurationError: it has none of them, or one is taken.
     """
     try:
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=PASSIVE):
-            sock = _bound(family, (address[0], port, *address[2:]), options)
-            port = sock.getsockname()[1]  # of a free one: the same for every address of the host
+        for sock in _bound_to(host, port, options):
             await web.SockSite(runner, sock, ssl_context=tls, backlog=BACKLOG).start()
+            port = sock.getsockname()[1]
     except OSError as error:
         hint = "; choose another --port, 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
         raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}{hint}") from error
     return port
+
+
+def _bound_to(host: str, port: int, options: GatewayOptions) -> Iterator[socket.socket]:
+    """One for each address; where `port` is 0 all have the one that was free for the first."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=PASSIVE)
+    addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)  # a hosts file may repeat one
+    absent: list[OSError] = []
+    for family, address in addresses:
+        try:
+            sock = _bound(family, (address[0], port, *address[2:]), options)
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
+            absent.append(error)
+        else:
+            port = sock.getsockname()[1]
+            yield sock
+    if len(absent) == len(addresses):
+        raise absent[0]
 
 
 def _bound(family: int, address: tuple[object, ...], options: GatewayOptions) -> socket.socket:

@@ -192,6 +192,35 @@ def test_a_port_in_use_is_named() -> None:
     uvloop.run(main())
 
 
+NOT_HERE = [(socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "192.0.2.1")]  # RFC 3849, RFC 5737
+HERE = (socket.AF_INET, "127.0.0.1")
+
+
+def test_of_a_host_s_addresses_those_that_this_machine_has_are_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(addresses: list[tuple[socket.AddressFamily, str]], port: int) -> int:
+        found = [(family, socket.SOCK_STREAM, 0, "", (address, 0)) for family, address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_options: found)
+        options = GatewayOptions()
+        runner = Runner(web.Application(), options)
+        await runner.setup()
+        try:
+            port = await listen(runner, "some.host", port, options)
+            assert [address[:2] for address in runner.addresses] == [("127.0.0.1", port)]
+        finally:
+            await runner.cleanup()
+        return port
+
+    assert uvloop.run(main([NOT_HERE[0], HERE, HERE, NOT_HERE[1]], 0))
+    with pytest.raises(ConfigurationError, match=r"cannot listen on some\.host port 1: .*address"):
+        uvloop.run(main(NOT_HERE, 1))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=rf"cannot listen on some\.host port {port}: Address already in"):
+            uvloop.run(main([*NOT_HERE, HERE], port))
+
+
 # --- TLS ---
 
 
