@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import DeviceId
-from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, node
+from tests.unit.cluster.desk import D0, D1, PHASES, STILL, Desk, deploy, node
 
 
 def dispatched(out: list[c.Command]) -> list[int]:
@@ -17,7 +16,7 @@ class Court(Desk):
     """One device; its worker can die, and comes back at once."""
 
     def __init__(self) -> None:
-        super().__init__(Policy(silent_after=1e9, mention_s=1e9))
+        super().__init__(STILL)
         self.incarnation = 1
         self.join()
 
@@ -46,7 +45,7 @@ class Pair(Desk):
     """Two devices, each with a replica of `a`. Sequence 1 was there when a worker died, and is on `D1` now."""
 
     def __init__(self) -> None:
-        super().__init__(Policy(silent_after=1e9, mention_s=1e9))
+        super().__init__(STILL)
         self.incarnations = {D0: 1, D1: 1}
         self.join(node(devices=2))
         self.tell(deploy("a", size=30, min_replicas=2, max_replicas=2))

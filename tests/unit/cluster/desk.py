@@ -7,12 +7,13 @@ from serverless_llm.cluster import events as e
 from serverless_llm.cluster.invariants import check_invariants
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.cluster.policy import Policy
-from serverless_llm.domain import DeviceId, DeviceSpec, Footprint, LoadPhases, ModelSpec, NodeSpec
+from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, Footprint, LoadPhases, ModelSpec, NodeSpec
 
 D0, D1 = DeviceId("n0", 0), DeviceId("n0", 1)
 KV = 10  # bytes of a block; a floor is one block, because a device has 100
 PHASES = LoadPhases(total_s=1.0)
 QUIET = Policy(silent_after=1e9)  # nobody minds that a node says nothing
+STILL = Policy(silent_after=1e9, mention_s=1e9)  # nor that its workers say nothing of what runs there
 
 
 def node(name: str = "n0", devices: int = 1, weights: str = "copy", dram: int = 1000) -> NodeSpec:
@@ -27,6 +28,11 @@ def deploy(name: str, size: int = 80, checkpoint: str = "", context: int = 1024,
 def kinds(out: list[c.Command]) -> list[str]:
     """The commands' names."""
     return [type(one).__name__ for one in out]
+
+
+def decided(out: list[c.Command]) -> c.Decided:
+    (one,) = (one for one in out if isinstance(one, c.Decided))
+    return one
 
 
 class Desk:
@@ -94,3 +100,13 @@ def serving() -> Desk:
     desk.join()
     desk.serve("a", 1)
     return desk
+
+
+def idle(desk: Desk, name: str, sequence: int, **spec: object) -> int:
+    """Deploy a model and leave it loaded and idle; its replica."""
+    replica = desk.machine.state.next_replica
+    desk.tell(deploy(name, **spec))  # type: ignore[arg-type]
+    desk.ask(sequence, name)
+    desk.bring_up(replica, desk.machine.state.replicas[replica].device)
+    desk.tell(e.SequenceDone(sequence, 1, FinishReason.STOP, 3))
+    return replica

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import DeviceId
 from tests.unit.cluster.court import Court, Pair, dispatched
-from tests.unit.cluster.desk import D0, D1, PHASES, Desk, deploy, kinds, node
+from tests.unit.cluster.desk import D0, D1, PHASES, STILL, Desk, deploy, kinds, node
 
 
 def test_a_suspect_that_awaits_its_trial_on_one_device_takes_no_other() -> None:
@@ -21,7 +20,7 @@ def test_a_suspect_that_awaits_its_trial_on_one_device_takes_no_other() -> None:
 
 
 def test_a_suspect_is_tried_on_the_first_of_the_devices_that_can() -> None:
-    desk = Desk(Policy(silent_after=1e9, mention_s=1e9))
+    desk = Desk(STILL)
     desk.join(node(devices=3))
     desk.tell(deploy("a", size=30, min_replicas=3, max_replicas=3))
     for replica, device in enumerate((D0, D1, DeviceId("n0", 2)), start=1):

@@ -12,10 +12,9 @@ import pytest
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import FinishReason
 from tests.unit.cluster.cast import GIB
-from tests.unit.cluster.desk import D0, QUIET, Desk, deploy, kinds, node
+from tests.unit.cluster.desk import D0, QUIET, STILL, Desk, deploy, kinds, node
 from tests.unit.cluster.driver import World
 
 DONE = FinishReason.STOP
@@ -134,7 +133,7 @@ def test_an_idle_server_of_a_hundred_models_only_hears_its_agents() -> None:
 @pytest.fixture
 def desk() -> Desk:
     """`a` is in steady use on the only device since second 0; `b` waits since then."""
-    desk = Desk(Policy(silent_after=1e9, mention_s=1e9))
+    desk = Desk(STILL)
     desk.join()
     desk.serve("a", 1)
     desk.tell(deploy("b"))
