@@ -1,7 +1,7 @@
 """The head's log: on standard error, as text on a terminal and JSON elsewhere, and as JSON in `logs/head.log`.
 
-The file is written by a thread of its own, so that a disk that hangs holds up nobody, and is rotated at the size of an
-agent's. A line that cannot be written is lost.
+Both are written by a thread, so that neither a disk nor a terminal that hangs holds up anybody; the file is rotated at
+the size of an agent's. A line that cannot be written is lost.
 """
 
 from __future__ import annotations
@@ -10,23 +10,32 @@ import contextlib
 import json
 import logging
 import logging.handlers
-import queue
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from queue import Queue
 
 from serverless_llm.errors import OccupiedError, ServerlessLLMError
 
+ENDED = "the server ended: %s"
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 LIMIT = 16 << 20  # bytes of the log, and as many of the one before it; arbitrary
-BACKLOG = 10_000  # lines that may wait for the disk
+BACKLOG = 10_000  # lines that may wait to be written
+PAUSE = 0.05  # seconds; lines that come within it are written together, for each waking of the thread holds up the head
 
 
 class JsonLines(logging.Formatter):
     """One object a line: time (ISO 8601 with offset), level, logger, and the record's fields or its message."""
 
     def format(self, record: logging.LogRecord) -> str:
+        line: str | None = getattr(record, "line", None)  # as another handler wrote it
+        if line is None:
+            line = record.line = self._made(record)
+        return line
+
+    def _made(self, record: logging.LogRecord) -> str:
         line = {
             "time": datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -39,10 +48,21 @@ class JsonLines(logging.Formatter):
 
 
 class _Waiting(logging.handlers.QueueHandler):
-    """Hands records to the file's thread as they are; drops them where it is far behind."""
+    """Hands records to the thread as they are; drops them where it is far behind."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record
+
+
+class _Thread(logging.handlers.QueueListener):
+    """Where there is nothing to write it pauses, and only then waits to be woken."""
+
+    queue: Queue[logging.LogRecord]
+
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        if self.queue.empty():
+            time.sleep(PAUSE)
+        return super().dequeue(block)
 
 
 @contextlib.contextmanager
@@ -62,18 +82,18 @@ def logged(folder: Path, verbose: bool) -> Iterator[None]:
     told.setLevel(logging.WARNING if on_terminal and not verbose else logging.INFO)
     kept = logging.handlers.RotatingFileHandler(folder / "head.log", maxBytes=LIMIT, backupCount=1, delay=True)
     kept.setFormatter(JsonLines())
-    records: queue.Queue[logging.LogRecord] = queue.Queue(BACKLOG)
-    root.handlers = [told, _Waiting(records)]
+    records: Queue[logging.LogRecord] = Queue(BACKLOG)
+    thread = _Thread(records, told, kept, respect_handler_level=True)
+    root.handlers = [_Waiting(records)]
     root.setLevel(logging.INFO)
-    thread = logging.handlers.QueueListener(records, kept)
     thread.start()
     try:
         yield
     except OccupiedError:  # the log is another's
         raise
     except Exception as error:
-        root.removeHandler(told)  # whoever catches it tells the terminal
-        root.error("the server ended: %s", error, exc_info=None if isinstance(error, ServerlessLLMError) else error)
+        told.addFilter(lambda record: record.msg != ENDED)  # whoever catches it tells the terminal
+        root.error(ENDED, error, exc_info=None if isinstance(error, ServerlessLLMError) else error)
         raise
     finally:
         thread.stop()

@@ -20,10 +20,10 @@ from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.openai import CompletionRequest
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.requests import LiveRequests
+from serverless_llm.gateway.stream import Stream
 from serverless_llm.gateway.text import TextPool
 from serverless_llm.gateway.text_wire import Call
 
-SURE_BYTES = 32 << 10  # into an empty buffer: a write that never waits (asyncio's transports pause at 64 KiB)
 _log = logging.getLogger("serverless_llm.request")
 
 
@@ -121,49 +121,8 @@ class Completions:
             raise live.error
         response = web.StreamResponse(headers=sse.HEADERS | answers.timing(live.lead))
         await response.prepare(http)
-        await self._pump(live, http, response)
+        await Stream(live, http, response, self._options).run()
         return response
-
-    async def _pump(self, live: LiveRequest, http: web.Request, response: web.StreamResponse) -> None:
-        """Every piece of text, heartbeats in between, and the end; one write for all that is there."""
-        parts = [answers.ChoiceStream(choice) for choice in live.choices]
-        loop, every = asyncio.get_running_loop(), self._options.heartbeat_every
-        beat = loop.time() + (every if live.begun else 0.0)  # headers without a token are followed by a heartbeat
-        while True:
-            done = live.done
-            out = b"".join([part.news() for part in parts])
-            if done:
-                await self._write(http, response, out + self._end(live))
-                return
-            if live.unfinished < len(parts):
-                parts = [part for part in parts if not part.ended]
-            out = out or (self._heartbeat(parts[0]) if loop.time() >= beat else b"")
-            if out:
-                await self._write(http, response, out)
-                beat = loop.time() + every
-            await live.news(beat)
-
-    def _end(self, live: LiveRequest) -> bytes:
-        if live.error is not None:
-            return sse.failed(live.error)
-        return sse.closing(answers.identity(live), answers.usage(live) if live.request.include_usage else None)
-
-    def _heartbeat(self, part: answers.ChoiceStream) -> bytes:
-        return sse.PING if self._options.heartbeat == "comment" else part.heartbeat()
-
-    async def _write(self, http: web.Request, response: web.StreamResponse, data: bytes) -> None:
-        """
-        Raises:
-            ConnectionError: the client is gone, or takes nothing for too long.
-        """
-        if len(data) < SURE_BYTES and http.transport is not None and not http.transport.get_write_buffer_size():
-            await response.write(data)
-            return
-        try:
-            async with asyncio.timeout(self._options.write_stall):
-                await response.write(data)
-        except TimeoutError:
-            raise ConnectionAbortedError("the client does not read") from None
 
     # --- afterwards ---
 

@@ -37,6 +37,8 @@ class LiveRequest:
         unfinished: choices whose text is not all there.
         error: why there is no (more) text; the first one counts.
         overrun: called when the client does not read what waits for it.
+        flush: called where there is more text for a stream; wakes the handler, until that knows something quicker.
+        deadline: loop time at which `news` is over at the latest; it may be put off meanwhile.
         opened: loop time of the arrival, for deadlines; uvloop's clock ticks in milliseconds.
         arrived: monotonic seconds.
         unread: characters that wait for the client, of all choices.
@@ -53,8 +55,9 @@ class LiveRequest:
         self.error: RequestError | None = None
         self.unread = self.unread_limit = 0
         self.overrun: Callable[[], None] = lambda: None
+        self.flush: Callable[[], None] = self.wake
+        self.deadline: float | None = None
         self._event = asyncio.Event()
-        self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.unfinished = request.choices
         self.choices = tuple(Choice(self, first + index, index) for index in range(self.unfinished))
@@ -101,11 +104,11 @@ class LiveRequest:
         self._event.set()
 
     async def news(self, deadline: float | None) -> None:
-        """Sleep until there is a first token, text, an end, or it is `deadline` (loop time).
+        """Sleep until there is a first token, text that nobody else writes, an end, or it is `deadline` (loop time).
 
         Deadlines move on with every token, so one timer follows them at leisure instead of one being armed each time.
         """
-        self._deadline = deadline
+        self.deadline = deadline
         if deadline is not None and (self._timer is None or self._timer.when() > deadline):
             self._rearm(deadline)
         await self._event.wait()
@@ -118,10 +121,10 @@ class LiveRequest:
 
     def _ring(self) -> None:
         self._timer = None
-        if self._deadline is None:
+        if self.deadline is None:
             return
-        if asyncio.get_running_loop().time() < self._deadline:
-            self._rearm(self._deadline)
+        if asyncio.get_running_loop().time() < self.deadline:
+            self._rearm(self.deadline)
         else:
             self._event.set()
 
@@ -287,8 +290,10 @@ class Choice:
             live.unread += len(text)
             if streams and live.unread > live.unread_limit:
                 live.slow()
-        if streams or finish or not self.first:
+        if finish or not self.first:
             live.wake()
+        elif streams:
+            live.flush()
 
 
 def _shaping(sampling: Mapping[str, float], request: CompletionRequest) -> wire.Shaping | None:

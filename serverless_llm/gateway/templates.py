@@ -13,6 +13,7 @@ import re
 from array import array
 from collections.abc import Callable
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,7 @@ class CheckpointText:
             value = {entry["name"]: entry["template"] for entry in value}.get("default")
         return value if isinstance(value, str) else None
 
+    @cached_property
     def defaults(self) -> dict[str, float]:
         """Sampling values of generation_config.json; `do_sample: false` there means greedy, as in transformers.
 
@@ -205,6 +207,7 @@ class CheckpointText:
                 values[name] = check(self._generation.get(name), name)
         return values | ({"temperature": 0.0} if self._generation.get("do_sample") is False else {})
 
+    @cached_property
     def stop_ids(self) -> list[int]:
         """Every id that ends a text, by any of the checkpoint's files, and that its model can choose.
 
@@ -216,8 +219,9 @@ class CheckpointText:
         ids |= set() if named is None else {named}
         if len(ids) > fields.MAX_STOP_IDS:  # every frame that starts a sequence carries them
             raise RequestError(500, "engine_error", f"its files name more than {fields.MAX_STOP_IDS} stop ids")
-        return sorted(number for number in ids if number < self.vocabulary())
+        return sorted(number for number in ids if number < self.vocabulary)
 
+    @cached_property
     def vocabulary(self) -> int:
         """Ids that the model has rows for; padding rows of its embedding count."""
         size = self._config.get("vocab_size")
@@ -298,8 +302,8 @@ class CheckpointText:
             RequestError: the model has no row for one of them.
         """
         largest = max(ids, default=0)
-        if largest >= self.vocabulary():
-            message = f"{param}: token id {largest} is outside the vocabulary of {self.vocabulary()}"
+        if largest >= self.vocabulary:
+            message = f"{param}: token id {largest} is outside the vocabulary of {self.vocabulary}"
             raise RequestError(400, "invalid_request_error", message, param)
         return ids.tobytes()
 
@@ -310,7 +314,7 @@ class CheckpointText:
             RequestError: it cannot be made, and why.
         """
         table = token_table(self.tokenizer) if call.table else None
-        return Prompt(self._encoded(call), self.defaults(), self.stop_ids(), table, self.vocabulary())
+        return Prompt(self._encoded(call), self.defaults, self.stop_ids, table, self.vocabulary)
 
     def _encoded(self, call: Call) -> bytes:
         if call.ids is not None:
