@@ -42,7 +42,7 @@ class Spawner:
         spawned: Callable[[int, int, int], None],
         exited: Callable[[int, int, int], None],
         lost: Callable[[str], None],
-        node: str = "node",
+        node: str,
     ) -> None:
         self._ready = ready
         self._spawned = spawned

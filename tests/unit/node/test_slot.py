@@ -42,6 +42,7 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
             lambda device, incarnation, pid: slot.spawned(incarnation, pid),
             lambda device, incarnation, status: slot.exited(incarnation, status),
             lambda cause: slot.forkserver_lost(cause),
+            "n0",
         )
         boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
         slot = Slot(boot, pool.fd, spawner, says("frame"), says("up"), says("lost"), 10.0)
@@ -70,7 +71,7 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_forkserver_that_dies_before_any_worker_is_a_failed_boot() -> None:
     lost: list[tuple[int, str, bool]] = []
-    spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None)
+    spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None, "n0")
     boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", MIB, 1, 0.0)
 
     def told(slot: Slot, cause: str, charged: bool) -> None:
@@ -87,7 +88,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.news: asyncio.Queue[tuple[object, ...]] = asyncio.Queue()
-        self.spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None)
+        self.spawner = Spawner(lambda: None, lambda *_: None, lambda *_: None, lambda _: None, "n0")
         self.spawner._control, self._asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pool = os.memfd_create("pool")
         boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", MIB, 1, 0.0)
@@ -214,6 +215,7 @@ def test_a_worker_that_is_refused_when_it_is_up_counts_as_a_failed_boot() -> Non
             lambda device, incarnation, pid: slot.spawned(incarnation, pid),
             lambda device, incarnation, status: slot.exited(incarnation, status),
             lambda cause: slot.forkserver_lost(cause),
+            "n0",
         )
         boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
         slot = Slot(

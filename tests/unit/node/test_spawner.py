@@ -38,7 +38,7 @@ def test_a_forkserver_that_never_gets_ready_is_replaced(tmp_path: Path, monkeypa
             causes.append(cause)
             monkeypatch.setattr(spawners, "READY_LIMIT", 60.0)
 
-        spawner = Spawner(ready.set, none, none, lost)
+        spawner = Spawner(ready.set, none, none, lost, "n0")
         spawner.start()
         async with asyncio.timeout(60):
             await ready.wait()
