@@ -31,11 +31,11 @@ import uvloop
 from bench.checkpoints import default_folder
 from bench.common import demand_quiet, row, write_results
 from bench.gateway_client import Connection, Stream, connect, request
-from bench.gateway_subjects import NAME, PACE, Subject, start
+from bench.gateway_subjects import NAME, PACE, SHORT, Subject, start
 
 Samples = dict[tuple[str, str, str], list[float]]  # (case, subject, metric)
 SUBJECTS = ("ours", "fastapi-proxy", "litellm")
-SHORT, LONG = 4, 100  # tokens of one answer, while few and while many streams run
+LONG = 100  # tokens of one answer while many streams run
 TARGETS = {
     ("streams=1", "latency_added_ms"): 1.0,
     ("streams=16", "latency_added_ms"): 1.0,

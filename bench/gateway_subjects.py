@@ -23,6 +23,7 @@ from tests.serving import Server, free_port, until
 
 PACED = Path(__file__).parent / "paced"
 PACE = 20  # tokens a second of one stream
+SHORT = 4  # tokens of one answer while few streams run; the floor ends as late as these
 GRID_MS = 5.0  # tokens of this span travel together, see `paced/sitecustomize.py`
 VOCABULARY = 150_000
 NAME = "paced"
@@ -163,7 +164,7 @@ def upstream() -> Iterator[Subject]:
 @contextmanager
 def floor() -> Iterator[Subject]:
     port = free_port()
-    with process([sys.executable, "-m", "bench.paced.floor", str(port)], port, {"BENCH_PACE": str(PACE)}):
+    with process([sys.executable, "-m", "bench.paced.floor", str(port), str((SHORT - 1) / PACE)], port, {}):
         yield Subject("floor", f"http://127.0.0.1:{port}", ())
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from typing import cast
 
 import uvloop
 
-TOKENS = 4  # of the streams that it stands for
-LATER = (TOKENS - 1) / float(os.environ["BENCH_PACE"])
 EVENT = b'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "word "}}]}\n\n'
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 FIRST = HEAD + b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
@@ -18,18 +15,22 @@ LAST = b"E\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 
 class Floor(asyncio.Protocol):
+    def __init__(self, later: float) -> None:
+        self.later = later
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(FIRST)
-        asyncio.get_running_loop().call_later(LATER, self.transport.write, LAST)
+        asyncio.get_running_loop().call_later(self.later, self.transport.write, LAST)
 
 
-async def serve(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Floor, "127.0.0.1", port)
+async def serve(port: int, later: float) -> None:
+    """`later`: seconds from an answer's beginning to its end."""
+    server = await asyncio.get_running_loop().create_server(lambda: Floor(later), "127.0.0.1", port)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1])))
+    uvloop.run(serve(int(sys.argv[1]), float(sys.argv[2])))
