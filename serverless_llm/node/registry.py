@@ -111,17 +111,20 @@ class Registry:
         self.changed(prompt=True)
 
     async def _revive(self, model: Deployed) -> None:
-        spec = model.spec
+        spec, footprint, why = model.spec, None, ""
+        former = self._entries.get(spec.name)
         try:
             footprint = await self._footprint(spec, READ_LIMIT)
         except Exception as error:  # one model's checkpoint must not keep the others from being served
             log.warning(
                 BROKEN, spec.name, error, spec.name, exc_info=None if isinstance(error, RequestError) else error
             )
-            self._entries[spec.name] = Entry(spec, model.created, str(error) or type(error).__name__)
-            return
-        self._entries[spec.name] = Entry(spec, model.created)
-        self._controller.handle(events.Deploy(spec, footprint))
+            why = str(error) or type(error).__name__
+        async with self._changing:
+            if self._entries.get(spec.name) is former:  # else it was deployed anew, or deleted, meanwhile
+                self._entries[spec.name] = Entry(spec, model.created, why)
+                if footprint is not None:
+                    self._controller.handle(events.Deploy(spec, footprint))
 
     async def look(self) -> None:
         """Looks at the text files of revived models, one after another; a model whose files cannot be used fails.
@@ -209,11 +212,9 @@ class Registry:
         return self._row(name)
 
     async def _load(self, name: str, body: bytes) -> JSON:
-        async with self._changing:
-            entry = self._entry(name)
-            if entry.error:  # what it lies on may be back
-                await self._revive(Deployed(entry.spec, entry.created))
-        if entry.error:
+        entry = self._entry(name)
+        if entry.error:  # what it lies on may be back
+            await self._revive(Deployed(entry.spec, entry.created))
             await self._look(name)
         self._usable(name)
         self._controller.handle(events.Load(name))
@@ -249,11 +250,12 @@ class Registry:
 
     async def _drain(self, name: str, body: bytes) -> JSON:
         """Not kept on disk: who restarts the head says so again."""
-        peers = self._controller.peers
-        if name not in peers:
-            raise RequestError(404, "not_found", f"no node {name!r} has joined{did_you_mean(name, peers)}")
+        peers, state = self._controller.peers, self._controller.machine.state
+        joined = peers.keys() & state.nodes.keys()  # a node may be dropped before its link has ended
+        if name not in joined:
+            raise RequestError(404, "not_found", f"no node {name!r} has joined{did_you_mean(name, joined)}")
         self._controller.handle(events.Drain(name, admin.parse(body, admin.DrainBody).drained))
-        (row,) = catalog.nodes(self._controller.machine.state, {name: peers[name]})
+        (row,) = catalog.nodes(state, {name: peers[name]})
         return row
 
     async def _write(self, change: Callable[[T], object], value: T) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import aiohttp
@@ -20,6 +21,8 @@ from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import DeviceId, Footprint, ModelSpec
 from serverless_llm.node import controller as module
 from serverless_llm.node.controller import Controller
+from serverless_llm.node.registry import Registry
+from serverless_llm.node.state import State
 
 M = TypeVar("M", bound=wire.Message)
 MIB = 1 << 20
@@ -133,6 +136,22 @@ async def dispatched(one: Office, agent: Agent) -> wire.Attach:
 def run_of(attach: wire.Attach, epoch: int | None = None) -> wire.Run:
     number = attach.epoch if epoch is None else epoch
     return wire.Run(attach.sequence, number, attach.replica, b"", b"", 0.0, 0, 1.0, 0, 8, [])
+
+
+def test_a_node_that_is_dropped_while_its_link_ends_is_drained_by_nobody(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with office() as one:
+            await one.joined()
+            kept = State(tmp_path)
+            desk = Registry(one.controller, kept, one.deliver, 300.0)
+            one.controller.handle(events.NodeLost("n"))  # as when it was silent for too long
+            assert "n" in one.controller.peers
+            await desk.ask(wire.Ask(1, "drain", "n", b"{}"))
+            (answer,) = [message for message in one.delivered if isinstance(message, wire.Answer)]
+            assert answer.status == 404
+            kept.close()
+
+    asyncio.run(story())
 
 
 def test_a_request_from_arrival_to_its_last_token() -> None:

@@ -321,8 +321,14 @@ def test_a_dead_mount_fails_its_models_alone_until_it_is_back(
             models = {one["name"]: one for one in (await desk.ask("status"))[1]["models"]}
             assert (models["hung"]["state"], models["good"]["state"]) == ("failed", "unloaded")
             assert models["hung"]["error"] == f"{sources['hung']} did not answer within 1 s"
-        monkeypatch.setattr(registry, "READ_LIMIT", 10.0)
-        assert (await desk.ask("load", "hung"))[0] == 200
+            monkeypatch.setattr(registry, "READ_LIMIT", 10.0)
+            loading = [asyncio.create_task(desk.ask("load", "hung")) for _ in range(2)]
+            await asyncio.sleep(0)  # both are asked
+            async with asyncio.timeout(3):  # nobody waits for the look of another
+                assert (await desk.ask("pin", "good"))[0] == 200
+                assert not configured or (await desk.ask("deploy", "hung", bodies["good"]))[0] == 200
+        assert [status for status, _ in await asyncio.gather(*loading)] == [200, 200]
+        assert (await desk.ask("show", "hung"))[1]["source"] == str(sources["good" if configured else "hung"])
         desk.kept.close()
 
     asyncio.run(whole())
