@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from serverless_llm.errors import CapacityError
+from serverless_llm.quantities import size
 
 MIN_SLOT = 1 << 20
 MAX_SLOT = 16 << 20
@@ -44,7 +45,7 @@ class Pool:
         self.slots = capacity // self.slot_bytes
         self.capacity = self.slots * self.slot_bytes
         if not self.slots:
-            raise CapacityError(f"a pool of {capacity} bytes holds no slot of {self.slot_bytes}")
+            raise CapacityError(f"a pool of {size(capacity)} holds no slot of {size(self.slot_bytes)}")
         self.pages = _page_kind(self.capacity, self.slot_bytes)
         self.fd = os.memfd_create("weights", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.pages == "hugetlb" else 0))
         os.ftruncate(self.fd, self.capacity)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from serverless_llm.cli.sources import HUB_ID
 from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
 from serverless_llm.loader import manifest
+from serverless_llm.quantities import size as human
 
 TOKENIZER = "tokenizer.json"
 CONNECTIONS = 4  # files at a time; one stream does not fill a fast link
@@ -195,14 +196,16 @@ class _Pull:
     def _demand_room(self, names: Sequence[str], commit: _Commit) -> None:
         most, nbytes = _hub().constants.MAX_HTTP_DOWNLOAD_SIZE, 0
         for name in names:
-            size, held = commit.sizes[name], self._held(commit.digests.get(name, ""))
-            if size > most and not held:
-                how = f"bring it with: hf download {self._wanted.name}"
-                raise CheckpointError(f"{name} has {size} bytes; the hub gives out {most} by plain HTTP: {how}")
-            nbytes += max(0, size - held)
+            whole, held = commit.sizes[name], self._held(commit.digests.get(name, ""))
+            if whole > most and not held:
+                how = f"by plain HTTP: bring it with: hf download {self._wanted.name}"
+                raise CheckpointError(f"{name} has {human(whole)}; the hub gives out {human(most)} {how}")
+            nbytes += max(0, whole - held)
         free = shutil.disk_usage(self._storage).free
         if nbytes > free:
-            raise TransientError(f"{self._wanted} needs {nbytes} bytes in {self._storage}, where {free} are free")
+            raise TransientError(
+                f"{self._wanted} needs {human(nbytes)} in {self._storage}, where {human(free)} are free"
+            )
 
     def _held(self, digest: str) -> int:
         """Bytes of a file that are in the cache: all of it, by another commit, or what an earlier pull left."""

@@ -27,6 +27,7 @@ from serverless_llm.engine.scheduler import Batch, Scheduler
 from serverless_llm.engine.sequence import Emission, FirstToken, Sequence, SequenceStart, SequenceState, StepResult
 from serverless_llm.errors import CapacityError
 from serverless_llm.loader.dest import Dest
+from serverless_llm.quantities import size
 
 FALLBACK = "serverless_llm.engine.fallback"  # imported where it is needed: it needs an extra
 KERNELS = 3  # bumped when the same input may give other bits than before
@@ -106,7 +107,8 @@ class Engine:
     def _find(self, replica: ReplicaId, model: ModelConfig, sizes: list[int], pinned: int, floor: int) -> list[int]:
         needed = sum(sizes) + pinned + floor
         if needed > self._memory.free_above_floors:
-            raise CapacityError(f"weights and KV need {needed} bytes, {self._memory.free_above_floors} are free")
+            free = size(self._memory.free_above_floors)
+            raise CapacityError(f"weights and KV need {size(needed)}, {free} are free")
         while True:
             places = self._memory.place(replica, sizes, pinned, floor, model.kv_block_bytes, model.kv_layer_bytes)
             if places is not None:
@@ -114,7 +116,7 @@ class Engine:
                 return places
             # Enough bytes in all: KV above the floors gives way, then any KV that lies where a buffer must.
             if not (self._scheduler.preempt_youngest() or self._scheduler.preempt_youngest(floors=False)):
-                raise CapacityError(f"weights of {sum(sizes)} bytes find no gap between those of other models")
+                raise CapacityError(f"weights of {size(sum(sizes))} find no gap between those of other models")
 
     def activate(self, replica: ReplicaId, tensors: Mapping[str, torch.Tensor] | None = None) -> bool:
         """The replica serves from now on. True: it refers to `tensors` until `drop` (they are views of the pool)."""
@@ -213,10 +215,8 @@ class Engine:
         most = min(sequence.prompt_length + sequence.sampling.max_tokens, config.context)
         needed, capacity = sequence.groups.live(most), self._memory.capacity(sequence.replica)
         if needed > capacity:
-            block = config.kv_block_bytes
-            raise CapacityError(
-                f"{most} tokens need {needed * block} bytes of KV, {max(0, capacity) * block} are there"
-            )
+            there, missing = (size(blocks * config.kv_block_bytes) for blocks in (max(0, capacity), needed))
+            raise CapacityError(f"{most} tokens need {missing} of KV, {there} are there")
 
     def cancel(self, sequence: SequenceId, epoch: int) -> None:
         """Ends a sequence without a word if it is here with this epoch or an older one."""

@@ -10,6 +10,7 @@ from typing import Any
 from serverless_llm.config import visible_gpus
 from serverless_llm.errors import CapacityError
 from serverless_llm.node.options import DeviceOptions
+from serverless_llm.quantities import size
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,6 @@ def free(number: int) -> int:
         why = f"cannot ask the NVIDIA driver for device {number}: {error}; state --device-memory"
         raise CapacityError(why) from error
     if memory.free <= CUDA_RESERVE:
-        raise CapacityError(
-            f"device {number} has {memory.free} bytes free, and {CUDA_RESERVE} are left to its context and workspaces"
-        )
+        free, kept = size(memory.free), size(CUDA_RESERVE)
+        raise CapacityError(f"device {number} has {free} free, and {kept} are left to its context and workspaces")
     return int(memory.free) - CUDA_RESERVE

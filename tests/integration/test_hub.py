@@ -18,6 +18,7 @@ import pytest
 
 from serverless_llm.demo import tasks
 from serverless_llm.node.processes import command, environment
+from serverless_llm.quantities import size
 from tests.integration.hub import Hub, Repository
 from tests.serving import hear_ctrl_c, until
 
@@ -181,13 +182,13 @@ def test_only_what_is_missing_must_fit_on_the_disk(shell: Shell, hub: Hub) -> No
     vast = repository.sizes["model.safetensors"] = 1 << 50
     refused = shell("pull", "owner/demo")
     assert refused.returncode == 1
-    assert f"model.safetensors has {vast} bytes; the hub gives out" in refused.stderr
+    assert f"model.safetensors has {size(vast)}; the hub gives out" in refused.stderr
     blobs = shell.cache / "models--owner--demo" / "blobs"
     begun = blobs / f"{repository.etags['model.safetensors']}.partial"
     begun.write_bytes(b"x")
     refused = shell("pull", "owner/demo")
     assert refused.returncode == 1
-    assert f"owner/demo needs {vast - 1} bytes in {blobs.parent}, where " in refused.stderr
+    assert f"owner/demo needs {size(vast - 1)} in {blobs.parent}, where " in refused.stderr
     large = repository.sizes["model.safetensors"] = shutil.disk_usage(blobs).free + (1 << 30)
     os.truncate(begun, large - 1000)  # holds no block
     done = shell("pull", "owner/demo")

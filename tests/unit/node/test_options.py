@@ -64,7 +64,7 @@ def test_a_gpu_without_free_memory_is_said(
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: number)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=left))
     assert budgets([DeviceOptions("cuda", 0, "copy")]) == [budget]
-    assert (f"device 0 has {left} bytes free" in caplog.text) == (budget == 0)
+    assert ("device 0 has 2.1 GB free" in caplog.text) == (budget == 0)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_an_agent_without_sense_says_so(tmp_path: Path) -> None:
     command = processes.command("serverless_llm.node.agent", msgspec.json.encode(options).decode())
     ended = subprocess.run(command, env=processes.environment(), capture_output=True, check=False)
     assert ended.returncode == 1
-    assert b"a pool of 100 bytes holds no slot" in ended.stderr
+    assert b"a pool of 100 B holds no slot" in ended.stderr
     assert b"Traceback" not in ended.stderr
 
 
