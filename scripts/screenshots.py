@@ -21,7 +21,7 @@ from tests.serving import Server
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 MOST = 150 * 1000  # bytes of a picture
-OPTIONS = ("--devices", "cpu:2", "--device-memory", "7MiB", "--dram", "64MiB", "--limit", "disk=2MB/s")
+OPTIONS = ("--devices", "cpu:2", "--device-memory", "7MB", "--dram", "64MB", "--limit", "disk=2MB/s")
 MODELS = ("--model", "demo-add", "--model", "demo-count", "--model", "demo-reverse", "--model", "team/add=demo-add")
 PROMPTS = {"demo-add": "12+13=", "demo-count": "41 42 43", "demo-reverse": "stressed", "team/add": "1+1="}
 SECONDS = 30  # of load before the pictures, so that the charts have something to show
