@@ -28,6 +28,7 @@ from serverless_llm.config import Config
 from serverless_llm.demo import tasks
 from serverless_llm.gateway.keys import _Entry
 from serverless_llm.gateway.listen import RESERVED
+from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.records import Record
 from serverless_llm.node.processes import command, environment
 from serverless_llm.node.state import State
@@ -123,12 +124,16 @@ def test_keys_open_what_their_scopes_say(operated: Operated) -> None:
     assert operated.ask("GET", "/openapi.json", "")[1]["openapi"] == "3.1.0"
 
 
+def queries(dashboard: dict[str, Any]) -> list[str]:
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+
+
 def test_every_series_of_the_grafana_dashboard_is_served(operated: Operated) -> None:
     dashboard = json.loads((ROOT / "docs" / "grafana" / "serverless-llm.json").read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
-    queries += [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
-    queries.append((ROOT / "docs" / "operations.md").read_text())
-    names = {name for query in queries for name in re.findall(r"\b(?:vllm:|serverless_llm_)\w+", query)}
+    asked = queries(dashboard)
+    asked += [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
+    asked.append((ROOT / "docs" / "operations.md").read_text())
+    names = {name for query in asked for name in re.findall(r"\b(?:vllm:|serverless_llm_)\w+", query)}
     assert len(names) > 15
 
     def missing() -> set[str]:
@@ -151,6 +156,9 @@ def test_the_grafana_dashboard_is_whole() -> None:
         assert panel["type"] == "row" or all(
             target["datasource"]["uid"] == "${datasource}" for target in panel["targets"]
         )
+    shown = {name for query in queries(dashboard) for name in re.findall(r"\bserverless_llm_\w+", query)}
+    ours = {one.name for one in Metrics().registry.collect() if one.name.startswith("serverless_llm_")}
+    assert not {name for name in ours if not any(one.startswith(name) for one in shown)}
 
 
 def test_who_watches_is_told_of_deploys_and_loads(operated: Operated) -> None:
