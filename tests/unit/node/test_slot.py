@@ -23,6 +23,20 @@ from serverless_llm.node.spawner import Spawner
 MIB = 1 << 20
 
 
+def forked(pool: Pool, up: Callable[[Slot], None], lost: Callable[[Slot, str, bool], None]) -> tuple[Slot, Spawner]:
+    """A slot and the forkserver that it asks, which is still to be started."""
+    spawner = Spawner(
+        lambda: slot.boot(),
+        lambda device, incarnation, pid: slot.spawned(incarnation, pid),
+        lambda device, incarnation, status: slot.exited(incarnation, status),
+        lambda cause: slot.forkserver_lost(cause),
+        "n0",
+    )
+    boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
+    slot = Slot(boot, pool.fd, spawner, lambda *_: None, up, lost, 10.0)
+    return slot, spawner
+
+
 @pytest.mark.slow
 def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     news: asyncio.Queue[str] = asyncio.Queue()
@@ -37,15 +51,7 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
 
     async def tell() -> None:
         pool = Pool(MIB)
-        spawner = Spawner(
-            lambda: slot.boot(),
-            lambda device, incarnation, pid: slot.spawned(incarnation, pid),
-            lambda device, incarnation, status: slot.exited(incarnation, status),
-            lambda cause: slot.forkserver_lost(cause),
-            "n0",
-        )
-        boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
-        slot = Slot(boot, pool.fd, spawner, says("frame"), says("up"), says("lost"), 10.0)
+        slot, spawner = forked(pool, says("up"), says("lost"))
         spawner.start()
         await until("up")
         slot.check()  # nothing is owed
@@ -210,22 +216,10 @@ def test_a_worker_that_is_refused_when_it_is_up_counts_as_a_failed_boot() -> Non
 
     async def tell() -> None:
         pool = Pool(MIB)
-        spawner = Spawner(
-            lambda: slot.boot(),
-            lambda device, incarnation, pid: slot.spawned(incarnation, pid),
-            lambda device, incarnation, status: slot.exited(incarnation, status),
-            lambda cause: slot.forkserver_lost(cause),
-            "n0",
-        )
-        boot = wire.Boot(0, 0, "cpu", 8 * MIB, "view", pool.capacity, 1, 0.0)
-        slot = Slot(
-            boot,
-            pool.fd,
-            spawner,
-            lambda *_: None,
+        slot, spawner = forked(
+            pool,
             lambda one: one.refuse("no memory"),
             lambda one, cause, _: lost.put_nowait((one.incarnation, cause)),
-            10.0,
         )
         spawner.start()
         async with asyncio.timeout(60):
