@@ -54,6 +54,7 @@ class Hello(Message, frozen=True):
     replicas: list[tuple[int, int, str, str, str]]
     resident: list[tuple[str, int]]  # DRAM tier: checkpoint, bytes
     bandwidth: dict[str, float]
+    limits: dict[str, float] = {}  # link -> its cap in bytes per second
 
 
 class Welcome(Message, frozen=True):

@@ -12,7 +12,7 @@ from typing import Any
 
 from serverless_llm.cli.checks import FAILURE, OK, WARNING, Finding, checks, versions
 from serverless_llm.cli.client import Refusal, Unreachable, find, read_head
-from serverless_llm.config import Config, ModelEntry, parse_devices
+from serverless_llm.config import Config, Limits, ModelEntry, parse_devices
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError
 from serverless_llm.quantities import size
 
@@ -101,7 +101,7 @@ def running(settings: Config) -> tuple[Any, list[Finding]]:
 
 
 def as_it_runs(settings: Config, status: Mapping[str, Any]) -> Config:
-    """The configuration with the devices, budgets and models of a running server, whatever flags it was given."""
+    """The configuration with devices, budgets, caps and models of a running server, whatever flags it was given."""
     from msgspec.structs import replace as changed
 
     models = {row["name"]: ModelEntry(source=row["source"], dtype=row["dtype"]) for row in status["models"]}
@@ -116,6 +116,7 @@ def as_it_runs(settings: Config, status: Mapping[str, Any]) -> Config:
         device_memory=largest["budget"],
         weights=largest["weights"],
         dram=max(node["dram"] for node in nodes),
+        limits=Limits(**nodes[0]["limits"]),
     )
 
 

@@ -159,6 +159,7 @@ class Agent:
             replicas=self._store.replicas(),
             resident=self._store.resident(),
             bandwidth=self._store.bandwidth,
+            limits=self.options.limits,
         )
 
     def _workers(self) -> list[wire.WorkerState]:

@@ -84,6 +84,7 @@ def _node(node: Node, peer: Peer) -> dict[str, Any]:
         "dram_used": peer.resident_bytes,
         "resident": [{"checkpoint": name, "bytes": size} for name, size in sorted(node.resident.items())],
         "bandwidth": node.bandwidth,
+        "limits": peer.hello.limits,
         "overhead_s": node.overhead_s,
         "link_bytes": peer.link_bytes,
         "devices": [_device(device, peer) for device in node.devices.values()],

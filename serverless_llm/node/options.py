@@ -45,6 +45,12 @@ class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return math.inf if self.orphan_grace is None else self.orphan_grace
 
     @property
+    def limits(self) -> dict[str, float]:
+        """The caps that there are, by link."""
+        caps = {"disk": self.disk_rate, "upload": self.upload_rate}
+        return {link: cap for link, cap in caps.items() if cap}
+
+    @property
     def lock_path(self) -> Path:
         """Locked by the agent while it lives."""
         return Path(self.state_dir) / "agents" / f"{self.node}.lock"

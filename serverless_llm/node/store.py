@@ -145,8 +145,7 @@ class Store:
     def bandwidth(self) -> dict[str, float]:
         """What was learned, a cap where nothing was yet."""
         learned = {"disk": self._pipeline.disk.bandwidth, "upload": self._upload.bandwidth}
-        caps = {"disk": self._options.disk_rate, "upload": self._options.upload_rate}
-        return {link: rate for link in learned if (rate := learned[link] or caps[link])}
+        return self._options.limits | {link: rate for link, rate in learned.items() if rate}
 
     def link_bytes(self) -> dict[str, int]:
         return {"disk": self._pipeline.disk.bytes, "upload": self._upload.bytes}

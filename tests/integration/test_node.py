@@ -294,6 +294,8 @@ def test_a_load_can_be_taken_back_and_begun_anew(tmp_path: Path, checkpoint: Pat
             await deployed(cluster, checkpoint)
             await gateway.ask("load", "tiny")
             await gateway.seen(lambda now: any(one["done"] for one in now[0]["replicas"]), "some bytes")
+            (node,) = (await gateway.ask("nodes"))["nodes"]
+            assert node["limits"] == {"disk": size / 0.6, "upload": size / 0.1}
             await gateway.ask("delete", "tiny")
             await gateway.seen(lambda now: not now[0]["replicas"], "no replica")
             await deployed(cluster, checkpoint)
