@@ -82,14 +82,14 @@ class Memory:
 
     Attributes:
         fresh: blocks given out since the owner last emptied this list; their bytes are whatever was there before.
-        released: ranges given back since the owner last emptied this list.
+        vacated: bytes were given back since the owner last set this to False.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.slab = slab_size(budget)
         self.fresh: list[Range] = []
-        self.released: list[Range] = []
+        self.vacated = False
         self._pools: dict[ReplicaId, _Pool] = {}
         self._extents: dict[ReplicaId, list[Range]] = {}
         self._pinned: dict[ReplicaId, int] = {}
@@ -125,7 +125,7 @@ class Memory:
         if self._pools[replica].spans:
             raise InvariantError(f"replica {replica} is removed while it holds {self._pools[replica].slabs} slabs")
         del self._pools[replica], self._pinned[replica]
-        self.released += self._extents.pop(replica)
+        self.vacated = bool(self._extents.pop(replica)) or self.vacated
         stored = self._stored()
         for slab, owner in enumerate(self._slabs):
             if owner is None and not any(self._place(slab, 1).overlaps(other) for other in stored):
@@ -188,7 +188,7 @@ class Memory:
                 for slab in span.slabs:
                     self._slabs[slab] = None
                 self._open.update(span.slabs)
-                self.released.append(span.place)
+                self.vacated = True
 
     def available(self, replica: ReplicaId) -> int:
         """Blocks that `allocate` would give now, more where free slabs do not form its runs."""
@@ -206,6 +206,10 @@ class Memory:
         """Whether some of this model's KV can be taken from it."""
         pool = self._pools[replica]
         return pool.slabs * self.slab > pool.floor
+
+    def vacant(self) -> list[Range]:
+        """Whole slabs in which nothing lies."""
+        return [self._place(slab, 1) for slab in self._open]
 
     def used(self) -> int:
         """Bytes in blocks given out."""

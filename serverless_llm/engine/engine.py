@@ -112,7 +112,6 @@ class Engine:
         while True:
             places = self._memory.place(replica, sizes, pinned, floor, model.kv_block_bytes, model.kv_layer_bytes)
             if places is not None:
-                self._settle()
                 return places
             # Enough bytes in all: KV above the floors gives way, then any KV that lies where a buffer must.
             if not (self._scheduler.preempt_youngest() or self._scheduler.preempt_youngest(floors=False)):
@@ -151,7 +150,6 @@ class Engine:
         self._pace.pop(replica, None)
         del self._placed[replica]
         self._memory.remove(replica)
-        self._settle()
         return states
 
     def reserve(self, nbytes: int) -> int:
@@ -161,7 +159,6 @@ class Engine:
             return missing
         while self._memory.free_bytes < nbytes and self._scheduler.preempt_youngest():
             pass
-        self._settle()
         return max(0, nbytes - self._memory.free_bytes)
 
     # --- sequences ---
@@ -224,14 +221,15 @@ class Engine:
         found = self._scheduler.get(sequence)
         if found is not None and found.epoch <= epoch:
             self._scheduler.remove(found)
-            self._settle()
 
     def step(self) -> StepResult:
         """Runs one batch of one model; models with work take turns."""
         result = StepResult(self._ended, [], {})
         self._ended = []
         batch = self._scheduler.next_batch(self._rows)
-        self._settle()
+        for place in self._memory.fresh:
+            self._arena.clear(place)
+        self._memory.fresh.clear()
         for sequence in self._unrunnable(batch):
             self._end(sequence, [], FinishReason.ERROR, result)
         if batch is not None:
@@ -264,7 +262,6 @@ class Engine:
                 told = likelihood(logits[place], token, sequence.sampling.logprobs)
                 result.likelihoods[sequence.sequence] = [told]
             self._deliver(sequence, token, ended, result)
-        self._settle()
 
     def _deliver(self, sequence: Sequence, token: int | None, now: float, result: StepResult) -> None:
         if token is None:
@@ -292,16 +289,19 @@ class Engine:
         rows = int(STEP_S / max(self._pace[replica], 1e-9))
         return min(max(rows // ROWS_LEAST * ROWS_LEAST, ROWS_LEAST), ROWS_MOST)
 
-    def _settle(self) -> None:
-        """Carries out what the plan decided: freed ranges go back first, then blocks given out are zeroed."""
-        for place in self._memory.released:
-            self._arena.release(place)
-        for place in self._memory.fresh:
-            self._arena.clear(place)
-        self._memory.released.clear()
-        self._memory.fresh.clear()
+    def rest(self) -> None:
+        """Gives memory that nobody has any more back to the system: after a while, for who comes soon may use it."""
+        if self._memory.vacated:
+            for place in self._memory.vacant():
+                self._arena.release(place)
+            self._memory.vacated = False
 
     # --- what others may know ---
+
+    @property
+    def restless(self) -> bool:
+        """Whether `rest` has something to do."""
+        return self._memory.vacated
 
     @property
     def runnable(self) -> bool:

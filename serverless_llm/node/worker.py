@@ -30,6 +30,7 @@ from serverless_llm.node.placing import Placing
 PROGRESS = 0.1  # seconds between reports of all sequences
 BEAT = 1.0  # seconds between signs of life of a worker that has work
 RECEIVE = 256 * 1024  # bytes of one recv
+REST_MS = 200  # without anything to do, after which memory goes back to the system
 SMOOTHING = 0.2  # weight of the newest step in the prediction of the next
 SWITCH_INTERVAL = 5e-4  # seconds; a copy thread that comes back from the kernel waits no longer for the GIL
 
@@ -91,8 +92,10 @@ class Worker:
 
     def _take(self) -> bool:
         """Handles what is there; waits for it when there is nothing else to do. False: the agent is gone."""
-        timeout = 0 if self._engine.runnable else int(1000 * BEAT) if self._busy or self._owners else None
-        for descriptor, _ in self._poll.poll(timeout):
+        ready = self._poll.poll(self._patience())
+        if not (ready or self._engine.runnable):
+            self._engine.rest()
+        for descriptor, _ in ready:
             if descriptor == self._placing.wakeup:
                 for answer in self._placing.finished():
                     self._send(answer)
@@ -104,6 +107,14 @@ class Worker:
                 self._handle(frame)
             self._beat_due = 0.0
         return True
+
+    def _patience(self) -> int | None:
+        """Milliseconds to wait for something to do."""
+        if self._engine.runnable:
+            return 0
+        if self._engine.restless:
+            return REST_MS
+        return int(1000 * BEAT) if self._busy or self._owners else None
 
     def _handle(self, frame: framing.Frame) -> None:
         message = wire.decode(frame.header.kind, frame.body)

@@ -80,7 +80,8 @@ def test_a_gap_between_weights_is_used_again() -> None:
     for replica in (1, 2):
         memory.place(replica, [MIB], 0, 0, 4096, 4096)
     memory.remove(1)
-    assert Range(0, MIB) in memory.released
+    assert memory.vacated
+    assert Range(0, memory.slab) in memory.vacant()
     assert memory.place(3, [MIB // 2, MIB], 0, 0, 4096, 4096) == [0, 2 * MIB]
 
 

@@ -310,6 +310,23 @@ def test_what_lay_in_a_block_does_not_matter() -> None:
     assert drain(made)[1] == (spoken(prompt(30)), FinishReason.LENGTH)
 
 
+@pytest.mark.parametrize("weights", ["view", "copy"])
+def test_memory_that_nobody_has_goes_back_at_rest(weights: str) -> None:
+    made = engine(weights)
+    made.add(start(1, prompt(30)))
+    made.add(start(2, prompt(100), Sampling(max_tokens=1)))
+    told = drain(made, steps=3)
+    assert (told[2][1], told[1][1]) == (FinishReason.LENGTH, None)
+    restless, held = made.restless, made.arena.count_nonzero()
+    made.rest()
+    assert (restless, made.restless) == (True, False)
+    assert made.arena.count_nonzero() < held
+    assert told[1][0] + drain(made)[1][0] == spoken(prompt(30))
+    made.drop(1)
+    made.rest()
+    assert not made.arena.any()
+
+
 def test_draws_follow_seed_and_position() -> None:
     """A model to which all tokens are alike says what the random numbers say."""
     made = Engine(budget=16 * MIB)

@@ -17,6 +17,7 @@ from serverless_llm.errors import ProtocolError
 from serverless_llm.loader.pool import Pool
 from serverless_llm.node import worker
 from serverless_llm.node.worker import Worker
+from tests.serving import until
 
 MIB = 1 << 20
 ME = framing.worker_address(3, 0)
@@ -117,6 +118,17 @@ def test_a_replica_is_placed_from_pieces_in_any_order(agent: Agent, request: pyt
     assert placed.replica == 1
     assert placed.leased == ("view" in request.node.name)
     agent.until(lambda: not agent.all(wire.Beat)[-1].runnable if agent.all(wire.Beat) else False)
+
+
+def test_a_worker_without_work_gives_memory_back(ready: Agent) -> None:
+    ready.run(7)
+    ready.until(lambda: ready.finished(7))
+    engine = ready._worker._engine
+    until(lambda: not engine.restless, "the worker to rest")
+    ready.send(wire.Drop(1))
+    ready.answer(wire.Dropped)
+    until(lambda: not engine.restless, "the worker to rest")
+    assert not engine.arena.any()
 
 
 def test_a_sequence_is_told_to_its_gateway_and_its_end_to_the_controller(ready: Agent) -> None:
