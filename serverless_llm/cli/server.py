@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from serverless_llm.surroundings import LOOPBACK
 log = logging.getLogger(__name__)
 
 ABORT_SECONDS = 1.0  # for in-stream errors to reach their clients
+SPARE_LINKS = 16  # of agents that dial in anew, while their old link ends; arbitrary
 SAMPLE_SECONDS = 1.0  # between two looks at what agents reported
 
 
@@ -75,12 +77,12 @@ class Server:
     async def run(self, announce: Callable[[str], None]) -> int:
         """Serves until a signal; the exit status. `announce` is told the URL once requests are accepted."""
         self._listen_for_signals()
-        runner = Runner(self._application(), self._options)
+        runner, dialled = Runner(self._gateway.application(), self._options), self._dialled()
         self._starting = asyncio.create_task(self._text.start())
         background: list[asyncio.Task[None]] = []
         try:
             await self._deploy()  # before agents of a former head can dial in: what they hold must have a name
-            url = await self._open(runner)
+            url = await self._open(runner, dialled)
             background = [asyncio.create_task(part) for part in (self._head.run(), self._sample())]
             await self._starting
             announce(url)
@@ -91,7 +93,7 @@ class Server:
                 task.cancel()
             await asyncio.gather(self._starting, *background, return_exceptions=True)
             await self._head.shut_down()
-            await runner.cleanup()
+            await asyncio.gather(runner.cleanup(), dialled.cleanup())
             await self._text.close()
             (self._config.state_dir / "head.json").unlink(missing_ok=True)
             self._state.close()
@@ -111,24 +113,25 @@ class Server:
         for future in done:
             future.result()
 
-    def _application(self) -> web.Application:
-        app = self._gateway.application()
+    def _dialled(self) -> Runner:
+        """What agents dial: apart from the clients, who may take every connection that they can get."""
+        app = web.Application()
         app.add_routes(self._head.routes())
-        return app
+        return Runner(app, replace(self._options, connections=self._config.nodes + SPARE_LINKS))
 
-    async def _open(self, runner: web.AppRunner) -> str:
+    async def _open(self, runner: web.AppRunner, dialled: web.AppRunner) -> str:
         """Listens, and tells the agents and the command line where.
 
-        They are on this machine, and need not know whose certificate it is: with TLS they have a port on loopback.
+        They are on this machine, and need not know whose certificate it is: they have plain ports on loopback.
         """
         config, options = self._config, self._options
-        await runner.setup()
+        await asyncio.gather(runner.setup(), dialled.setup())
         port = await listen(runner, config.host, config.port, options, self._tls)
         scheme = "https" if self._tls else "http"
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
         url = f"{scheme}://{f'[{local}]' if ':' in local else local}:{port}"
         own = f"http://127.0.0.1:{await listen(runner, '127.0.0.1', 0, options)}" if self._tls else url
-        self._head.listening(own, url)
+        self._head.listening(f"http://127.0.0.1:{await listen(dialled, '127.0.0.1', 0, options)}", own, url)
         return url
 
     async def _deploy(self) -> None:

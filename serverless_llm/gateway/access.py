@@ -19,7 +19,6 @@ from serverless_llm.gateway.keys import Key, digest
 from serverless_llm.gateway.options import GatewayOptions
 
 OPEN = ("/health", "/ready", "/openapi.json")
-AGENTS = "/agents/"  # agents show a token of their own to their own handler
 _ADMIN = "/admin/"
 _UNKNOWN = "is neither loopback nor one of `hosts` in the server's configuration"
 _INFERENCE = ("/v1/", "/models/")
@@ -45,7 +44,7 @@ class Access:
             RequestError: 401 without a valid key, 403 from a foreign place or without the scope.
         """
         path = request.path
-        if path in OPEN or path.startswith(AGENTS) or (self._keys and page.is_public(path)):
+        if path in OPEN or (self._keys and page.is_public(path)):
             return None
         given = request.headers.get("Authorization", "")
         if not self._keys or (path == "/metrics" and self._options.open_metrics and not given):

@@ -17,7 +17,7 @@ from aiohttp import web
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway import body, failure, openai, openapi, page, records
-from serverless_llm.gateway.access import AGENTS, Access
+from serverless_llm.gateway.access import Access
 from serverless_llm.gateway.admin import Admin
 from serverless_llm.gateway.completions import Completions
 from serverless_llm.gateway.feed import Feed
@@ -35,7 +35,6 @@ NAME = r"[A-Za-z0-9][\w.-]*(?:(?:/|%2[Ff])[\w.-]+)?"  # as config.NAME, in a pat
 UNLOGGED = ("/health", "/ready", "/metrics")  # asked again and again, by machines
 POLLED = ("/admin/status",)  # by every open dashboard: its refusals are news, its answers are not
 CLIENT_GONE = 499  # no status of HTTP; nobody receives it, but logs tell of it, as nginx's do
-LINKED = (101, CLIENT_GONE)  # how an agent's link ends, which its own log tells of
 CALLER = web.RequestKey("caller", Key)
 _VALID_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _log = logging.getLogger("serverless_llm.gateway")
@@ -179,9 +178,7 @@ class Gateway:
             return _refused(RequestError(500, "engine_error", "an internal error; the log tells more"))
 
     def _from_http(self, error: web.HTTPException, request: web.Request) -> RequestError:
-        """aiohttp's own refusals: no such route, wrong method, body over the limit; and that of an agent."""
-        if error.status == 401:
-            return RequestError(401, "invalid_api_key", error.text or error.reason)
+        """aiohttp's own refusals: no such route, wrong method, body over the limit."""
         if error.status == 404:
             return failure.no_route(request.method, request.path)
         if error.status == 405:
@@ -274,8 +271,7 @@ class Gateway:
 
 def _is_routine(path: str, status: int) -> bool:
     """Whether a request like this comes every few seconds and says nothing."""
-    linked = path.startswith(AGENTS) and status in LINKED
-    return path in UNLOGGED or (path in POLLED and status == 200) or linked
+    return path in UNLOGGED or (path in POLLED and status == 200)
 
 
 def _abort(request: web.Request) -> None:

@@ -119,7 +119,7 @@ class Agent:
             raise ConnectionError("no head.json yet")
         access = {"Authorization": f"Bearer {state.agent_token(directory)}"}
         return await session.ws_connect(
-            f"{head.url}/agents/connect",
+            f"{head.agents}/agents/connect",
             headers=access,
             autoping=False,
             max_msg_size=MAX_MESSAGE,

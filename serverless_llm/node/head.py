@@ -68,9 +68,9 @@ class Head:
     def routes(self) -> list[web.RouteDef]:
         return [web.get("/agents/connect", self.controller.agent_handler)]
 
-    def listening(self, url: str, public: str = "") -> None:
-        """Tells the agents where this head is, and the command line where clients find it, if elsewhere."""
-        address = HeadAddress(url, self._state.generation, os.getpid(), began(os.getpid()), public)
+    def listening(self, agents: str, url: str = "", public: str = "") -> None:
+        """Tells the agents where to dial in, and the command line where this head is, and where clients find it."""
+        address = HeadAddress(url, self._state.generation, os.getpid(), began(os.getpid()), public, agents)
         state.write_head(self._state.directory, address)
 
     async def restore(self, models: Mapping[str, bytes]) -> None:

@@ -31,9 +31,10 @@ CREATE TABLE models (name TEXT PRIMARY KEY, spec BLOB NOT NULL, created INTEGER 
 
 
 class HeadAddress(msgspec.Struct, frozen=True):
-    """`head.json`: where agents dial in. `began`: what tells this process from a later one of its pid.
+    """`head.json`: where this machine's command line finds the head.
 
-    `public`: where clients find it, if not at `url`.
+    `began`: what tells this process from a later one of its pid. `public`: where clients find it, if not at `url`.
+    `agents`: where agents dial in.
     """
 
     url: str
@@ -41,6 +42,7 @@ class HeadAddress(msgspec.Struct, frozen=True):
     pid: int
     began: int | None = None
     public: str = ""
+    agents: str = ""
 
 
 class Deployed(msgspec.Struct, frozen=True):

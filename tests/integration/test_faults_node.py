@@ -90,7 +90,7 @@ async def through_a_wire(cluster: Cluster, directory: Path) -> AsyncIterator[Wir
     """Has the agent of `node0` dial anew, through the wire."""
     head = state.read_head(directory)
     assert head is not None
-    wire = Wire(urllib.parse.urlsplit(head.url).port or 0)
+    wire = Wire(urllib.parse.urlsplit(head.agents).port or 0)
     server = await asyncio.start_server(wire.meet, "127.0.0.1", 0)
     cluster.head.listening(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     cluster.head.controller.peers["node0"].link.close("to be dialled anew")

@@ -14,15 +14,11 @@ import aiohttp
 import msgspec
 import pytest
 import yarl
-from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway.app import Gateway
-from serverless_llm.gateway.listen import Runner, listen
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
-from serverless_llm.gateway.text import TextPool
 from serverless_llm.gateway.traffic import STEP
 from tests.integration.scripted import (
     COLD,
@@ -262,48 +258,6 @@ def test_what_a_request_names_forges_no_line_of_the_log(tmp_path: Path, caplog: 
     assert "route=GET /v1/models/x%0Astatus=200" in line
     assert line.isprintable()
     assert "canary" not in line
-
-
-def test_an_agents_link_is_no_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    left = asyncio.Event()
-
-    async def link(request: web.Request) -> web.StreamResponse:
-        if "Authorization" not in request.headers:
-            raise web.HTTPUnauthorized(text="agents join with a token")
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        try:
-            await socket.receive()
-        finally:
-            left.set()
-        return socket
-
-    async def main() -> None:
-        app = Gateway(lambda _message: None, TextPool(1), 1).application()
-        app.router.add_get("/agents/connect", link)
-        runner = Runner(app, GatewayOptions())
-        await runner.setup()
-        url = f"http://127.0.0.1:{await listen(runner, '127.0.0.1', 0, GatewayOptions())}/agents/connect"
-        async with aiohttp.ClientSession() as http:
-            for ends in ("close", "cut"):
-                left.clear()
-                socket = await http.ws_connect(url, headers={"Authorization": "x"})
-                if ends == "close":
-                    await socket.close()
-                else:
-                    socket._response.close()
-                await left.wait()
-            async with http.get(url) as response:
-                error = await error_of(response)
-                assert (response.status, error["code"]) == (401, "invalid_api_key")
-                assert error["message"] == "agents join with a token"
-        await runner.cleanup()
-
-    with caplog.at_level(logging.INFO):
-        asyncio.run(main())
-    lines = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
-    assert len(lines) == 1
-    assert "status=401" in lines[0]
 
 
 def answering(status: dict[str, Any]) -> Behaviour:

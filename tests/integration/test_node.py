@@ -363,7 +363,7 @@ def test_strangers_do_not_join(tmp_path: Path) -> None:
             head = state.read_head(tmp_path)
             assert head is not None
             with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-                await session.ws_connect(f"{head.url}/agents/connect", headers={"Authorization": "Bearer guess"})
+                await session.ws_connect(f"{head.agents}/agents/connect", headers={"Authorization": "Bearer guess"})
             assert refused.value.status == 401
 
     story(tell, options)

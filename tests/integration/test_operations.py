@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
@@ -15,6 +16,7 @@ import ssl
 import subprocess
 import sys
 import tomllib
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -296,7 +298,7 @@ def test_with_256_descriptors_clients_beyond_them_are_told_and_others_served(ope
     held = [socket.create_connection(("127.0.0.1", own_port(operated)), 10) for _ in range(DESCRIPTORS + 44)]
     try:
         refused = [one for one in held if answered(one)]
-        assert len(refused) == len(held) - (DESCRIPTORS - RESERVED - 1)  # one is the agent's
+        assert len(refused) == len(held) - (DESCRIPTORS - RESERVED)
         assert all(one.recv(12) == b"HTTP/1.1 503" for one in refused)
         served = next(one for one in held if one not in refused)
         served.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -307,8 +309,33 @@ def test_with_256_descriptors_clients_beyond_them_are_told_and_others_served(ope
     until(lambda: operated.ask("GET", "/v1/models")[0] == 200, "room")
 
 
+def test_clients_that_take_every_connection_keep_no_agent_out(operated: Operated) -> None:
+    state = operated.folder / "state"
+    head, token = json.loads((state / "head.json").read_text()), (state / "agent-token").read_text()
+    held = [socket.create_connection(("127.0.0.1", own_port(operated)), 10) for _ in range(DESCRIPTORS - RESERVED + 1)]
+    try:
+        until(lambda: answered(held[-1]), "the limit")
+        agents = urllib.parse.urlsplit(head["agents"]).netloc
+        assert joined(agents, "x") == 401
+        assert joined(agents, token) == 101
+    finally:
+        for one in held:
+            one.close()
+    until(lambda: operated.ask("GET", "/v1/models")[0] == 200, "room")
+
+
+def joined(address: str, token: str) -> int:
+    """The status that an agent gets which dials in with this token."""
+    connection = http.client.HTTPConnection(address, timeout=10)
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    key = {"Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(), "Authorization": f"Bearer {token}"}
+    with contextlib.closing(connection):
+        connection.request("GET", "/agents/connect", headers=upgrade | key)
+        return connection.getresponse().status
+
+
 def own_port(operated: Operated) -> int:
-    """Where agents and the command line speak without TLS."""
+    """Where the command line speaks without TLS."""
     head = json.loads((operated.folder / "state" / "head.json").read_text())
     assert head["public"].startswith("https://")
     return int(head["url"].rpartition(":")[2])

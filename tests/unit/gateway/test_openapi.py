@@ -21,7 +21,7 @@ from tests.integration.field_rows import ROWS
 
 DOCUMENT: dict[str, Any] = json.loads(openapi.document())
 MESSAGES = [{"role": "user", "content": "x"}]
-UNDESCRIBED = {"/", "/agents/connect"}  # the dashboard's page; agents' own
+UNDESCRIBED = {"/"}  # the dashboard's page
 
 
 def properties(path: str, method: str = "post") -> set[str]:

@@ -271,11 +271,11 @@ def test_a_body_that_is_not_json_is_refused() -> None:
 
 def test_the_head_publishes_where_it_listens(tmp_path: Path) -> None:
     async def tell(desk: Desk) -> None:
-        desk.head.listening("http://127.0.0.1:9", "https://127.0.0.1:8000")
+        desk.head.listening("http://127.0.0.1:8", "http://127.0.0.1:9", "https://127.0.0.1:8000")
         kept = json.loads((tmp_path / "head.json").read_bytes())
-        public = kept.pop("public")
+        agents, public = kept.pop("agents"), kept.pop("public")
         assert kept == {"url": "http://127.0.0.1:9", "generation": 1, "pid": os.getpid(), "began": began(os.getpid())}
-        assert public == "https://127.0.0.1:8000"
+        assert (agents, public) == ("http://127.0.0.1:8", "https://127.0.0.1:8000")
         assert stat.S_IMODE((tmp_path / "agent-token").stat().st_mode) == 0o600
 
     on_a_desk(tmp_path, tell)
