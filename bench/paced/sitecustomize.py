@@ -15,6 +15,7 @@ import time
 
 PERIOD = 1 / float(os.environ.get("BENCH_PACE", "20"))
 GRID = 0.005  # seconds between two steps of a busy engine: tokens of a step travel together
+BYTES = 512  # token ids below may stand for a part of a character, which no client sees before the rest is there
 VOCABULARY = int(os.environ.get("BENCH_VOCABULARY", "150000"))
 link = None  # the worker's socket, which may have something to do before the next token is due
 
@@ -51,7 +52,7 @@ class Paced:
         self.due |= {sequence: after for sequence, tokens in chunks if tokens == sequence.missing}
 
     def draw(self, logits, sequences):
-        return [self.random.randrange(VOCABULARY) for _ in sequences]
+        return [self.random.randrange(BYTES, VOCABULARY) for _ in sequences]
 
     def forget(self, scheduler, sequence):
         self.due.pop(sequence, None)

@@ -7,6 +7,7 @@ agents free everything and exit. A second signal ends all of it at once.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -44,6 +45,7 @@ from serverless_llm.surroundings import LOOPBACK
 log = logging.getLogger(__name__)
 
 ABORT_SECONDS = 1.0  # for in-stream errors to reach their clients
+FULL_PASS = 100  # passes of the middle generation between two full ones, ten times as many as by default
 SPARE_LINKS = 16  # of agents that dial in anew, while their old link ends; arbitrary
 SAMPLE_SECONDS = 1.0  # between two looks at what agents reported
 
@@ -85,6 +87,7 @@ class Server:
             url = await self._open(runner, dialled)
             background = [asyncio.create_task(part) for part in (self._head.run(), self._sample())]
             await self._starting
+            spare_streams()
             announce(url)
             await self._signalled_or(background)
             await self._drain()
@@ -195,6 +198,14 @@ class Server:
         except TimeoutError:
             self._gateway.abort("the server is stopping")
             await asyncio.wait([asyncio.create_task(self._gateway.idle())], timeout=ABORT_SECONDS)
+
+
+def spare_streams() -> None:
+    """Full passes of the garbage collector hold up every stream, the longer the more of them there are: from now on they
+    are rare, and leave out what is there now. Requests leave nothing to collect; what connections leave may wait."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], FULL_PASS)
 
 
 def status_of(number: int) -> int:

@@ -68,6 +68,7 @@ class Completions:
         finally:
             self._live.close(live, cause)
             self._ended(live, cause)
+            live.forget()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

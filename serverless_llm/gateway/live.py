@@ -33,7 +33,8 @@ class LiveRequest:
     """One request from its arrival to its answer. Owned by its handler; frames reach its choices by `LiveRequests`.
 
     Attributes:
-        choices: by their index.
+        sequence: of the first choice.
+        choices: by their index; none once it is forgotten.
         unfinished: choices whose text is not all there.
         error: why there is no (more) text; the first one counts.
         overrun: called when the client does not read what waits for it.
@@ -54,12 +55,13 @@ class LiveRequest:
         self.arrived = time.monotonic()
         self.error: RequestError | None = None
         self.unread = self.unread_limit = 0
-        self.overrun: Callable[[], None] = lambda: None
+        self.overrun: Callable[[], None] = _nothing
         self.flush: Callable[[], None] = self.wake
         self.deadline: float | None = None
         self._event = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self.unfinished = request.choices
+        self.sequence = first
         self.choices = tuple(Choice(self, first + index, index) for index in range(self.unfinished))
 
     @property
@@ -129,9 +131,12 @@ class LiveRequest:
             self._event.set()
 
     def forget(self) -> None:
-        """The handler is through: no timer outlives it."""
+        """The handler is through: no timer outlives it, and nothing of it waits for the garbage collector."""
         if self._timer is not None:
             self._timer.cancel()
+        self._timer = None
+        self.choices = ()
+        self.flush = self.overrun = _nothing
 
 
 class Choice:
@@ -294,6 +299,10 @@ class Choice:
             live.wake()
         elif streams:
             live.flush()
+
+
+def _nothing() -> None:
+    """There is nobody to tell."""
 
 
 def _shaping(sampling: Mapping[str, float], request: CompletionRequest) -> wire.Shaping | None:

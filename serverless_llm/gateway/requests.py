@@ -55,7 +55,7 @@ class LiveRequests:
 
     def awaits(self, live: LiveRequest) -> bool:
         """Whether anyone still wants its answer."""
-        return not live.done and live.choices[0].sequence in self._live
+        return not live.done and live.sequence in self._live
 
     def prompted(self, choice: Choice, prompt: TokenisedPrompt) -> None:
         """The prompt is there: the sequence can be dispatched, unless it is over already.
@@ -72,7 +72,6 @@ class LiveRequests:
         """The handler is through with it; sequences that may still run are stopped."""
         for choice in live.choices:
             del self._live[choice.sequence]
-        live.forget()
         self._stop(live.choices, cause)
 
     def _stop(self, choices: tuple[Choice, ...], cause: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 from pathlib import Path
@@ -95,6 +96,24 @@ def test_the_synchronous_client_on_a_models_own_url(tmp_path: Path) -> None:
         assert decoded(server.controller.all(wire.Run)[0]) == ([65, 66], [])
 
     run(tmp_path, says("yes"), scenario)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_leaves_nothing_to_the_garbage_collector(tmp_path: Path, stream: bool) -> None:
+    """Whose full passes would hold up the streams of others."""
+
+    async def scenario(server: Served) -> None:
+        gc.collect()
+        for _ in range(3):
+            async with server.chat(stream=stream) as response:
+                await response.read()
+        assert gc.collect() == 0
+
+    gc.disable()
+    try:
+        run(tmp_path, says("hello"), scenario)
+    finally:
+        gc.enable()
 
 
 def test_what_a_request_asks_of_sampling(tmp_path: Path) -> None:
