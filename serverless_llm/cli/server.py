@@ -201,8 +201,9 @@ class Server:
 
 
 def spare_streams() -> None:
-    """Full passes of the garbage collector hold up every stream, the longer the more of them there are: from now on they
-    are rare, and leave out what is there now. Requests leave nothing to collect; what connections leave may wait."""
+    """Full passes of the garbage collector hold up every stream, the longer the more of them there are: from now on
+    they are rare, and leave out what is there now. Requests leave nothing to collect; what connections leave may wait.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], FULL_PASS)
