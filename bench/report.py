@@ -42,7 +42,8 @@ def section(result: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(line) + " |" for line in table]
     question = QUESTIONS.get(bench, bench)
     source = f"`{result['command']}` at {result['commit']} on {where}."
-    return "\n".join([f"**{question}** (`bench/{bench}.py`)", "", *lines, "", source])
+    targets = [f"Targets: {'; '.join(result['verdicts'])}.", ""] if result.get("verdicts") else []
+    return "\n".join([f"**{question}** (`bench/{bench}.py`)", "", *lines, "", *targets, source])
 
 
 def cells(entry: dict[str, Any]) -> tuple[str, ...]:
