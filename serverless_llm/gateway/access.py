@@ -2,7 +2,8 @@
 
 With keys, a request carries one with the route's scope. Without, the server is bound to loopback and answers only to
 local names: a web page must not reach it through DNS rebinding (a foreign Host) or from a browser (a foreign Origin; or
-none, as browsers fetch images, which they tell by Sec-Fetch-Site).
+none, as browsers fetch images, which they tell by Sec-Fetch-Site). Under a name that `hosts` adds a proxy's callers
+come, who may be anybody: they may ask models, and administer nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from serverless_llm.gateway.options import GatewayOptions
 OPEN = ("/health", "/ready", "/openapi.json")
 _ADMIN = "/admin/"
 _UNKNOWN = "is neither loopback nor one of `hosts` in the server's configuration"
+_KEYLESS = "/admin/ needs a key here: set `api_key` or `keys_file` in the server's configuration, or ask on loopback"
 _INFERENCE = ("/v1/", "/models/")
 
 
@@ -49,6 +51,8 @@ class Access:
         given = request.headers.get("Authorization", "")
         if not self._keys or (path == "/metrics" and self._options.open_metrics and not given):
             _check_local(request.headers, self._hosts)
+            if _scope(path) == "admin" and not is_local(f"//{request.headers['Host']}", ()):
+                raise RequestError(403, "permission_denied", _KEYLESS)
             return None
         key = self._key(given)
         scope = _scope(path)

@@ -49,6 +49,16 @@ def test_without_a_key_only_local_names(host: str, origin: str | None, status: i
     assert refusal(OPEN, **headers) == status
 
 
+@pytest.mark.parametrize("path", ["/admin/models/pwn", "/admin/events", "/%61dmin/status"])
+def test_without_keys_a_further_name_administers_nothing(path: str) -> None:
+    """Behind a proxy under that name is anybody."""
+    with pytest.raises(RequestError, match="needs a key here: set `api_key` or `keys_file`") as caught:
+        Access(OPEN).check(make_mocked_request("PUT", path, headers={"Host": "gpu-box.lan"}))
+    assert (caught.value.status, caught.value.code) == (403, "permission_denied")
+    assert refusal(OPEN, path, Host="localhost:8000") == 0
+    assert refusal(KEYED, path, Host="gpu-box.lan", Authorization="Bearer k1") == 0
+
+
 @pytest.mark.parametrize(
     ("site", "mode", "origin", "status"),
     [
