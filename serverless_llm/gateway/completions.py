@@ -144,9 +144,15 @@ class Completions:
         record.phases = phases | answers.phases(lead)
 
     def _observe(self, choice: Choice) -> None:
-        """Every choice counts as a request, as in vLLM. What the client did wrong is no error of the server."""
+        """Every choice counts as a request, as in vLLM; none that was refused before any worker had it.
+
+        What the client did wrong is no error of the server.
+        """
         live, series = choice.live, choice.series
-        reason = choice.finish or ("error" if live.error is not None and live.error.status >= 500 else "abort")
+        refused = live.error is not None and live.error.status < 500
+        if refused and not choice.attached:
+            return
+        reason = choice.finish or ("abort" if refused or live.error is None else "error")
         self._metrics.ended(live.info.name, choice.device, reason)
         if not choice.finish:
             return
