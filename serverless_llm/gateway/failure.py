@@ -59,9 +59,9 @@ def invalid(message: str, param: str | None = None) -> RequestError:
     return RequestError(400, "invalid_request_error", message, param)
 
 
-def unsupported(param: str, message: str | None = None) -> RequestError:
+def unsupported(param: str, message: str) -> RequestError:
     """400: this server does not do that."""
-    return RequestError(400, "unsupported_parameter", message or f"{param!r} is not supported", param)
+    return RequestError(400, "unsupported_parameter", message, param)
 
 
 def unknown_model(name: str, known: Iterable[str]) -> RequestError:

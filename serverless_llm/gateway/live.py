@@ -212,7 +212,8 @@ class Choice:
         if tokens + (wanted or 1) > context:
             asked = f" and max_tokens asks for {wanted} more" if wanted else ""
             message = f"the context is {context} tokens long; the prompt has {tokens}{asked}"
-            raise RequestError(400, "context_length_exceeded", message, request.subject)
+            fault = request.subject if tokens >= context else "max_tokens"
+            raise RequestError(400, "context_length_exceeded", message, fault)
         self.max_tokens = wanted or context - tokens
         if request.min_tokens > self.max_tokens:
             raise invalid(f"min_tokens must be at most {self.max_tokens}, as max_tokens or the context", "min_tokens")

@@ -9,6 +9,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from serverless_llm.errors import did_you_mean
 from serverless_llm.gateway import fields
 from serverless_llm.gateway.failure import invalid, unsupported
 
@@ -133,7 +134,7 @@ def parse(body: dict[str, Any], chat: bool) -> CompletionRequest:
         if check is not None:
             given[name] = check(value, name)
         elif not _is_neutral(name, value):
-            raise unsupported(name)
+            raise unsupported(name, f"{name!r} is not supported{did_you_mean(name, checks)}")
     return _request(given, chat)
 
 

@@ -57,7 +57,7 @@ BAD, LATE = openai.BadRequestError, openai.InternalServerError
 ROWS = (
     Row("invalid_request_error", 400, BAD, {"temperature": "hot"}, "temperature"),
     Row("unsupported_parameter", 400, BAD, {"response_format": {"type": "json_object"}}, "response_format"),
-    Row("context_length_exceeded", 400, BAD, {"max_tokens": 256}, "messages"),
+    Row("context_length_exceeded", 400, BAD, {"max_tokens": 256}, "max_tokens"),
     Row("invalid_api_key", 401, openai.AuthenticationError, options=GatewayOptions(keys=KEYS)),
     Row("permission_denied", 403, openai.PermissionDeniedError,
         client={"default_headers": {"Origin": "http://elsewhere.example"}}),

@@ -95,6 +95,18 @@ def test_anything_else_is_refused_by_name(name: str, value: Any) -> None:
     assert (error.code, error.param) == ("unsupported_parameter", name)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("temprature", "'temprature' is not supported; did you mean 'temperature'?"),
+        ("max_token", "'max_token' is not supported; did you mean 'max_tokens'?"),
+        ("reasoning_effort", "'reasoning_effort' is not supported"),
+    ],
+)
+def test_a_misspelt_field_is_told_the_nearest(name: str, message: str) -> None:
+    assert refused(CHAT | {name: 1}).message == message
+
+
 def test_fields_of_one_route_only() -> None:
     assert refused({"prompt": "x", "messages": []}, chat=False).param == "messages"
     assert refused({"prompt": "x", "max_completion_tokens": 5}, chat=False).param == "max_completion_tokens"
