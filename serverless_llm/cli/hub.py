@@ -364,6 +364,6 @@ def _hub() -> Any:
         import huggingface_hub.file_download
         import huggingface_hub.utils
     except ImportError as error:
-        why = f"models of a hub need huggingface_hub ({error}): pip install 'serverless-llm[hub]'"
+        why = f"models of a hub need huggingface_hub ({error}): pip install 'huggingface_hub>=1.0'"
         raise ConfigurationError(why) from error
     return huggingface_hub

@@ -46,7 +46,7 @@ def known(config: Mapping[str, Any]) -> bool:
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
             f"config.json: {names[0]} is not native; transformers, which may know it, is not installed: "
-            "pip install serverless-llm[transformers]"
+            "pip install 'transformers>=5.23'"
         )
     return (kind, names[0]) in decoders(next(iter(spec.submodule_search_locations)))
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
+import tomllib
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
 
 from serverless_llm.cli.main import VERBS, cli
 from serverless_llm.config import load
-from serverless_llm.gateway import keys
+from serverless_llm.gateway import keys, openapi
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,6 +67,27 @@ def test_the_configuration_of_the_readme_is_one(tmp_path: Path) -> None:
     file.write_text(block(ROOT / "README.md", "port: 8000"))
     read = load({}, {"HOME": "/x", "MY_KEY": "secret"}, file, memory=64 << 30)
     assert (read.devices, read.api_key, list(read.models)) == ("cpu:2", "secret", ["mine", "other"])
+
+
+def test_the_guide_has_a_command_for_every_route_of_operators() -> None:
+    routes = msgspec.json.decode(openapi.document())["paths"]
+    there = {
+        (verb.upper(), path.replace("{name}", "node0" if "/nodes/" in path else "NAME"))
+        for path, item in routes.items()
+        if path.startswith("/admin/")
+        for verb in item.keys() - {"parameters"}
+    }
+    found = re.findall(r"(?m)^\| `curl (?:-N )?(?:-X (\w+) )?\"?\$URL([^ ?`]+)", (ROOT / "docs/operations.md").read_text())
+    assert sorted((verb or "GET", path) for verb, path in found) == sorted(there)
+
+
+def test_nobody_is_told_to_install_another_project() -> None:
+    """The package index has something else under this name."""
+    texts = {path.name: path.read_text() for path in (*PAGES, *(ROOT / "serverless_llm").rglob("*.py"))}
+    assert [name for name, text in texts.items() if "serverless-llm[" in text] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for text in texts.values() for name in re.findall(r"pip install '([\w-]+>=[\d.]+)'", text)}
+    assert named == {*extras["hub"], *extras["transformers"]}  # by the errors of what is not there
 
 
 def test_the_keys_of_the_guide_are_keys(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_hub_ids_need_a_library(cli: CommandLine, running: Scripted, monkeypatch
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     outcome = cli("deploy", "m", "owner/name")
     assert outcome.status == 78
-    assert "pip install 'serverless-llm[hub]'" in outcome.err
+    assert "pip install 'huggingface_hub>=1.0'" in outcome.err
 
 
 def test_paths_mean_what_they_do_on_the_servers_machine(
