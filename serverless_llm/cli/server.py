@@ -1,12 +1,13 @@
 """The head process: gateway, controller and agents of this machine, put together; and how it ends.
 
 The first signal drains: new requests are refused, running streams get `drain` seconds, then an error in the stream;
-agents free everything and exit. A second signal ends all of it at once.
+agents free everything and exit. A second signal ends all of it at once; only a second `stop` waits with the first.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 from aiohttp import web
 
@@ -186,13 +188,18 @@ class Server:
             log.warning("keys and certificate were read anew")
 
     def _signalled(self, number: int) -> None:
-        if self._signal.done():
+        if not self._signal.done():
+            self._signal.set_result(number)
+        elif number != STOP:  # another `stop` waits with the first
             self._head.kill_agents()
-            os._exit(status_of(number))
-        self._signal.set_result(number)
+            os._exit(status_of(self._signal.result()))
 
     async def _drain(self) -> None:
         self._gateway.drain()
+        requests = len({id(choice.live) for choice in self._gateway.live})
+        if requests and sys.stderr.isatty():
+            with contextlib.suppress(OSError):  # the terminal may be what ended
+                click.echo(draining(requests), err=True)
         try:
             await asyncio.wait_for(self._gateway.idle(), self._config.drain)
         except TimeoutError:
@@ -207,6 +214,11 @@ def spare_streams() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], FULL_PASS)
+
+
+def draining(requests: int) -> str:
+    many = "1 request is" if requests == 1 else f"{requests} requests are"
+    return f"draining: {many} running; Ctrl-C again ends {'it' if requests == 1 else 'them'} at once"
 
 
 def status_of(number: int) -> int:

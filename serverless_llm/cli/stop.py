@@ -25,24 +25,28 @@ POLL = 0.05  # seconds; a process that is not a child can only be asked
 @of_state_dir
 @as_json
 def stop(now: bool, timeout: float, state_dir: Path | None, as_json: bool) -> None:
-    """Stop this user's server: running streams get their drain time, then every process ends."""
+    """Stop this user's server: running streams get their drain time, then every process ends.
+
+    Where it is stopping already, this waits with whoever told it to.
+    """
     folder = local_state_dir(state_dir)
     head = read_head(folder)
     if head is None:
         raise nobody(folder)
-    _tell(head["pid"])
+    _tell(head["pid"], STOP)
     if now:
-        time.sleep(POLL)  # two signals at the same moment count as one
-        _tell(head["pid"])
+        time.sleep(POLL)  # signals of the same moment may come in any order
+        _tell(head["pid"], signal.SIGTERM)
     deadline = time.monotonic() + timeout
     while lives(head):
         if time.monotonic() > deadline:
-            raise click.ClickException(f"the server (pid {head['pid']}) still runs after {timeout:.0f} s")
+            hint = "" if now else ", for requests that still run; serverless-llm stop --now ends it at once"
+            raise click.ClickException(f"the server (pid {head['pid']}) still runs after {timeout:g} s{hint}")
         time.sleep(POLL)
     say({"pid": head["pid"], "stopped": True}, f"stopped the server (pid {head['pid']})", as_json)
 
 
-def _tell(pid: int) -> None:
+def _tell(pid: int, number: signal.Signals) -> None:
     """One that has ended since needs no word."""
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, STOP)
+        os.kill(pid, number)

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from serverless_llm.cli.stop import STOP
 from serverless_llm.demo import tasks
 from serverless_llm.node.processes import STREAMING, command, environment
 from tests.serving import hear_ctrl_c, until
@@ -138,6 +139,22 @@ def test_a_server_whose_terminal_closes_ends_as_if_told_to(tmp_path: Path) -> No
     assert serve.process.wait(PATIENCE) == 128 + signal.SIGHUP
     assert not is_alive(agent)
     serve.end()
+
+
+def test_a_second_stop_joins_the_drain_of_which_the_terminal_is_told(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    serve = Serve(tmp_path / "state", "--model", "demo-reverse", stderr=theirs)
+    with streamed(serve.url(), 300) as stream:
+        serve.process.send_signal(STOP)
+        told = b""
+        while b"draining: 1 request is running; Ctrl-C again ends it at once" not in told:
+            told += os.read(ours, 65536)
+        serve.process.send_signal(STOP)
+        assert stream.read().endswith(b"data: [DONE]\n\n")
+    assert serve.process.wait(PATIENCE) == 0
+    serve.end()
+    os.close(theirs)
+    os.close(ours)
 
 
 def test_second_signal_ends_at_once(served: Serve) -> None:

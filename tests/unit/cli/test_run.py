@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,20 @@ def test_stop_waits_for_the_end(cli: CommandLine, tmp_path: Path) -> None:
     assert process.wait() == -STOP
 
 
+def test_stop_now_is_more_than_two_stops(cli: CommandLine, tmp_path: Path) -> None:
+    """A second `stop` waits with the first, so that it cuts nobody off."""
+    deaf = "trap '' USR1; echo deaf; read forever"
+    with subprocess.Popen(["sh", "-c", deaf], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        head(tmp_path, process.pid)
+        assert cli("stop", "--timeout", "0").status == 1
+        assert cli("stop", "--timeout", "0").status == 1
+        assert process.poll() is None
+        assert cli("stop", "--now", "--timeout", "5").status == 0
+        assert process.wait() == -signal.SIGTERM
+
+
 def test_stop_in_another_state_directory(cli: CommandLine, tmp_path: Path) -> None:
     process = subprocess.Popen(["sleep", "60"])
     (tmp_path / "other").mkdir()
@@ -201,14 +216,15 @@ def test_stop_in_another_state_directory(cli: CommandLine, tmp_path: Path) -> No
 
 
 def test_stop_gives_up(cli: CommandLine, tmp_path: Path) -> None:
-    deaf = "trap '' USR1; echo deaf; read forever"
+    deaf = "trap '' USR1 TERM; echo deaf; read forever"
     with subprocess.Popen(["sh", "-c", deaf], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         head(tmp_path, process.pid)
         outcome = cli("stop", "--now", "--timeout", "0.1")
         assert outcome.status == 1
-        assert f"(pid {process.pid}) still runs" in outcome.err
+        assert outcome.err == f"Error: the server (pid {process.pid}) still runs after 0.1 s\n"
+        assert "serverless-llm stop --now ends it at once" in cli("stop", "--timeout", "0").err
         process.kill()
 
 

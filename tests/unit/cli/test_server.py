@@ -12,7 +12,16 @@ from aiohttp import web
 
 from serverless_llm import framing, wire
 from serverless_llm.cli.serve import announce
-from serverless_llm.cli.server import deploy_body, gateway_options, kv_usage, memory, model_roots, observe, status_of
+from serverless_llm.cli.server import (
+    deploy_body,
+    draining,
+    gateway_options,
+    kv_usage,
+    memory,
+    model_roots,
+    observe,
+    status_of,
+)
 from serverless_llm.cli.stop import STOP
 from serverless_llm.cluster.commands import Decided, Evicted, Outcome
 from serverless_llm.cluster.events import Delete
@@ -81,6 +90,13 @@ def test_model_roots_never_shut_out_the_demos(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (STOP, 0)])
 def test_a_stop_that_was_asked_for_is_no_failure(number: int, status: int) -> None:
     assert status_of(number) == status
+
+
+@pytest.mark.parametrize(
+    ("requests", "text"), [(1, "1 request is running; Ctrl-C again ends it"), (2, "2 requests are running;")]
+)
+def test_who_waits_for_the_end_is_told_for_what(requests: int, text: str) -> None:
+    assert text in draining(requests)
 
 
 def test_a_configured_model_is_a_deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
