@@ -41,6 +41,7 @@ VERBS = {
     "doctor": Verb("doctor", "doctor", "Measure this machine, and tell what would not work."),
     "completion": Verb("completion", "completion", "Print a shell's completion script."),
     "stop": Verb("stop", "stop", "Stop the running server."),
+    "repack": Verb("repack", "repack", "Write a checkpoint anew so that it reads best."),
     "make-checkpoint": Verb("make_checkpoint", "make_checkpoint_command", "Write a checkpoint of random weights."),
 }
 

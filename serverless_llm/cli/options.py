@@ -37,6 +37,14 @@ def _share(value: str) -> None:
     parse_size(value, whole=1)
 
 
+def _size(value: str) -> None:
+    from serverless_llm.errors import ConfigurationError
+    from serverless_llm.quantities import parse_size
+
+    if not parse_size(value):
+        raise ConfigurationError("0 bytes hold nothing")
+
+
 def _limit(value: str) -> None:
     from serverless_llm.quantities import parse_pairs, parse_rate
 
@@ -52,6 +60,7 @@ def _devices(value: str) -> None:
 
 TIME = Quantity("time", _time)
 SHARE = Quantity("size", _share)
+SIZE = Quantity("size", _size)
 LIMIT = Quantity("link=rate", _limit)
 DEVICES = Quantity("kind:n", _devices)
 COUNT = click.IntRange(min=1)

@@ -33,6 +33,8 @@ USAGE = [  # a value that cannot be, whichever verb it is given to
     ("make-checkpoint DIR --like nothing", "nothing"),
     ("make-checkpoint DIR --like qwen3-0.6b --layers 0", "Invalid value for '--layers'"),
     ("make-checkpoint DIR --like qwen3-0.6b --layers 1 --shards 1000", "cannot fill 1000 shards"),
+    ("repack nowhere DIR", "'nowhere' is neither a directory nor one of"),
+    ("repack demo-add DIR --shard-size 0", "Invalid value for '--shard-size'"),
     ("pull nothing", "'nothing' is not of the form owner/name"),
 ]
 

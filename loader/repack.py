@@ -1,0 +1,170 @@
+"""Writes a checkpoint anew so that it reads best: few large files, data from a page boundary, every tensor aligned.
+
+What comes out is an ordinary Hugging Face directory of valid safetensors files with the same tensors, bit for bit; a
+file without holes can only be aligned by the order of its tensors, so the widest items come first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from serverless_llm.errors import CapacityError, CheckpointError, TransientError
+from serverless_llm.loader import header, manifest
+from serverless_llm.loader.header import DTYPE_BITS, TensorEntry
+from serverless_llm.loader.manifest import INDEX, PICKLES, SINGLE, FileEntry, Manifest
+from serverless_llm.quantities import size
+
+PAGE = 4096  # direct reads want data to begin on one
+CHUNK = 16 << 20  # bytes of one read and write
+Told = Callable[[str, int, int], None]
+
+
+class Part(NamedTuple):
+    """One tensor and the number of the file that it comes from."""
+
+    file: int
+    tensor: TensorEntry
+
+
+class Shard(NamedTuple):
+    """A file to be written: its header, and the tensors whose bytes follow, in their order."""
+
+    name: str
+    header: bytes
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(part.tensor.nbytes for part in self.parts)
+
+
+def shards(source: Manifest, most: int) -> list[Shard]:
+    """The files of `source` as they are to be: each of at most `most` bytes of tensors, or of one larger tensor."""
+    groups: list[list[Part]] = [[]]
+    held = 0
+    for part in (Part(number, entry) for number, entry in source.tensors().values()):
+        if groups[-1] and held + part.tensor.nbytes > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(part)
+        held += part.tensor.nbytes
+    metadata = {key: text for file in reversed(source.files) for key, text in file.header.metadata.items()}
+    return [_shard(number, len(groups), group, metadata) for number, group in enumerate(groups, start=1)]
+
+
+def _shard(number: int, count: int, group: list[Part], metadata: dict[str, str]) -> Shard:
+    name = SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+    parts = tuple(sorted(group, key=lambda part: -DTYPE_BITS[part.tensor.dtype]))
+    fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for _, tensor in parts:
+        end = offset + tensor.nbytes
+        fields[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(header.PREFIX + len(text)) % PAGE)
+    return Shard(name, len(text).to_bytes(header.PREFIX, "little") + text, parts)
+
+
+def repack(source: Path, target: Path, most: int, told: Told) -> list[Shard]:
+    """Writes the checkpoint in `source` to `target`, which appears whole or not at all; other files come along.
+
+    Args:
+        most: bytes of tensors in a file.
+        told: called with a file's name, its bytes so far and in all, as it is written.
+
+    Raises:
+        CheckpointError: `source` is no checkpoint, or changes meanwhile; `target` is there already.
+        CapacityError: there is no room for it.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100  what it links to is not what is meant
+    found = manifest.build(source)
+    planned = shards(found, most)
+    others = _others(found.directory)
+    _check_target(target, sum(shard.nbytes for shard in planned) + sum(path.stat().st_size for _, path in others))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        for shard in planned:
+            _write(partial / shard.name, shard, found.files, told)
+        if len(planned) > 1:
+            (partial / INDEX).write_text(json.dumps(_index(planned), indent=2))
+        for name, path in others:
+            shutil.copyfile(path, partial / name)
+        _settle(partial)
+        with suppress(FileNotFoundError):
+            target.rmdir()  # an empty one
+        partial.rename(target)
+    except OSError as error:
+        raise TransientError(f"{error.filename or partial}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return planned
+
+
+def _others(directory: Path) -> list[tuple[str, Path]]:
+    """What lies beside the weights, with its real path: configuration, tokenizer, licence; no pickles."""
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    kept = [name for name in names if name != INDEX and not name.endswith((".safetensors", *PICKLES))]
+    return [(name, manifest.confined(directory, name)) for name in kept]
+
+
+def _check_target(target: Path, needed: int) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty directory")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"there is no directory {target.parent}")
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise CapacityError(f"{target} needs {size(needed)}, {size(free)} are free there")
+
+
+def _index(planned: Iterable[Shard]) -> dict[str, Any]:
+    homes = {part.tensor.name: shard.name for shard in planned for part in shard.parts}
+    total = sum(part.tensor.nbytes for shard in planned for part in shard.parts)
+    return {"metadata": {"total_size": total}, "weight_map": homes}
+
+
+def _write(path: Path, shard: Shard, files: tuple[FileEntry, ...], told: Told) -> None:
+    opened = {number: files[number].path.open("rb", buffering=0) for number in {part.file for part in shard.parts}}
+    try:
+        with path.open("wb") as out:
+            out.write(shard.header)
+            done = len(shard.header)
+            for number, tensor in shard.parts:
+                for offset in range(tensor.start, tensor.end, CHUNK):
+                    wanted = min(CHUNK, tensor.end - offset)
+                    out.write(_read(opened[number].fileno(), files[number], offset, wanted))
+                    done += wanted
+                    told(shard.name, done, shard.nbytes)
+            out.flush()
+            os.fsync(out.fileno())
+        for number, file in opened.items():
+            now = os.fstat(file.fileno())
+            if (now.st_size, now.st_mtime_ns) != (files[number].size, files[number].mtime_ns):
+                raise CheckpointError(f"{files[number].path} changed while it was read")
+    finally:
+        for file in opened.values():
+            file.close()
+
+
+def _read(descriptor: int, file: FileEntry, offset: int, count: int) -> bytes:
+    data = os.pread(descriptor, count, offset)
+    if len(data) < count:
+        raise CheckpointError(f"{file.path} ends at byte {offset + len(data)}, which it did not before")
+    return data
+
+
+def _settle(directory: Path) -> None:
+    """What is in the directory outlives a crash."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
