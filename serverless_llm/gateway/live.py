@@ -36,7 +36,7 @@ class LiveRequest:
         sequence: of the first choice.
         choices: by their index; none once it is forgotten.
         unfinished: choices whose text is not all there.
-        error: why there is no (more) text; the first one counts.
+        error: why there is no (more) text; the first one counts. None once it is forgotten.
         overrun: called when the client does not read what waits for it.
         flush: called where there is more text for a stream; wakes the handler, until that knows something quicker.
         deadline: loop time at which `news` is over at the latest; it may be put off meanwhile.
@@ -136,6 +136,8 @@ class LiveRequest:
             self._timer.cancel()
         self._timer = None
         self.choices = ()
+        self.unfinished = 0
+        self.error = None  # its traceback knows the handler's frames, and they know this
         self.flush = self.overrun = _nothing
 
 

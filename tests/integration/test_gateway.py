@@ -7,6 +7,7 @@ import gc
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -15,6 +16,7 @@ from serverless_llm import wire
 from serverless_llm.demo.tokenizer import chat_tokens
 from tests.integration.scripted import (
     COLD,
+    CONTEXT,
     END,
     Served,
     attaches,
@@ -98,14 +100,14 @@ def test_the_synchronous_client_on_a_models_own_url(tmp_path: Path) -> None:
     run(tmp_path, says("yes"), scenario)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_request_leaves_nothing_to_the_garbage_collector(tmp_path: Path, stream: bool) -> None:
-    """Whose full passes would hold up the streams of others."""
+@pytest.mark.parametrize("asked", [{"stream": True}, {"stream": False}, {"max_tokens": CONTEXT}], ids=str)
+def test_a_request_leaves_nothing_to_the_garbage_collector(tmp_path: Path, asked: dict[str, Any]) -> None:
+    """Whose full passes would hold up the streams of others; nor does one that is refused, with all of its prompt."""
 
     async def scenario(server: Served) -> None:
         gc.collect()
         for _ in range(3):
-            async with server.chat(stream=stream) as response:
+            async with server.chat(**asked) as response:
                 await response.read()
         assert gc.collect() == 0
 
