@@ -384,6 +384,7 @@ class ModelInfo(Message, frozen=True):
     estimate_s: float | None  # of a start for those who wait; None where nobody does
     waiting: int
     running: int
+    min_replicas: int = 0
 
 
 class Catalog(Message, frozen=True):

@@ -121,8 +121,10 @@ def _of_deployed(row: dict[str, Any], start: dict[str, float] | None) -> list[tu
         rows += [("device", ", ".join(row["devices"])), ("until", until(row))]
     if start:
         rows.append(("next start", f"about {seconds(start['start_s'])}; {seconds(start['from_dram_s'])} from DRAM"))
-    kept = "for ever" if row["keep_alive"] is None else f"{row['keep_alive']:g} s"
+    kept = "for ever" if row["pinned"] or row["keep_alive"] is None else f"{row['keep_alive']:g} s"
     rows.append(("keep alive", kept + (", pinned" if row["pinned"] else "")))
+    if row["min_replicas"]:
+        rows.append(("min replicas", f"{row['min_replicas']} kept loaded"))
     if row["context"]:  # of files that cannot be read it is not known
         rows.append(("context", f"{row['context']} tokens"))
     return [*rows, ("requests", f"{row['running']} running, {row['waiting']} waiting")]

@@ -172,5 +172,5 @@ def make_checkpoint_command(
     size = sum(path.stat().st_size for path in directory.iterdir())
     seconds = time.monotonic() - start
     value = {"directory": str(directory), "bytes": size, "seconds": seconds}
-    told = f"{directory}: {size / 1e9:.2f} GB in {seconds:.1f} s; random weights: expect no text that makes sense"
+    told = f"{directory}: {size / 1e9:.2f} GB in {seconds:.1f} s; random weights: expect no sense, and often no text"
     say(value, told, as_json)

@@ -101,11 +101,15 @@ def ls(state_dir: Path | None, as_json: bool) -> None:
 @of_state_dir
 @as_json
 def ps(state_dir: Path | None, as_json: bool) -> None:
-    """List the models that are on a device, or on their way there; and which devices are not up, and why."""
+    """List the models that are on a device, or on their way there; and which devices are not up, and why.
+
+    One that was removed or unloaded keeps its memory until its last request has ended, and is `leaving`.
+    """
     status = find(state_dir).call("GET", "/admin/status")
     for problem in status["problems"]:
         click.echo(problem, err=True)
     models = [row for row in status["models"] if row["state"] in {"loading", "loaded"}]
+    models += leaving(status, {(row["name"], device) for row in models for device in row["devices"]})
     if as_json:
         click.echo(json.dumps(models))
         return
@@ -116,6 +120,24 @@ def ps(state_dir: Path | None, as_json: bool) -> None:
             for row in models
         ],
     )
+
+
+def leaving(status: dict[str, Any], shown: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Rows of the models that hold memory of a device beside those that are `shown`, as (name, device)."""
+    return [
+        {
+            "name": replica["model"],
+            "bytes": replica["weight_bytes"],
+            "state": "leaving",
+            "tier": "device",
+            "devices": [device["device"]],
+            "running": replica["running"],
+        }
+        for node in status["nodes"]
+        for device in node["devices"]
+        for replica in device["replicas"]
+        if (replica["model"], device["device"]) not in shown and replica["state"] != "claiming"
+    ]
 
 
 def deployed(server: Server) -> list[dict[str, Any]]:
@@ -131,9 +153,13 @@ def state(row: dict[str, Any]) -> str:
 
 
 def until(row: dict[str, Any], now: float | None = None) -> str:
-    """When a replica leaves its device if nobody uses it."""
+    """When a replica leaves its device if nobody uses it; `kept` is one of `min_replicas`."""
+    if row["state"] == "leaving":
+        return "in use" if row["running"] else "now"
     if row["until"] is None:
-        return "forever" if row["pinned"] or row["keep_alive"] is None else "in use"
+        if row["pinned"] or row["keep_alive"] is None:
+            return "forever"
+        return "in use" if row["running"] or row["waiting"] or row["state"] != "loaded" else "kept"
     seconds = row["until"] - (time.time() if now is None else now)
     if seconds < 1:
         return "now"

@@ -37,10 +37,11 @@ PHASES = {
 
 
 class Answer(NamedTuple):
-    """`first`: seconds from the command to the first token, None where there was none."""
+    """`first`: seconds from the command to the first token that is text, None where there was none."""
 
     text: str
     first: float | None
+    usage: dict[str, Any]
     metrics: dict[str, Any]
 
 
@@ -67,12 +68,13 @@ def run(
     body = {name: value for name, value in sampling.items() if value is not None}
     body |= {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
     with _server(model, state_dir, quiet) as (server, name):
-        body |= {"model": name, "stream": True}
+        body |= {"model": name, "stream": True, "stream_options": {"include_usage": True}}
         path = "/v1/completions" if raw else "/v1/chat/completions"
         answer = _take(server.stream(path, body), began, sys.stdout if not as_json else io.StringIO())
-    say({"model": name, "text": answer.text, "first_token_s": answer.first, "metrics": answer.metrics}, "", as_json)
+    value = {"model": name, "text": answer.text, "first_token_s": answer.first}
+    say(value | {"usage": answer.usage, "metrics": answer.metrics}, "", as_json)
     if not quiet:
-        click.echo(phases(answer.first, answer.metrics), err=True)
+        click.echo(phases(answer), err=True)
 
 
 def _standard_input() -> str:
@@ -209,10 +211,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _take(events: Iterator[dict[str, Any]], began: float, sink: TextIO) -> Answer:
     """Writes the deltas to `sink` as they come."""
     first = None
+    usage: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     parts = []
     try:
         for event in events:
+            usage = event.get("usage") or usage
             metrics = event.get("metrics") or metrics
             for choice in event["choices"]:
                 text = choice.get("text") or (choice.get("delta") or {}).get("content")
@@ -224,12 +228,15 @@ def _take(events: Iterator[dict[str, Any]], began: float, sink: TextIO) -> Answe
     finally:
         if parts:
             sink.write("\n")
-    return Answer("".join(parts), None if first is None else first - began, metrics)
+    return Answer("".join(parts), None if first is None else first - began, usage, metrics)
 
 
-def phases(first: float | None, metrics: dict[str, Any]) -> str:
+def phases(answer: Answer) -> str:
     """Times as one line: `first token 2.81 s after the command | cold start 31 ms: queue 0.4 ms, ...`."""
-    parts = ["no text" if first is None else f"first token {first:.2f} s after the command"]
+    metrics = answer.metrics
+    tokens = answer.usage.get("completion_tokens")
+    none = f"{tokens} token(s), none of them text" if tokens else "no text"
+    parts = [none if answer.first is None else f"first token {answer.first:.2f} s after the command"]
     cold = {name: value for name, value in metrics.items() if name.startswith("cold_start")}
     if cold.get("cold_start_ms"):
         inner = cold.get("cold_start_phases") or {}

@@ -58,6 +58,7 @@ def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks
         estimate_s=min(view.estimate_s, policy.retry_cap_s) if view and view.estimate_s is not None else None,
         waiting=view.waiting if view else 0,
         running=view.running if view else 0,
+        min_replicas=spec.min_replicas,
     )
 
 

@@ -26,11 +26,13 @@ from tests.unit.cli.conftest import CommandLine, Scripted
 ROW = {
     "name": "m", "source": "/models/m", "bytes": 3_800_000, "state": "loaded", "tier": "device", "progress": 1.0,
     "error": "", "devices": ["node0/1"], "keep_alive": 300.0, "pinned": False, "until": None,
+    "running": 1, "waiting": 0,
 }  # fmt: skip
 
 
 def rows(server: Scripted, *changes: dict[str, Any]) -> None:
-    server.answers["GET", "/admin/status"] = (200, {"models": [ROW | change for change in changes], "problems": []})
+    status = {"models": [ROW | change for change in changes], "nodes": [], "problems": []}
+    server.answers["GET", "/admin/status"] = (200, status)
 
 
 # --- finding a server ---
@@ -274,9 +276,29 @@ def test_ps_shows_what_holds_memory(cli: CommandLine, running: Scripted) -> None
     ]
 
 
+def test_ps_shows_what_still_leaves(cli: CommandLine, running: Scripted) -> None:
+    """A removed model has its memory until its last request has ended."""
+    rows(running, {}, {"name": "unloaded", "state": "unloaded", "tier": "dram", "devices": []})
+    held = [
+        {"model": "m", "state": "ready", "weight_bytes": 3_800_000, "running": 1},
+        {"model": "removed", "state": "ready", "weight_bytes": 3_400_000, "running": 1},
+        {"model": "unloaded", "state": "unloading", "weight_bytes": 12, "running": 0},
+        {"model": "decided", "state": "claiming", "weight_bytes": 12, "running": 0},
+    ]
+    _, status = running.answers["GET", "/admin/status"]
+    status["nodes"] = [{"devices": [{"device": "node0/1", "replicas": held}]}]
+    assert cli("ps").out.splitlines() == [
+        "NAME      SIZE    STATE    TIER    DEVICE   UNTIL",
+        "m         3.8 MB  loaded   device  node0/1  in use",
+        "removed   3.4 MB  leaving  device  node0/1  in use",
+        "unloaded  12 B    leaving  device  node0/1  now",
+    ]
+    assert [row["name"] for row in json.loads(cli("ps", "--json").out)] == ["m", "removed", "unloaded"]
+
+
 def test_ps_tells_which_device_is_not_up(cli: CommandLine, running: Scripted) -> None:
     problem = "node0/0 is not up (3 boots failed): no driver"
-    running.answers["GET", "/admin/status"] = (200, {"models": [], "problems": [problem]})
+    running.answers["GET", "/admin/status"] = (200, {"models": [], "nodes": [], "problems": [problem]})
     assert cli("ps") == (0, "NAME  SIZE  STATE  TIER  DEVICE  UNTIL\n", f"{problem}\n")
 
 
@@ -295,6 +317,8 @@ def test_lists_as_json(cli: CommandLine, running: Scripted, verb: str) -> None:
         ({"pinned": True}, "forever"),
         ({"keep_alive": None}, "forever"),
         ({}, "in use"),
+        ({"running": 0, "waiting": 1}, "in use"),
+        ({"running": 0}, "kept"),
     ],
 )
 def test_until(change: dict[str, Any], text: str) -> None:

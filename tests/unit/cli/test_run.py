@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm.cli.run import phases
+from serverless_llm.cli.run import Answer, phases
 from serverless_llm.cli.stop import STOP
 from serverless_llm.demo import tasks
 from tests.unit.cli.conftest import CommandLine, Scripted, events
 
 CHAT = ("POST", "/v1/chat/completions")
 PHASES = {"load_disk_ms": 9, "load_queue_ms": 1.0}
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 METRICS = {"time_to_first_token_ms": 41.26, "cold_start_ms": 31.0, "cold_start_phases": PHASES}
 
 
@@ -32,7 +33,7 @@ def known(running: Scripted) -> Scripted:
             {"choices": [{"delta": {"content": "44"}}]},
             {"choices": [{"delta": {"content": " 45"}}]},
             {"choices": [{"delta": {}, "finish_reason": "stop"}], "metrics": METRICS},
-            {"choices": [], "usage": {}},
+            {"choices": [], "usage": USAGE},
         ),
     )
     return running
@@ -44,6 +45,7 @@ def test_answer_on_stdout_phases_on_stderr(cli: CommandLine, known: Scripted) ->
     assert outcome.err.endswith("cold start 31 ms: queue 1.0 ms, disk -> DRAM 9.0 ms | time to first token 41.3 ms\n")
     assert known.seen[-1][2] == {
         "model": "m", "stream": True, "seed": 3, "max_tokens": 2, "messages": [{"role": "user", "content": "43"}],
+        "stream_options": {"include_usage": True},
     }  # fmt: skip
 
 
@@ -51,7 +53,14 @@ def test_the_whole_answer_as_json(cli: CommandLine, known: Scripted) -> None:
     outcome = cli("run", "m", "43", "--json", "-q")
     answer = json.loads(outcome.out)
     assert answer.pop("first_token_s") > 0
-    assert answer == {"model": "m", "text": "44 45", "metrics": METRICS}
+    assert answer == {"model": "m", "text": "44 45", "usage": USAGE, "metrics": METRICS}
+
+
+def test_an_answer_of_tokens_that_are_no_text_is_told(cli: CommandLine, known: Scripted) -> None:
+    usage = {"completion_tokens": 8}
+    known.answers[CHAT] = (200, events({"choices": [{"delta": {}}]}, {"choices": [], "usage": usage}))
+    outcome = cli("run", "m", "43")
+    assert (outcome.status, outcome.out, outcome.err) == (0, "", "8 token(s), none of them text\n")
 
 
 def test_prompt_from_standard_input(cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +99,9 @@ def test_no_prompt_on_a_terminal(cli: CommandLine, known: Scripted, monkeypatch:
 def test_raw_completes_the_prompt(cli: CommandLine, known: Scripted) -> None:
     known.answers["POST", "/v1/completions"] = (200, events({"choices": [{"text": "!"}]}))
     assert cli("run", "m", "hello", "--raw", "-q").out == "!\n"
-    assert known.seen[-1][2] == {"model": "m", "stream": True, "prompt": "hello"}
+    body = known.seen[-1][2]
+    assert body.pop("stream_options") == {"include_usage": True}
+    assert body == {"model": "m", "stream": True, "prompt": "hello"}
 
 
 def test_unknown_source_is_deployed_first(cli: CommandLine, known: Scripted) -> None:
@@ -172,8 +183,8 @@ def test_a_server_of_its_own_is_told_of_and_so_is_what_it_cannot_run_with(
 
 
 def test_phases_of_an_answer_without_tokens_or_metrics() -> None:
-    assert phases(None, {}) == "no text"
-    assert phases(0.5, {"time_to_first_token_ms": 2.0}) == (
+    assert phases(Answer("", None, {}, {})) == "no text"
+    assert phases(Answer("a", 0.5, {}, {"time_to_first_token_ms": 2.0})) == (
         "first token 0.50 s after the command | warm | time to first token 2.0 ms"
     )
 

@@ -20,7 +20,7 @@ SOURCE = str(tasks.checkpoint_dir("demo-add"))
 ROW = {
     "name": "m", "source": SOURCE, "checkpoint": "c", "dtype": "float32", "context": 512, "bytes": 3_000_000_000,
     "state": "loaded", "tier": "device", "progress": 1.0, "error": "", "devices": ["node0/1"], "keep_alive": 300.0,
-    "pinned": False, "until": None, "estimate_s": None, "waiting": 2, "running": 1,
+    "pinned": False, "until": None, "estimate_s": None, "waiting": 2, "running": 1, "min_replicas": 1,
 }  # fmt: skip
 DEVICE = {
     "device": "node0/1", "kind": "cpu", "weights": "view", "problem": "",
@@ -60,6 +60,9 @@ def test_show_a_deployed_model(cli: CommandLine, busy: Scripted) -> None:
     assert ["status", "loaded"] in lines
     assert ["next", "start    about 2.0 s; 20 ms from DRAM"] in lines
     assert ["requests", "1 running, 2 waiting"] in lines
+    assert ["min", "replicas  1 kept loaded"] in lines
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"pinned": True, "min_replicas": 0})
+    assert "for ever, pinned\n" in cli("show", "m").out
 
 
 def test_show_estimates_the_copy_to_a_device(cli: CommandLine, busy: Scripted) -> None:

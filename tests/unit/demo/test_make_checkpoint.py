@@ -209,7 +209,7 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(make_checkpoint_command, arguments)
     assert result.exit_code == 0, result.output
     assert result.output.startswith(f"{directory}: 0.00 GB in ")
-    assert result.output.endswith("random weights: expect no text that makes sense\n")
+    assert result.output.endswith("random weights: expect no sense, and often no text\n")
     assert json.loads((directory / "config.json").read_text())["num_hidden_layers"] == 3
     again = CliRunner().invoke(make_checkpoint_command, arguments)
     assert again.exit_code == 1
