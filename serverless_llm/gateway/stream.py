@@ -1,7 +1,8 @@
 """A streaming answer: its pieces of text, heartbeats in between, and its end.
 
 What a frame of tokens brings is written at once, while the frame is read: the handler's task sleeps through it. It is
-woken for the rest: the first piece, the end, heartbeats, and a client who is slow to read.
+woken for the rest: the first piece, the end, heartbeats, a client who is slow to read, and several choices, for what a
+frame brings to all of them is one write.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Stream:
             if out:
                 await self._write(out)
                 live.deadline = self._next_beat()
-                live.flush = self._flush  # from now on, for the headers have left with this
+                if len(live.choices) == 1:
+                    live.flush = self._flush  # from now on, for the headers have left with this
             await live.news(live.deadline)
         await self._write(self._news() + self._end())
 

@@ -108,3 +108,24 @@ def test_a_choice_that_ends_beside_anothers_token_ends_once(tmp_path: Path) -> N
         assert texts == {0: "B", 1: "BC"}
 
     run(tmp_path, begins, scenario)
+
+
+def test_what_a_frame_brings_to_several_choices_is_one_write(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        async with server.chat(stream=True, n=3) as response:
+            seen = events(response)
+            await server.controller.saw(wire.Run, 3)
+            choices = [sent.sequence for sent in server.controller.all(wire.Run)]
+            for _ in choices:
+                await anext(seen)
+            server.controller.deliver(wire.Tokens([(choice, 0, [66], "") for choice in choices]))
+            chunk = b""
+            async for piece, whole in response.content.iter_chunks():
+                chunk += piece
+                if whole and chunk.strip():
+                    break
+            server.controller.deliver(wire.Tokens([(choice, 0, [], "length") for choice in choices]))
+            assert [event async for event in seen][-1] == "data: [DONE]"
+        assert chunk.count(b'"content":"B"') == 3
+
+    run(tmp_path, begins, scenario)
