@@ -59,6 +59,8 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     answer = server.call("PUT", model_path(name), spec)
     if replaces:
         click.echo(f"{name} was deployed already and is replaced; what was not given is at its default", err=True)
+    if not answer.get("chat", True):
+        click.echo(f"{name} has no chat template: chats are refused; /v1/completions and run --raw work", err=True)
     say(answer, f"{name}: {server.public or server.url}/models/{name}/v1", as_json)
 
 

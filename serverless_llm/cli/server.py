@@ -107,9 +107,9 @@ class Server:
     def _to_head(self, message: wire.Message) -> None:
         self._head.receive(message)
 
-    async def _check(self, name: str, source: str, checkpoint: str) -> None:
+    async def _check(self, name: str, source: str, checkpoint: str) -> bool:
         await asyncio.shield(self._starting)
-        await self._text.check(name, source, checkpoint)
+        return await self._text.check(name, source, checkpoint)
 
     async def _signalled_or(self, background: Sequence[asyncio.Future[None]]) -> None:
         """Waits for a signal; raises what ended a background task, which should have gone on for ever."""

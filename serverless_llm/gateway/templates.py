@@ -314,7 +314,8 @@ class CheckpointText:
             RequestError: it cannot be made, and why.
         """
         table = token_table(self.tokenizer) if call.table else None
-        return Prompt(self._encoded(call), self.defaults, self.stop_ids, table, self.vocabulary)
+        chats = self.source is not None
+        return Prompt(self._encoded(call), self.defaults, self.stop_ids, table, self.vocabulary, chats)
 
     def _encoded(self, call: Call) -> bytes:
         if call.ids is not None:

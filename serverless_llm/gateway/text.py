@@ -44,7 +44,7 @@ class TextLimits:
 class TokenisedPrompt:
     """A prompt (int32, little endian), what decodes its answer, and the checkpoint's own settings.
 
-    `vocabulary_size`: token ids that its model has rows for.
+    `vocabulary_size`: token ids that its model has rows for. `chats`: there is a chat template.
     """
 
     ids: bytes
@@ -52,6 +52,7 @@ class TokenisedPrompt:
     defaults: dict[str, float]
     stop_ids: tuple[int, ...]
     vocabulary_size: int
+    chats: bool = True
 
 
 class _Process:
@@ -181,14 +182,16 @@ class TextPool:
             suspect.check(call.model)
             return await self._serve(await self._acquire(), key, call, framed)
 
-    async def check(self, model: str, directory: str, checkpoint: str) -> None:
+    async def check(self, model: str, directory: str, checkpoint: str) -> bool:
         """Load a checkpoint's tokenizer and compile its template, in a text process, for they may be hostile.
+
+        Whether it has a template, without which it cannot chat.
 
         Raises:
             RequestError: 400, they cannot be used; 503, they ended text processes shortly before.
         """
         try:
-            await self.prompt(Call(model, directory, checkpoint))
+            return (await self.prompt(Call(model, directory, checkpoint))).chats
         except RequestError as error:
             if error.status == 503:
                 raise
@@ -208,7 +211,8 @@ class TextPool:
             raise RequestError(reply.status, reply.code, reply.message, reply.param)
         vocabulary = self._vocabularies.get(key) or known or _vocabulary(reply.table)
         self._remember(key, vocabulary)
-        return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, tuple(reply.stop_ids), reply.vocabulary_size)
+        stop_ids, size = tuple(reply.stop_ids), reply.vocabulary_size
+        return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, stop_ids, size, reply.chats)
 
     def _remember(self, key: tuple[str, str], vocabulary: Vocabulary) -> None:
         self._vocabularies[key] = vocabulary

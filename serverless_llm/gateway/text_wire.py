@@ -53,7 +53,7 @@ class Table(msgspec.Struct, frozen=True, array_like=True):
 class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """A tokenised prompt (int32, little endian) and what its checkpoint's files say about generation.
 
-    `defaults`: of `fields.SAMPLING` what generation_config.json names.
+    `defaults`: of `fields.SAMPLING` what generation_config.json names. `chats`: there is a chat template.
     """
 
     ids: bytes
@@ -61,6 +61,7 @@ class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=1):
     stop_ids: list[int]
     table: Table | None
     vocabulary_size: int
+    chats: bool
 
 
 class Fault(msgspec.Struct, frozen=True, array_like=True, tag=2):

@@ -34,7 +34,7 @@ WRITE_AGAIN = 10.0  # seconds after which a client may ask again for what the di
 BROKEN = "%s cannot be served: %s; mend that and deploy it again, or: serverless-llm rm %s"
 JSON = dict[str, Any]
 T = TypeVar("T")
-TextCheck = Callable[[str, str, str], Awaitable[None]]
+TextCheck = Callable[[str, str, str], Awaitable[bool]]
 
 
 class Registry:
@@ -43,7 +43,8 @@ class Registry:
     Args:
         keep_alive: default of a deploy, in seconds.
         roots: directories that sources must lie in; none: anywhere.
-        check: looks at the text files of (name, source, checkpoint), and raises RequestError where they cannot be used.
+        check: looks at the text files of (name, source, checkpoint), tells whether they have a chat template, raises
+            RequestError where they cannot be used.
     """
 
     def __init__(
@@ -173,8 +174,8 @@ class Registry:
         self._deliver(wire.Answer(question.id, status, msgspec.json.encode(body)))
 
     async def _deploy(self, name: str, body: bytes) -> JSON:
-        await self._admit(*await self._read(name, body, DEPLOY_LIMIT))
-        return self._row(name)
+        chats = await self._admit(*await self._read(name, body, DEPLOY_LIMIT))
+        return self._row(name) | {"chat": chats}
 
     async def _read(self, name: str, body: bytes, limit: float) -> tuple[ModelSpec, Footprint]:
         """What a deploy asks for, as far as `limit` seconds tell; its source may lie on a mount that is dead."""
@@ -186,10 +187,10 @@ class Registry:
         async with self._readers:
             return await admin.read_footprint(spec, limit)
 
-    async def _admit(self, spec: ModelSpec, footprint: Footprint) -> None:
+    async def _admit(self, spec: ModelSpec, footprint: Footprint) -> bool:
+        """Whether it has a chat template, as far as anybody looks."""
         name = spec.name
-        if self._check is not None:
-            await self._check(spec.name, spec.source, footprint.checkpoint)
+        chats = self._check is None or await self._check(name, spec.source, footprint.checkpoint)
         async with self._changing:
             old = self._entries.get(name)
             created = old.created if old else int(time.time())
@@ -197,6 +198,7 @@ class Registry:
             self._entries[name] = Entry(spec, created)
             self._controller.handle(events.Deploy(spec, footprint))
         self._publish()
+        return chats
 
     async def _delete(self, name: str, body: bytes) -> JSON:
         async with self._changing:

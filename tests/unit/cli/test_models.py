@@ -155,6 +155,14 @@ def test_deploy_a_directory(cli: CommandLine, running: Scripted, tmp_path: Path)
     assert running.seen[-1][:3] == ("PUT", "/admin/models/a%2Fb", body)
 
 
+def test_deploy_says_that_a_model_cannot_chat(cli: CommandLine, running: Scripted, tmp_path: Path) -> None:
+    running.answers["PUT", "/admin/models/m"] = (200, {"name": "m", "chat": False})
+    outcome = cli("deploy", "m", str(tmp_path))
+    assert (outcome.status, outcome.out) == (0, f"m: {running.url}/models/m/v1\n")
+    assert "no chat template" in outcome.err
+    assert "run --raw" in outcome.err
+
+
 def test_deploy_prints_the_endpoint_that_clients_reach(cli: CommandLine, server: Scripted, tmp_path: Path) -> None:
     """With TLS the command line has a port of its own."""
     head = {"url": server.url, "public": "https://gpu.example:8000", "generation": 1, "pid": os.getpid()}

@@ -428,7 +428,7 @@ def test_what_no_request_could_use_is_found_by_the_check(
         pool = TextPool(1)
         await pool.start()
         directory = checkpoint(tmp_path / "broken")
-        await pool.check("demo", str(directory), "whole")
+        assert await pool.check("demo", str(directory), "whole")  # it has a chat template
         (directory / name).unlink(missing_ok=True)
         if contents is not None:
             (directory / name).write_text(contents)
@@ -446,7 +446,7 @@ def test_a_checked_checkpoint_needs_no_template_and_is_ready_for_its_first_reque
         await pool.start()
         directory = checkpoint(tmp_path / "plain")
         (directory / "tokenizer_config.json").write_text("{}")
-        await pool.check("demo", str(directory), "c")
+        assert not await pool.check("demo", str(directory), "c")
         (known,) = pool._vocabularies.values()
         assert (await pool.prompt(Call("demo", str(directory), "c", text="Hi"))).vocabulary is known
         await pool.close()

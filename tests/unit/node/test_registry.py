@@ -79,6 +79,7 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         assert status == 200
         assert (row["name"], row["state"], row["keep_alive"], row["context"]) == ("org/tiny", "unloaded", 300.0, 100)
         assert row["estimate_s"] is None
+        assert row.pop("chat")  # nobody looked
         assert row["bytes"] == (checkpoint / "model.safetensors").stat().st_size
         assert desk.catalogs[-1].models[0].name == "org/tiny"
         assert not desk.catalogs[-1].ready
@@ -345,13 +346,14 @@ def test_a_kept_model_whose_text_files_cannot_be_used_any_more_fails_until_they_
     faults = {"bad": registry.LOOKS, "busy": 1, "gone": registry.LOOKS}
     looks: list[str] = []
 
-    async def check(name: str, source: str, checkpoint: str) -> None:
+    async def check(name: str, source: str, checkpoint: str) -> bool:
         looks.append(name)
         if name == "odd":
             raise ValueError("nobody thought of that")
         faults[name] = faults.get(name, 0) - 1
         if faults[name] >= 0:
             raise RequestError(400, "invalid_checkpoint", f"{name} has no tokenizer.json", "source")
+        return True
 
     async def tell(desk: Desk) -> None:
         assert looks == []  # none before the server listens
@@ -380,12 +382,13 @@ def test_a_look_at_a_model_that_is_deployed_anew_meanwhile_does_not_fail_it(tmp_
     kept.close()
     begun, go_on = asyncio.Event(), asyncio.Event()
 
-    async def check(name: str, source: str, checkpoint: str) -> None:
+    async def check(name: str, source: str, checkpoint: str) -> bool:
         if not begun.is_set():
             begun.set()
             await go_on.wait()
         if not deployed:
             raise RequestError(400, "invalid_checkpoint", "no tokenizer.json", "source")
+        return True
 
     deployed: list[int] = []
 
@@ -450,20 +453,22 @@ def test_a_deploy_from_a_dead_mount_is_told_and_holds_nobody_up(
         back.set()
 
 
-def test_a_deploy_whose_text_files_cannot_be_used_changes_nothing(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_deploy_tells_of_its_text_files_or_changes_nothing(tmp_path: Path, checkpoint: Path) -> None:
     checked: list[tuple[str, str]] = []
 
-    async def check(name: str, source: str, checkpoint: str) -> None:
+    async def check(name: str, source: str, checkpoint: str) -> bool:
         assert checkpoint
         checked.append((name, source))
         if name == "bad":
             raise RequestError(400, "invalid_checkpoint", "no tokenizer.json", "source")
+        return name != "mute"
 
     async def tell(desk: Desk) -> None:
-        assert (await desk.ask("deploy", "good", source=str(checkpoint)))[0] == 200
+        assert (await desk.ask("deploy", "good", source=str(checkpoint)))[1]["chat"]
         status, body = await desk.ask("deploy", "bad", source=str(checkpoint))
         assert (status, body["error"]["message"]) == (400, "no tokenizer.json")
         assert (await desk.ask("show", "bad"))[0] == 404
-        assert checked == [("good", str(checkpoint)), ("bad", str(checkpoint))]
+        assert not (await desk.ask("deploy", "mute", source=str(checkpoint)))[1]["chat"]
+        assert checked == [(name, str(checkpoint)) for name in ("good", "bad", "mute")]
 
     on_a_desk(tmp_path, tell, check=check)
