@@ -82,6 +82,7 @@ def checkpoint(source: str, dtype: str) -> dict[str, Any]:
         CheckpointError: they cannot be served.
     """
     from serverless_llm.domain import BLOCK_TOKENS, ModelSpec
+    from serverless_llm.engine.config import ModelConfig
     from serverless_llm.loader import manifest
     from serverless_llm.node.admin import footprint
 
@@ -97,6 +98,7 @@ def checkpoint(source: str, dtype: str) -> dict[str, Any]:
         "hidden": config.get("hidden_size"),
         "vocabulary": config.get("vocab_size"),
         "dtypes": dtypes,
+        "served": ModelConfig.parse(config, dtype).dtype,
         "files": len(found.files),
         "tensors": len(found.tensors()),
         "file_bytes": needs.file_bytes,
@@ -133,11 +135,12 @@ def _of_deployed(row: dict[str, Any], start: dict[str, float] | None) -> list[tu
 def _of_checkpoint(found: dict[str, Any]) -> list[tuple[str, str]]:
     if "error" in found:
         return [("source", found["source"]), ("checkpoint", found["error"])]
+    stored = ", ".join(found["dtypes"])
     shape = f"{found['layers']} layers of {found['hidden']}, vocabulary of {found['vocabulary']}"
     return [
         ("source", found["source"]),
         ("architecture", f"{found['architecture']}: {shape}"),
-        ("files", f"{found['files']}, {found['tensors']} tensors, {', '.join(found['dtypes'])}"),
+        ("files", f"{found['files']}, {found['tensors']} tensors, {stored} in the file, {found['served']} when served"),
         ("size", f"{size(found['file_bytes'])} on disk, {size(found['weight_bytes'])} on a device"),
         ("KV", f"{size(found['kv_token_bytes'])} a token, {found['context']} tokens at most"),
     ]

@@ -54,10 +54,11 @@ def test_show_a_deployed_model(cli: CommandLine, busy: Scripted) -> None:
     assert told["deployed"] == ROW
     assert told["estimate"] == {"start_s": 2.02, "from_dram_s": 0.02}
     assert told["checkpoint"]["architecture"] == "Qwen3ForCausalLM"
-    assert told["checkpoint"]["dtypes"] == ["F32"]
+    assert (told["checkpoint"]["dtypes"], told["checkpoint"]["served"]) == (["F32"], "float32")
     assert told["checkpoint"]["context"] == 1024
     lines = [line.split(maxsplit=1) for line in cli("show", "m").out.splitlines()[1:]]
     assert ["status", "loaded"] in lines
+    assert next(text for name, text in lines if name == "files").endswith("F32 in the file, float32 when served")
     assert ["next", "start    about 2.0 s; 20 ms from DRAM"] in lines
     assert ["requests", "1 running, 2 waiting"] in lines
     assert ["min", "replicas  1 kept loaded"] in lines
