@@ -57,7 +57,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         host: address to listen on; off loopback a key is needed.
         port: 0 takes a free one.
-        hosts: further names by which clients may call this server (`Host` header).
+        hosts: further names by which clients may call this server (`Host` header); `/admin/` needs a key under them.
         api_key: what clients send; None on loopback needs none, elsewhere one is generated and kept in `state_dir`.
         keys_file: a YAML list of keys with scopes and limits (docs/operations.md), beside or instead of `api_key`.
         tls_cert: PEM certificate chain; with it and `tls_key` the server speaks TLS only.
