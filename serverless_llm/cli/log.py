@@ -1,7 +1,7 @@
 """The head's log: on standard error, as text on a terminal and JSON elsewhere, and as JSON in `logs/head.log`.
 
-Both are written by a thread, so that neither a disk nor a terminal that hangs holds up anybody; the file is rotated at
-the size of an agent's. A line that cannot be written is lost.
+Both are written by a thread, so that neither a disk nor a terminal that hangs holds up anybody, and a terminal neither
+the file nor the end; the file is rotated at the size of an agent's. A line that cannot be written is lost.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import contextlib
 import json
 import logging
 import logging.handlers
+import select
 import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from queue import Queue
+from typing import TextIO
 
 from serverless_llm.errors import OccupiedError, ServerlessLLMError
 
@@ -23,6 +25,8 @@ ENDED = "the server ended: %s"
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 LIMIT = 16 << 20  # bytes of the log, and as many of the one before it; arbitrary
 BACKLOG = 10_000  # lines that may wait to be written
+STDERR = 2
+PATIENCE = 1.0  # seconds with a terminal that takes nothing, once
 PAUSE = 0.05  # seconds; lines that come within it are written together, for each waking of the thread holds up the head
 
 
@@ -54,10 +58,25 @@ class _Waiting(logging.handlers.QueueHandler):
         return record
 
 
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Standard error; while it takes nothing, as after Ctrl-S, its lines are lost and nobody waits for it."""
+
+    _hangs = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _, ready, _ = select.select([], [STDERR], [], 0 if self._hangs else PATIENCE)
+        self._hangs = not ready
+        if ready:
+            super().emit(record)
+
+
 class _Thread(logging.handlers.QueueListener):
     """Where there is nothing to write it pauses, and only then waits to be woken."""
 
     queue: Queue[logging.LogRecord]
+
+    def enqueue_sentinel(self) -> None:
+        self.queue.put(self._sentinel)  # type: ignore[attr-defined]  # behind a full queue, too
 
     def dequeue(self, block: bool) -> logging.LogRecord:
         if self.queue.empty():
@@ -76,7 +95,7 @@ def logged(folder: Path, verbose: bool) -> Iterator[None]:
     root = logging.getLogger()
     former = root.handlers[:], root.level, logging.raiseExceptions
     logging.raiseExceptions = False  # a full disk is no reason to write about it on and on
-    told = logging.StreamHandler()
+    told = _Terminal()
     on_terminal = sys.stderr.isatty()
     told.setFormatter(logging.Formatter(TEXT) if on_terminal else JsonLines())
     told.setLevel(logging.WARNING if on_terminal and not verbose else logging.INFO)

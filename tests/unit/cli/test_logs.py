@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,37 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     with log.logged(tmp_path / "nowhere", verbose=False):
         logging.getLogger("a.b").info("hello")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_terminal_that_takes_nothing_holds_up_neither_the_file_nor_the_end(tmp_path: Path) -> None:
+    """As after Ctrl-S, or with a pager that nobody scrolls."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    story = """
+import logging, pathlib, sys
+from serverless_llm.cli import log
+log.PATIENCE = 0.01
+with log.logged(pathlib.Path(sys.argv[1]), verbose=False):
+    for word in ("one", "two"):
+        logging.error(word)
+"""
+    subprocess.run([sys.executable, "-c", story, str(tmp_path)], stderr=writer, timeout=10, check=True)
+    os.close(writer)
+    os.close(reader)
+    kept = [json.loads(line)["message"] for line in (tmp_path / "head.log").read_text().splitlines()]
+    assert kept == ["one", "two"]
+
+
+def test_a_log_that_is_behind_ends_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "BACKLOG", 1)
+    with log.logged(tmp_path, verbose=False):
+        for _ in range(10):
+            logging.getLogger("a.b").info("hello")
+    assert "hello" in (tmp_path / "head.log").read_text()
 
 
 def test_the_log_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
