@@ -25,6 +25,7 @@ from serverless_llm.surroundings import PREFIX, default_state_dir, search_path
 
 CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  # read elsewhere, no options
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
+NO_NAME = "%r is no name of a model: letters, digits, '.', '_', '-' and at most one '/', first an ASCII letter or digit"
 DEVICES = re.compile(r"(cpu|cuda)(?::([1-9][0-9]{0,5}))?")
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
 LEAST_BODY = 1 << 10  # bytes; less holds no conversation
@@ -315,7 +316,7 @@ def _models(value: object, memory: int) -> dict[str, ModelEntry]:
 
 def _model(name: str, entry: object) -> ModelEntry:
     if not NAME.fullmatch(name):
-        raise ConfigurationError(f"{name!r} is no name of a model (pattern {NAME.pattern})")
+        raise ConfigurationError(NO_NAME % name)
     fields = {"source": entry} if isinstance(entry, str) else entry
     if not isinstance(fields, dict):
         raise ConfigurationError(f"{name}: a source, or a mapping with one, is needed")

@@ -103,7 +103,7 @@ def _mend_streams() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; the exit status."""
     if sys.platform != "linux":
-        click.echo(f"serverless-llm: runs on Linux only, this is {sys.platform}", err=True)
+        click.echo(f"Error: serverless-llm runs on Linux only, this is {sys.platform}", err=True)
         return CONFIGURATION
     _mend_streams()
     try:
@@ -117,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Terminated as signal:
         return signal.status
     except ServerlessLLMError as error:
-        click.echo(f"serverless-llm: {error}", err=True)
+        click.echo(f"Error: {error}", err=True)
         return CONFIGURATION if isinstance(error, ConfigurationError) else FAILURE
     except OSError as error:
-        click.echo(f"serverless-llm: {error}", err=True)
+        click.echo(f"Error: {error}", err=True)
         return FAILURE

@@ -154,7 +154,13 @@ def make_checkpoint(
 
 @click.command("make-checkpoint")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--like", required=True, metavar="SHAPE", help=f"The model to resemble: {', '.join(SHAPES)}.")
+@click.option(
+    "--like",
+    required=True,
+    metavar="SHAPE",
+    shell_complete=lambda _ctx, _param, begun: [name for name in SHAPES if name.startswith(begun)],
+    help=f"The model to resemble: {', '.join(SHAPES)}.",
+)
 @click.option("--layers", type=COUNT, help="Layers, if not as many as the real model has.")
 @click.option("--dtype", type=click.Choice(list(VALUE_BYTES)), default="bfloat16", show_default=True)
 @click.option("--shards", type=COUNT, default=1, show_default=True, help="Number of safetensors files.")

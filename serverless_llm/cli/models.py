@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, find, model_path, of_state_dir
 from serverless_llm.cli.options import ANY_COUNT, COUNT, TIME
 from serverless_llm.cli.output import as_json, say, show
-from serverless_llm.cli.sources import name_of, resolve
+from serverless_llm.cli.sources import check_name, name_of, resolve
 from serverless_llm.quantities import size
 
 
@@ -52,6 +53,8 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     Nothing is loaded until a first request comes. Without SOURCE, NAME itself names the checkpoint. A NAME that is
     deployed already is replaced: what is not given is at its default again, not as it was.
     """
+    if source is not None:
+        check_name(name, "'NAME'")
     server = find(state_dir)
     spec = spec_of(source or name, server.local, **options)
     name = name if source else name_of(name)
@@ -61,7 +64,7 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
         click.echo(f"{name} was deployed already and is replaced; what was not given is at its default", err=True)
     if not answer.get("chat", True):
         click.echo(f"{name} has no chat template: chats are refused; /v1/completions and run --raw work", err=True)
-    say(answer, f"{name}: {server.public or server.url}/models/{name}/v1", as_json)
+    say(answer, f"{name}: {server.public or server.url}/models/{urllib.parse.quote(name)}/v1", as_json)
 
 
 def is_deployed(server: Server, name: str) -> bool:
@@ -80,6 +83,7 @@ def is_deployed(server: Server, name: str) -> bool:
 @as_json
 def rm(name: str, state_dir: Path | None, as_json: bool) -> None:
     """Take the model NAME away; its files stay."""
+    check_name(name, "'NAME'")
     find(state_dir).call("DELETE", model_path(name))
     say({"id": name, "deleted": True}, f"{name}: no longer deployed", as_json)
 

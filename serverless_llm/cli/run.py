@@ -178,9 +178,7 @@ def _started(process: subprocess.Popen[bytes], folder: Path, log: Path) -> str:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             lines = log.read_text(errors="replace").strip().splitlines()
-            why = (
-                lines[-1].removeprefix("serverless-llm: ") if lines else f"the server exited with {process.returncode}"
-            )
+            why = lines[-1].removeprefix("Error: ") if lines else f"the server exited with {process.returncode}"
             raise ConfigurationError(why) if process.returncode == CONFIGURATION else click.ClickException(why)
         head = read_head(folder)
         if head is not None and _is_ready(head["url"]):

@@ -79,12 +79,9 @@ def settled(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, models with absolute sources."""
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     if "models" in given:
-        from serverless_llm.config import NAME
-
         given["models"] = sources.named(given["models"])
         for name in given["models"]:
-            if not NAME.fullmatch(name):
-                raise click.BadParameter(f"{name!r} is no name of a model", param_hint="'--model'")
+            sources.check_name(name, "'--model'")
     return given
 
 

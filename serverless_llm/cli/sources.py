@@ -84,6 +84,17 @@ def name_of(source: str) -> str:
     return name
 
 
+def check_name(name: str, hint: str) -> None:
+    """
+    Raises:
+        click.BadParameter: no model can be called so; `hint` names the argument.
+    """
+    from serverless_llm.config import NAME, NO_NAME
+
+    if not NAME.fullmatch(name):
+        raise click.BadParameter(NO_NAME % name, param_hint=hint)
+
+
 def named(given: tuple[str, ...]) -> dict[str, str]:
     """Models of `NAME=SOURCE` or bare sources, as name -> absolute directory."""
     from serverless_llm.quantities import parse_pairs

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from serverless_llm.config import NAME
+from serverless_llm.config import NAME, NO_NAME
 from serverless_llm.demo import tasks
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
@@ -57,7 +57,7 @@ def spec_of(name: str, body: bytes, keep_alive: float, roots: Sequence[Path]) ->
         RequestError: 400 for a bad name or body, 403 for a source outside the roots.
     """
     if not NAME.fullmatch(name):
-        raise refusal(f"{name!r} is no name of a model (pattern {NAME.pattern})", "name")
+        raise refusal(NO_NAME % name, "name")
     asked = parse(body, DeployBody)
     spec = ModelSpec(
         name=name,

@@ -51,6 +51,7 @@ def completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         ("deploy mine demo-r", ["dir,demo-r", "plain,demo-reverse"]),
         ("rm demo", ["plain,demo-add", "plain,demolition"]),
         ("logs n", ["plain,node0"]),
+        ("make-checkpoint --like qwen3-0", ["plain,qwen3-0.6b"]),
         ("logs node0 h", ["plain,head"]),
     ],
 )

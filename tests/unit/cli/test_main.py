@@ -69,7 +69,7 @@ def test_errors_become_a_line_and_a_status(
     monkeypatch.setattr(cli_main, "fail", click.command("fail")(fail), raising=False)
     outcome = cli("fail")
     assert outcome.status == status
-    assert outcome.err.strip() in {f"serverless-llm: {error}", ""}
+    assert outcome.err.strip() in {f"Error: {error}", ""}
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -163,6 +163,11 @@ def test_deploy_says_that_a_model_cannot_chat(cli: CommandLine, running: Scripte
     assert "run --raw" in outcome.err
 
 
+def test_an_endpoint_can_be_given_to_any_client(cli: CommandLine, running: Scripted) -> None:
+    running.answers["PUT", "/admin/models/a%2Fn%C3%A4me"] = (200, {})
+    assert cli("deploy", "a/näme", "demo-add").out == f"a/näme: {running.url}/models/a/n%C3%A4me/v1\n"
+
+
 def test_deploy_prints_the_endpoint_that_clients_reach(cli: CommandLine, server: Scripted, tmp_path: Path) -> None:
     """With TLS the command line has a port of its own."""
     head = {"url": server.url, "public": "https://gpu.example:8000", "generation": 1, "pid": os.getpid()}
@@ -195,7 +200,7 @@ def test_a_directory_that_is_gone_is_told_before_what_the_hub_says(
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     outcome = cli("deploy", "m", "models/gone")
-    assert outcome.err.startswith("serverless-llm: there is no directory models/gone here, and of the hub: ")
+    assert outcome.err.startswith("Error: there is no directory models/gone here, and of the hub: ")
 
 
 def test_deploy_a_demo_by_its_name(cli: CommandLine, running: Scripted) -> None:

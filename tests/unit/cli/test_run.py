@@ -179,7 +179,7 @@ def test_a_server_of_its_own_is_told_of_and_so_is_what_it_cannot_run_with(
     told, why = outcome.err.splitlines()
     assert outcome.status == 78
     assert told == "no server is running: one is started for this answer"
-    assert why.startswith("serverless-llm: SERVERLESS_LLM_DRAM: 'lots' is no size")
+    assert why.startswith("Error: SERVERLESS_LLM_DRAM: 'lots' is no size")
 
 
 def test_phases_of_an_answer_without_tokens_or_metrics() -> None:

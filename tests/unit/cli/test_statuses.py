@@ -22,6 +22,8 @@ USAGE = [  # a value that cannot be, whichever verb it is given to
     ("serve --limit disk=fast", "Invalid value for '--limit': 'fast' is no size"),
     ("serve --model no-such-model", "'no-such-model' is neither a directory nor one of demo-count"),
     ("serve --model =demo-add", "Invalid value for '--model': '' is no name of a model"),
+    ("deploy mine;rm demo-add", "Invalid value for 'NAME': 'mine;rm' is no name of a model: letters, digits"),
+    ("rm a//b", "Invalid value for 'NAME': 'a//b' is no name of a model"),
     ("serve --no-such-flag", "No such option"),
     ("deploy m demo-add --min-replicas -1", "Invalid value for '--min-replicas'"),
     ("deploy m demo-add --context 0", "Invalid value for '--context'"),
@@ -45,6 +47,12 @@ def test_a_value_that_cannot_be_is_a_usage_error(cli: CommandLine, tmp_path: Pat
     assert outcome.status == 2
     assert message in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_no_name_at_all_is_a_usage_error(cli: CommandLine) -> None:
+    outcome = cli("deploy", "", "demo-add")
+    assert outcome.status == 2
+    assert "'' is no name of a model" in outcome.err
 
 
 CONFIGURATION = [
