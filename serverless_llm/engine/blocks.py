@@ -208,8 +208,10 @@ class Memory:
         return pool.slabs * self.slab > pool.floor
 
     def vacant(self) -> list[Range]:
-        """Whole slabs in which nothing lies."""
-        return [self._place(slab, 1) for slab in self._open]
+        """Where nothing lies, in the order of offsets."""
+        taken = sorted([*self._stored(), *self._slab_places()])
+        begins, ends = [0, *(place.end for place in taken)], [*(place.offset for place in taken), self.budget]
+        return [Range(begin, end - begin) for begin, end in zip(begins, ends, strict=True) if begin < end]
 
     def used(self) -> int:
         """Bytes in blocks given out."""

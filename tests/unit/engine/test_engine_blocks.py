@@ -30,6 +30,15 @@ def test_weights_come_from_below_and_slabs_from_above() -> None:
     memory.check_invariants()
 
 
+def test_what_is_vacant_ends_where_others_begin() -> None:
+    memory = Memory(67 * MIB)  # no whole number of slabs: the lowest bytes belong to none
+    for replica in (1, 2):
+        memory.place(replica, [1000], 0, 0, 8192, 1024)
+    memory.allocate(2)
+    memory.remove(1)
+    assert memory.vacant() == [Range(0, 1024), Range(2048, memory.budget - 2048 - memory.slab)]
+
+
 def test_viewed_weights_only_count() -> None:
     memory = Memory(4 * MIB)
     assert memory.place(1, [], 3 * MIB, 0, 65536, 65536) == []
@@ -81,7 +90,7 @@ def test_a_gap_between_weights_is_used_again() -> None:
         memory.place(replica, [MIB], 0, 0, 4096, 4096)
     memory.remove(1)
     assert memory.vacated
-    assert Range(0, memory.slab) in memory.vacant()
+    assert memory.vacant() == [Range(0, MIB), Range(2 * MIB, memory.budget - 2 * MIB)]
     assert memory.place(3, [MIB // 2, MIB], 0, 0, 4096, 4096) == [0, 2 * MIB]
 
 
