@@ -7,7 +7,6 @@ agents free everything and exit. A second signal ends all of it at once; only a 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -18,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import msgspec
 from aiohttp import web
 
@@ -198,8 +196,7 @@ class Server:
         self._gateway.drain()
         requests = len({id(choice.live) for choice in self._gateway.live})
         if requests and sys.stderr.isatty():
-            with contextlib.suppress(OSError):  # the terminal may be what ended
-                click.echo(draining(requests), err=True)
+            log.warning("%s", draining(requests))  # by its thread: a terminal that takes nothing holds up no end
         try:
             await asyncio.wait_for(self._gateway.idle(), self._config.drain)
         except TimeoutError:
