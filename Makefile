@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEED ?= 1
 ARGS ?=
 STORM ?=
+HEADERS ?=
 
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
@@ -76,8 +77,11 @@ soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m storm tests/integration tests/unit/engine $(STORM)
 	$(BENCH)soak --seed $(SEED) $(ARGS)
 
+# Properties with many examples, then headers against the reference: goes on from bench/results/fuzz.json to 10 million
+# (HEADERS='--executions 20000000 --processes 2')
 fuzz: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/properties --hypothesis-seed=$(SEED) $(ARGS)
+	$(BENCH)fuzz $(HEADERS)
 
 # Goes on where the last call stopped: a mutant keeps its result for as long as its function stays the same. ARGS: how many
 # processes (--max-children 2), or names of mutants to run again ('serverless_llm.placement.*'); AGAIN=1: the survivors,

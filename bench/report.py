@@ -19,6 +19,7 @@ QUESTIONS = {
     "cold_start": "How long from a request to its first token, with no replica of its model loaded?",
     "soak": "What is lost when processes are killed at random, again and again?",
     "accuracy": "Does the engine compute what transformers computes?",
+    "fuzz": "Does the header parser judge whatever comes as the reference does, and at what worst cost?",
     "idle": "What does a server cost that nobody asks?",
     "limits": "What can this machine's links and cores do?",
     "load": "How fast do weights move, against the link's limit?",

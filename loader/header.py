@@ -2,20 +2,29 @@
 
 The file: 8 bytes little endian (the length n of the header), n bytes of JSON, then the tensors' bytes, gap-free and
 without overlap to the end of the file (https://github.com/huggingface/safetensors, "Format"). Data that are misaligned
-to their item size are legal.
+to their item size are legal. Where this reader and the reference implementation differ is listed in docs/header.md.
+
+Memory: values are read one at a time, so that a hostile header costs at most ten times its bytes and some hundred KiB.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from serverless_llm.errors import CheckpointError
 
 PREFIX = 8  # bytes before the JSON
 MAX_HEADER = 100_000_000  # bytes of JSON; the reference implementation's limit
 MAX_DIMENSION = 2**63 - 1  # what a tensor library can hold in a signed size
+MAX_ENTRY = 4096  # characters of one tensor's entry; real ones have about a hundred
+MAX_METADATA = 4096  # pairs; real files have from one to about a hundred
+SHOWN = 200  # characters of a string from the header that an error repeats
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -23,6 +32,7 @@ DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 class TensorEntry(NamedTuple):
@@ -72,95 +82,196 @@ def parse(raw: bytes, file_size: int) -> Header:
     begin = data_offset(raw, file_size)
     if len(raw) < begin:
         raise CheckpointError(f"header of {begin} bytes is cut to {len(raw)}")
-    fields = _decode(raw[PREFIX:begin])
-    metadata = _metadata(fields.pop("__metadata__", None))
-    tensors = sorted((_entry(name, value, begin) for name, value in fields.items()), key=lambda t: (t.start, t.end))
+    tensors, metadata = _read(_text(raw, begin), begin)
+    _check_names(tensors)
+    tensors.sort(key=attrgetter("end"))
+    tensors.sort(key=attrgetter("start"))  # sorts are stable: by start, then by end, without a key object each
     _check_cover(tensors, begin, file_size)
     return Header(tuple(tensors), metadata, begin)
 
 
-def _decode(raw: bytes) -> dict[str, Any]:
+def _text(raw: bytes, begin: int) -> str:
     try:
-        fields = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise CheckpointError("header is nested too deeply") from None
-    except ValueError as error:
-        raise CheckpointError(f"header is not JSON in UTF-8: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError("header is not a JSON object")
-    return fields
+        return str(memoryview(raw)[PREFIX:begin], "utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"header is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _read(text: str, begin: int) -> tuple[list[TensorEntry], dict[str, str]]:
+    tensors: list[TensorEntry] = []
+    metadata: list[dict[str, str]] = []
+
+    def member(name: str, at: int) -> int:
+        if name != "__metadata__":
+            entry, end = _entry(name, text, at, begin)
+            tensors.append(entry)
+            return end
+        if metadata:
+            raise CheckpointError("header has the key '__metadata__' twice")
+        pairs, end = _metadata(text, at)
+        metadata.append(pairs)
+        return end
+
+    end = _object(text, 0, "header", member)
+    if end < len(text):
+        raise _not_json("something follows", end)
+    return tensors, metadata[0] if metadata else {}
+
+
+# --- JSON, one member at a time ---
+
+COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+OPEN = re.compile(r"\{[ \t\n\r]*(\}[ \t\n\r]*)?")
+NEXT = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(\}[ \t\n\r]*))")  # group 1: the object's end
+
+
+def _object(text: str, at: int, what: str, member: Callable[[str, int], int]) -> int:
+    """Where the object at `at` ends, spaces after it included; `member` takes a key and where its value begins, and
+    says where that ends."""
+    mark = OPEN.match(text, at)
+    if mark is None:
+        raise CheckpointError(f"{what} does not begin a JSON object")
+    while not mark[1]:
+        key, at = _string(text, mark.end())
+        at = member(key, _past(COLON, text, at, "no colon").end())
+        mark = _past(NEXT, text, at, "neither a comma nor the object's end")
+    return mark.end()
+
+
+def _past(pattern: re.Pattern[str], text: str, at: int, fault: str) -> re.Match[str]:
+    mark = pattern.match(text, at)
+    if mark is None:
+        raise _not_json(fault, at)
+    return mark
+
+
+def _string(text: str, at: int) -> tuple[str, int]:
+    """The string at `at`, and where it ends."""
+    if not text.startswith('"', at):
+        raise _not_json("no string", at)
+    try:
+        string, end = PLAIN.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        raise _not_json(error.msg, error.pos) from None
+    if not string.isascii() and SURROGATE.search(string):
+        raise CheckpointError(f"header has the string {_shown(string)}, which is not Unicode text")
+    return string, end
+
+
+def _not_json(fault: str, at: int) -> CheckpointError:
+    return CheckpointError(f"header is not JSON: {fault} at character {at}")
+
+
+def _shown(string: str) -> str:
+    return repr(string if len(string) <= SHOWN else f"{string[:SHOWN]}...")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise CheckpointError(f"header has the key {twice!r} twice")
+        raise CheckpointError("a tensor's entry has the same field twice")
     return fields
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+PLAIN = json.JSONDecoder()
+ENTRY = json.JSONDecoder(object_pairs_hook=_unique)
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which JSON can smuggle in and no UTF-8 string holds
 
 
-def _metadata(value: Any) -> dict[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError("__metadata__ is not an object of strings")
-    for key, text in value.items():
-        _check_text(key)
-        _check_text(text)
-    return value
+# --- what the members mean ---
 
 
-def _entry(name: str, value: Any, begin: int) -> TensorEntry:
-    _check_text(name)
-    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        raise CheckpointError(f"tensor {name!r} is not an object with dtype, shape and data_offsets")
+def _metadata(text: str, at: int) -> tuple[dict[str, str], int]:
+    if text.startswith("null", at):
+        return {}, at + 4
+    pairs: dict[str, str] = {}
+
+    def member(key: str, at: int) -> int:
+        if key in pairs:
+            raise CheckpointError(f"__metadata__ has the key {_shown(key)} twice")
+        if len(pairs) == MAX_METADATA:
+            raise CheckpointError(f"__metadata__ has more than {MAX_METADATA} pairs")
+        pairs[key], end = _string(text, at)
+        return end
+
+    return pairs, _object(text, at, "__metadata__", member)
+
+
+def _entry(name: str, text: str, at: int, begin: int) -> tuple[TensorEntry, int]:
+    """The tensor whose entry begins at `at`, and where that ends."""
+    window = text[at : at + MAX_ENTRY]
+    try:
+        value, length = ENTRY.raw_decode(window)
+    except RecursionError:
+        raise CheckpointError(f"tensor {_shown(name)} is nested too deeply") from None
+    except ValueError as error:
+        raise _broken(name, window, error) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"tensor {_shown(name)} is not an object")
+    if value.keys() != FIELDS:
+        odd = "lacks" if FIELDS - value.keys() else "has more than"
+        raise CheckpointError(f"tensor {_shown(name)} {odd} dtype, shape and data_offsets")
+    if "-" in window[:length]:  # a minus, and the one number that it may stand before
+        raise CheckpointError(f"tensor {_shown(name)} has a negative number")
+    return _checked(name, value, begin), at + length
+
+
+def _broken(name: str, window: str, error: ValueError) -> CheckpointError:
+    if len(window) == MAX_ENTRY:
+        return CheckpointError(f"the entry of tensor {_shown(name)} is longer than {MAX_ENTRY} characters")
+    return CheckpointError(f"header is not JSON: in the entry of tensor {_shown(name)}: {error}")
+
+
+def _checked(name: str, value: dict[str, Any], begin: int) -> TensorEntry:
     dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    shape = _sizes(value["shape"], f"shape of tensor {name!r}")
-    offsets = _sizes(value["data_offsets"], f"data_offsets of tensor {name!r}")
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"data_offsets of tensor {name!r} are not [begin, end]")
-    _check_bytes(name, dtype, shape, offsets[1] - offsets[0])
-    return TensorEntry(name, dtype, shape, begin + offsets[0], begin + offsets[1])
-
-
-def _check_text(text: str) -> None:
-    """JSON can smuggle half a surrogate pair, which no UTF-8 string holds, into a name."""
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise CheckpointError(f"header has the string {text!r}, which is not Unicode text")
+        raise CheckpointError(f"tensor {_shown(name)} has the unknown dtype {_shown(str(dtype))}")
+    shape = _sizes(value["shape"], f"shape of tensor {_shown(name)}")
+    start, *end = _sizes(value["data_offsets"], f"data_offsets of tensor {_shown(name)}") or (0,)
+    if len(end) != 1 or start > end[0]:
+        raise CheckpointError(f"data_offsets of tensor {_shown(name)} are not [begin, end]")
+    _check_bytes(name, dtype, shape, end[0] - start)
+    # one string for each dtype, not one for each tensor
+    return TensorEntry(name, sys.intern(dtype), shape, begin + start, begin + end[0])
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
     # type(): to isinstance, true is an int
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_DIMENSION for item in value):
-        raise CheckpointError(f"{what} is not a list of integers of 0 ... 2^63 - 1")
+    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+        raise CheckpointError(f"{what} is not a list of integers from 0")
+    if any(item > MAX_DIMENSION for item in value):
+        raise CheckpointError(f"{what} has a number over 2^63 - 1")
     return tuple(value)
 
 
 def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
+    """Sizes beside a 0 count, too: no tensor library can hold such a shape's strides."""
     items = 1
     for size in shape:
-        items *= size
+        items *= size or 1
         if items > MAX_DIMENSION:
-            raise CheckpointError(f"shape {list(shape)} of tensor {name!r} overflows")
-    if items * DTYPE_BITS[dtype] != nbytes * 8:
-        raise CheckpointError(f"tensor {name!r} of {dtype} {list(shape)} does not fill its {nbytes} bytes")
+            raise CheckpointError(f"shape {list(shape)} of tensor {_shown(name)} overflows")
+    bits = 0 if 0 in shape else items * DTYPE_BITS[dtype]
+    if bits != nbytes * 8:
+        raise CheckpointError(f"tensor {_shown(name)} of {dtype} {list(shape)} does not fill its {nbytes} bytes")
+
+
+def _check_names(tensors: list[TensorEntry]) -> None:
+    """Sorts by name: a set of a hostile header's names would take more memory than its tensors."""
+    tensors.sort(key=attrgetter("name"))
+    for before, after in pairwise(tensors):
+        if before.name == after.name:
+            raise CheckpointError(f"header has the key {_shown(after.name)} twice")
 
 
 def _check_cover(tensors: list[TensorEntry], begin: int, file_size: int) -> None:
     """Tensors, sorted by offset, must cover the file's data exactly."""
     if tensors and tensors[0].start != begin:
-        raise CheckpointError(f"a gap before the first tensor {tensors[0].name!r}")
+        raise CheckpointError(f"a gap before the first tensor {_shown(tensors[0].name)}")
     for before, after in pairwise(tensors):
         if after.start != before.end:
             fault = "a gap between" if after.start > before.end else "an overlap of"
-            raise CheckpointError(f"{fault} the tensors {before.name!r} and {after.name!r}")
+            raise CheckpointError(f"{fault} the tensors {_shown(before.name)} and {_shown(after.name)}")
     end = tensors[-1].end if tensors else begin
     if end != file_size:
         fault = "truncated: " if end > file_size else ""
