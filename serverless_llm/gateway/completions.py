@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from serverless_llm import wire
 from serverless_llm.domain import WorkClass
@@ -121,6 +121,8 @@ class Completions:
         if live.error is not None:
             raise live.error
         response = web.StreamResponse(headers=sse.HEADERS | answers.timing(live.lead))
+        if http.version < HttpVersion11:
+            response.force_close()  # its end is the connection's, even where the client asks to keep that
         await response.prepare(http)
         await Stream(live, http, response, self._options).run()
         return response

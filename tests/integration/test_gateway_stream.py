@@ -21,8 +21,8 @@ async def lines_of_http_1_0(server: Served, body: bytes) -> tuple[asyncio.Stream
     """The reader of an answer without chunks, behind its headers."""
     place = urlsplit(server.url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
-    head = f"POST /v1/chat/completions HTTP/1.0\r\nHost: {place.netloc}\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nHost: {place.netloc}\r\nConnection: keep-alive\r\n"
+    writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
     headers = await reader.readuntil(b"\r\n\r\n")
     assert b"chunked" not in headers.lower()
     return reader, writer
