@@ -70,7 +70,7 @@ class _Terminal(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
-class _Thread(logging.handlers.QueueListener):
+class _Writer(logging.handlers.QueueListener):
     """Where there is nothing to write it pauses, and only then waits to be woken."""
 
     queue: Queue[logging.LogRecord]
@@ -102,7 +102,7 @@ def logged(folder: Path, verbose: bool) -> Iterator[None]:
     kept = logging.handlers.RotatingFileHandler(folder / "head.log", maxBytes=LIMIT, backupCount=1, delay=True)
     kept.setFormatter(JsonLines())
     records: Queue[logging.LogRecord] = Queue(BACKLOG)
-    thread = _Thread(records, told, kept, respect_handler_level=True)
+    thread = _Writer(records, told, kept, respect_handler_level=True)
     root.handlers = [_Waiting(records)]
     root.setLevel(logging.INFO)
     thread.start()
