@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -74,23 +76,49 @@ def build(directory: Path) -> Manifest:
         CheckpointError: names the file and what is wrong; a `TransientError` where the system could not read it.
     """
     directory = Path(directory)
-    try:
-        names = sorted(path.name for path in directory.iterdir())
-        choice = choose(names, str(directory))
-        weight_map = None if choice == SINGLE else weight_map_of(_text(directory, INDEX, MAX_INDEX))
+    with _system_errors(directory):
+        names = _names(directory)
+        files, heads = _weights(directory, names)
         raw_config = _text(directory, CONFIG, MAX_CONFIG)
-        files, heads = [], []
-        for name in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
-            entry, head = _file(directory, name)
-            files.append(entry)
-            heads.append(head)
         where = os.path.realpath(directory)
         texts = [(name, *_stamp(directory / name)) for name in TEXTS if name in names]
-    except OSError as error:
-        raise TransientError(f"{error.filename or directory}: {error.strerror}") from error
-    check_tensors(files, weight_map)
     checkpoint = identify(where, files, heads, raw_config, texts)
     return Manifest(directory, tuple(files), checkpoint, object_of(raw_config, CONFIG), raw_config)
+
+
+def weights(directory: Path) -> list[FileEntry]:
+    """The files alone, in load order, validated as by `build`: it needs no config.json.
+
+    Raises:
+        CheckpointError: as `build`.
+    """
+    with _system_errors(directory):
+        return _weights(directory, _names(directory))[0]
+
+
+@contextmanager
+def _system_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TransientError(f"{error.filename or directory}: {error.strerror}") from error
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def _weights(directory: Path, names: list[str]) -> tuple[list[FileEntry], list[bytes]]:
+    """The files and the bytes of their headers."""
+    choice = choose(names, str(directory))
+    weight_map = None if choice == SINGLE else weight_map_of(_text(directory, INDEX, MAX_INDEX))
+    files, heads = [], []
+    for name in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
+        entry, head = file_entry(name, confined(directory, name), directory / name)
+        files.append(entry)
+        heads.append(head)
+    check_tensors(files, weight_map)
+    return files, heads
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -108,16 +136,22 @@ def _text(directory: Path, name: str, most: int) -> str:
         raise CheckpointError(f"{name} is not UTF-8") from None
 
 
-def _file(directory: Path, name: str) -> tuple[FileEntry, bytes]:
-    path = confined(directory, name)
+def file_entry(name: str, path: Path, shown: Path) -> tuple[FileEntry, bytes]:
+    """One safetensors file and the bytes of its header. `shown` is how the caller knows it.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: its header is invalid; the message begins with `shown`.
+    """
     with path.open("rb", buffering=0) as file:
         stat = os.fstat(file.fileno())
         try:
             prefix = file.read(header.PREFIX)
             head = prefix + file.read(header.data_offset(prefix, stat.st_size) - header.PREFIX)
-            return FileEntry(name, path, stat.st_size, stat.st_mtime_ns, header.parse(head, stat.st_size)), head
+            parsed = header.parse(head, stat.st_size)
         except CheckpointError as error:
-            raise CheckpointError(f"{directory / name}: {error}") from None
+            raise CheckpointError(f"{shown}: {error}") from None
+        return FileEntry(name, path, stat.st_size, stat.st_mtime_ns, parsed), head
 
 
 def confined(directory: Path, name: str) -> Path:

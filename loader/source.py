@@ -62,7 +62,7 @@ class OpenFile:
         except OSError as error:
             raise TransientError(f"{self.source.path}: {error.strerror}") from error
         if (stat.st_size, stat.st_mtime_ns) != (self.source.size, self.source.mtime_ns):
-            raise CheckpointError(f"{self.source.path} was changed after it was deployed: deploy it again")
+            raise CheckpointError(f"{self.source.path} was changed after its header was read: deploy or load it again")
 
     def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> bool:
         """Fills the buffers with `length` bytes from `offset`, a multiple of the page size.

@@ -13,31 +13,22 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from serverless_llm.domain import CheckpointId
-from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import header, plan
 from serverless_llm.loader.bounce import Bounce
 from serverless_llm.loader.copies import Copies
 from serverless_llm.loader.dest import Dest
-from serverless_llm.loader.header import Header, TensorEntry
+from serverless_llm.loader.header import Header
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import HUGE_PAGE, MAX_SLOT, slot_size
 from serverless_llm.loader.source import PAGE
 from serverless_llm.loader.stitched import Kept, Slot, Stitched
+from serverless_llm.loader.views import view
 
 Progress = Callable[[int, int], None]  # done, total; in bytes, from the uploader's thread
 
 IDLE = 0.1  # seconds without work after which a discarded mapping is unmapped further; pieces of a load come faster
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
-    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
-}  # fmt: skip
 
 
 class Uploader:
@@ -233,12 +224,12 @@ class Mapping(Task):
         """All tensors, once everything is there: views into the pool; those misaligned to their item size are copies.
 
         Raises:
-            CheckpointError: a dtype that torch has not.
+            CheckpointError: a dtype or a shape that torch has not.
         """
         headers = self.headers()
         assert headers is not None
         return {
-            entry.name: _tensor(self._stitched.ranges[number], entry)
+            entry.name: view(self._stitched.ranges[number].buffer, entry)
             for number, one in enumerate(headers)
             for entry in one.tensors
         }
@@ -337,15 +328,3 @@ class Upload(Task):
     def _drain(self) -> None:
         if self._bounce:
             self._bounce.drain()
-
-
-def _tensor(home: Range, entry: TensorEntry) -> torch.Tensor:
-    dtype = TORCH_DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise CheckpointError(f"tensor {entry.name!r} has the dtype {entry.dtype}, which has no tensor type")
-    if entry.start == entry.end:
-        return torch.empty(entry.shape, dtype=dtype)
-    raw = torch.frombuffer(home.buffer, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
-    if entry.start % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(entry.shape)

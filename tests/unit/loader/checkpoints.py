@@ -45,6 +45,13 @@ def random(megabytes: float, seed: int = 0, count: int = 3) -> dict[str, torch.T
     return {f"{seed}.{number}": torch.randn(rows, 64, generator=generator) for number in range(count)}
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+
+
 def raw(fields: Any, data: bytes = b"", length: int | None = None) -> bytes:
     """A safetensors file from anything; `length` lies about the header's."""
     text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()

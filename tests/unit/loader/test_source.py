@@ -115,7 +115,7 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     file = OpenFile(known)
     with (tmp_path / "a").open("ab") as more:
         more.write(b"x")
-    with pytest.raises(CheckpointError, match=r"a was changed after it was deployed"):
+    with pytest.raises(CheckpointError, match=r"a was changed after its header was read"):
         file.check()
     file.close()
     with pytest.raises(CheckpointError, match="changed") as changed:

@@ -1,0 +1,222 @@
+"""The loader as a library: the functions of `safetensors.torch` that load, and whole checkpoints.
+
+Bytes are read by few threads in large calls, past the page cache unless they are in it, into fresh memory, of huge
+pages where the system has them. It is the caller's, who may write to the tensors, and goes when the last of them does;
+a file that is changed or cut later changes nothing in it.
+
+Errors are `CheckpointError`s with the file's name. They are no `SafetensorError`s: that class is the reference's own,
+and the loader must run where only torch is. What is missing or may not be read is an `OSError`, as there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from serverless_llm.errors import CheckpointError
+from serverless_llm.loader import header, manifest, plan
+from serverless_llm.loader.header import TensorEntry
+from serverless_llm.loader.manifest import FileEntry
+from serverless_llm.loader.plan import Piece
+from serverless_llm.loader.pool import HUGE_PAGE
+from serverless_llm.loader.reader import CALL_BYTES, THREADS
+from serverless_llm.loader.source import PAGE, OpenFile, SourceFile
+from serverless_llm.loader.staging import SETTING
+from serverless_llm.loader.tied import duplicates
+from serverless_llm.loader.views import view
+
+GROUP_BYTES = 256 << 20  # of neighbours that `iterate` reads at once; arbitrary: some long calls for each thread
+BACKENDS = ("mmap", "pread")  # the reference's; here both mean the one way there is
+Device = str | int
+
+
+def load_file(
+    filename: str | os.PathLike[str], device: Device = "cpu", *, backend: str = "mmap"
+) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, in file order.
+
+    On the CPU they are views of one allocation (those misaligned to their item size are copies); on their way to
+    another device at most some hundred MiB, or the largest tensor, are in memory.
+
+    Args:
+        backend: accepted for the reference's sake; one of `BACKENDS`.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it.
+        OSError: it cannot be opened.
+        ValueError: another backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    path = Path(filename)
+    return _load(manifest.file_entry(path.name, path, path)[0], torch.device(device))
+
+
+def load(data: bytes) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file's bytes, in file order, on the CPU: views of one copy of them.
+
+    Raises:
+        CheckpointError: says what is wrong.
+    """
+    parsed = header.parse(data, len(data))
+    copied = bytearray(data)
+    return {entry.name: view(copied, entry) for entry in parsed.tensors}
+
+
+def load_model(
+    model: torch.nn.Module,
+    filename: str | os.PathLike[str],
+    strict: bool = True,
+    device: Device = "cpu",
+    *,
+    backend: str = "mmap",
+) -> tuple[set[str], list[str]]:
+    """Loads a file that `save_model` wrote into a module.
+
+    Returns:
+        Names that the module has and the file has not, and the other way round; tensors that share memory count as
+        there if one of them is.
+
+    Raises:
+        RuntimeError: `strict`, and there are such names.
+        CheckpointError, OSError, ValueError: as `load_file`.
+    """
+    state = load_file(filename, device, backend=backend)
+    tied = duplicates(model.state_dict(), preferred=state.keys())
+    answer = model.load_state_dict(state, strict=False)
+    missing, unexpected = set(answer.missing_keys), list(answer.unexpected_keys)
+    for other in (name for others in tied.values() for name in others):
+        if other in missing:
+            missing.remove(other)
+        else:
+            unexpected.append(other)
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"{filename} does not fit {type(model).__name__}: "
+            f"missing are {sorted(missing)}, unknown {sorted(unexpected)}"
+        )
+    return missing, unexpected
+
+
+def load_checkpoint(directory: str | os.PathLike[str], device: Device = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face directory, sharded or not, in file order: as `load_file` of each of its files.
+
+    Raises:
+        CheckpointError: names the file and what is wrong; a `TransientError` where the system could not read it.
+    """
+    home = torch.device(device)
+    files = manifest.weights(Path(directory))
+    return {name: tensor for file in files for name, tensor in _load(file, home).items()}
+
+
+def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a Hugging Face directory, in file order.
+
+    Neighbours are read together, `GROUP_BYTES` at most or one larger tensor, into fresh memory that goes with the last
+    of them: besides what the caller keeps, two such groups at most are in memory. Keep a clone of a small tensor that
+    outlives its neighbours.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`; at once where headers tell, else when the bytes are due.
+    """
+    home = torch.device(device)
+    files = manifest.weights(Path(directory))
+    return (item for file, group in _groups(files) for item in _tensors(file, group, home).items())
+
+
+async def load_file_async(
+    filename: str | os.PathLike[str], device: Device = "cpu", *, backend: str = "mmap"
+) -> dict[str, torch.Tensor]:
+    """`load_file` in a thread; cancelled, it reads on there and drops what it read."""
+    return await asyncio.to_thread(load_file, filename, device, backend=backend)
+
+
+async def load_checkpoint_async(directory: str | os.PathLike[str], device: Device = "cpu") -> dict[str, torch.Tensor]:
+    """`load_checkpoint` in a thread; cancelled, it reads on there and drops what it read."""
+    return await asyncio.to_thread(load_checkpoint, directory, device)
+
+
+async def iterate_async(
+    directory: str | os.PathLike[str], device: Device = "cpu"
+) -> AsyncIterator[tuple[str, torch.Tensor]]:
+    """`iterate`, each group read in a thread when its first tensor is due."""
+    home = torch.device(device)
+    files = await asyncio.to_thread(manifest.weights, Path(directory))
+    for file, group in _groups(files):
+        tensors = await asyncio.to_thread(_tensors, file, group, home)
+        for item in tensors.items():
+            yield item
+
+
+def _load(file: FileEntry, device: torch.device) -> dict[str, torch.Tensor]:
+    """One allocation on the CPU; for another device a group at a time."""
+    if device.type == "cpu":
+        return _tensors(file, file.header.tensors, device)
+    return {name: tensor for _, group in _groups([file]) for name, tensor in _tensors(file, group, device).items()}
+
+
+def _groups(files: Sequence[FileEntry]) -> Iterator[tuple[FileEntry, Sequence[TensorEntry]]]:
+    """Neighbours in one file, `GROUP_BYTES` or one tensor at a time."""
+    for file in files:
+        group: list[TensorEntry] = []
+        for entry in file.header.tensors:
+            if group and entry.end - group[0].start > GROUP_BYTES:
+                yield file, group
+                group = []
+            group.append(entry)
+        yield file, group
+
+
+def _tensors(file: FileEntry, group: Sequence[TensorEntry], device: torch.device) -> dict[str, torch.Tensor]:
+    """Neighbours of one file, read into one allocation."""
+    if not group:
+        return {}
+    base = group[0].start // PAGE * PAGE
+    try:
+        content = _read(file, base, group[-1].end)
+        return {entry.name: view(content, entry, base).to(device) for entry in group}
+    except CheckpointError as error:
+        if str(file.path) in str(error):
+            raise
+        raise CheckpointError(f"{file.path}: {error}") from error
+
+
+def _read(file: FileEntry, start: int, stop: int) -> memoryview:
+    """The file's bytes from `start`, a page's first, to `stop`."""
+    content = _allocate(_pages(stop - start) or PAGE)  # tensors of no bytes end where they begin
+    opened = OpenFile(SourceFile(file.path, file.size, file.mtime_ns))
+
+    def read(call: Piece) -> None:
+        place = call.offset - start
+        opened.read([content[place : place + _pages(call.length)]], call.offset, call.length)
+
+    try:
+        calls = plan.cut(Piece(0, start, stop - start), CALL_BYTES)
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(read, calls))
+        opened.check()
+    finally:
+        opened.close()
+    return content
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
+
+
+def _allocate(nbytes: int) -> memoryview:
+    """Fresh private memory that begins with a page; unmapped with the last view of it."""
+    huge = nbytes >= HUGE_PAGE and SETTING.exists()
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE * huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    first = 0
+    if huge:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        first = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    return memoryview(memory)[first : first + nbytes]

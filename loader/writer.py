@@ -1,0 +1,156 @@
+"""Tensors to safetensors, byte for byte as the reference implementation writes them (`safetensors.torch`, 0.8).
+
+The header is padded with spaces to whole 8 bytes, and tensors go from wide types to narrow ones, then by name: every
+tensor lies aligned to its item size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from serverless_llm.loader.header import PREFIX
+from serverless_llm.loader.tied import duplicates, overlapping
+from serverless_llm.loader.views import TORCH_DTYPES
+
+METADATA = "__metadata__"
+ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL",
+)  # fmt: skip
+RANKS = {TORCH_DTYPES[name]: rank for rank, name in enumerate(ORDER)}
+
+
+def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file.
+
+    Args:
+        tensors: dense and contiguous, on any device, no two sharing memory.
+        metadata: texts for the header.
+
+    Raises:
+        ValueError: no dict, or a tensor that is none, sparse, not contiguous, or of a type that the format has not.
+        RuntimeError: tensors share memory.
+        TypeError: a name or an entry of the metadata is no string.
+    """
+    return b"".join(_parts(tensors, metadata))
+
+
+def save_file(
+    tensors: dict[str, torch.Tensor], filename: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, whole or not at all: it takes its name when it is complete.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as `save`.
+        OSError: it cannot be written; what was there before is there still.
+    """
+    path = Path(filename)
+    parts = _parts(tensors, metadata)
+    unfinished = path.with_name(f".{uuid4().hex}.unfinished")
+    try:
+        with unfinished.open("xb") as file:
+            for part in parts:
+                file.write(part)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save_model(
+    model: torch.nn.Module, filename: str, metadata: dict[str, str] | None = None, force_contiguous: bool = True
+) -> None:
+    """Saves a module's state. Of tensors that share memory one is saved; the metadata tell its name for each other.
+
+    Args:
+        force_contiguous: copy tensors that are not, instead of refusing them.
+
+    Raises:
+        ValueError, TypeError, OSError: as `save_file`.
+        RuntimeError: tensors share memory, and none of them covers all of it.
+    """
+    state = model.state_dict()
+    names = {gone: kept for kept, others in duplicates(state).items() for gone in others}
+    state = {name: tensor for name, tensor in state.items() if name not in names}
+    if names:
+        metadata = names | (metadata or {})
+    if force_contiguous:
+        state = {name: tensor.contiguous() for name, tensor in state.items()}
+    try:
+        save_file(state, filename, metadata)
+    except ValueError as error:
+        raise ValueError(f"{error}; or save_model(..., force_contiguous=True)") from error
+
+
+def _parts(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
+    """A file's header and its tensors' bytes; everything is checked before the first. One tensor of a device or of
+    lazy values (`conj`) is copied at a time."""
+    _check(tensors)
+    ordered = sorted(tensors.items(), key=lambda item: (RANKS[item[1].dtype], item[0]))
+    head = _header(ordered, metadata)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield head
+        for _, tensor in ordered:
+            yield _content(tensor)
+
+    return parts()
+
+
+def _header(tensors: list[tuple[str, torch.Tensor]], metadata: dict[str, str] | None) -> bytes:
+    fields: dict[str, object] = {} if metadata is None else {METADATA: _texts(metadata)}
+    offset = 0
+    for name, tensor in tensors:
+        end = offset + tensor.numel() * tensor.itemsize
+        shape = list(tensor.shape)
+        if tensor.dtype == torch.float4_e2m1fn_x2:
+            shape[-1] *= 2  # the header counts numbers, torch counts pairs
+        fields[name] = {"dtype": ORDER[RANKS[tensor.dtype]], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(PREFIX, "little") + text
+
+
+def _texts(metadata: dict[str, str]) -> dict[str, str]:
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"metadata are strings by strings, not {key!r}: {text!r}")
+    return metadata
+
+
+def _content(tensor: torch.Tensor) -> memoryview:
+    plain = tensor.detach().to("cpu").resolve_conj().resolve_neg()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _check(tensors: dict[str, torch.Tensor]) -> None:
+    if not isinstance(tensors, dict):
+        raise ValueError(f"expected a dict of tensors by name, not {type(tensors)}")  # noqa: TRY004
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+    if groups := overlapping(tensors):
+        raise RuntimeError(f"tensors share memory: {groups}; save_model keeps one of each group, or clone them")
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"tensor {name!r} is not contiguous; call .contiguous() on it first")
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"names of tensors are strings, not {name!r}")
+    if name == METADATA:
+        raise ValueError(f"{METADATA!r} is no name for a tensor: the header has its metadata there")
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name!r} is no torch.Tensor but {type(tensor)}")  # noqa: TRY004
+    if tensor.layout != torch.strided:
+        raise ValueError(f"tensor {name!r} is sparse; .to_dense() makes one that can be saved, perhaps much larger")
+    if tensor.dtype not in RANKS:
+        raise ValueError(f"tensor {name!r} has the type {tensor.dtype}, which safetensors has not")
+    if tensor.dtype == torch.float4_e2m1fn_x2 and not tensor.shape:
+        raise ValueError(f"tensor {name!r} of {tensor.dtype} has no dimension: its header could not count it")
