@@ -176,16 +176,16 @@ def test_iterating_holds_two_groups_at_most(
     monkeypatch.setattr(library, "GROUP_BYTES", 1 << 20)
 
     def mapped() -> int:
-        """Bytes of private memory without a file that no allocator of C or Python has, to within other threads'."""
+        """Bytes of private memory, touched or not."""
         status = Path("/proc/self/status").read_text()
         return int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) << 10
 
     directory, _ = sharded
+    assert len(list(loader.iterate(directory))) == 10  # the stacks of threads are there from now on
     before = mapped()
     most = max(mapped() - before for _ in loader.iterate(directory))
     one = (1 << 20) + PAGE
-    assert most < 2 * one + (2 << 20)  # what is mapped for arenas of threads does not grow with the checkpoint
-    assert mapped() - before < one
+    assert most < 2 * one + (1 << 20)  # the rest is small change of an allocator
 
 
 def test_another_device_gets_it_in_groups(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_changed_file_fails_all_who_wait_and_leaves_nothing(tmp_path: Path, sl
     os.utime(source.directory / source.files[0].name, ns=(0, 0))
     slow.finish(first)
     assert [str(error) for error in first.failures] == [str(error) for error in second.failures]
-    assert "changed after it was deployed" in str(first.failures[0])
+    assert "changed after its header was read" in str(first.failures[0])
     assert not isinstance(first.failures[0], TransientError)
     for holder in (1, 2):
         slow.pipeline.release(source.checkpoint, holder)

@@ -115,7 +115,7 @@ def test_a_file_changed_while_it_is_read_is_an_error(tmp_path: Path, pool: Pool)
     news.get(timeout=30)
     with (tmp_path / "a").open("r+b") as file:
         file.write(b"changed")
-    assert "changed after it was deployed" in str(until_last(news)[-1].error)
+    assert "changed after its header was read" in str(until_last(news)[-1].error)
     reader.close()
 
 
