@@ -36,7 +36,7 @@ def view(buffer: Any, entry: TensorEntry, base: int = 0) -> torch.Tensor:
         raise CheckpointError(f"tensor {entry.name!r} has the dtype {entry.dtype}, which has no tensor type")
     shape = _shape(entry)
     if entry.start == entry.end:
-        return _empty(entry.name, shape, dtype)
+        return torch.empty(shape, dtype=dtype)
     raw = torch.frombuffer(buffer, dtype=torch.uint8, count=entry.nbytes, offset=entry.start - base)
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()
@@ -51,10 +51,3 @@ def _shape(entry: TensorEntry) -> tuple[int, ...]:
     if last % 2:
         raise CheckpointError(f"tensor {entry.name!r} of F4 {list(entry.shape)} has rows that end within a byte")
     return (*rows, last // 2)
-
-
-def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    try:
-        return torch.empty(shape, dtype=dtype)
-    except RuntimeError as error:  # sizes beside a 0 may be anything, and torch multiplies them
-        raise CheckpointError(f"shape {list(shape)} of tensor {name!r} overflows") from error

@@ -120,7 +120,7 @@ def test_tensors_are_the_callers_own(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert got["byte"].tolist() == [2, 3, 4]
     assert got["odd"].tolist() == loader.load(before)["odd"].tolist() == [1, 1]
-    assert loader.storage_size(got["odd"]) == 8
+    assert (loader.storage_ptr(got["odd"]) % 4, loader.storage_size(got["odd"])) == (0, 8)
     assert loader.load(before)["byte"].tolist() == [1, 2, 3]
 
 
@@ -227,6 +227,27 @@ def test_a_file_that_changes_meanwhile_is_an_error(sharded: tuple[Path, dict[str
     (directory / "model-00001-of-00002.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors was changed after its header"):
         next(tensors)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, random(0.1)) / manifest.SINGLE
+    preadv = os.preadv
+
+    def while_others_write(*arguments: Any) -> int:
+        os.utime(path, ns=(0, 0))
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", while_others_write)
+    with pytest.raises(CheckpointError, match="was changed after its header was read"):
+        loader.load_file(path)
+
+
+def test_saving_over_a_file_leaves_the_old_one_to_its_other_names(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.safetensors", tmp_path / "other"
+    loader.save_file({"a": BASE}, path)
+    other.hardlink_to(path)
+    loader.save_file({"b": BASE}, path)
+    assert (*loader.load_file(path), *loader.load_file(other)) == ("b", "a")
 
 
 def test_what_is_missing(tmp_path: Path) -> None:
