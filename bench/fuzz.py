@@ -3,7 +3,7 @@
 Goes on where the result stands: a seed is 10,000 headers, and seeds that have run are not run again. New ways through
 the parser join the corpus, `tests/headers.json`, the shortest header of each. Fails, and prints the header, on any
 exception but CheckpointError, on a verdict that docs/header.md does not explain, over 1 s of CPU, and over ten times
-the header's bytes and 1 MiB.
+the header's bytes and 256 KiB.
 """
 
 from __future__ import annotations

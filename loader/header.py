@@ -4,7 +4,7 @@ The file: 8 bytes little endian (the length n of the header), n bytes of JSON, t
 without overlap to the end of the file (https://github.com/huggingface/safetensors, "Format"). Data that are misaligned
 to their item size are legal. Where this reader and the reference implementation differ is listed in docs/header.md.
 
-Memory: values are read one at a time, so that a hostile header costs at most ten times its bytes and some hundred KiB.
+Memory: values are read one at a time, so that a hostile header costs at most ten times its bytes and 256 KiB.
 """
 
 from __future__ import annotations

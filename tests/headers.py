@@ -90,7 +90,7 @@ DIFFERENCES = (
     ),
 )
 
-ALLOWANCE = 1 << 20  # bytes that a header may take beyond ten times its own: one entry, and __metadata__
+ALLOWANCE = 1 << 18  # bytes that a header may take beyond ten times its own: one entry, and __metadata__
 
 # --- verdicts ---
 

@@ -31,9 +31,10 @@ def test_a_call_goes_on_after_the_last_one(tmp_path: Path, monkeypatch: pytest.M
         assert len(kept) > len(KNOWN)
 
 
-def test_a_parser_that_takes_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parser_that_differs_or_takes_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "BATCH", 300)
     monkeypatch.setattr(fuzz, "BIG", (5000, 6000))
+    monkeypatch.setattr(fuzz, "WEIGHED", 3)
     monkeypatch.setitem(header.DTYPE_BITS, "F33", 33)
     assert "only the reference refuses" in fuzz.batch(1, KNOWN).fault
     monkeypatch.undo()

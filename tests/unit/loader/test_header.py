@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 from typing import Any
 
 import pytest
@@ -71,6 +72,22 @@ def test_tensors_come_in_the_order_of_their_bytes() -> None:
         "d": GOOD,
     }
     assert [entry.name for entry in parse(raw(fields, bytes(24))).tensors] == ["d", "c", "b", "a"]
+
+
+def test_tensors_share_the_string_of_their_dtype() -> None:
+    fields = {"a": GOOD, "b": GOOD | {"data_offsets": [8, 16]}}
+    first, second = parse(raw(fields, bytes(16))).tensors
+    assert first.dtype is second.dtype
+
+
+def test_a_process_that_limits_digits_refuses_what_has_more() -> None:
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(640)
+    try:
+        with pytest.raises(CheckpointError, match="in the entry of tensor 'a': Exceeds the limit"):
+            parse(raw(b'{"a": {"dtype": ' + b"9" * 700 + b"}}"))
+    finally:
+        sys.set_int_max_str_digits(before)
 
 
 def test_more_bytes_than_the_header_are_ignored_and_fewer_refused() -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import header
@@ -42,6 +42,21 @@ def test_a_fault_in_a_doubled_key_is_the_doubled_keys_difference() -> None:
 def test_the_corpus_is_judged_as_the_reference_judges_it() -> None:
     faults = [headers.disagreement(one, headers.ours(one), headers.reference(one)) for one in CORPUS]
     assert not any(faults)
+
+
+def test_the_reference_judges_a_file_as_it_judges_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for content in CORPUS[::8]:
+        path.write_bytes(content)
+        judged = headers.reference(content)
+        try:
+            with safe_open(path, "pt") as opened:
+                names = set(opened.keys())
+        except SafetensorError:
+            assert isinstance(judged, SafetensorError), content
+        else:
+            assert not isinstance(judged, SafetensorError), content
+            assert names == judged.keys()
 
 
 @pytest.mark.parametrize("seed", range(3))
