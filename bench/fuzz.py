@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, ROOT, row, write_results
+from bench.common import RESULTS, ROOT, commit, row, write_results
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import header
 from tests import headers
@@ -127,6 +127,7 @@ def main() -> int:
     parser.add_argument("--result", type=Path, default=RESULTS / "fuzz.json")
     parser.add_argument("--corpus", type=Path, default=CORPUS)
     arguments = parser.parse_args()
+    arguments.commit = commit()  # before the corpus, which is a tracked file, grows
     before: dict[str, Any] = json.loads(arguments.result.read_text()) if arguments.result.exists() else {}
     state = before.get("state", {"seeds": 0, "accepted": 0, "faults": 0, "worst": dict.fromkeys(WORST, 0.0)})
     known: Corpus = json.loads(arguments.corpus.read_text())
@@ -155,7 +156,8 @@ def count(state: dict[str, Any], done: Batch) -> None:
 def save(arguments: argparse.Namespace, state: dict[str, Any], known: Corpus) -> None:
     arguments.corpus.write_text(json.dumps(dict(sorted(known.items())), indent=0) + "\n")
     options = {"executions": arguments.executions, "processes": arguments.processes}
-    write_results(arguments.result, "fuzz", options, rows(state, len(known)), state=state)
+    told = {"state": state, "commit": arguments.commit}
+    write_results(arguments.result, "fuzz", options, rows(state, len(known)), **told)
 
 
 def rows(state: dict[str, Any], corpus: int) -> list[dict[str, Any]]:
@@ -168,7 +170,8 @@ def rows(state: dict[str, Any], corpus: int) -> list[dict[str, Any]]:
         ("memory, from 64 KiB", "x header", state["worst"]["memory_ratio"]),
         ("memory beyond 10 x header", "KiB", max(0.0, state["worst"]["memory_beyond"])),
     ]
-    return [row("headers", "ours", metric, unit, [figure]) for metric, unit, figure in figures]
+    spread = {"p10": None, "p90": None, "p99": None}  # each is one count, or one extreme
+    return [row("headers", "ours", metric, unit, [figure]) | spread for metric, unit, figure in figures]
 
 
 if __name__ == "__main__":
