@@ -132,8 +132,8 @@ def main() -> int:
     state = before.get("state", {"seeds": 0, "accepted": 0, "faults": 0, "worst": dict.fromkeys(WORST, 0.0)})
     known: Corpus = json.loads(arguments.corpus.read_text())
     deadline = time.monotonic() + arguments.seconds
-    last = -(-arguments.executions // BATCH)
-    seeds = (seed for seed in range(state["seeds"], last) if time.monotonic() < deadline)
+    first, last = state["seeds"], -(-arguments.executions // BATCH)
+    seeds = (seed for seed in range(first, last) if time.monotonic() < deadline)
     faults = []
     for done in run(seeds, known, arguments.processes):
         count(state, done)
@@ -141,7 +141,10 @@ def main() -> int:
         print(f"{state['seeds'] * BATCH:,} headers, {len(known)} in the corpus, {len(faults)} faults", flush=True)
         if state["seeds"] % SAVED == 0:
             save(arguments, state, known)
-    save(arguments, state, known)
+    if state["seeds"] > first:
+        save(arguments, state, known)
+    else:
+        print(f"{first * BATCH:,} headers have run; --executions asks for more")
     print(*faults, sep="\n", file=sys.stderr)
     return 1 if faults else 0
 

@@ -19,7 +19,7 @@ def test_a_call_goes_on_after_the_last_one(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(fuzz, "BIG", (5000, 6000))
     corpus, result = tmp_path / "corpus.json", tmp_path / "fuzz.json"
     corpus.write_text(json.dumps(KNOWN))
-    for executions, seeds in ((500, 2), (900, 3), (900, 3)):
+    for executions, seeds in ((500, 2), (900, 3)):
         options = ["--executions", str(executions), "--result", str(result), "--corpus", str(corpus)]
         monkeypatch.setattr("sys.argv", ["fuzz", *options, "--processes", "1"])
         assert fuzz.main() == 0
@@ -29,6 +29,9 @@ def test_a_call_goes_on_after_the_last_one(tmp_path: Path, monkeypatch: pytest.M
         kept = json.loads(corpus.read_text())
         assert (rows["executions"], rows["faults"], rows["corpus"]) == (seeds * 300, 0, len(kept))
         assert len(kept) > len(KNOWN)
+    before = result.stat()
+    assert fuzz.main() == 0
+    assert result.stat() == before  # a call with nothing to do changes nothing
 
 
 def test_a_parser_that_differs_or_takes_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
