@@ -23,7 +23,7 @@ PREFIX = 8  # bytes before the JSON
 MAX_HEADER = 100_000_000  # bytes of JSON; the reference implementation's limit
 MAX_DIMENSION = 2**63 - 1  # what a tensor library can hold in a signed size
 MAX_ENTRY = 4096  # characters of one tensor's entry; real ones have about a hundred
-MAX_METADATA = 4096  # pairs; real files have from one to about a hundred
+MAX_METADATA = 1024  # pairs; real files have from one to about a hundred
 SHOWN = 200  # characters of a string from the header that an error repeats
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
