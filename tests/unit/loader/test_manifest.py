@@ -294,3 +294,10 @@ def test_no_tensor_is_read(tmp_path: Path) -> None:
     (tmp_path / manifest.SINGLE).write_bytes(head)
     os.truncate(tmp_path / manifest.SINGLE, len(head) + size)
     assert manifest.build(tmp_path).file_bytes == len(head) + size
+
+
+def test_weights_need_no_config(tmp_path: Path) -> None:
+    directory = write(tmp_path / "a", {"a": torch.zeros(2)}, {"b": torch.ones(3)})
+    files = manifest.build(directory).files
+    (directory / "config.json").unlink()
+    assert tuple(manifest.weights(directory)) == files
