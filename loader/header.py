@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from serverless_llm.errors import CheckpointError
 
 PREFIX = 8  # bytes before the JSON
+METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes of JSON; the reference implementation's limit
 MAX_DIMENSION = 2**63 - 1  # what a tensor library can hold in a signed size
 MAX_ENTRY = 4096  # characters of one tensor's entry; real ones have about a hundred
@@ -90,6 +91,26 @@ def parse(raw: bytes, file_size: int) -> Header:
     return Header(tuple(tensors), metadata, begin)
 
 
+def encode(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None, alignment: int = PREFIX
+) -> bytes:
+    """The header of a file whose tensors follow in this order.
+
+    Args:
+        tensors: name, dtype as the format spells it, shape and bytes of each.
+        metadata: None: the file has none.
+        alignment: data begin at a multiple of so many bytes; the JSON is padded with spaces.
+    """
+    fields: dict[str, Any] = {} if metadata is None else {METADATA: metadata}
+    offset = 0
+    for name, dtype, shape, nbytes in tensors:
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(PREFIX + len(text)) % alignment)
+    return len(text).to_bytes(PREFIX, "little") + text
+
+
 def _text(raw: bytes, begin: int) -> str:
     try:
         return str(memoryview(raw)[PREFIX:begin], "utf-8")
@@ -102,12 +123,12 @@ def _read(text: str, begin: int) -> tuple[list[TensorEntry], dict[str, str]]:
     metadata: list[dict[str, str]] = []
 
     def member(name: str, at: int) -> int:
-        if name != "__metadata__":
+        if name != METADATA:
             entry, end = _entry(name, text, at, begin)
             tensors.append(entry)
             return end
         if metadata:
-            raise CheckpointError("header has the key '__metadata__' twice")
+            raise CheckpointError(f"header has the key {METADATA!r} twice")
         pairs, end = _metadata(text, at)
         metadata.append(pairs)
         return end

@@ -61,15 +61,8 @@ def shards(source: Manifest, most: int) -> list[Shard]:
 def _shard(number: int, count: int, group: list[Part], metadata: dict[str, str]) -> Shard:
     name = SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
     parts = tuple(sorted(group, key=lambda part: -DTYPE_BITS[part.tensor.dtype]))
-    fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for _, tensor in parts:
-        end = offset + tensor.nbytes
-        fields[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(header.PREFIX + len(text)) % PAGE)
-    return Shard(name, len(text).to_bytes(header.PREFIX, "little") + text, parts)
+    tensors = [(one.name, one.dtype, one.shape, one.nbytes) for _, one in parts]
+    return Shard(name, header.encode(tensors, metadata or None, PAGE), parts)
 
 
 def repack(source: Path, target: Path, most: int, told: Told) -> list[Shard]:

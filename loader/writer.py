@@ -6,7 +6,6 @@ tensor lies aligned to its item size.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,11 @@ from uuid import uuid4
 
 import torch
 
-from serverless_llm.loader.header import PREFIX
+from serverless_llm.loader import header
+from serverless_llm.loader.header import METADATA
 from serverless_llm.loader.tied import duplicates, overlapping
 from serverless_llm.loader.views import TORCH_DTYPES
 
-METADATA = "__metadata__"
 ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL",
@@ -103,18 +102,18 @@ def _parts(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) ->
 
 
 def _header(tensors: list[tuple[str, torch.Tensor]], metadata: dict[str, str] | None) -> bytes:
-    fields: dict[str, object] = {} if metadata is None else {METADATA: _texts(metadata)}
-    offset = 0
-    for name, tensor in tensors:
-        end = offset + tensor.numel() * tensor.itemsize
-        shape = list(tensor.shape)
-        if tensor.dtype == torch.float4_e2m1fn_x2:
-            shape[-1] *= 2  # the header counts numbers, torch counts pairs
-        fields[name] = {"dtype": ORDER[RANKS[tensor.dtype]], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(PREFIX, "little") + text
+    entries = [
+        (name, ORDER[RANKS[tensor.dtype]], _shape(tensor), tensor.numel() * tensor.itemsize) for name, tensor in tensors
+    ]
+    return header.encode(entries, None if metadata is None else _texts(metadata))
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A header counts 4-bit numbers, torch counts pairs."""
+    if tensor.dtype != torch.float4_e2m1fn_x2:
+        return tuple(tensor.shape)
+    *rows, last = tensor.shape
+    return (*rows, last * 2)
 
 
 def _texts(metadata: dict[str, str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ tensor by tensor out of one random block of 16 to 32 MiB, so that memory stays s
 is a prime number of values, so that no two tensors begin at the same place in it and none are alike.
 """
 
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from serverless_llm.cli.options import COUNT
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.demo.shapes import SHAPES, TensorShape, shape_of, tensors_of
 from serverless_llm.demo.tokenizer import write_configs, write_json, write_tokenizer
+from serverless_llm.loader import header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,28 +80,13 @@ def split(tensors: list[TensorShape], shards: int, dtype: str) -> list[list[Tens
     return groups
 
 
-def header(tensors: list[TensorShape], dtype: str) -> bytes:
-    """A safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + _size(tensor, dtype)
-        entries[tensor.name] = {
-            "dtype": SAFETENSORS_NAMES[dtype],
-            "shape": tensor.shape,
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _write_shard(path: Path, tensors: list[TensorShape], dtype: str, values: RandomValues) -> None:
     import numpy as np
 
     with path.open("wb") as file:
-        file.write(header(tensors, dtype))
+        name = SAFETENSORS_NAMES[dtype]
+        entries = ((tensor.name, name, tensor.shape, _size(tensor, dtype)) for tensor in tensors)
+        file.write(header.encode(entries, {"format": "pt"}))
         for tensor in tensors:
             if tensor.fill is not None:
                 file.write(_cast(np.full(tensor.shape, tensor.fill, np.float32), dtype).tobytes())

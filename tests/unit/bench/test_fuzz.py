@@ -39,7 +39,8 @@ def test_a_parser_that_differs_or_takes_too_much_is_found(monkeypatch: pytest.Mo
     monkeypatch.setattr(fuzz, "BIG", (5000, 6000))
     monkeypatch.setattr(fuzz, "WEIGHED", 3)
     monkeypatch.setitem(header.DTYPE_BITS, "F33", 33)
-    assert "only the reference refuses" in fuzz.batch(1, KNOWN).fault
+    faults = (fuzz.batch(seed, KNOWN).fault for seed in range(10))  # which of them meets one is the corpus's luck
+    assert any("only the reference refuses" in fault for fault in faults)
     monkeypatch.undo()
     monkeypatch.setattr(headers, "ALLOWANCE", -1_000_000)
     assert "bytes for" in fuzz.batch(1, KNOWN).fault
