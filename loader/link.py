@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 WEIGHT = 0.3  # of the newest transfer; arbitrary: three transfers halve an old belief
 MINIMUM = 1 << 20  # bytes; a shorter transfer tells of latency, not of bandwidth
+
+
+class Priority(IntEnum):
+    """Whose bytes cross a link first; equal ones in the order of their coming."""
+
+    ONLINE = 0  # somebody waits
+    PREFETCH = 1
 
 
 class Link:

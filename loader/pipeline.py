@@ -18,10 +18,12 @@ from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
 from serverless_llm.loader.residency import Tier
+from serverless_llm.loader.ring import Ring
 from serverless_llm.loader.source import SourceFile
 from serverless_llm.loader.toucher import Toucher
 
 AHEAD = 1 << 30  # bytes
+RING = 256 << 20  # bytes of a ring, at most: some calls of every reader thread; a larger one gains nothing
 PAUSE = 2.0  # seconds, in which a model that was loaded has its first tokens
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
 
@@ -55,23 +57,47 @@ class Load:
     _pipeline: Pipeline = field(kw_only=True)
     _slots: dict[Piece, int] = field(kw_only=True)
     _files: list[SourceFile] = field(kw_only=True)
+    _ring: Ring | None = None
+
+    @property
+    def ringed(self) -> bool:
+        """Not all of it is in DRAM at once: who copies it says so by `copied`."""
+        return self._ring is not None
 
     def start(self) -> None:
         """Tells of the spans that are there, at once, and of the others as they land."""
         self._pipeline._join(self)
+        if self._ring:
+            self._ring.turn()
+
+    def copied(self, nbytes: int) -> None:
+        """The device has copied so many bytes of the spans it was told of, in that order."""
+        if self._ring:
+            self._ring.copied(nbytes)
+
+    def hasten(self, priority: int) -> None:
+        """Its bytes go before those of higher numbers from now on."""
+        self.priority = priority
+        self._pipeline._hasten(self)
+        if self._ring:
+            self._ring.hasten(priority)
 
     def cancel(self) -> None:
         """Stops reading unless others wait for the same. The lease stays until `Pipeline.release`. Idempotent."""
+        if self._ring:
+            self._ring.cancel()
         self._pipeline._leave(self)
 
-    def _tell(self, spans: Sequence[Landed], last: bool) -> None:
+    def _tell(self, spans: Sequence[Landed]) -> None:
         self.done += sum(span.length for span in spans)
-        self.on_landed(spans, last)
+        if self._ring:
+            self._ring.show(spans)
+        self.on_landed(spans, self.done == self.total)
 
-    def _forward(self, batch: Batch, last: bool) -> None:
+    def _forward(self, batch: Batch) -> None:
         self.disk_bytes += batch.disk_bytes
         self.cache_bytes += batch.cache_bytes
-        self._tell(batch.landed, last)
+        self._tell(batch.landed)
 
 
 @dataclass(eq=False, slots=True)
@@ -111,6 +137,7 @@ class Pipeline:
         self._post = post
         self._pause = pause
         self._fills: dict[CheckpointId, _Fill] = {}
+        self._rings: dict[ReplicaId, Ring] = {}
         self._trimming = False  # a slot is being made ready, or `_trim` is posted
         self._quiet_at = 0.0  # monotonic seconds
         self._closed = False
@@ -118,9 +145,10 @@ class Pipeline:
         self.tier.wanted = ahead // pool.slot_bytes
         self._trim()
 
-    def fits(self, manifest: Manifest) -> bool:
-        """Whether the checkpoint fits into an otherwise empty pool."""
-        return len(self._pieces(manifest)) <= self.tier.slots
+    def fits(self, manifest: Manifest, ring: bool = False) -> bool:
+        """Whether the checkpoint could be loaded through an otherwise empty pool."""
+        pieces = self._pieces(manifest)
+        return (len(_heads(manifest, pieces)) + 1 if ring else len(pieces)) <= self.tier.slots
 
     def load(
         self,
@@ -129,11 +157,14 @@ class Pipeline:
         on_landed: Callable[[Sequence[Landed], bool], None],
         on_failed: Callable[[CheckpointError], None],
         priority: int = 0,
+        ring: bool = False,
     ) -> Load:
         """Reserves the checkpoint's slots, leased to `holder` until `release`. `start` the load next.
 
         Args:
             priority: lower goes first; equal ones in order.
+            ring: `holder` copies what it is told of, so that slots may be used again: where there are too few, the
+                headers and what finds free slots stay in the tier, and all else passes through a ring.
 
         Raises:
             CapacityError: it does not fit beside what is leased; `fits` tells whether it ever could.
@@ -141,16 +172,24 @@ class Pipeline:
         begun = time.monotonic()
         pieces = self._pieces(manifest)
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
-        slots = self.tier.reserve(manifest.checkpoint, pieces, begun).slots
+        kept, passing, width = self._divide(manifest, pieces, ring)
+        lent = self.tier.lend(manifest.checkpoint, width)
+        slots = self.tier.reserve(manifest.checkpoint, kept, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
         self.tier.wanted = max(self.tier.wanted, len(pieces))
         total = manifest.file_bytes
-        return Load(
+        load = Load(
             manifest, holder, on_landed, on_failed, priority, total, begun, _pipeline=self, _slots=slots, _files=files
         )
+        if passing:
+            load._ring = self._rings[holder] = self._ring(load, passing, lent)
+        return load
 
     def release(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
         """`holder` refers to no byte of the checkpoint in the pool any more. Idempotent."""
+        ring = self._rings.pop(holder, None)
+        if ring is not None:
+            ring.release()
         self.tier.release(checkpoint, holder, time.monotonic())
         self._trim()
 
@@ -186,6 +225,50 @@ class Pipeline:
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
 
+    # --- what is larger than the room for it ---
+
+    def _divide(self, manifest: Manifest, pieces: list[Piece], ring: bool) -> tuple[list[Piece], list[Piece], int]:
+        """Pieces with a slot of their own, those that pass through a ring, and its slots.
+
+        For headers others are evicted: nothing can be copied before all of them are there. Of the rest as much is kept
+        as finds a place in half of the free slots: the other half is for the next load.
+        """
+        homeless = self.tier.homeless(manifest.checkpoint, pieces)
+        free, most = self.tier.room(manifest.checkpoint)
+        heads = len(_heads(manifest, homeless))
+        reading = manifest.checkpoint in self._fills  # others wait for what has a slot now, and for no more
+        if len(homeless) <= most and not (reading and homeless):
+            return pieces, [], 0
+        if not ring or most <= heads:
+            raise self.tier.short(len(homeless), most)
+        width = max(1, min(RING // self._pool.slot_bytes, (most - heads) // 2))
+        passing = homeless[0 if reading else max(heads, (free - width) // 2) :]
+        apart = set(passing)
+        return [piece for piece in pieces if piece not in apart], passing, width
+
+    def _ring(self, load: Load, pieces: list[Piece], slots: list[int]) -> Ring:
+        def told(batch: Batch) -> None:
+            self._quiet_at = time.monotonic() + self._pause
+            self.disk.observe(self._crossed(batch), 0.0)  # its time is the device's, too
+            if batch.error is not None:
+                self.tier.forget(load.manifest.checkpoint)
+                load.cancel()
+                load.on_failed(batch.error)
+                return
+            load.queue_s = load.queue_s or max(0.0, ring.started - load.begun)
+            load.disk_s = time.monotonic() - load.begun - load.queue_s
+            load._forward(batch)
+
+        slot_bytes = self._pool.slot_bytes
+        ring = Ring(
+            self._reader, load._files, pieces, slots, slot_bytes, load.priority, self._post, told, self._given_back
+        )
+        return ring
+
+    def _given_back(self, slots: Sequence[int]) -> None:
+        self.tier.give_back(slots)
+        self._trim()
+
     def _join(self, load: Load) -> None:
         checkpoint = load.manifest.checkpoint
         self._quiet_at = time.monotonic() + self._pause  # also where no byte is to be read
@@ -198,9 +281,10 @@ class Pipeline:
             fill = self._fills[checkpoint] = _Fill([], *self._submit(load, missing))
         if fill is not None:
             fill.loads.append(load)
-        self._tell_known(load, fill, last=not missing)
+            self._hasten(load)
+        self._tell_known(load, fill)
 
-    def _tell_known(self, load: Load, fill: _Fill | None, last: bool) -> None:
+    def _tell_known(self, load: Load, fill: _Fill | None) -> None:
         """Tells of what is in the tier already."""
         missing = set(self.tier.missing(load.manifest.checkpoint, load._slots))
         spans = [
@@ -210,8 +294,8 @@ class Pipeline:
         ]
         spans += [span for parts in fill.parts.values() for span in parts] if fill else []
         load.dram_bytes = sum(span.length for span in spans)
-        if spans or last:
-            load._tell(spans, last)
+        if spans:
+            load._tell(spans)
 
     def _submit(self, load: Load, missing: list[Piece]) -> tuple[Transfer, int]:
         checkpoint = load.manifest.checkpoint
@@ -222,6 +306,12 @@ class Pipeline:
         transfer = Transfer(load._files, load._slots, missing, deliver, load.priority)
         self._reader.submit(transfer)
         return transfer, sum(piece.length for piece in missing)
+
+    def _hasten(self, load: Load) -> None:
+        """A fill is as urgent as its most urgent load."""
+        fill = self._fills.get(load.manifest.checkpoint)
+        if fill is not None and load in fill.loads and load.priority < fill.transfer.priority:
+            self._reader.hasten(fill.transfer, load.priority)
 
     def _leave(self, load: Load) -> None:
         fill = self._fills.get(load.manifest.checkpoint)
@@ -243,6 +333,7 @@ class Pipeline:
         if batch.error is not None:
             self.tier.abort(checkpoint, discard=True)
             for load in fill.loads:
+                load.cancel()  # its ring
                 load.on_failed(batch.error)
         elif not fill.cancelled:
             self._forward(fill, batch)
@@ -269,17 +360,20 @@ class Pipeline:
             self._observe(fill)
         for load in list(fill.loads):
             if load in fill.loads:  # a listener may have cancelled another
-                load._forward(batch, batch.last)
+                load._forward(batch)
 
     def _observe(self, fill: _Fill) -> None:
         """The phases of a whole transfer, for its loads and the link."""
         transfer = fill.transfer
         told = self._reader.rate or not fill.cache_bytes  # the page cache tells of the disk only when both are capped
-        nbytes = fill.disk_bytes + (fill.cache_bytes if self._reader.rate else 0)
-        self.disk.observe(nbytes, transfer.ended - transfer.started if told else 0.0)
+        self.disk.observe(self._crossed(fill), transfer.busy if told else 0.0)
         for load in fill.loads:
             load.queue_s = max(0.0, transfer.started - load.begun)
             load.disk_s = transfer.ended - max(transfer.started, load.begun)
+
+    def _crossed(self, read: Batch | _Fill) -> int:
+        """Bytes that the disk's link is charged with: under a cap those of the page cache, too."""
+        return read.disk_bytes + (read.cache_bytes if self._reader.rate else 0)
 
     def _after_cancel(self, checkpoint: CheckpointId, fill: _Fill) -> None:
         """The last read of a cancelled fill has returned: whoever joined since begins anew with what is missing."""
@@ -287,3 +381,7 @@ class Pipeline:
             self.tier.abort(checkpoint)
         for load in fill.loads:
             self._join(load)
+
+
+def _heads(manifest: Manifest, pieces: Sequence[Piece]) -> list[Piece]:
+    return [piece for piece in pieces if piece.offset < manifest.files[piece.file].data_offset]

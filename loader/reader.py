@@ -59,6 +59,7 @@ class Transfer:
 
     `deliver` is called from reader threads, one call at a time, with `last` in the last one; it must not block.
     `priority`: lower goes first. `started`, `ended`: monotonic seconds of its first and last read, 0 before.
+    `busy`: seconds with a read of it under way: others may go before it in between.
     """
 
     files: Sequence[SourceFile]
@@ -68,6 +69,8 @@ class Transfer:
     priority: int = 0
     started: float = 0.0
     ended: float = 0.0
+    busy: float = 0.0
+    _busy_since: float = 0.0
     _calls: deque[tuple[Piece, ...]] = field(default_factory=deque)
     _flying: int = 0
     _error: CheckpointError | None = None
@@ -113,9 +116,15 @@ class Reader:
         """Queues a transfer; it ends with a `Batch` whose `last` is set."""
         transfer._calls.extend(plan.reads(transfer.pieces, self._call_bytes))
         with self._wake:
-            place = sum(other.priority <= transfer.priority for other in self._queue)
-            self._queue.insert(place, transfer)
-            self._wake.notify_all()
+            self._enqueue(transfer)
+
+    def hasten(self, transfer: Transfer, priority: int) -> None:
+        """Gives it another priority, from its next read on; what has ended stays so."""
+        with self._wake:
+            transfer.priority = priority
+            if transfer in self._queue:
+                self._queue.remove(transfer)
+                self._enqueue(transfer)
 
     def cancel(self, transfer: Transfer) -> None:
         """Begins no more reads of it; `last` comes when those in flight have returned. Idempotent."""
@@ -146,6 +155,12 @@ class Reader:
                 for file in transfer._opened.values():
                     file.close()
         return returned
+
+    def _enqueue(self, transfer: Transfer) -> None:
+        """Caller holds `_wake`."""
+        place = sum(other.priority <= transfer.priority for other in self._queue)
+        self._queue.insert(place, transfer)
+        self._wake.notify_all()
 
     def _hire(self) -> None:
         thread = threading.Thread(target=self._work, name="reader", daemon=True)
@@ -196,6 +211,8 @@ class Reader:
                 hung = [read.transfer for read in self._reads if read.stuck]
                 for transfer in self._queue:
                     if (transfer._calls and transfer not in hung) or not transfer._flying:
+                        if not transfer._flying:
+                            transfer._busy_since = time.monotonic()
                         transfer._flying += 1
                         self._reads.append(_Read(transfer, transfer._calls.popleft() if transfer._calls else ()))
                         return self._reads[-1]
@@ -224,6 +241,8 @@ class Reader:
             if transfer._error:
                 transfer._calls.clear()
             transfer._flying -= 1
+            if not transfer._flying:
+                transfer.busy += time.monotonic() - transfer._busy_since
             last = not transfer._calls and not transfer._flying
             if last:
                 self._queue.remove(transfer)

@@ -56,6 +56,7 @@ class Tier:
         self.wanted = 0
         self._ready: list[int] = []  # heaps: low numbers first, so that runs stay contiguous
         self._bare = list(range(slots))
+        self._lent: set[int] = set()
         self._residents: dict[CheckpointId, _Resident] = {}
 
     def reserve(self, checkpoint: CheckpointId, pieces: Sequence[Piece], now: float) -> Reservation:
@@ -70,7 +71,7 @@ class Tier:
             CapacityError: too little would be left even if every idle checkpoint went.
         """
         resident = self._residents.get(checkpoint) or _Resident()
-        homeless = [piece for piece in pieces if piece not in resident.slots]
+        homeless = self.homeless(checkpoint, pieces)
         evicted = self._make_room(checkpoint, len(homeless))
         self._residents[checkpoint] = resident
         resident.used, resident.doomed = now, False
@@ -79,6 +80,33 @@ class Tier:
         missing = [piece for piece in pieces if piece not in resident.landed]
         resident.reading = bool(missing)
         return Reservation({piece: resident.slots[piece] for piece in pieces}, missing, evicted)
+
+    def room(self, checkpoint: CheckpointId) -> tuple[int, int]:
+        """Slots that are free, and those that would be if all idle checkpoints but this one left."""
+        return self._free, self._free + sum(len(one.slots) for _, one in self._victims(checkpoint))
+
+    def lend(self, checkpoint: CheckpointId, count: int) -> list[int]:
+        """Slots that belong to no piece until they are given back; evicts as `reserve` does, but nothing of
+        `checkpoint`.
+
+        Raises:
+            CapacityError: as `reserve`.
+        """
+        self._make_room(checkpoint, count)
+        slots = [heapq.heappop(self._ready or self._bare) for _ in range(count)]
+        self._lent.update(slots)
+        return slots
+
+    def give_back(self, slots: Iterable[int]) -> None:
+        """Nothing refers to these lent slots any more."""
+        for slot in slots:
+            self._lent.remove(slot)
+            heapq.heappush(self._ready, slot)
+
+    def homeless(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> list[Piece]:
+        """Those of `pieces` that have no slot."""
+        resident = self._residents.get(checkpoint)
+        return [piece for piece in pieces if resident is None or piece not in resident.slots]
 
     def land(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> None:
         """The bytes of these reserved pieces are in their slots."""
@@ -164,14 +192,10 @@ class Tier:
 
     def _make_room(self, checkpoint: CheckpointId, needed: int) -> int:
         """Evicts until `needed` slots are free; the number of slots evicted."""
-        victims = [(name, one) for name, one in self._residents.items() if one.idle and name != checkpoint]
+        victims = self._victims(checkpoint)
         available = self._free + sum(len(one.slots) for _, one in victims)
         if needed > available:
-            raise CapacityError(
-                f"{size(needed * self.slot_bytes)} of DRAM are needed for the weights, "
-                f"{size(available * self.slot_bytes)} of {size(self.slots * self.slot_bytes)} are available; "
-                "serve has --dram"
-            )
+            raise self.short(needed, available)
         evicted = 0
         for name, one in sorted(victims, key=lambda item: (item[1].used, item[0])):
             while one.slots and self._free < needed:
@@ -180,6 +204,17 @@ class Tier:
             if not one.slots:
                 del self._residents[name]
         return evicted
+
+    def short(self, needed: int, available: int) -> CapacityError:
+        """What to say where more slots are needed than could be had."""
+        return CapacityError(
+            f"{size(needed * self.slot_bytes)} of DRAM are needed for the weights, "
+            f"{size(available * self.slot_bytes)} of {size(self.slots * self.slot_bytes)} are available; "
+            "serve has --dram"
+        )
+
+    def _victims(self, checkpoint: CheckpointId) -> list[tuple[CheckpointId, _Resident]]:
+        return [(name, one) for name, one in self._residents.items() if one.idle and name != checkpoint]
 
     def _evict_tail(self, resident: _Resident) -> None:
         """The last piece goes first: what is left is a prefix, read past without a seek."""
@@ -203,9 +238,10 @@ class Tier:
         InvariantError: a slot has two owners or none, or a piece landed without a slot.
         """
         owned = [slot for one in self._residents.values() for slot in one.slots.values()]
-        if sorted([*owned, *self.free_slots]) != list(range(self.slots)):
+        if sorted([*owned, *self._lent, *self.free_slots]) != list(range(self.slots)):
             raise InvariantError(
-                f"slots have two owners or none: owned {sorted(owned)}, free {sorted(self.free_slots)}"
+                f"slots have two owners or none: owned {sorted(owned)}, lent {sorted(self._lent)}, "
+                f"free {sorted(self.free_slots)}"
             )
         for name, one in self._residents.items():
             if not one.landed <= one.slots.keys():

@@ -27,6 +27,7 @@ from serverless_llm.loader.stitched import Kept, Slot, Stitched
 from serverless_llm.loader.views import view
 
 Progress = Callable[[int, int], None]  # done, total; in bytes, from the uploader's thread
+Read = Callable[[int], None]  # bytes of spans that are read no more, in the order of their coming; from there, too
 
 IDLE = 0.1  # seconds without work after which a discarded mapping is unmapped further; pieces of a load come faster
 
@@ -64,9 +65,9 @@ class Uploader:
         """View mode: a checkpoint with files of these sizes, in the mapping kept of it if there is one."""
         return Mapping(self, checkpoint, sizes, on_progress)
 
-    def upload(self, sizes: Sequence[int], on_progress: Progress) -> Upload:
+    def upload(self, sizes: Sequence[int], on_progress: Progress, on_read: Read | None = None) -> Upload:
         """Copy mode: a checkpoint with files of these sizes."""
-        return Upload(self, sizes, on_progress)
+        return Upload(self, sizes, on_progress, on_read)
 
     def close(self) -> None:
         """Drops what is queued and ends the thread."""
@@ -274,15 +275,19 @@ class Mapping(Task):
 class Upload(Task):
     """Copy mode: bytes go to their Dests as they land."""
 
-    def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress) -> None:
+    def __init__(
+        self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress, on_read: Read | None = None
+    ) -> None:
         super().__init__(uploader, sizes, on_progress)
+        self._on_read = on_read
+        self._read_bytes = 0
         self._waiting: list[Landed] | None = []  # until `start` tells where they go
         self._copies: Copies | None = None
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._bounce: Bounce | None = None
 
     def add(self, spans: Iterable[Landed]) -> None:
-        """These bytes are in the pool, and stay there until the task is ready or closed."""
+        """These bytes are in the pool, and stay there until they are read, or the task is closed."""
         spans = [Landed(*span) for span in spans]
         self._note(spans)
         if self._waiting is not None:
@@ -323,6 +328,9 @@ class Upload(Task):
         else:
             for source, target, length in copies:
                 self._arena[target : target + length].copy_(self._uploader.pool[source : source + length])
+        self._read_bytes += span.length
+        if self._on_read:
+            self._on_read(self._read_bytes)
         return sum(copy.length for copy in copies)
 
     def _drain(self) -> None:

@@ -80,9 +80,16 @@ class StartLoad(Message, frozen=True):
     checkpoint: str
     dtype: str
     kv_floor: int
+    online: bool = True
 
 
 class Unload(Message, frozen=True):
+    replica: int
+
+
+class Hasten(Message, frozen=True):
+    """Head -> agent: the bytes of this replica's load go before those of loads that nobody waits for."""
+
     replica: int
 
 
@@ -260,7 +267,10 @@ class Booted(Message, frozen=True):
 
 
 class Place(Message, frozen=True):
-    """Agent -> worker: make room for a replica; its pieces follow. `files`: (name, bytes) in load order."""
+    """Agent -> worker: make room for a replica; its pieces follow. `files`: (name, bytes) in load order.
+
+    `ring`: the pieces' slots are used again as soon as the worker has copied them, which it tells by `Copied`.
+    """
 
     replica: int
     model: str
@@ -269,6 +279,7 @@ class Place(Message, frozen=True):
     dtype: str
     kv_floor: int
     files: list[tuple[str, int]]
+    ring: bool = False
 
 
 class Landed(Message, frozen=True):
@@ -277,6 +288,13 @@ class Landed(Message, frozen=True):
     replica: int
     pieces: list[tuple[int, int, int, int]]
     last: bool
+
+
+class Copied(Message, frozen=True):
+    """Worker -> agent: so many bytes of what `Landed` told of, in that order, are read from the pool no more."""
+
+    replica: int
+    bytes: int
 
 
 class Placed(Message, frozen=True):
@@ -422,6 +440,7 @@ KINDS: tuple[type[Message], ...] = (
     Run, Cancel, Tokens, Step, Progress,
     Boot, Booted, Place, Landed, Placed, Drop, Dropped, Failed, Beat,
     Arrive, Prompted, Gone, Attach, Rejected, Catalog, Ask, Answer, News,
+    Copied, Hasten,
 )  # fmt: skip
 KIND: dict[type[Message], int] = {kind: number for number, kind in enumerate(KINDS, start=1)}
 

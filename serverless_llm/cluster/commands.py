@@ -18,7 +18,7 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class StartLoad:
-    """-> LoadProgress*, then ReplicaReady | LoadFailed."""
+    """-> LoadProgress*, then ReplicaReady | LoadFailed. `online`: somebody waits, so that its bytes go first."""
 
     replica: ReplicaId
     device: DeviceId
@@ -27,6 +27,15 @@ class StartLoad:
     checkpoint: CheckpointId
     dtype: str
     kv_floor: int
+    online: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Hasten:
+    """Somebody waits by now for a load that was begun for nobody. No answer is awaited."""
+
+    replica: ReplicaId
+    device: DeviceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +148,7 @@ class Evicted:
 Command = (
     Reserve
     | StartLoad
+    | Hasten
     | Unload
     | Dispatch
     | Cancel

@@ -134,6 +134,7 @@ def reserved(turn: Turn, event: Reserved) -> None:
             replica.checkpoint,
             replica.dtype,
             replica.kv_floor,
+            replica.online,
         )
     )
 
@@ -241,6 +242,12 @@ def _depart(turn: Turn, replica: Replica, cause: str) -> None:
 
 
 def _load_overdue(turn: Turn, replica: Replica) -> None:
+    """One that others go before has not got stuck."""
+    node = turn.state.nodes[replica.device.node]
+    neighbours = (other for device in node.devices.values() for other in device.replicas.values())
+    if not replica.online and any(one.online and one.state is ReplicaState.LOADING for one in neighbours):
+        turn.arm("replica", replica.id, _load_deadline(turn, replica))
+        return
     _depart(turn, replica, "expired")
     model = turn.state.models[replica.model]
     model.expiries += 1

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from serverless_llm.cluster.commands import Hasten
 from serverless_llm.cluster.failures import reject_waiters
 from serverless_llm.cluster.poison import isolate
 from serverless_llm.cluster.replicas import start
@@ -41,6 +42,8 @@ class Claim:
 def consider(turn: Turn, model: Model) -> None:
     """Start a replica of `model` if it wants one and there is room, or can be; else note when to look again."""
     name = model.spec.name
+    if model.demand:
+        _hasten(turn, model)
     claim = Claim(model, wanted(turn, model), _since(turn, model))
     turn.state.hungry.pop(name, None)
     turn.disarm("hungry", name)
@@ -60,6 +63,15 @@ def consider(turn: Turn, model: Model) -> None:
     in_use = choose.best(o for o in (_option(turn, claim, device, True) for device in devices) if o)
     drain(turn, name, in_use.victims if in_use else ())
     _look_again(turn, claim, devices)
+
+
+def _hasten(turn: Turn, model: Model) -> None:
+    """Its starts that were made for nobody have somebody who waits now."""
+    for replica in model.present():
+        if replica.state in STARTING and not replica.online:
+            replica.online = True
+            if replica.state is ReplicaState.LOADING:
+                turn.emit(Hasten(replica.id, replica.device))
 
 
 def _reject_hopeless(turn: Turn, model: Model, fitting: list[Device]) -> bool:
@@ -100,10 +112,10 @@ def wanted(turn: Turn, model: Model) -> scale.Want:
     )
 
 
-def predicted_s(turn: Turn, footprint: Footprint, device: Device) -> tuple[float, float]:
+def predicted_s(turn: Turn, footprint: Footprint, device: Device, online: bool) -> tuple[float, float]:
     """Seconds that a start takes on `device`, and how many of them its bytes take."""
     node = turn.state.nodes[device.id.node]
-    remaining = _remaining(node)
+    remaining = _remaining(node, footprint.checkpoint, online)
     known = node.resident.get(footprint.checkpoint, 0)
     missing = remaining.pop(footprint.checkpoint, max(0, footprint.file_bytes - known))
     begin = Start(sum(remaining.values()), missing, 0 if device.view else footprint.weight_bytes)
@@ -161,7 +173,7 @@ def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Op
         chosen += pinned
     cost = sum(c.bring_back_s * reuse(c.idle_s, turn.policy.reuse_half_s) for c in chosen)
     victims = tuple(replica for candidate in chosen for replica in candidate.replicas)
-    return choose.Option(device.id, predicted_s(turn, footprint, device)[0], cost, victims)
+    return choose.Option(device.id, predicted_s(turn, footprint, device, claim.model.demand > 0)[0], cost, victims)
 
 
 def _dram_victims(
@@ -220,7 +232,7 @@ def _candidate(turn: Turn, replicas: tuple[Replica, ...], size: int) -> evict.Ca
 
 def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
     model, device = claim.model, turn.device(option.device)
-    seconds, transfer = predicted_s(turn, model.footprint, device)
+    seconds, transfer = predicted_s(turn, model.footprint, device, model.demand > 0)
     replica = Replica(
         turn.state.next_replica,
         model.spec.name,
@@ -236,6 +248,7 @@ def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
         turn.history(),
         model.spec.keep_alive,
         solicited=model.demand == 0,
+        online=model.demand > 0,
         predicted_s=seconds,
         transfer_s=transfer,
         idle_since=turn.now,
@@ -314,12 +327,13 @@ def _links(turn: Turn, node: Node) -> Links:
     return Links(disk, node.bandwidth.get("upload", turn.policy.upload_bps), node.overhead_s)
 
 
-def _remaining(node: Node) -> dict[CheckpointId, int]:
-    """Bytes that starts on this node still read, by checkpoint: replicas of one checkpoint share its reading."""
+def _remaining(node: Node, own: CheckpointId, online: bool) -> dict[CheckpointId, int]:
+    """Bytes that starts on this node still read, by checkpoint: replicas of one checkpoint share its reading. An
+    `online` start, of `own`, waits for no others that are not."""
     remaining: dict[CheckpointId, int] = {}
     residents = (replica for device in node.devices.values() for replica in device.replicas.values())
     for replica in residents:
-        if replica.state in STARTING:
+        if replica.state in STARTING and (replica.online or not online or replica.checkpoint == own):
             held = max(replica.progress_done, node.resident.get(replica.checkpoint, 0))
             left = max(0, replica.footprint.file_bytes - held)
             remaining[replica.checkpoint] = min(left, remaining.get(replica.checkpoint, left))

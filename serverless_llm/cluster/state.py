@@ -81,6 +81,7 @@ class Replica:
         grant: bytes that it takes of the device: weights and KV floor.
         keep_alive: seconds, as the last sequence wished.
         solicited: its load goes on though nobody waits (`min_replicas`, an operator).
+        online: somebody waits, or waited, for its load: its bytes go before those of loads that nobody waits for.
         retiring: why it takes no new sequences, empty while it does.
         draining_for: a model that waits for its memory; it takes no new sequences.
         absent_since: its node's heartbeats leave it out since then.
@@ -102,6 +103,7 @@ class Replica:
     history: History
     keep_alive: float
     solicited: bool = False
+    online: bool = True
     predicted_s: float = 0.0
     transfer_s: float = 0.0
     ready_at: float = 0.0

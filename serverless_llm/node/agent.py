@@ -211,6 +211,8 @@ class Agent:
                 self._number, self._generation = node, generation
             case wire.StartLoad() as message:
                 self._store.start(message)
+            case wire.Hasten(replica):
+                self._store.hasten(replica)
             case wire.Unload(replica):
                 self._store.unload(replica)
             case wire.KillWorker(number, incarnation):
@@ -237,6 +239,8 @@ class Agent:
         match wire.decode(frame.header.kind, frame.body):
             case wire.Placed() as message:
                 self._store.placed(message)
+            case wire.Copied(replica, nbytes):
+                self._store.copied(replica, nbytes)
             case wire.Dropped(replica):
                 self._store.dropped(replica)
             case wire.Failed(replica, text, permanent):

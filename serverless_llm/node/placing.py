@@ -57,6 +57,7 @@ class Placing:
         self._uploader = Uploader(pool, boot.pool_bytes, boot.upload_rate)
         self._placements: dict[int, Placement] = {}
         self._complete: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # replica, bytes; of rings
         self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def close(self) -> None:
@@ -96,9 +97,12 @@ class Placing:
         return None
 
     def finished(self) -> list[wire.Message]:
-        """Activates the replicas whose bytes have arrived since."""
+        """Tells what rings may use again, and activates the replicas whose bytes have arrived since."""
         os.eventfd_read(self.wakeup)
-        answers = []
+        read: dict[int, int] = {}
+        while not self._read.empty():
+            read.update([self._read.get()])
+        answers: list[wire.Message] = [wire.Copied(replica, nbytes) for replica, nbytes in read.items()]
         while not self._complete.empty():
             placement = self._placements.get(self._complete.get())
             if placement is not None and not placement.active:
@@ -128,9 +132,13 @@ class Placing:
                 self._complete.put(order.replica)
                 os.eventfd_write(self.wakeup, 1)
 
+        def read(nbytes: int) -> None:
+            self._read.put((order.replica, nbytes))
+            os.eventfd_write(self.wakeup, 1)
+
         if view:
             return self._uploader.mapping(order.checkpoint, sizes, progress)
-        return self._uploader.upload(sizes, progress)
+        return self._uploader.upload(sizes, progress, read if order.ring else None)
 
     def _reserve(self, placement: Placement) -> None:
         """Makes room in the engine as soon as the headers are there."""
@@ -144,6 +152,11 @@ class Placing:
         if isinstance(placement.task, Upload):
             if dests is not None:
                 placement.task.start(dests, self._engine.arena)
+            elif order.ring:
+                raise CapacityError(
+                    f"{order.model} is stored in another type than {order.dtype}, so that all of its files must be in"
+                    " DRAM at once, which has no room for them; serve has --dram"
+                )
             else:
                 placement.task.close()
                 placement.task = self._task(order, view=True)

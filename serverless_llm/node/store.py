@@ -17,7 +17,7 @@ from pathlib import Path
 from serverless_llm import wire
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import manifest
-from serverless_llm.loader.link import Link
+from serverless_llm.loader.link import Link, Priority
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pipeline import Load, Pipeline
 from serverless_llm.loader.plan import Landed
@@ -49,6 +49,7 @@ class Replica:
 
     order: wire.StartLoad
     began: float
+    priority: Priority
     task: asyncio.Task[None] | None = None
     load: Load | None = None
     reserved: float = 0.0
@@ -100,9 +101,17 @@ class Store:
         if not self._slot(order.device).up:
             self._tell(wire.LoadFailed(order.replica, f"no worker is up on device {order.device}", permanent=False))
             return
-        replica = Replica(order, time.monotonic())
+        replica = Replica(order, time.monotonic(), Priority.ONLINE if order.online else Priority.PREFETCH)
         self._replicas[order.replica] = replica
         replica.task = asyncio.ensure_future(self._begin(replica))
+
+    def hasten(self, number: int) -> None:
+        """Somebody waits for this replica by now."""
+        replica = self._replicas.get(number)
+        if replica is not None:
+            replica.priority = Priority.ONLINE
+            if replica.load is not None:
+                replica.load.hasten(Priority.ONLINE)
 
     def unload(self, number: int) -> None:
         """Frees a replica or ends its load; `Unloaded` follows."""
@@ -154,6 +163,7 @@ class Store:
 
     async def _begin(self, replica: Replica) -> None:
         order = replica.order
+        copies = self._options.devices[order.device].weights == "copy"
         try:
             found = await self._manifest(order)
             replica.reserved = time.monotonic()
@@ -162,12 +172,14 @@ class Store:
                 order.replica,
                 lambda spans, last: self._landed(replica, spans, last),
                 lambda error: self.failed(order.replica, str(error), not isinstance(error, TransientError)),
+                replica.priority,
+                ring=copies,
             )
         except CheckpointError as error:
             self.failed(order.replica, str(error), not isinstance(error, TransientError))
             return
         except CapacityError as error:
-            self.failed(order.replica, str(error), permanent=not self._pipeline.fits(found))
+            self.failed(order.replica, str(error), permanent=not self._pipeline.fits(found, copies))
             return
         place = wire.Place(
             replica=order.replica,
@@ -177,6 +189,7 @@ class Store:
             dtype=order.dtype,
             kv_floor=order.kv_floor,
             files=[(file.name, file.size) for file in found.files],
+            ring=replica.load.ringed,
         )
         self._slot(order.device).send(place)
         replica.load.start()
@@ -269,6 +282,12 @@ class Store:
         if not replica.dropping:
             self._tell(wire.LoadFailed(number, message, permanent))
         self._drop(replica)
+
+    def copied(self, number: int, nbytes: int) -> None:
+        """Its worker has copied so many bytes of what it was told of."""
+        replica = self._replicas.get(number)
+        if replica is not None and replica.load is not None and not replica.dropping:
+            replica.load.copied(nbytes)
 
     def dropped(self, number: int) -> None:
         """Its worker refers to none of the replica's bytes."""

@@ -32,6 +32,7 @@ class Residency(RuleBasedStateMachine):
         self.content: dict[int, tuple[str, Piece]] = {}
         self.reading: dict[str, dict[Piece, int]] = {}
         self.views: dict[tuple[str, int], dict[Piece, int]] = {}  # (checkpoint, holder) -> what it may refer to
+        self.lent: list[list[int]] = []
 
     @rule(checkpoint=checkpoints, holder=st.integers(1, 3))
     def load(self, checkpoint: str, holder: int) -> None:
@@ -41,7 +42,7 @@ class Residency(RuleBasedStateMachine):
             reservation = self.tier.reserve(checkpoint, wanted, self.now)
         except CapacityError:
             busy = {name for name, _ in self.views} | self.reading.keys()
-            assert sum(SIZES[name] for name in busy | {checkpoint}) > SLOTS
+            assert sum(SIZES[name] for name in busy | {checkpoint}) + sum(map(len, self.lent)) > SLOTS
             return
         assert list(reservation.slots) == wanted
         for piece in reservation.missing:
@@ -79,6 +80,24 @@ class Residency(RuleBasedStateMachine):
     def forget(self, checkpoint: str) -> None:
         self.tier.forget(checkpoint)
 
+    @rule(checkpoint=checkpoints, count=st.integers(1, 3))
+    def lend(self, checkpoint: str, count: int) -> None:
+        """A ring's slots are written with what belongs to no checkpoint."""
+        _, room = self.tier.room(checkpoint)
+        try:
+            self.lent.append(self.tier.lend(checkpoint, count))
+        except CapacityError:
+            assert count > room
+            return
+        assert count <= room
+        for slot in self.lent[-1]:
+            self.content.pop(slot, None)
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        self.tier.give_back(self.lent.pop(data.draw(st.integers(0, len(self.lent) - 1))))
+
     @rule(wanted=st.integers(0, SLOTS))
     def resize(self, wanted: int) -> None:
         self.tier.wanted = wanted
@@ -100,6 +119,9 @@ class Residency(RuleBasedStateMachine):
         for checkpoint, slots in self.reading.items():
             for piece, slot in slots.items():
                 owners.setdefault(slot, set()).add((checkpoint, piece))
+        for number, lent in enumerate(self.lent):
+            for slot in lent:
+                owners.setdefault(slot, set()).add(number)
         assert all(len(owner) == 1 for owner in owners.values())
         assert not owners.keys() & set(self.tier.free_slots)
 

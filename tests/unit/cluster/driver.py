@@ -182,6 +182,7 @@ class World(Agents):
 OBEY: dict[type, Callable[[World, Any], None]] = {
     c.Reserve: World.reserve,
     c.StartLoad: World.start_load,
+    c.Hasten: World.note,
     c.Unload: World.unload,
     c.Dispatch: World.dispatch,
     c.Cancel: World.cancel,

@@ -118,6 +118,7 @@ def test_a_start_waits_for_what_others_still_read() -> None:
 def test_a_start_waits_for_the_most_advanced_of_those_that_read_one_checkpoint() -> None:
     desk = three()
     desk.tell(deploy("a", min_replicas=2, max_replicas=2))
+    desk.ask(9, "a")
     for replica in (1, 2):
         desk.tell(e.Reserved(desk.machine.state.replicas[replica].device, replica))
     desk.tell(e.LoadProgress(1, 40, 80))

@@ -82,9 +82,10 @@ class Node:
         self.posts.get(timeout=30)()
         self.tier.check_invariants()
 
-    def load(self, source: Manifest, holder: int = 1, priority: int = 0) -> Told:
-        told = Told()
-        told.load = self.pipeline.load(source, holder, told.landed, told.failures.append, priority)
+    def load(self, source: Manifest, holder: int = 1, priority: int = 0, told: Told | None = None) -> Told:
+        told = told or Told()
+        ring = isinstance(told, Device)
+        told.load = self.pipeline.load(source, holder, told.landed, told.failures.append, priority, ring)
         return told
 
     def finish(self, told: Told) -> Told:
@@ -133,3 +134,31 @@ class Told:
     @property
     def over(self) -> bool:
         return bool(self.last or self.failures)
+
+
+class Device(Told):
+    """A listener that copies what it is told of, as slowly as it likes.
+
+    Attributes:
+        content: of each file, as far as it was copied.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()
+        self._pool = pool
+        self._copied = 0
+        self.content: dict[int, bytearray] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Spans that it was told of and has not copied."""
+        return len(self.spans) - self._copied
+
+    def copy(self, spans: int = 1) -> None:
+        """Copies the next ones in order, and says so."""
+        for span in self.spans[self._copied : self._copied + spans]:
+            content = self.content.setdefault(span.file, bytearray())
+            content.extend(bytes(max(0, span.offset + span.length - len(content))))
+            content[span.offset : span.offset + span.length] = self._pool.range(span.pool_offset, span.length)
+        self._copied = min(len(self.spans), self._copied + spans)
+        self.load.copied(sum(span.length for span in self.spans[: self._copied]))

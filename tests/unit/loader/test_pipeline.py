@@ -10,6 +10,7 @@ import pytest
 
 from serverless_llm.errors import CapacityError, TransientError
 from serverless_llm.loader import manifest, toucher
+from serverless_llm.loader.link import Priority
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.toucher import Toucher
 from tests.unit.loader.checkpoints import Node, Told, random, write
@@ -64,6 +65,27 @@ def test_a_cap_makes_progress_visible_and_teaches_the_link(tmp_path: Path, slow:
     assert len(told.calls) >= 3
     assert slow.pipeline.disk.bandwidth == pytest.approx(SLOW, rel=0.3)
     assert slow.pipeline.disk.bytes == source.file_bytes
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_whoever_waits_goes_first(tmp_path: Path, joins: bool) -> None:
+    node = Node(12, rate=SLOW)
+    try:
+        sources = [checkpoint(tmp_path / name, 4.5, number) for number, name in enumerate("ab")]
+        prefetches = [node.load(source, number, Priority.PREFETCH) for number, source in enumerate(sources)]
+        for told in prefetches:
+            told.load.start()
+        if joins:  # a second replica of what comes last
+            waited = node.load(sources[1], 2, Priority.ONLINE)
+            waited.load.start()
+        else:
+            waited = prefetches[1]
+            waited.load.hasten(Priority.ONLINE)
+        node.finish(waited)
+        assert not prefetches[0].over
+        node.finish(prefetches[0])
+    finally:
+        node.close()
 
 
 def test_two_loads_share_one_read(tmp_path: Path, slow: Node) -> None:

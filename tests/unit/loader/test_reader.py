@@ -130,6 +130,23 @@ def test_a_file_cut_while_it_is_read_is_closed(tmp_path: Path, pool: Pool) -> No
     reader.close()
 
 
+def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path, pool: Pool) -> None:
+    reader = Reader(pool, rate=SLOW)
+    first, second = queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    overtaken = transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], first, 1)
+    overtaking = transfer(tmp_path / "b", 2 * MB, [4, 5], second, 1)
+    reader.submit(overtaken)
+    first.get(timeout=30)
+    reader.submit(overtaking)
+    reader.hasten(overtaking, 0)
+    assert until_last(second)[-1].error is None
+    assert until_last(first)[-1].error is None
+    assert overtaking.ended < overtaken.ended
+    assert overtaken.busy < overtaken.ended - overtaken.started - overtaking.busy / 2, "it did not read meanwhile"
+    reader.hasten(overtaking, 0)  # it has ended
+    reader.close()
+
+
 def test_close_drops_the_queue(tmp_path: Path, pool: Pool) -> None:
     reader, news = Reader(pool, rate=SLOW), queue.SimpleQueue[Batch]()
     reader.submit(transfer(tmp_path / "a", 7 * MB, list(range(7)), news))

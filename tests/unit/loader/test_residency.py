@@ -150,9 +150,29 @@ def test_as_many_free_slots_as_wanted_are_ready_and_they_are_given_out_first() -
     assert tier.grow() is None
 
 
+def test_lent_slots_belong_to_nobody_until_they_are_back() -> None:
+    tier = Tier(6, 10)
+    filled(tier, "old", 2, now=1)
+    filled(tier, "own", 2, now=2)
+    assert (tier.room("own"), tier.room("new")) == ((2, 4), (2, 6))
+    assert tier.homeless("own", pieces(3)) == pieces(3)[2:]
+    assert tier.homeless("new", pieces(1)) == pieces(1)
+    lent = tier.lend("own", 3)
+    tier.check_invariants()
+    assert len(lent) == 3
+    assert tier.residents() == [("old", 10), ("own", 20)]
+    assert tier.used_bytes == 60
+    with pytest.raises(CapacityError, match="20 B of DRAM are needed for the weights, 10 B of 60 B are available"):
+        tier.lend("own", 2)
+    tier.give_back(lent)
+    tier.check_invariants()
+    assert tier.free_slots == tuple(lent)
+
+
 FAULTS: list[tuple[Callable[[Tier], object], str]] = [
     (lambda tier: tier._bare.append(0), "two owners"),
     (lambda tier: tier._ready.append(1), "two owners"),
+    (lambda tier: tier._lent.add(0), "two owners"),
     (lambda tier: tier._residents["a"].landed.add(Piece(9, 9, 9)), "without a slot"),
     (lambda tier: tier._residents["a"].landed.clear(), "slots without bytes"),
 ]

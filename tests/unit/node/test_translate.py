@@ -46,6 +46,11 @@ TO_NODE: list[tuple[commands.Command, tuple[str, int, wire.Message]]] = [
         commands.StartLoad(5, DEVICE, "m", "/m", "c", "float32", 8),
         ("n", -1, wire.StartLoad(5, 1, "m", "/m", "c", "float32", 8)),
     ),
+    (
+        commands.StartLoad(5, DEVICE, "m", "/m", "c", "float32", 8, online=False),
+        ("n", -1, wire.StartLoad(5, 1, "m", "/m", "c", "float32", 8, online=False)),
+    ),
+    (commands.Hasten(5, DEVICE), ("n", -1, wire.Hasten(5))),
     (commands.Unload(5, DEVICE), ("n", -1, wire.Unload(5))),
     (commands.Cancel(DEVICE, 7, 2), ("n", 1, wire.Cancel([(7, 2)]))),
     (commands.KillWorker(DEVICE, 3), ("n", -1, wire.KillWorker(1, 3))),

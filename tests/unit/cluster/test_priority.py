@@ -1,0 +1,73 @@
+"""Whose bytes go first: loads that somebody waits for, before those that nobody does."""
+
+from __future__ import annotations
+
+from serverless_llm.cluster import commands as c
+from serverless_llm.cluster import events as e
+from tests.unit.cluster.desk import D0, D1, PHASES, STILL, Desk, decided, deploy, kinds, node
+
+
+def two() -> Desk:
+    """A node of two devices that reads ten bytes a second."""
+    desk = Desk(STILL)
+    desk.join(node(devices=2))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    return desk
+
+
+def loading(desk: Desk, replica: int) -> c.StartLoad:
+    (started,) = desk.tell(e.Reserved(desk.machine.state.replicas[replica].device, replica))
+    assert isinstance(started, c.StartLoad)
+    return started
+
+
+def test_a_load_that_somebody_waits_for_is_online() -> None:
+    desk = two()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(deploy("b", min_replicas=1))
+    assert [loading(desk, 1).online, loading(desk, 2).online] == [True, False]
+
+
+def test_a_request_hastens_the_load_that_it_finds_once() -> None:
+    desk = two()
+    desk.tell(deploy("a", min_replicas=1))
+    loading(desk, 1)
+    assert desk.tell(e.RequestArrived(1, "a", "sha-a")) == [c.Hasten(1, D0)]
+    assert "Hasten" not in kinds(desk.ask(2, "a"))
+
+
+def test_a_request_before_the_load_makes_it_online_without_a_word() -> None:
+    desk = two()
+    desk.tell(deploy("a", min_replicas=1))
+    assert "Hasten" not in kinds(desk.ask(1, "a"))
+    assert loading(desk, 1).online
+
+
+def test_an_online_start_does_not_wait_for_what_nobody_waits_for() -> None:
+    desk = two()
+    desk.tell(deploy("a", min_replicas=1))
+    desk.tell(deploy("b"))
+    assert round(decided(desk.ask(1, "b")).predicted_s, 6) == 8.05
+
+
+def test_a_start_that_nobody_waits_for_waits_for_all() -> None:
+    desk = two()
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    assert round(decided(desk.tell(deploy("b", min_replicas=1))).predicted_s, 6) == 16.05
+
+
+def test_a_load_that_others_go_before_has_not_got_stuck() -> None:
+    desk = two()
+    desk.tell(deploy("a", min_replicas=1))
+    loading(desk, 1)
+    desk.tell(deploy("b"))
+    desk.ask(1, "b")
+    assert desk.machine.state.replicas[2].device == D1
+    loading(desk, 2)
+    limit = desk.machine.policy.load_factor * desk.machine.state.replicas[1].predicted_s
+    desk.tell(e.LoadProgress(2, 1, 80), after=limit - 1)
+    assert desk.tick(1.0) == []
+    desk.tell(e.ReplicaReady(2, PHASES))
+    assert "Unload" in kinds(desk.tick(limit + 1))
