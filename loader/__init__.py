@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from serverless_llm.loader.into import load_into as load_into
     from serverless_llm.loader.library import iterate as iterate
     from serverless_llm.loader.library import iterate_async as iterate_async
     from serverless_llm.loader.library import load as load
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from serverless_llm.loader.library import load_file as load_file
     from serverless_llm.loader.library import load_file_async as load_file_async
     from serverless_llm.loader.library import load_model as load_model
+    from serverless_llm.loader.slices import load_slices as load_slices
     from serverless_llm.loader.tied import storage_ptr as storage_ptr
     from serverless_llm.loader.tied import storage_size as storage_size
     from serverless_llm.loader.writer import save as save
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
     from serverless_llm.loader.writer import save_model as save_model
 
 _HOMES = {
+    "into": ["load_into"],
     "library": [
         "iterate", "iterate_async", "load", "load_checkpoint", "load_checkpoint_async", "load_file", "load_file_async",
         "load_model",
     ],
+    "slices": ["load_slices"],
     "tied": ["storage_ptr", "storage_size"],
     "writer": ["save", "save_file", "save_model"],
 }  # fmt: skip

@@ -16,6 +16,7 @@ import mmap
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -120,15 +121,27 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
     """(name, tensor) of a Hugging Face directory, in file order.
 
     Neighbours are read together, `GROUP_BYTES` at most or one larger tensor, into fresh memory that goes with the last
-    of them: besides what the caller keeps, two such groups at most are in memory. Keep a clone of a small tensor that
-    outlives its neighbours.
+    of them, and the next ones while these are used: besides what the caller keeps, three such groups at most are in
+    memory. Keep a clone of a small tensor that outlives its neighbours.
 
     Raises:
         CheckpointError: as `load_checkpoint`; at once where headers tell, else when the bytes are due.
     """
-    home = torch.device(device)
-    files = manifest.weights(Path(directory))
-    return (item for file, group in _groups(files) for item in _tensors(file, group, home).items())
+    return _ahead(_groups(manifest.weights(Path(directory))), torch.device(device))
+
+
+def _ahead(
+    groups: Iterator[tuple[FileEntry, Sequence[TensorEntry]]], home: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of all groups, each group read while the one before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = [thread.submit(_tensors, *group, home) for group in islice(groups, 1)]
+        while coming:
+            tensors = coming.pop().result()
+            coming = [thread.submit(_tensors, *group, home) for group in islice(groups, 1)]
+            while tensors:
+                name = next(iter(tensors))
+                yield name, tensors.pop(name)
 
 
 async def load_file_async(
@@ -146,13 +159,20 @@ async def load_checkpoint_async(directory: str | os.PathLike[str], device: Devic
 async def iterate_async(
     directory: str | os.PathLike[str], device: Device = "cpu"
 ) -> AsyncIterator[tuple[str, torch.Tensor]]:
-    """`iterate`, each group read in a thread when its first tensor is due."""
+    """`iterate`, with the reading in threads."""
     home = torch.device(device)
-    files = await asyncio.to_thread(manifest.weights, Path(directory))
-    for file, group in _groups(files):
-        tensors = await asyncio.to_thread(_tensors, file, group, home)
-        for item in tensors.items():
-            yield item
+    groups = _groups(await asyncio.to_thread(manifest.weights, Path(directory)))
+    coming = [asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home)) for group in islice(groups, 1)]
+    try:
+        while coming:
+            tensors = await coming.pop()
+            coming = [asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home)) for group in islice(groups, 1)]
+            while tensors:
+                name = next(iter(tensors))
+                yield name, tensors.pop(name)
+    finally:
+        for left in coming:
+            left.cancel()
 
 
 def _load(file: FileEntry, device: torch.device) -> dict[str, torch.Tensor]:
