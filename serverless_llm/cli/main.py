@@ -42,6 +42,7 @@ VERBS = {
     "completion": Verb("completion", "completion", "Print a shell's completion script."),
     "stop": Verb("stop", "stop", "Stop the running server."),
     "repack": Verb("repack", "repack", "Write a checkpoint anew so that it reads best."),
+    "bench": Verb("bench", "bench", "Measure how fast this machine loads a checkpoint."),
     "make-checkpoint": Verb("make_checkpoint", "make_checkpoint_command", "Write a checkpoint of random weights."),
 }
 
