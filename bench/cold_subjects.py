@@ -47,6 +47,7 @@ class Sample:
         disk, upload: of the load, for bytes on their way to DRAM and on from there.
         first, warm: forward of the first prompt, and the median of the same with later prompts.
         storage: bytes that came from storage meanwhile.
+        faults: page faults that read nothing, up to the first token.
     """
 
     ttft: float
@@ -56,6 +57,7 @@ class Sample:
     storage: int
     disk: float | None = None
     upload: float | None = None
+    faults: int | None = None
 
 
 class Subject(Protocol):
@@ -114,11 +116,12 @@ class Ours:
         elif not self._resident():
             self._ask(prompts[0])
             self._unload()
-        before = read_bytes(self._server.processes())
+        before, faults = read_bytes(self._server.processes()), minor_faults(self._server.processes())
         began = time.perf_counter()
         metrics = self._ask(prompts[0])
         ttft = 1000 * (time.perf_counter() - began)
         storage = read_bytes(self._server.processes()) - before
+        faults = minor_faults(self._server.processes()) - faults
         check_tier(case, storage, self._nbytes)
         warm = [forward(self._ask(prompt)) for prompt in prompts[1:]]
         phases = metrics["cold_start_phases"]
@@ -130,6 +133,7 @@ class Ours:
             storage=storage,
             disk=phases["load_disk_ms"],
             upload=phases["load_upload_ms"],
+            faults=faults,
         )
 
     def _ask(self, prompt: str) -> dict[str, Any]:
@@ -167,6 +171,12 @@ def forward(metrics: Mapping[str, Any]) -> float:
 def read_bytes(processes: Iterable[psutil.Process]) -> int:
     """Bytes that these processes had read from storage."""
     return sum(int(process.io_counters().read_bytes) for process in processes if process.is_running())
+
+
+def minor_faults(processes: Iterable[psutil.Process]) -> int:
+    """The tenth field of /proc/PID/stat; a name with spaces ends with the last parenthesis."""
+    stats = [Path(f"/proc/{process.pid}/stat").read_text() for process in processes if process.is_running()]
+    return sum(int(stat.rpartition(")")[2].split()[7]) for stat in stats)
 
 
 # --- peers ---

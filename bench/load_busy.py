@@ -1,0 +1,195 @@
+"""Loads that are not alone: `contend`, beside a prefetch; `beside-decode`, while a resident model streams."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from tokenizers import Tokenizer
+
+from bench import checkpoints
+from bench.cold_subjects import options
+from bench.common import drop_caches, quantile, row
+from tests.serving import Server, until
+
+PATIENCE, POLL = 300.0, 0.02
+QUIET = 3.0  # seconds of streaming before a load begins
+TOKENS = 100_000  # of a stream: more than it ever says
+CONTEND, ITL, SPEED = 1.1, 1.2, 0.8
+
+
+class Streamed(NamedTuple):
+    """Seconds between tokens, before the load and during it."""
+
+    quiet: list[float]
+    during: list[float]
+
+
+class Busy:
+    """A server with one device and two models, `first` and `second`."""
+
+    def __init__(self, first: Path, second: Path, weights: str) -> None:
+        self._sources = {"first": first, "second": second}
+        self._files = [path for source in (first, second) for path in checkpoints.weight_files(source)]
+        self._scratch = Path(tempfile.mkdtemp(prefix="serverless-llm-busy-"))
+        room = sum(path.stat().st_size for path in self._files)
+        self._server = Server(self._scratch / "state", *options("cpu", weights, room))
+
+    def __enter__(self) -> Self:
+        self._server.start(120)
+        for name in self._sources:
+            self._deploy(name)
+            self._load(name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def online(self, prefetch: bool) -> float:
+        """Seconds that the second takes from disk when a request asks for it, beside the first's if `prefetch`."""
+        self._cool("first", "second")
+        if prefetch:
+            self._server.put("/admin/models/first/load", {}, "POST")
+            until(lambda: any(one["done"] for one in self._replicas()), "some bytes", PATIENCE, POLL)
+        body = {"model": "second", "prompt": "abc", "max_tokens": 1}
+        metrics: dict[str, Any] = self._server.put("/v1/completions", body, "POST")["metrics"]
+        if prefetch:
+            self._wait("first")
+        return float(metrics["cold_start_phases"]["load_ms"]) / 1000
+
+    def beside(self) -> tuple[float, Streamed]:
+        """Seconds that the second takes from disk while the first streams; and the stream."""
+        self._cool("second")
+        times: list[float] = []
+        stream = threading.Thread(target=self._stream, args=(times,), daemon=True)
+        stream.start()
+        until(lambda: len(times) > 2 and times[-1] - times[0] > QUIET, "a stream", PATIENCE)
+        began = time.perf_counter()
+        seconds = self._load("second")
+        ended = time.perf_counter()
+        self._server.put("/admin/models/first/unload", {}, "POST")
+        stream.join()
+        gaps = [(at, at - before) for before, at in pairwise(times)]
+        return seconds, Streamed(
+            [gap for at, gap in gaps if at < began], [gap for at, gap in gaps if began <= at < ended]
+        )
+
+    def alone(self) -> float:
+        """Seconds that the second takes from disk with nothing beside it."""
+        self._cool("second")
+        return self._load("second")
+
+    def _stream(self, times: list[float]) -> None:
+        letter = Tokenizer.from_file(str(self._sources["first"] / "tokenizer.json")).encode("a").ids[-1]
+        body = {
+            "model": "first", "prompt": "abc", "max_tokens": TOKENS, "stream": True, "logit_bias": {str(letter): 100},
+        }  # fmt: skip
+        request = urllib.request.Request(f"{self._server.url}/v1/completions", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            times.extend(time.perf_counter() for line in answer if line.startswith(b"data: {"))
+
+    def _load(self, name: str) -> float:
+        before = self._seconds(name)
+        self._server.put(f"/admin/models/{name}/load", {}, "POST")
+        self._wait(name)
+        return self._seconds(name) - before
+
+    def _seconds(self, name: str) -> float:
+        return self._server.metric("serverless_llm_load_seconds_sum", model_name=name, phase="total")
+
+    def _wait(self, name: str) -> None:
+        until(
+            lambda: self._server.get(f"/admin/models/{name}")["state"] == "loaded",
+            f"{name} to be there",
+            PATIENCE,
+            POLL,
+        )
+
+    def _replicas(self) -> list[dict[str, Any]]:
+        return [replica for device in self._server.devices() for replica in device["replicas"]]
+
+    def _cool(self, *names: str) -> None:
+        """Nothing of these models is in memory any more."""
+        for name in names:
+            self._server.put(f"/admin/models/{name}", {}, "DELETE")
+        kept = len(self._sources) - len(names)
+        until(
+            lambda: (
+                all(len(node["resident"]) <= kept for node in self._server.status()["nodes"])
+                and len(self._replicas()) <= kept
+            ),
+            "the DRAM tier to be empty",
+        )
+        for name in names:
+            self._deploy(name)
+        drop_caches(self._files)
+
+    def _deploy(self, name: str) -> None:
+        self._server.put(f"/admin/models/{name}", {"source": str(self._sources[name])})
+
+
+def contend(prefetched: Path, wanted: Path, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and verdict: a request's load beside a prefetch, against the same alone."""
+    alone, beside = [], []
+    with Busy(prefetched, wanted, "view") as busy:
+        for _ in range(rounds):
+            alone.append(busy.online(prefetch=False))
+            beside.append(busy.online(prefetch=True))
+    slower = [one / other for one, other in zip(beside, alone, strict=True)]
+    name = ("contend", "ours-service")
+    found = [
+        row(*name, "seconds", "s", beside),
+        row(*name, "seconds_alone", "s", alone),
+        row(*name, "seconds_ratio", "x", slower),
+    ]
+    return found, [
+        _judged("contend: a load beside a prefetch, over the same alone", statistics.median(slower), CONTEND)
+    ]
+
+
+def beside_decode(resident: Path, loaded: Path, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and verdicts: what a load in copy mode does to a stream, and the stream to the load."""
+    alone, beside, streams = [], [], []
+    with Busy(resident, loaded, "copy") as busy:
+        for _ in range(rounds):
+            alone.append(busy.alone())
+            seconds, streamed = busy.beside()
+            beside.append(seconds)
+            streams.append(streamed)
+    quiet, during = _all(one.quiet for one in streams), _all(one.during for one in streams)
+    ratio = quantile(during, 0.99) / quantile(quiet, 0.99)
+    speed = [one / other for one, other in zip(alone, beside, strict=True)]
+    name = ("beside-decode", "ours-service")
+    found = [
+        row(*name, "itl_p99_ratio", "x", [ratio]),
+        row(*name, "itl_quiet_ms", "ms", [1000 * gap for gap in quiet]),
+        row(*name, "itl_during_ms", "ms", [1000 * gap for gap in during]),
+        row(*name, "speed_ratio", "x", speed),
+    ]
+    slowed = 1 / statistics.median(speed)
+    return found, [
+        _judged("beside-decode: P99 between tokens during a load, over without one", ratio, ITL),
+        _judged("beside-decode: the load's time, over the same alone", slowed, 1 / SPEED),
+    ]
+
+
+def _all(lists: Iterable[list[float]]) -> list[float]:
+    return [one for several in lists for one in several]
+
+
+def _judged(what: str, value: float, most: float) -> str:
+    return f"{what} {value:.2f} (at most {most:g}): {'met' if value <= most else 'MISSED'}"
+
+
+BUSY = {"contend": contend, "beside-decode": beside_decode}

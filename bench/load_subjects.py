@@ -1,0 +1,261 @@
+"""Who loads the checkpoint: a running server, and fresh processes of `bench/load_once.py`, ours and the peers'."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import psutil
+
+from bench import checkpoints, peers
+from bench.cold_subjects import COLD, WrongTier, minor_faults, options, peer_environ, read_bytes, touch
+from bench.common import ROOT, drop_caches
+from tests.serving import Server, until
+
+CASES = ("cold", "warm")
+PEERS = ("safetensors", "safetensors-pread", "runai", "fastsafetensors", "tensorizer", "transformers")
+SUBJECTS = ("ours-service", "ours-library", *PEERS)
+MODEL = "subject"
+PATIENCE = 300.0  # seconds for one load
+WARM = 0.02  # share of the bytes that may come from storage where all were in the page cache: libraries are read, too
+POLL = 0.05  # seconds between two looks at a load; each costs the server a fraction of a millisecond
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One load.
+
+    Attributes:
+        seconds: until every byte is in memory and its pages are mapped.
+        cpu_s: user and system time of all processes that took part.
+        peak_rss_mib: above what the process held before; of the server, what its agent and worker share counts once.
+        storage: bytes that came from storage.
+        faults: page faults that read nothing.
+        idle: share of the time in which the device had no request, where it can be told.
+    """
+
+    seconds: float
+    cpu_s: float
+    peak_rss_mib: float
+    storage: int
+    faults: int
+    idle: float | None = None
+
+
+class Subject(Protocol):
+    name: str
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def sample(self, case: str) -> Sample:
+        """One load with the page cache empty (`cold`) or holding all files (`warm`).
+
+        Raises:
+            WrongTier: the bytes came from elsewhere.
+        """
+        ...
+
+
+def check(case: str, sample: Sample, nbytes: int) -> Sample:
+    if case == "cold" and sample.storage < COLD * nbytes:
+        raise WrongTier(f"cold: only {sample.storage} of {nbytes} bytes came from storage")
+    if case == "warm" and sample.storage > WARM * nbytes:
+        raise WrongTier(f"warm: {sample.storage} bytes came from storage")
+    return sample
+
+
+def prepare(case: str, files: Sequence[Path]) -> None:
+    """Takes and gives back fresh memory, so that the host has it; empties or fills the page cache."""
+    nbytes = sum(path.stat().st_size for path in files)
+    subprocess.run([sys.executable, "-c", PRETOUCH, str(2 * nbytes)], check=True)
+    drop_caches(files)
+    if case == "warm":
+        for path in files:
+            touch(path)
+
+
+PRETOUCH = """
+import mmap, sys
+memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+for at in range(0, len(memory), 4096):
+    memory[at] = 1
+"""
+
+
+# --- the server ---
+
+
+class Service:
+    """A running server with one device: a load goes from its order to the replica that could serve."""
+
+    name = "ours-service"
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files = checkpoints.weight_files(directory)
+        self._nbytes = sum(path.stat().st_size for path in self._files)
+        self._scratch = Path(tempfile.mkdtemp(prefix="serverless-llm-load-"))
+        self._server = Server(self._scratch / "state", *options("cpu", "view", self._nbytes))
+        self.prefault: Sample | None = None
+
+    def __enter__(self) -> Self:
+        self._server.start(120)
+        self._deploy()
+        drop_caches(self._files)
+        self.prefault = self._load()  # takes the pool's memory, which later loads find
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def sample(self, case: str) -> Sample:
+        self._forget()
+        self._deploy()
+        prepare(case, self._files)
+        return check(case, self._load(), self._nbytes)
+
+    def _load(self) -> Sample:
+        processes = self._server.processes()
+        disk = Disk(self._files[0])
+        before, storage, faults = cpu(processes), read_bytes(processes), minor_faults(processes)
+        seconds, reading = self._phase("total"), self._phase("disk")
+        self._server.put(f"/admin/models/{MODEL}/load", {}, "POST")
+        until(self._loaded, "the model to be loaded", PATIENCE, POLL)
+        reading = self._phase("disk") - reading
+        return Sample(
+            seconds=self._phase("total") - seconds,
+            cpu_s=cpu(processes) - before,
+            peak_rss_mib=shared_mib(processes),
+            storage=read_bytes(processes) - storage,
+            faults=minor_faults(processes) - faults,
+            idle=disk.idle(reading),
+        )
+
+    def _phase(self, phase: str) -> float:
+        return self._server.metric("serverless_llm_load_seconds_sum", phase=phase)
+
+    def _loaded(self) -> bool:
+        return bool(self._server.get(f"/admin/models/{MODEL}")["state"] == "loaded")
+
+    def _deploy(self) -> None:
+        self._server.put(f"/admin/models/{MODEL}", {"source": str(self._directory)})
+
+    def _forget(self) -> None:
+        self._server.put(f"/admin/models/{MODEL}", {}, "DELETE")
+        until(lambda: not any(node["resident"] for node in self._server.status()["nodes"]), "an empty DRAM tier")
+
+
+class Disk:
+    """The block device below a file: how long it was idle. See Documentation/admin-guide/iostats.rst."""
+
+    def __init__(self, file: Path) -> None:
+        number = file.stat().st_dev
+        self._path = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
+        self._busy_ms = self._read()
+
+    def _read(self) -> int | None:
+        return int(self._path.read_text().split()[9]) if self._path.exists() else None
+
+    def idle(self, seconds: float) -> float | None:
+        """Share of `seconds` since this was made in which it had no request; None where the system does not tell."""
+        now = self._read()
+        if now is None or self._busy_ms is None or not seconds:
+            return None
+        return max(0.0, 1 - (now - self._busy_ms) / (1000 * seconds))
+
+
+def cpu(processes: Sequence[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes if process.is_running()]
+    return sum(one.user + one.system for one in times)
+
+
+def shared_mib(processes: Sequence[psutil.Process]) -> float:
+    """The pool, as the process shows it that has touched most of it."""
+    return max(process.memory_info().shared for process in processes if process.is_running()) / 2**20
+
+
+# --- fresh processes ---
+
+
+class Once:
+    """One process for each load."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.name = name
+        self._directory = directory
+        self._files = checkpoints.weight_files(directory)
+        self._nbytes = sum(path.stat().st_size for path in self._files)
+        environ = peer_environ(os.environ)
+        if name == "ours-library":
+            self._python, self._environ = sys.executable, environ | {"PYTHONPATH": str(ROOT)}
+        else:
+            self._python, self._environ = str(peers.python("loaders")), environ | peers.environment("loaders")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def sample(self, case: str) -> Sample:
+        files = self._files
+        if self.name == "tensorizer":
+            files = [path.with_suffix(".tensors") for path in files]
+        prepare(case, files)
+        told = self._run()
+        if told.pop("tensors") < 1:
+            raise RuntimeError(f"{self.name} loaded nothing")
+        checksum = told.pop("checksum")
+        if self.name not in ("transformers", "tensorizer"):
+            self._compare(checksum)
+        return check(case, Sample(**told), self._nbytes)
+
+    def _run(self) -> dict[str, Any]:
+        command = [self._python, str(ROOT / "bench" / "load_once.py"), self.name, str(self._directory)]
+        done = subprocess.run(command, env=self._environ, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{self.name}: {done.stderr[-2000:]}")
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return told
+
+    def _compare(self, checksum: int) -> None:
+        """Every subject must have loaded the same bytes."""
+        expected = CHECKSUMS.setdefault(self._directory, checksum)
+        if checksum != expected:
+            raise RuntimeError(f"{self.name} loaded other bytes: their sum is {checksum}, not {expected}")
+
+
+CHECKSUMS: dict[Path, int] = {}
+
+
+def subject(name: str, directory: Path) -> Subject:
+    """Raises:
+    PeerMissing: it cannot run here.
+    """
+    return Service(directory) if name == "ours-service" else Once(name, directory)
+
+
+def write_tensorizer(directory: Path) -> None:
+    """The checkpoint in tensorizer's format, a file beside each of its files, unless they are there."""
+    files = checkpoints.weight_files(directory)
+    if all(path.with_suffix(".tensors").exists() for path in files):
+        return
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom safetensors.torch import load_file\n"
+        "from tensorizer import TensorSerializer\n"
+        "for name in sys.argv[1:]:\n"
+        "    serializer = TensorSerializer(str(Path(name).with_suffix('.tensors')))\n"
+        "    serializer.write_state_dict(load_file(name))\n    serializer.close()\n"
+    )
+    subprocess.run([str(peers.python("loaders")), "-c", program, *map(str, files)], check=True)
