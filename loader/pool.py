@@ -1,7 +1,8 @@
 """One shared memory area per node, cut into slots; the agent writes, workers map it read-only.
 
-A memfd, passed by descriptor: nothing under /dev/shm, which is 64 MiB in containers. Its memory is taken when a slot is
-touched or first written, and stays until the slot is punched: reads into memory that is there are the fast ones.
+A memfd, or a file like one, passed by descriptor: nothing under /dev/shm, which is 64 MiB in containers. Its memory is
+taken when a slot is touched or first written, and stays until the slot is punched: reads into memory that is there are
+the fast ones.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from serverless_llm.errors import CapacityError
+from serverless_llm.loader import hugefile
 from serverless_llm.quantities import size
 
 MIN_SLOT = 1 << 20
 MAX_SLOT = 16 << 20
 HUGE_PAGE = 2 << 20
+LARGE = 512 << 20  # bytes of a pool that has slots of whole huge pages
 TOUCH = 1 << 20  # bytes taken in one call: others who map memory wait for it
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # fallocate(2)
 _POPULATE_WRITE = 23  # madvise(2); Linux 5.14
@@ -29,14 +32,15 @@ _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 def slot_size(capacity: int) -> int:
     """Bytes of a slot: about a thousandth of the pool, a power of two of 1 ... 16 MiB."""
-    return max(MIN_SLOT, min(MAX_SLOT, 1 << max(0, (capacity // 1024).bit_length() - 1)))
+    least = HUGE_PAGE if capacity >= LARGE else MIN_SLOT
+    return max(least, min(MAX_SLOT, 1 << max(0, (capacity // 1024).bit_length() - 1)))
 
 
 class Pool:
     """`capacity` bytes, rounded down to whole slots.
 
     Attributes:
-        fd: the memfd, to be passed to workers.
+        fd: the file, to be passed to workers.
         pages: `hugetlb`, `huge` or `small`: what backs it. Small pages cost a fifth of the bandwidth.
     """
 
@@ -46,8 +50,7 @@ class Pool:
         self.capacity = self.slots * self.slot_bytes
         if not self.slots:
             raise CapacityError(f"a pool of {size(capacity)} holds no slot of {size(self.slot_bytes)}")
-        self.pages = _page_kind(self.capacity, self.slot_bytes)
-        self.fd = os.memfd_create("weights", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.pages == "hugetlb" else 0))
+        self.pages, self.fd = _memory(self.capacity, self.slot_bytes)
         os.ftruncate(self.fd, self.capacity)
         self._map = mmap.mmap(self.fd, self.capacity, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         if self.pages == "huge":
@@ -87,14 +90,23 @@ class Pool:
         os.close(self.fd)
 
 
-def _page_kind(capacity: int, slot_bytes: int) -> str:
-    """Never changes a system setting; an operator may."""
-    if slot_bytes >= HUGE_PAGE and _free_huge_pages() * HUGE_PAGE >= capacity:
-        return "hugetlb"
+def _memory(capacity: int, slot_bytes: int) -> tuple[str, int]:
+    """The best kind of pages that can be had, and an empty file of them. Never changes a system setting."""
+    whole = slot_bytes >= HUGE_PAGE
+    if whole and _free_huge_pages() * HUGE_PAGE >= capacity:
+        return "hugetlb", os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+    if shared_huge_pages():
+        return "huge", os.memfd_create("weights", os.MFD_CLOEXEC)
+    private = hugefile.open_file(capacity) if whole else None
+    if private is not None:
+        return "huge", private
+    return "small", os.memfd_create("weights", os.MFD_CLOEXEC)
+
+
+def shared_huge_pages() -> bool:
+    """Whether memfds get huge pages when they ask for them."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    if setting.exists() and any(word in setting.read_text() for word in _SHMEM_HUGE):
-        return "huge"
-    return "small"
+    return setting.exists() and any(word in setting.read_text() for word in _SHMEM_HUGE)
 
 
 def _free_huge_pages() -> int:

@@ -159,7 +159,7 @@ class Server:
         return Leftovers(
             processes=len(self.processes()),
             descriptors=len(links),
-            memfds=sum("memfd:" in link for link in links),
+            memfds=sum("memfd:" in link or link.endswith("(deleted)") for link in links),
             sockets=sum(link.startswith("socket:") for link in links),
             files=files,
         )

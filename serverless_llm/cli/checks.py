@@ -11,11 +11,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from serverless_llm.cli.client import read_head
 from serverless_llm.config import Config, count_gpus, parse_devices
+from serverless_llm.loader import hugefile, pool
 from serverless_llm.loader.headroom import available_memory
 from serverless_llm.quantities import size
 
@@ -139,15 +139,15 @@ def shared_memory(settings: Config) -> Finding:
 
 
 def huge_pages(settings: Config) -> Finding:
-    path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    try:
-        chosen = path.read_text().partition("[")[2].partition("]")[0]
-    except OSError:
-        chosen = "not known"
-    if chosen in {"always", "advise", "within_size", "force"}:
-        return Finding("huge pages", OK, f"shared memory: {chosen}", chosen)
-    why = f"shared memory: {chosen}; loads read through a buffer, which costs some speed: echo advise > {path}"
-    return Finding("huge pages", WARNING, why, chosen)
+    path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    if pool.shared_huge_pages():
+        return Finding("huge pages", OK, f"shared memory has them ({path})", "memfd")
+    private = hugefile.open_file(pool.HUGE_PAGE)
+    if private is not None:
+        os.close(private)
+        return Finding("huge pages", OK, "the pool's own tmpfs has them, if it is of 512 MiB or more", "tmpfs")
+    why = f"neither shared memory nor a tmpfs of the pool's own has them, which costs some speed: echo advise > {path}"
+    return Finding("huge pages", WARNING, why, "none")
 
 
 def free_space(settings: Config) -> Finding:

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,13 @@ def test_a_running_server_is_told(tmp_path: Path) -> None:
     assert checks.address(configured(tmp_path)).text == f"runs at http://x, pid {os.getpid()}"
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError("no namespaces here")
+
+
 def test_what_costs_speed_is_no_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda _: "always [never]\n")
+    monkeypatch.setattr(subprocess, "run", refuse)
     assert checks.huge_pages(configured(tmp_path)).level == checks.WARNING
     monkeypatch.setattr(Path, "read_text", lambda _: "[always] never\n")
     assert checks.huge_pages(configured(tmp_path)).level == checks.OK

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from serverless_llm.errors import CapacityError
-from serverless_llm.loader.pool import MAX_SLOT, MIN_SLOT, Pool, slot_size
+from serverless_llm.loader import hugefile
+from serverless_llm.loader.pool import LARGE, MAX_SLOT, MIN_SLOT, Pool, shared_huge_pages, slot_size
 
 
 @pytest.mark.parametrize(
     ("capacity", "size"),
-    [(1, MIN_SLOT), (2 << 30, 2 << 20), (12 << 30, 8 << 20), (100 << 30, MAX_SLOT), (1 << 40, MAX_SLOT)],
+    [
+        (1, MIN_SLOT),
+        ((512 << 20) - 1, MIN_SLOT),
+        (512 << 20, 2 << 20),
+        (2 << 30, 2 << 20),
+        (12 << 30, 8 << 20),
+        (100 << 30, MAX_SLOT),
+        (1 << 40, MAX_SLOT),
+    ],
 )
 def test_slots_follow_the_capacity(capacity: int, size: int) -> None:
     assert slot_size(capacity) == size
@@ -60,8 +71,57 @@ def test_touched_memory_is_there_and_keeps_its_bytes() -> None:
     pool.close()
 
 
+def mapped_huge(name: str) -> int:
+    """Bytes of a file's mappings in this process that are huge pages."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = name in line
+        elif inside and line.startswith("ShmemPmdMapped:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def may_mount() -> bool:
+    """Whether this process may make namespaces and mount in them: CAP_SYS_ADMIN."""
+    status = Path("/proc/self/status").read_text()
+    return bool(int(re.findall(r"CapEff:\s+(\w+)", status)[0], 16) >> 21 & 1)
+
+
+def test_a_tmpfs_of_its_own_has_huge_pages_whatever_the_setting() -> None:
+    mounts = Path("/proc/self/mounts").read_text()
+    descriptor = hugefile.open_file(8 << 20)
+    if descriptor is None:
+        assert not may_mount()
+        pytest.skip("no mount may be made here")
+    os.ftruncate(descriptor, 8 << 20)
+    with mmap.mmap(descriptor, 8 << 20) as memory:
+        memory[:] = b"\1" * len(memory)
+        assert mapped_huge(str(Path(f"/proc/self/fd/{descriptor}").readlink())) > 0
+    assert not os.get_inheritable(descriptor)
+    os.close(descriptor)
+    assert Path("/proc/self/mounts").read_text() == mounts
+
+
+def test_where_no_process_can_be_started_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    assert hugefile.open_file(8 << 20) is None
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    pool = Pool(LARGE)
+    assert pool.pages == "small" or shared_huge_pages()
+    pool.close()
+
+
 def test_the_kind_of_page_is_what_the_system_offers() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
     pool = Pool(4 << 20)
     assert pool.pages == ("small" if "[never]" in setting or "[deny]" in setting else "huge")
     pool.close()
+    large = Pool(LARGE)
+    large.touch(0)
+    assert large.memory == large.slot_bytes == 2 << 20
+    large.punch([0])
+    assert large.memory == 0
+    assert large.pages == "huge" or not may_mount()
+    large.close()
