@@ -5,6 +5,7 @@ from __future__ import annotations
 from serverless_llm.cluster.commands import (
     Decided,
     Evicted,
+    Hasten,
     KillWorker,
     Outcome,
     Reserve,
@@ -31,6 +32,8 @@ def shift(turn: Turn, replica: Replica, cause: str) -> None:
     node = turn.state.nodes[device.id.node]
     if replica.state not in STARTING:
         end_trial(turn, device, ("load", replica.id))
+    if before is ReplicaState.LOADING and replica.online:
+        _begin_time_anew(turn, node)
     for states, ledger, dram in (
         (PLANNED, device.planned, node.planned_dram),
         (ACTUAL, device.actual, node.actual_dram),
@@ -80,6 +83,14 @@ def claim(turn: Turn, node: Node) -> None:
                 shift(turn, replica, "room")
                 turn.emit(Reserve(device.id, replica.id, replica.grant))
                 turn.arm("replica", replica.id, turn.policy.reserve_s)
+
+
+def hasten(turn: Turn, replica: Replica) -> None:
+    """Somebody waits for a start that was made for nobody; its bytes may begin to flow only now."""
+    replica.online = True
+    if replica.state is ReplicaState.LOADING:
+        turn.emit(Hasten(replica.id, replica.device))
+        turn.arm("replica", replica.id, _load_deadline(turn, replica))
 
 
 def unload(turn: Turn, replica: Replica, reason: str) -> None:
@@ -241,11 +252,22 @@ def _depart(turn: Turn, replica: Replica, cause: str) -> None:
     turn.touch(replica.model)
 
 
+def _begin_time_anew(turn: Turn, node: Node) -> None:
+    """A load that went before others has ended: they read from now on, perhaps."""
+    for other in _loading(node):
+        if not other.online:
+            turn.arm("replica", other.id, _load_deadline(turn, other))
+
+
+def _loading(node: Node) -> list[Replica]:
+    residents = (replica for device in node.devices.values() for replica in device.replicas.values())
+    return [replica for replica in residents if replica.state is ReplicaState.LOADING]
+
+
 def _load_overdue(turn: Turn, replica: Replica) -> None:
     """One that others go before has not got stuck."""
-    node = turn.state.nodes[replica.device.node]
-    neighbours = (other for device in node.devices.values() for other in device.replicas.values())
-    if not replica.online and any(one.online and one.state is ReplicaState.LOADING for one in neighbours):
+    neighbours = _loading(turn.state.nodes[replica.device.node])
+    if not replica.online and any(one.online for one in neighbours):
         turn.arm("replica", replica.id, _load_deadline(turn, replica))
         return
     _depart(turn, replica, "expired")

@@ -16,10 +16,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serverless_llm.cluster.commands import Hasten
 from serverless_llm.cluster.failures import reject_waiters
 from serverless_llm.cluster.poison import isolate
-from serverless_llm.cluster.replicas import start
+from serverless_llm.cluster.replicas import hasten, start
 from serverless_llm.cluster.standing import abandoned, protected
 from serverless_llm.cluster.state import PLANNED, STARTING, Device, Model, Node, Replica
 from serverless_llm.cluster.transitions import ReplicaState
@@ -69,9 +68,7 @@ def _hasten(turn: Turn, model: Model) -> None:
     """Its starts that were made for nobody have somebody who waits now."""
     for replica in model.present():
         if replica.state in STARTING and not replica.online:
-            replica.online = True
-            if replica.state is ReplicaState.LOADING:
-                turn.emit(Hasten(replica.id, replica.device))
+            hasten(turn, replica)
 
 
 def _reject_hopeless(turn: Turn, model: Model, fitting: list[Device]) -> bool:

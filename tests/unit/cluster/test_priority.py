@@ -58,7 +58,8 @@ def test_a_start_that_nobody_waits_for_waits_for_all() -> None:
     assert round(decided(desk.tell(deploy("b", min_replicas=1))).predicted_s, 6) == 16.05
 
 
-def test_a_load_that_others_go_before_has_not_got_stuck() -> None:
+def overtaken() -> tuple[Desk, float]:
+    """A load that nobody waits for, and one that goes before it; seconds after which the first would count as stuck."""
     desk = two()
     desk.tell(deploy("a", min_replicas=1))
     loading(desk, 1)
@@ -66,8 +67,27 @@ def test_a_load_that_others_go_before_has_not_got_stuck() -> None:
     desk.ask(1, "b")
     assert desk.machine.state.replicas[2].device == D1
     loading(desk, 2)
-    limit = desk.machine.policy.load_factor * desk.machine.state.replicas[1].predicted_s
+    return desk, desk.machine.policy.load_factor * desk.machine.state.replicas[1].predicted_s
+
+
+def test_a_load_that_others_go_before_has_not_got_stuck() -> None:
+    desk, limit = overtaken()
     desk.tell(e.LoadProgress(2, 1, 80), after=limit - 1)
     assert desk.tick(1.0) == []
     desk.tell(e.ReplicaReady(2, PHASES))
     assert "Unload" in kinds(desk.tick(limit + 1))
+
+
+def test_when_those_before_it_have_ended_its_time_begins() -> None:
+    desk, limit = overtaken()
+    desk.tell(e.ReplicaReady(2, PHASES), after=limit - 1)
+    assert desk.tick(limit - 1) == []
+    assert "Unload" in kinds(desk.tick(2))
+
+
+def test_a_load_that_is_hastened_has_its_time_before_it() -> None:
+    desk, limit = overtaken()
+    desk.tell(e.LoadProgress(2, 1, 80), after=limit - 1)
+    assert "Hasten" in kinds(desk.tell(e.RequestArrived(2, "a", "sha-a")))
+    assert desk.tick(limit - 1) == []
+    assert "Unload" in kinds(desk.tick(2))
