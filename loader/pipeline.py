@@ -148,7 +148,8 @@ class Pipeline:
     def fits(self, manifest: Manifest, ring: bool = False) -> bool:
         """Whether the checkpoint could be loaded through an otherwise empty pool."""
         pieces = self._pieces(manifest)
-        return (len(_heads(manifest, pieces)) + 1 if ring else len(pieces)) <= self.tier.slots
+        least = min(len(pieces), len(_heads(manifest, pieces)) + 1) if ring else len(pieces)
+        return least <= self.tier.slots
 
     def load(
         self,
@@ -231,7 +232,7 @@ class Pipeline:
         """Pieces with a slot of their own, those that pass through a ring, and its slots.
 
         For headers others are evicted: nothing can be copied before all of them are there. Of the rest as much is kept
-        as finds a place in half of the free slots: the other half is for the next load.
+        as finds a place in half of the free slots, and leaves as many as the ring has: those are for the next load.
         """
         homeless = self.tier.homeless(manifest.checkpoint, pieces)
         free, most = self.tier.room(manifest.checkpoint)
@@ -239,12 +240,24 @@ class Pipeline:
         reading = manifest.checkpoint in self._fills  # others wait for what has a slot now, and for no more
         if len(homeless) <= most and not (reading and homeless):
             return pieces, [], 0
+        own = len(pieces) - len(homeless)
+        width = max(1, min(RING // self._pool.slot_bytes, (most + own - heads) // 2))
+        if ring and most < heads + width:
+            homeless = self._shed(manifest, pieces, heads + width - most)
+            free, most = self.tier.room(manifest.checkpoint)
         if not ring or most <= heads:
             raise self.tier.short(len(homeless), most)
-        width = max(1, min(RING // self._pool.slot_bytes, (most - heads) // 2))
-        passing = homeless[0 if reading else max(heads, (free - width) // 2) :]
+        width = min(width, most - heads)
+        passing = homeless[0 if reading else max(heads, min((free - width) // 2, free - 2 * width)) :]
         apart = set(passing)
         return [piece for piece in pieces if piece not in apart], passing, width
+
+    def _shed(self, manifest: Manifest, pieces: list[Piece], count: int) -> list[Piece]:
+        """So many of the checkpoint's last slots are free if nothing refers to them; its pieces that have none then."""
+        passed = {*self.tier.homeless(manifest.checkpoint, pieces), *_heads(manifest, pieces)}
+        own = [piece for piece in pieces if piece not in passed]
+        self.tier.shed(manifest.checkpoint, own[-count:])
+        return self.tier.homeless(manifest.checkpoint, pieces)
 
     def _ring(self, load: Load, pieces: list[Piece], slots: list[int]) -> Ring:
         def told(batch: Batch) -> None:

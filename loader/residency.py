@@ -103,6 +103,13 @@ class Tier:
             self._lent.remove(slot)
             heapq.heappush(self._ready, slot)
 
+    def shed(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> None:
+        """An idle checkpoint gives up these pieces, for others of its own; one in use gives up none."""
+        resident = self._residents.get(checkpoint)
+        if resident is not None and resident.idle:
+            resident.landed.difference_update(pieces)
+            self._settle(checkpoint)
+
     def homeless(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> list[Piece]:
         """Those of `pieces` that have no slot."""
         resident = self._residents.get(checkpoint)

@@ -81,6 +81,16 @@ class Residency(RuleBasedStateMachine):
         self.tier.forget(checkpoint)
 
     @rule(checkpoint=checkpoints, count=st.integers(1, 3))
+    def shed(self, checkpoint: str, count: int) -> None:
+        """What is in use keeps all of its pieces."""
+        used = checkpoint in self.reading or any(name == checkpoint for name, _ in self.views)
+        wanted = pieces(checkpoint)
+        missing = self.tier.missing(checkpoint, wanted)
+        self.tier.shed(checkpoint, wanted[-count:])
+        expected = missing if used else [piece for piece in wanted if piece in {*missing, *wanted[-count:]}]
+        assert self.tier.missing(checkpoint, wanted) == expected
+
+    @rule(checkpoint=checkpoints, count=st.integers(1, 3))
     def lend(self, checkpoint: str, count: int) -> None:
         """A ring's slots are written with what belongs to no checkpoint."""
         _, room = self.tier.room(checkpoint)

@@ -136,6 +136,46 @@ def test_two_at_once(tmp_path: Path, node: Node, one: bool) -> None:
     drain(node)
 
 
+def test_a_ring_stays_as_wide_however_often_it_is_loaded(tmp_path: Path) -> None:
+    node, widths = Node(16), []
+    source = checkpoint(tmp_path, 30)
+    for holder in range(5):
+        device = begin(node, source, holder)
+        widths.append(len(node.tier._lent))
+        check(source, finish(node, device))
+        node.pipeline.release(source.checkpoint, holder)
+        drain(node)
+    assert min(widths) == widths[0] == 7
+    node.close()
+
+
+def test_what_it_kept_gives_way_to_its_ring(tmp_path: Path, node: Node) -> None:
+    source, other = checkpoint(tmp_path / "large", 3.5, 3.5), checkpoint(tmp_path / "other", 1.5, seed=9)
+    check(source, finish(node, begin(node, source)))
+    node.pipeline.release(source.checkpoint, 1)
+    node.fetch(other, 2)
+    assert len(node.tier.free_slots) == 0
+    device = finish(node, begin(node, source, 3))
+    check(source, device)
+    assert device.load.ringed
+    assert device.load.dram_bytes > 2 << 20
+
+
+def test_what_others_refer_to_does_not_give_way(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path / "large", 20)
+    first = begin(node, source, 1)
+    node.fetch(checkpoint(tmp_path / "other", 2.5, seed=9), 2)
+    with pytest.raises(CapacityError, match="of DRAM are needed for the weights"):
+        begin(node, source, 3)
+    check(source, finish(node, first))
+
+
+def test_it_fits_where_headers_fill_the_pool(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path, *[0.5] * SLOTS)
+    assert node.pipeline.fits(source, ring=True)
+    check(source, finish(node, begin(node, source)))
+
+
 def test_beside_what_is_leased_it_goes_through_what_is_left(tmp_path: Path, node: Node) -> None:
     leased, source = checkpoint(tmp_path / "leased", 5.5, seed=9), checkpoint(tmp_path / "small", 4)
     node.fetch(leased, 7)
