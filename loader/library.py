@@ -16,18 +16,20 @@ import mmap
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from serverless_llm.errors import CheckpointError
-from serverless_llm.loader import header, manifest, plan
+from serverless_llm.loader import disk_tier, header, manifest, plan
 from serverless_llm.loader.header import TensorEntry
 from serverless_llm.loader.manifest import FileEntry
 from serverless_llm.loader.plan import Piece
 from serverless_llm.loader.pool import HUGE_PAGE
 from serverless_llm.loader.reader import CALL_BYTES, THREADS
+from serverless_llm.loader.remote import is_url
 from serverless_llm.loader.source import PAGE, OpenFile, SourceFile
 from serverless_llm.loader.staging import SETTING
 from serverless_llm.loader.tied import duplicates
@@ -109,12 +111,15 @@ def load_model(
 def load_checkpoint(directory: str | os.PathLike[str], device: Device = "cpu") -> dict[str, torch.Tensor]:
     """All tensors of a Hugging Face directory, sharded or not, in file order: as `load_file` of each of its files.
 
+    Args:
+        directory: or its URL (docs/remote.md): it is brought into the disk tier, and loaded from there.
+
     Raises:
         CheckpointError: names the file and what is wrong; a `TransientError` where the system could not read it.
     """
     home = torch.device(device)
-    files = manifest.weights(Path(directory))
-    return {name: tensor for file in files for name, tensor in _load(file, home).items()}
+    with _local(directory) as path:
+        return {name: tensor for file in manifest.weights(path) for name, tensor in _load(file, home).items()}
 
 
 def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,17 +129,22 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
     of them, and the next ones while these are used: besides what the caller keeps, three such groups at most are in
     memory. Keep a clone of a small tensor that outlives its neighbours.
 
+    Args:
+        directory: or its URL, as of `load_checkpoint`.
+
     Raises:
         CheckpointError: as `load_checkpoint`; at once where headers tell, else when the bytes are due.
     """
-    return _ahead(_groups(manifest.weights(Path(directory))), torch.device(device))
+    home = torch.device(device)
+    held, files = _opened(directory)
+    return _ahead(held, _groups(files), home)
 
 
 def _ahead(
-    groups: Iterator[tuple[FileEntry, Sequence[TensorEntry]]], home: torch.device
+    held: ExitStack, groups: Iterator[tuple[FileEntry, Sequence[TensorEntry]]], home: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of all groups, each group read while the one before is used."""
-    with ThreadPoolExecutor(1) as thread:
+    with held, ThreadPoolExecutor(1) as thread:
         coming = [thread.submit(_tensors, *group, home) for group in islice(groups, 1)]
         while coming:
             tensors = coming.pop().result()
@@ -161,7 +171,8 @@ async def iterate_async(
 ) -> AsyncIterator[tuple[str, torch.Tensor]]:
     """`iterate`, with the reading in threads."""
     home = torch.device(device)
-    groups = _groups(await asyncio.to_thread(manifest.weights, Path(directory)))
+    held, files = await asyncio.to_thread(_opened, directory)
+    groups = _groups(files)
     coming = [asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home)) for group in islice(groups, 1)]
     try:
         while coming:
@@ -173,6 +184,24 @@ async def iterate_async(
     finally:
         for left in coming:
             left.cancel()
+        held.close()
+
+
+def _opened(source: str | os.PathLike[str]) -> tuple[ExitStack, list[FileEntry]]:
+    """A checkpoint's files, and what keeps them there."""
+    with ExitStack() as held:
+        files = manifest.weights(held.enter_context(_local(source)))
+        return held.pop_all(), files
+
+
+@contextmanager
+def _local(source: str | os.PathLike[str]) -> Iterator[Path]:
+    """The directory of a checkpoint; that of a URL is brought up to date, and stays meanwhile."""
+    if not is_url(source):
+        yield Path(source)
+        return
+    with disk_tier.tier().bring(str(source), lambda name, done, total: None) as lease:
+        yield lease.directory
 
 
 def _load(file: FileEntry, device: torch.device) -> dict[str, torch.Tensor]:

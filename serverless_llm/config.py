@@ -23,7 +23,7 @@ from serverless_llm.loader.headroom import available_memory
 from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size, size
 from serverless_llm.surroundings import PREFIX, default_state_dir, search_path
 
-CLIENT_VARIABLES = frozenset({"SERVERLESS_LLM_URL", "SERVERLESS_LLM_CONFIG"})  # read elsewhere, no options
+CLIENT_VARIABLES = frozenset({f"{PREFIX}URL", f"{PREFIX}CONFIG", f"{PREFIX}REMOTE_CACHE"})  # read elsewhere, no options
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
 NO_NAME = "%r is no name of a model: letters, digits, '.', '_', '-' and at most one '/', first an ASCII letter or digit"
 DEVICES = re.compile(r"(cpu|cuda)(?::([1-9][0-9]{0,5}))?")

@@ -26,6 +26,12 @@ def state_dir(environ: Mapping[str, str]) -> Path:
     return Path(environ.get(f"{PREFIX}STATE_DIR") or default_state_dir(environ)).expanduser()
 
 
+def cache_dir(environ: Mapping[str, str]) -> Path:
+    """What can be had again."""
+    home = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/")) / ".cache")
+    return home / "serverless-llm"
+
+
 def began(pid: int) -> int | None:
     """When a process began, in ticks since the machine did: no two with the same number have it in common.
 

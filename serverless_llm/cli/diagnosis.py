@@ -245,11 +245,15 @@ def forecast(name: str, path: Path, settings: Config, rates: Rates, overhead_s: 
 
 
 def directory_of(source: str) -> Path:
-    """A source of the configuration, which may be a demo's name or a hub's id, without asking the network."""
+    """A source of the configuration, which may be a demo's name, a hub's id or a URL, without asking the network."""
     from serverless_llm.cli import hub, sources
+    from serverless_llm.loader import disk_tier, remote
 
     if source in sources.demos():
         return Path(sources.resolve(source))
+    if remote.is_url(source) and (lease := disk_tier.tier().cached(source)):
+        with lease:
+            return lease.directory
     wanted = hub.repository(source)
     found = hub.cached(wanted) if wanted and not Path(source).is_dir() else None
     return found.directory if found else Path(source).expanduser().resolve()

@@ -31,7 +31,6 @@ LATE_SECONDS = 60.0  # for an answer that the cache cannot stand in for; as hugg
 PARTIAL = ".partial"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PLAIN = re.compile(r"\w[\w.-]*")  # what may name a file in the cache
-TEMPLATES = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")
 
 Told = Callable[[str, int, int], None]  # file, bytes that are there, bytes of all; called from several threads
 
@@ -122,7 +121,7 @@ def texts(name: str, names: Sequence[str]) -> list[str]:
     for needed in (manifest.CONFIG, TOKENIZER):
         if needed not in names:
             raise CheckpointError(f"{name} has no {needed}")
-    templates = [one for one in names if TEMPLATES.fullmatch(one)]
+    templates = [one for one in names if manifest.TEMPLATES.fullmatch(one)]
     return [manifest.CONFIG, *(one for one in manifest.TEXTS if one in names), *templates]
 
 

@@ -21,7 +21,8 @@ from serverless_llm.quantities import size
 @of_state_dir
 @as_json
 def show(model: str, state_dir: Path | None, as_json: bool) -> None:
-    """Tell of MODEL: a deployed name, or, whether a server runs or not, a directory, a hub id or a demo checkpoint."""
+    """Tell of MODEL: a deployed name, or, whether a server runs or not, a directory, a hub id, a URL
+    or a demo checkpoint."""
     from serverless_llm.errors import CheckpointError, RequestError
 
     row, start, here = _deployed(model, state_dir)

@@ -30,7 +30,7 @@ class Verb(NamedTuple):
 VERBS = {
     "serve": Verb("serve", "serve", "Start the server; Ctrl-C stops it."),
     "run": Verb("run", "run", "Send one prompt and stream the answer, with or without a running server."),
-    "pull": Verb("pull", "pull", "Bring a model of the Hugging Face hub into the local cache."),
+    "pull": Verb("pull", "pull", "Bring a model of the Hugging Face hub or of a URL to this machine."),
     "deploy": Verb("models", "deploy", "Give a checkpoint a name and an endpoint."),
     "rm": Verb("models", "rm", "Take a model's endpoint away."),
     "ls": Verb("models", "ls", "List the deployed models."),

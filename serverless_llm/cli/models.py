@@ -48,7 +48,7 @@ def elsewhere(source: str) -> str:
 @of_state_dir
 @as_json
 def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool, **options: Any) -> None:
-    """Give the checkpoint SOURCE (a directory, a hub's owner/name, or demo-count, demo-add, demo-reverse) an endpoint.
+    """Give the checkpoint SOURCE (a directory, a hub's owner/name, a URL, or demo-count, demo-add ...) an endpoint.
 
     Nothing is loaded until a first request comes. Without SOURCE, NAME itself names the checkpoint. A NAME that is
     deployed already is replaced: what is not given is at its default again, not as it was.

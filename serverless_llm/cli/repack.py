@@ -20,7 +20,7 @@ def repack(source: str, directory: Path, shard_size: str, as_json: bool) -> None
     """Write SOURCE's checkpoint anew to DIRECTORY: few large files, aligned for direct reads.
 
     Every tensor stays as it is, bit for bit, and the files are ordinary safetensors. SOURCE is a directory, a demo
-    checkpoint, or a hub's owner/name.
+    checkpoint, a hub's owner/name, or a URL.
     """
     from serverless_llm.cli.progress import transfers
     from serverless_llm.loader.repack import repack as write

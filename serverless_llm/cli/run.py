@@ -60,8 +60,8 @@ def run(
 ) -> None:
     """Send PROMPT (or standard input) to MODEL and stream the answer; the phases of the start go to standard error.
 
-    MODEL is a deployed name, a directory, a hub's owner/name, or demo-count, demo-add, demo-reverse. With no server
-    running, one is started for this answer and stopped after it.
+    MODEL is a deployed name, a directory, a hub's owner/name, a URL, or demo-count, demo-add, demo-reverse. With no
+    server running, one is started for this answer and stopped after it.
     """
     began = time.monotonic()
     text = prompt if prompt is not None else _standard_input()
@@ -99,7 +99,9 @@ def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[tuple[S
         if state_dir or os.environ.get(f"{PREFIX}URL"):
             raise
         if not is_source(model):
-            raise Unreachable(f"{model!r} is no directory, hub id or demo checkpoint, and {error.message}") from None
+            raise Unreachable(
+                f"{model!r} is no directory, hub id, URL or demo checkpoint, and {error.message}"
+            ) from None
     else:
         yield server, _deployed(server, model, quiet)
         return

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     "models",
     metavar="[NAME=]SOURCE",
     multiple=True,
-    help="Deploy at start: a directory, hub id or demo-*.",
+    help="Deploy at start: a directory, hub id, URL or demo-*.",
 )
 @click.option("--print-schema", is_flag=True, help="Print the configuration file's JSON Schema, and end.")
 @click.option("--die-with", type=int, hidden=True, help="End with this parent process.")
@@ -107,9 +107,11 @@ def sourced(settings: Config) -> Config:
     """With a directory as the source of every model; what is meant as one is left to the server to judge."""
     from msgspec.structs import replace
 
+    from serverless_llm.loader.remote import is_url
+
     models = {}
     for name, entry in settings.models.items():
-        known = entry.source in sources.demos() or sources.HUB_ID.fullmatch(entry.source)
+        known = entry.source in sources.demos() or sources.HUB_ID.fullmatch(entry.source) or is_url(entry.source)
         models[name] = replace(entry, source=sources.resolve(entry.source)) if known else entry
     return replace(settings, models=models)
 

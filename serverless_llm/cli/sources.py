@@ -1,4 +1,4 @@
-"""What a person may name as a model's source: a directory, a demo checkpoint of the wheel, or a hub's id."""
+"""What a person may name as a model's source: a directory, a demo checkpoint of the wheel, a hub's id, or a URL."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ HUB_ID = re.compile(rf"(?![^@]*(?:--|\.git(?:@|$)))(?!.*\.\.){_PART}/{_PART}(?:@
 
 
 def resolve(source: str) -> str:
-    """The absolute directory of a source. A hub's repository is pulled unless the cache has it.
+    """The absolute directory of a source. What a hub or a URL names is pulled unless it is here already.
 
     Raises:
         click.UsageError: it is neither a directory nor the name of a demo checkpoint, nor could it be a hub's id.
-        CheckpointError: the hub has nothing of that name that can be served.
+        CheckpointError: the hub or the URL has nothing that can be served.
     """
+    if _is_url(source):
+        return _of_url(source)
     path = _path(source)
     if path.is_dir():
         return str(path.resolve())
@@ -28,7 +30,7 @@ def resolve(source: str) -> str:
     from serverless_llm.errors import did_you_mean
 
     raise click.UsageError(
-        f"{source!r} is neither a directory nor one of {', '.join(demos())}, nor a hub's owner/name"
+        f"{source!r} is neither a directory nor one of {', '.join(demos())}, nor a hub's owner/name, nor a URL"
         f"{did_you_mean(source, demos())}"
     )
 
@@ -59,9 +61,26 @@ def _of_hub(source: str) -> str:
         raise type(error)(f"there is no directory {source} here, and of the hub: {error}") from error
 
 
+def _of_url(source: str) -> str:
+    """Nothing removes it while the command runs."""
+    from serverless_llm.cli.pull import bring_url
+    from serverless_llm.loader import disk_tier
+
+    lease = disk_tier.tier().cached(source) or bring_url(source)
+    if context := click.get_current_context(silent=True):
+        context.with_resource(lease)
+    return str(lease.directory)
+
+
+def _is_url(text: str) -> bool:
+    from serverless_llm.loader import remote
+
+    return remote.is_url(text)
+
+
 def is_source(text: str) -> bool:
     """Whether `resolve` has a chance."""
-    return text in demos() or _path(text).is_dir() or HUB_ID.fullmatch(text) is not None
+    return text in demos() or _path(text).is_dir() or HUB_ID.fullmatch(text) is not None or _is_url(text)
 
 
 def _path(source: str) -> Path:

@@ -17,6 +17,7 @@ from serverless_llm import wire
 from serverless_llm.cluster import events
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.errors import RequestError, did_you_mean
+from serverless_llm.loader import disk_tier
 from serverless_llm.node import admin, catalog, news
 from serverless_llm.node.catalog import Clocks, Entry
 from serverless_llm.node.controller import Controller
@@ -64,6 +65,7 @@ class Registry:
         self._check = check
         self._entries: dict[str, Entry] = {}
         self._unseen: list[str] = []  # models that were restored without a look at their text files
+        self._leases: dict[str, disk_tier.Lease] = {}
         self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
         self._readers = asyncio.Semaphore(READERS)
         self._restored = False
@@ -125,6 +127,7 @@ class Registry:
             if self._entries.get(spec.name) is former:  # else it was deployed anew, or deleted, meanwhile
                 self._entries[spec.name] = Entry(spec, model.created, why)
                 if footprint is not None:
+                    await self._hold(spec)
                     self._controller.handle(events.Deploy(spec, footprint))
 
     async def look(self) -> None:
@@ -195,16 +198,29 @@ class Registry:
             old = self._entries.get(name)
             created = old.created if old else int(time.time())
             await self._write(self._state.save, Deployed(spec, created))
+            await self._hold(spec)
             self._entries[name] = Entry(spec, created)
             self._controller.handle(events.Deploy(spec, footprint))
         self._publish()
         return chats
+
+    async def _hold(self, spec: ModelSpec) -> None:
+        """What is deployed from the disk tier stays there."""
+        lease = await asyncio.to_thread(disk_tier.hold, Path(spec.source))
+        self._release(spec.name)
+        if lease is not None:
+            self._leases[spec.name] = lease
+
+    def _release(self, name: str) -> None:
+        if lease := self._leases.pop(name, None):
+            lease.close()
 
     async def _delete(self, name: str, body: bytes) -> JSON:
         async with self._changing:
             entry = self._entry(name)
             await self._write(self._state.delete, name)
             del self._entries[name]
+            self._release(name)
             if not entry.error:
                 self._controller.handle(events.Delete(name))
         self._publish()

@@ -40,7 +40,8 @@ def imported(path: Path) -> Iterator[str]:
 PORTABLE = files("serverless_llm/domain.py", "serverless_llm/engine/**/*.py", "loader/**/*.py", "kernels/**/*.py")
 PURE = files("serverless_llm/cluster/*.py", "placement/*.py", *(f"loader/{name}.py" for name in PURE_LOADER))
 
-BRIDGES = {"fallback.py": "transformers", "vllm_plugin.py": "vllm"}  # to what must be there for them to be of use
+# To what must be there for them to be of use
+BRIDGES = {"fallback.py": "transformers", "vllm_plugin.py": "vllm", "remote.py": "obstore"}
 
 
 def name_of(path: Path) -> str:

@@ -166,7 +166,7 @@ def test_a_stream_that_breaks_off_is_no_answer(cli: CommandLine, known: Scripted
 def test_a_name_without_a_server_says_that_none_runs_and_how_to_start_one(cli: CommandLine) -> None:
     outcome = cli("run", "no-such-model", "x")
     assert outcome.status == 69
-    assert "'no-such-model' is no directory, hub id or demo checkpoint, and no server is running" in outcome.err
+    assert "'no-such-model' is no directory, hub id, URL or demo checkpoint, and no server is running" in outcome.err
     assert "start one: serverless-llm serve" in outcome.err
 
 

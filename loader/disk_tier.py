@@ -1,0 +1,305 @@
+"""Remote checkpoints on the local disk: whole ones, which are ordinary directories, and what came of others.
+
+    ROOT/<digest of the URL>/<version>/            whole: `checkpoint/`, `url`, `lock`; never changed, only removed
+    ROOT/<digest of the URL>/<version>.partial/    being brought: the same, with holes, and `record` (`download`)
+    ROOT/<digest of the URL>/<version>.gone/       being removed
+    ROOT/lock                                      held while room is made
+
+A version is a digest over names, sizes and ETags. It becomes whole by one rename, once all its bytes are synced and
+checked, and ceases to be by another. `lock` is held shared by whoever uses a version and exclusively by whoever brings
+or removes it, so that none leaves that is in use, in whatever process; its time of change is that of the last use.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from serverless_llm.errors import CapacityError, CheckpointError, ConfigurationError, TransientError
+from serverless_llm.loader import manifest
+from serverless_llm.loader.download import CHECKPOINT, RECORD, Told, download, held, prepare, sync
+from serverless_llm.loader.remote import Remote, RemoteFile, checked
+from serverless_llm.quantities import parse_size, size
+from serverless_llm.surroundings import PREFIX, cache_dir
+
+VARIABLE = f"{PREFIX}REMOTE_CACHE"
+SHARE = "80%"  # of what the disk has free and the tier holds, where the variable is not set
+LOCK = "lock"
+URL = "url"
+PARTIAL = ".partial"
+GONE = ".gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A whole checkpoint that stays while this is held.
+
+    Attributes:
+        directory: a Hugging Face directory.
+        offline: why its server was not asked, if it was not.
+    """
+
+    directory: Path
+    lock: int
+    offline: str = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.lock)
+
+
+class DiskTier:
+    """The tier below `root`, of at most `most` bytes; None: `SHARE`."""
+
+    def __init__(self, root: Path, most: str | None = None) -> None:
+        self.root = root
+        self._most = most
+
+    def cached(self, url: str) -> Lease | None:
+        """The version of a URL that was brought last, if there is one; asks no server.
+
+        Raises:
+            CheckpointError: no source has such a URL.
+        """
+        known = [place for place in _versions(self._home(checked(url))) if not place.suffix]
+        for place in sorted(known, key=_brought, reverse=True):
+            if (lease := _lease(place)) is not None:
+                return lease
+        return None
+
+    def bring(self, url: str, told: Told, needed: Sequence[str] = ()) -> Lease:
+        """What the URL holds now, whole; where its server cannot be reached, what it held when that was brought last.
+
+        Args:
+            needed: names of files without which nothing is read.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or what came of it is not what the server promised.
+            TransientError: the server or the disk fails; the next call goes on with what came.
+            CapacityError: it is larger than the tier, or than what can leave it.
+            ConfigurationError: obstore is missing, or a variable is wrong.
+        """
+        source = Remote(url)
+        try:
+            files = source.files()
+        except TransientError as error:
+            lease = self.cached(url)
+            if lease is None:
+                raise
+            return Lease(lease.directory, lease.lock, str(error))
+        absent = [name for name in needed if name not in {file.name for file in files}]
+        if absent:
+            raise CheckpointError(f"{source.url} has no {absent[0]}")
+        whole = self._home(source.url) / _version(files)
+        try:
+            return self._whole(source, files, whole, told)
+        except OSError as error:
+            raise TransientError(f"{source.url} cannot be kept in {self.root}: {error.strerror}") from error
+
+    def _whole(self, source: Remote, files: Sequence[RemoteFile], whole: Path, told: Told) -> Lease:
+        partial = whole.with_name(whole.name + PARTIAL)
+        while (lease := _lease(whole)) is None:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = _lock(partial, fcntl.LOCK_EX)  # whoever brings the same goes first
+            if lock is None:
+                continue
+            try:
+                if whole.exists():
+                    self._discard(partial)
+                else:
+                    self._fill(source, files, partial, whole, told)
+            finally:
+                os.close(lock)
+        return lease
+
+    def _fill(self, source: Remote, files: Sequence[RemoteFile], partial: Path, whole: Path, told: Told) -> None:
+        (partial / URL).write_text(source.url)
+        self._make_room(source.url, files, partial)
+        download(source, files, partial, told)
+        try:
+            _check(source, files, partial / CHECKPOINT)
+        except TransientError:
+            raise
+        except CheckpointError:
+            self._discard(partial)  # so that it is read anew
+            raise
+        for folder in {(partial / CHECKPOINT / file.name).parent for file in files} | {partial}:
+            sync(folder)
+        with self._alone():
+            partial.rename(whole)
+        sync(whole.parent)
+        (whole / RECORD).unlink()
+
+    def _make_room(self, url: str, files: Sequence[RemoteFile], partial: Path) -> None:
+        """Reserves room, for which those leave that were used longest ago."""
+        total = sum(file.size for file in files)
+        missing = total - sum(one.stop - one.start for one in held(partial, files))
+        with self._alone():
+            others = self._others(partial)
+            most = self._bound(sum(others.values()) + _nbytes(partial))
+            if total > most:
+                raise CapacityError(f"{url} has {size(total)}, the disk tier {size(most)} at most: set {VARIABLE}")
+            for place in list(others):
+                if sum(others.values()) + total <= most and missing <= self._disk_free():
+                    break
+                if _leaves(place):
+                    del others[place]
+            used = sum(others.values())
+            if used + total > most:
+                why = f"of the disk tier's {size(most)}, {size(used)} are in use"
+                raise CapacityError(f"{url} has {size(total)}, and {why}: end what uses them, or set {VARIABLE}")
+            if missing > self._disk_free():
+                free = f"{size(self._disk_free())} are free in {self.root}"
+                raise TransientError(f"{url} needs {size(missing)}, and {free}; what came stays for the next try")
+            prepare(partial, files)
+
+    def _others(self, partial: Path) -> dict[Path, int]:
+        """Bytes of what else is there, that of the longest unused first, when what serves nobody any more has left."""
+        homes = [home for home in self.root.iterdir() if home.is_dir()]
+        places = [place for home in homes for place in _versions(home) if place != partial]
+        for place in places:
+            if place.suffix == GONE:
+                shutil.rmtree(place, ignore_errors=True)
+            elif place.suffix == PARTIAL and place.parent == partial.parent:  # of what the URL held before
+                _leaves(place)
+        return {place: _nbytes(place) for place in sorted(filter(Path.exists, places), key=_last_use)}
+
+    def _discard(self, place: Path) -> None:
+        with self._alone():
+            _remove(place)
+
+    def _bound(self, held_bytes: int) -> int:
+        try:
+            return parse_size(self._most or SHARE, self._disk_free() + held_bytes)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{VARIABLE}: {error}") from error
+
+    def _disk_free(self) -> int:
+        return shutil.disk_usage(self.root).free
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process makes room."""
+        with (self.root / LOCK).open("a") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            yield
+
+    def _home(self, url: str) -> Path:
+        return self.root / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+
+
+def tier() -> DiskTier:
+    """This user's, as the environment has it."""
+    return DiskTier(cache_dir(os.environ) / "remote", os.environ.get(VARIABLE))
+
+
+def hold(directory: Path) -> Lease | None:
+    """Keeps a checkpoint's directory from leaving, if it lies in a disk tier of this user's."""
+    place = directory.parent
+    try:
+        return _lease(place) if directory.name == CHECKPOINT and (place / URL).is_file() else None
+    except PermissionError:  # another user's, whose it is to keep
+        return None
+
+
+def _version(files: Sequence[RemoteFile]) -> str:
+    return hashlib.blake2b(repr([file.version for file in files]).encode(), digest_size=16).hexdigest()
+
+
+def _versions(home: Path) -> list[Path]:
+    return [path for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+
+
+def _lease(place: Path) -> Lease | None:
+    lock = _lock(place, fcntl.LOCK_SH)
+    if lock is None:
+        return None
+    os.utime(lock)
+    return Lease(place / CHECKPOINT, lock)
+
+
+def _lock(place: Path, kind: int) -> int | None:
+    """A descriptor of a version's lock; None where the version is not there any more or, with LOCK_NB, in use."""
+    try:
+        lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, kind)
+        if os.path.samestat(os.fstat(lock), (place / LOCK).stat()):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
+def _leaves(place: Path) -> bool:
+    """Removes a version unless somebody uses it."""
+    lock = _lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is None:
+        return False
+    _remove(place)
+    os.close(lock)
+    return True
+
+
+def _remove(place: Path) -> None:
+    """At once by its name, so that no half is ever taken for it."""
+    gone = place.with_name(place.name + GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    place.rename(gone)
+    sync(place.parent)
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # there are other versions
+        place.parent.rmdir()
+
+
+def _nbytes(place: Path) -> int:
+    return sum(path.stat().st_size for path in (place / CHECKPOINT).rglob("*") if path.is_file())
+
+
+def _last_use(place: Path) -> int:
+    return _time(place / LOCK)
+
+
+def _brought(place: Path) -> int:
+    return _time(place / URL)
+
+
+def _time(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _check(source: Remote, files: Sequence[RemoteFile], checkpoint: Path) -> None:
+    """Digests, of those that the server knows, and headers."""
+    for file in files:
+        known = source.digest(file)
+        if known is None:
+            continue
+        algorithm, wanted = known
+        with (checkpoint / file.name).open("rb") as opened:
+            if hashlib.file_digest(opened, algorithm).hexdigest() != wanted:
+                raise CheckpointError(f"{source.url}/{file.name}: what came has another {algorithm} than {wanted}")
+    try:
+        manifest.weights(checkpoint)
+    except TransientError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.url}: {str(error).replace(f'{checkpoint}/', '')}") from error

@@ -1,0 +1,299 @@
+"""Checkpoints behind a URL: which files one has, and ranges of their bytes, through obstore.
+
+`s3://`, `gs://` and `az://` list what lies below a prefix; `http://` and `https://` are asked for the names that a
+Hugging Face directory can have, and for those that its index names. Credentials are obstore's own, of the environment.
+
+What a server says is held against what was asked: names stay below the URL, answers are of the file that was listed
+(size and ETag, or the time of its last change) and of the range, no byte short and none over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
+from serverless_llm.loader import manifest
+from serverless_llm.loader.manifest import CONFIG, INDEX, SINGLE, TEXTS
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+LISTING = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # scheme -> how its variables begin
+PLAIN = ("http", "https")
+MOST_FILES = 10_000  # below a prefix, and of weights; an arbitrary bound on requests and memory
+ASKED_AT_ONCE = 16
+SILENCE = timedelta(seconds=30)  # in which a server sends nothing at all, until it counts as gone
+TRIES = 3  # of a range that breaks off without a byte; each is obstore's, which tries errors of the server again
+RETRY: RetryConfig = {"max_retries": 4, "retry_timeout": SILENCE}
+DIGESTS = {"sha256": 64, "md5": 32}  # names in an object's metadata -> hexadecimal digits
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+class RemoteFile(NamedTuple):
+    """A file as a server names it. `size`: bytes; `etag`: empty where it gives none; `modified`: seconds since 1970."""
+
+    name: str
+    size: int
+    etag: str
+    modified: float
+
+    @property
+    def version(self) -> tuple[str, int, str | float]:
+        """What changes with the file. Servers that share their files may differ in the time alone."""
+        return self.name, self.size, self.etag or self.modified
+
+
+def is_url(source: object) -> bool:
+    """Whether a source is meant as a URL; of which kinds, `Remote` tells."""
+    return isinstance(source, str) and _URL.match(source) is not None
+
+
+def checked(url: str) -> str:
+    """The URL as it is known by: without slashes at its end.
+
+    Raises:
+        CheckpointError: it is not one of a checkpoint.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise CheckpointError(f"{url!r} is no URL: {error}") from None
+    if parts.scheme not in (*LISTING, *PLAIN):
+        known = ", ".join(f"{scheme}://" for scheme in (*LISTING, *PLAIN))
+        raise CheckpointError(f"{url}: no source begins with {parts.scheme}://; there are {known}")
+    if "@" in parts.netloc:
+        raise CheckpointError(f"a URL of {parts.hostname} has a user or a password in it: set the store's variables")
+    if not parts.netloc or not url.isprintable() or " " in url or ".." in parts.path.split("/"):
+        raise CheckpointError(f"{url!r} is no URL of a directory")
+    if "?" in url or "#" in url:
+        raise CheckpointError(f"{url.partition('?')[0]}: a source's URL is a directory's, without ? and #")
+    return url.rstrip("/")
+
+
+class Remote:
+    """One checkpoint's directory on a server. Its methods may be called from any thread."""
+
+    def __init__(self, url: str) -> None:
+        """Raises:
+        CheckpointError: no source has such a URL.
+        ConfigurationError: obstore is missing, or its variables are wrong.
+        """
+        self.url = checked(url)
+        self._lists = urlsplit(self.url).scheme in LISTING
+        self._obstore = _library()
+        try:
+            self._store = self._open()
+        except (self._obstore.exceptions.BaseError, ValueError) as error:
+            hint = _CREDENTIALS[urlsplit(self.url).scheme]
+            raise ConfigurationError(f"{self.url}: {_first_line(error)}: {hint}") from error
+
+    def _open(self) -> ObjectStore:
+        scheme = urlsplit(self.url).scheme
+        client: ClientConfig = {"timeout": timedelta(days=1), "read_timeout": SILENCE}
+        allowed = os.environ.get(f"{LISTING[scheme]}_ALLOW_HTTP") if self._lists else str(scheme == "http")
+        client["allow_http"] = str(allowed).lower() == "true"
+        stores = self._obstore.store
+        opened = stores.from_url if self._lists else stores.HTTPStore.from_url
+        store: ObjectStore = opened(self.url, client_options=client, retry_config=RETRY)
+        return store
+
+    def files(self) -> list[RemoteFile]:
+        """The files that belong to the checkpoint, those of weights last, each kind by name.
+
+        Raises:
+            CheckpointError: there is none at this URL, or it lacks a file; names it.
+            TransientError: the server fails.
+        """
+        found = self._listed() if self._lists else self._asked([SINGLE, INDEX, CONFIG, *TEXTS])
+        texts = [
+            found[name] for name in sorted(found) if name in (CONFIG, *TEXTS) or manifest.TEMPLATES.fullmatch(name)
+        ]
+        if manifest.choose(list(found), self.url) == SINGLE:
+            return [*texts, found[SINGLE]]
+        names = self._shards(found[INDEX])
+        shards = found if self._lists else self._asked(names)
+        missing = [name for name in names if name not in shards]
+        if missing:
+            raise CheckpointError(f"{self.url} has no {missing[0]}, which its index names")
+        return [*texts, found[INDEX], *(shards[name] for name in names)]
+
+    def _shards(self, index: RemoteFile) -> list[str]:
+        try:
+            text = self.text(index, manifest.MAX_INDEX)
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{self.url}/{INDEX} is not UTF-8") from None
+        try:
+            names = sorted(set(manifest.weight_map_of(text).values()))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.url}: {error}") from None
+        odd = [name for name in names if str(PurePosixPath(name)) != name]
+        if odd or len(names) > MOST_FILES:
+            raise CheckpointError(f"{self.url}: {INDEX} names {odd[0]!r}" if odd else f"{self.url}: too many files")
+        return names
+
+    def _listed(self) -> dict[str, RemoteFile]:
+        found: dict[str, RemoteFile] = {}
+        with self._errors(""):
+            for batch in self._obstore.list(self._store):
+                found |= {meta["path"]: _file(meta["path"], meta) for meta in batch}
+                if len(found) > MOST_FILES:
+                    raise CheckpointError(
+                        f"{self.url} holds more than {MOST_FILES} files: name a checkpoint's own prefix"
+                    )
+        return found
+
+    def _asked(self, names: list[str]) -> dict[str, RemoteFile]:
+        """Those of the names that are there. A server may refuse what it has not: that counts if nothing is there."""
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+            answers = list(threads.map(self._head, names))
+        found = {answer.name: answer for answer in answers if isinstance(answer, RemoteFile)}
+        refusals = [answer for answer in answers if isinstance(answer, CheckpointError)]
+        if refusals and not any(name.endswith((".safetensors", INDEX)) for name in found):
+            raise refusals[0]
+        return found
+
+    def _head(self, name: str) -> RemoteFile | CheckpointError | None:
+        try:
+            with self._errors(name):
+                return _file(name, self._obstore.head(self._store, name))
+        except TransientError:
+            raise
+        except MissingError:
+            return None
+        except CheckpointError as error:
+            return error
+
+    def text(self, file: RemoteFile, most: int) -> str:
+        """A small file.
+
+        Raises:
+            CheckpointError: it has more than `most` bytes, or as `read` does.
+            UnicodeDecodeError: it is not UTF-8.
+        """
+        if file.size > most:
+            raise CheckpointError(f"{self.url}/{file.name} is larger than {most} bytes")
+        return b"".join(self.read(file, 0, file.size)).decode()
+
+    def read(self, file: RemoteFile, start: int, stop: int, least: int = 1 << 20) -> Iterator[bytes]:
+        """The bytes from `start` to `stop`, at least `least` at a time, the last ones apart.
+
+        A connection that breaks off is replaced. What was given out is good, whatever happens then.
+
+        Raises:
+            CheckpointError: the file is another by now, or may not be read, or the server knows no ranges.
+            TransientError: the server fails, or sends more or less than was asked for.
+        """
+        tries = TRIES
+        while start < stop:
+            before = start
+            try:
+                for chunk in self._range(file, start, stop, least):
+                    start += len(chunk)
+                    yield chunk
+            except TransientError:
+                tries = tries - 1 if start == before else TRIES
+                if not tries:
+                    raise
+
+    def _range(self, file: RemoteFile, start: int, stop: int, least: int) -> Iterator[bytes]:
+        options: GetOptions = {"range": (start, stop)}
+        if file.etag and not file.etag.startswith("W/"):  # a weak one never matches
+            options["if_match"] = file.etag
+        with self._errors(file.name):
+            answer = self._obstore.get(self._store, file.name, options=options)
+            if _file(file.name, answer.meta).version != file.version:
+                raise self._changed(file.name)
+            for chunk in answer.stream(least):
+                start += len(chunk)
+                if start > stop:
+                    raise TransientError(
+                        f"{self.url}/{file.name}: the server sent more than the range that was asked for"
+                    )
+                yield chunk
+        if start < stop:
+            raise TransientError(f"{self.url}/{file.name}: the server sent less than the range that was asked for")
+
+    def digest(self, file: RemoteFile) -> tuple[str, str] | None:
+        """(algorithm, hexadecimal digest) by the object's own metadata, where somebody wrote it there."""
+        if not self._lists:
+            return None
+        with self._errors(file.name):
+            told = self._obstore.get(self._store, file.name, options={"head": True}).attributes
+        for algorithm, digits in DIGESTS.items():
+            value = str(told.get(algorithm, "")).lower()
+            if re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
+                return algorithm, value
+        return None
+
+    def _changed(self, name: str) -> CheckpointError:
+        return CheckpointError(f"{self.url}/{name} was changed while it was read: try again")
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """The library's errors as ours, with the URL and what to do."""
+        known, what = self._obstore.exceptions, f"{self.url}/{name}" if name else self.url
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise MissingError(f"{what} is not there") from error
+        except known.PreconditionError as error:
+            raise self._changed(name) from error
+        except known.NotSupportedError as error:
+            raise CheckpointError(
+                f"{what}: the server answers no ranges of bytes; most do, python's does not"
+            ) from error
+        except (known.BaseError, ValueError, OSError) as error:
+            why = _first_line(error)
+            if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError) or _UNKNOWN.search(why):
+                hint = _CREDENTIALS[urlsplit(self.url).scheme]
+                raise CheckpointError(f"{what} may not be read: {hint}") from error
+            raise TransientError(f"{what}: {why}") from error
+
+
+class MissingError(CheckpointError):
+    """A server has no such file."""
+
+
+# Lists are refused without an error of their own; a machine of no cloud asks the cloud's address in vain.
+_UNKNOWN = re.compile(r"status code: 40[13]\b|//169\.254\.169\.254/|//metadata\.google\.internal/")
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key's file, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true for a public one",
+    "http": "the server refuses it, and no credentials are sent by plain HTTP",
+    "https": "the server refuses it, and no credentials are sent by plain HTTP",
+}
+
+
+def _file(name: str, meta: Any) -> RemoteFile:
+    return RemoteFile(name, meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
+
+
+def _first_line(error: BaseException) -> str:
+    """Its reason, without what stands behind a question mark, which may be a signature."""
+    return re.sub(r"\?\S*", "", (str(error).splitlines() or [type(error).__name__])[0])
+
+
+def _library() -> Any:
+    """`obstore`, imported when first wanted.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError as error:
+        why = f"sources behind a URL need obstore ({error}): pip install 'obstore>=0.12'"
+        raise ConfigurationError(why) from error
+    return obstore

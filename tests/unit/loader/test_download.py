@@ -1,0 +1,111 @@
+"""The record of ranges, and files that come by ranges from a real server, with what goes wrong on the way."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.loader import download, remote
+from serverless_llm.loader.download import Range, missing, recorded
+from serverless_llm.loader.remote import Remote
+from tests.range_server import RangeServer
+
+SIZES = [1000, 0, 7]
+LINES = st.tuples(st.integers(0, 3), st.integers(0, 1100), st.integers(0, 1100))
+
+
+@given(st.lists(LINES), st.integers(1, 300))
+def test_what_is_recorded_and_what_is_missing_make_the_whole(lines: list[tuple[int, int, int]], most: int) -> None:
+    have = recorded("".join(f"{file} {start} {stop}\n" for file, start, stop in lines), SIZES)
+    gaps = missing(have, SIZES, most)
+    assert all(0 < one.stop - one.start <= most for one in gaps)
+    covered = [(one.file, byte) for one in (*have, *gaps) for byte in range(one.start, one.stop)]
+    assert sorted(covered) == [(file, byte) for file, size in enumerate(SIZES) for byte in range(size)]
+
+
+@pytest.mark.parametrize(
+    "line", ["0 0 5", "0 5 5\n", "0 0 1001\n", "3 0 5\n", "0 0 5 9\n", "0 -1 5\n", "0 0 \u0665\n", "\0\0\0\n"]
+)
+def test_a_line_that_is_no_range_counts_for_nothing(line: str) -> None:
+    assert recorded("0 20 30\n" + line, SIZES) == [Range(0, 20, 30)]
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "RETRY", {"max_retries": 0})
+
+
+@pytest.fixture
+def server() -> RangeServer:
+    return RangeServer({"m/model.safetensors": random.Random(1).randbytes(1 << 20), "m/config.json": b"{}"})
+
+
+def bring(source: Remote, folder: Path, told: download.Told = lambda name, done, total: None) -> bytes:
+    files = source.files()
+    folder.mkdir(exist_ok=True)
+    download.prepare(folder, files)
+    download.download(source, files, folder, told)
+    return (folder / download.CHECKPOINT / "model.safetensors").read_bytes()
+
+
+def test_files_come_whole_and_are_told_of(server: RangeServer, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    with server:
+        assert (
+            bring(Remote(f"{server.url}/m"), tmp_path, lambda *one: told.append(one))
+            == server.files["m/model.safetensors"]
+        )
+    assert told[-1] == ("model.safetensors", 1 << 20, 1 << 20)
+    assert ("config.json", 2, 2) in told
+    assert server.gets.count("m/model.safetensors") >= download.CONNECTIONS
+
+
+@pytest.mark.parametrize("etag", ["", None, "W/"])
+def test_connections_that_break_off_cost_nothing(server: RangeServer, tmp_path: Path, etag: str | None) -> None:
+    server.faults.resets, server.faults.reset_after, server.faults.etag = 20, 30_000, etag
+    with server:
+        assert bring(Remote(f"{server.url}/m"), tmp_path) == server.files["m/model.safetensors"]
+    assert server.faults.resets == 0
+
+
+def test_what_came_before_an_error_is_not_read_again(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "CONNECTIONS", 1)
+    with server:
+        source, tail = Remote(f"{server.url}/m"), server.files["m/model.safetensors"][-1000:]
+        server.faults.fails_after = 700_000
+        with pytest.raises(TransientError, match=r"/m/model\.safetensors: .*500 Internal Server Error"):
+            bring(source, tmp_path)
+        server.faults.fails_after, server.sent = None, 0
+        assert bring(source, tmp_path)[-1000:] == tail
+    assert server.sent < 450_000
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"shift": 5}, "Requested 0.*got 5"),
+        ({"extra": 5}, "sent more than the range"),
+        ({"missing": 5, "resets": -1}, "sent less than the range"),
+        ({"whole": True}, "answers no ranges"),
+        ({"etag": "other"}, "was changed while it was read: try again"),
+        ({"statuses": {"m/config.json": 403}}, "config.json may not be read"),
+        ({"statuses": {"m/config.json": 404}}, "config.json is not there"),
+    ],
+)  # fmt: skip
+def test_servers_that_lie_are_told(server: RangeServer, tmp_path: Path, faults: dict[str, object], said: str) -> None:
+    with server:
+        source = Remote(f"{server.url}/m")
+        files = source.files()
+        for name, value in faults.items():
+            setattr(server.faults, name, value)
+        download.prepare(tmp_path, files)
+        with pytest.raises(CheckpointError, match=said) as raised:
+            download.download(source, files, tmp_path, lambda name, done, total: None)
+    assert f"{server.url}/m" in str(raised.value)

@@ -1,0 +1,138 @@
+"""What a URL is, and which files a server has for it: over plain HTTP and as a bucket that lists them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
+from serverless_llm.loader import manifest, remote
+from serverless_llm.loader.remote import Remote, checked, is_url
+from tests.range_server import RangeServer
+
+SHARDS = ("a/model-1.safetensors", "model-2.safetensors")
+INDEX = json.dumps({"weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}).encode()
+ONE = {"m/config.json": b"{}", "m/tokenizer.json": b"{}", "m/model.safetensors": b"weights", "m/notes.txt": b"no"}
+TEMPLATE = "additional_chat_templates/tools.jinja"
+SHARDED = {
+    "m/config.json": b"{}", "m/model.safetensors.index.json": INDEX, "m/README.md": b"#", f"m/{TEMPLATE}": b"t",
+    **{f"m/{name}": b"weights" for name in SHARDS},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "RETRY", {"max_retries": 0})
+
+
+def names(url: str) -> list[str]:
+    return [file.name for file in Remote(url).files()]
+
+
+def test_what_is_meant_as_a_url() -> None:
+    assert is_url("s3://bucket/m")
+    assert is_url("ftp://host/m")
+    assert not any(map(is_url, ("owner/name", "/a/b", "C:/x", "./s3", None)))
+    assert checked("https://host/a/") == checked("https://host/a") == "https://host/a"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://host/m", r"no source begins with ftp://; there are s3://"),
+        ("https://me:secret@host/m", "a URL of host has a user or a password in it"),
+        ("https://host/a/../b", "is no URL of a directory"),
+        ("https:///a", "is no URL of a directory"),
+        ("https://host/a\n", "is no URL of a directory"),
+        ("https://host/a?signature=secret", r"https://host/a: .*without \? and #"),
+        ("https://[host/a", "is no URL: "),
+    ],
+)
+def test_what_no_source_is_named_by(url: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said) as raised:
+        checked(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_files_over_plain_http() -> None:
+    with RangeServer(ONE | SHARDED | {"n/x": b""}) as server:
+        assert names(f"{server.url}/m/") == ["config.json", "tokenizer.json", "model.safetensors"]
+        del server.files["m/model.safetensors"]
+        found = Remote(f"{server.url}/m").files()
+        assert [file.name for file in found] == [
+            "config.json",
+            "tokenizer.json",
+            "model.safetensors.index.json",
+            *SHARDS,
+        ]
+        assert {file.size for file in found if file.name in SHARDS} == {7}
+        assert all(file.etag for file in found)
+
+
+def test_files_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RangeServer(SHARDED | {"mm/config.json": b"{}"}) as server:
+        for name, value in server.s3.items():
+            monkeypatch.setenv(name, value)
+        assert names("s3://bucket/m") == [TEMPLATE, "config.json", "model.safetensors.index.json", *SHARDS]
+        source = Remote("s3://bucket/m")
+        file = source.files()[-1]
+        assert b"".join(source.read(file, 1, 4)) == b"eig"
+        assert source.digest(file) is None
+        server.faults.metadata = {"x-amz-meta-sha256": "AB" * 32}
+        assert source.digest(file) == ("sha256", "ab" * 32)
+        monkeypatch.setattr(remote, "MOST_FILES", 2)
+        with pytest.raises(CheckpointError, match="holds more than 2 files: name a checkpoint's own prefix"):
+            source.files()
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (b"\xff", "m/model.safetensors.index.json is not UTF-8"),
+        (b"[]", "/m: model.safetensors.index.json is not a JSON object"),
+        (b'{"weight_map": {"x": "../x.safetensors"}}', "/m: .*names '../x.safetensors'"),
+        (b'{"weight_map": {"x": "/x.safetensors"}}', "/m: .*names '/x.safetensors'"),
+        (b'{"weight_map": {"x": "a//x.safetensors"}}', "/m: .*names 'a//x.safetensors'"),
+        (b'{"weight_map": {"x": "x.safetensors"}}', "/m has no x.safetensors, which its index names"),
+        (b'{"weight_map": {"x": "1.safetensors", "y": "2.safetensors", "z": "3.safetensors"}}', "/m: too many files"),
+        (b" " * 120, "index.json is larger than 100 bytes"),
+    ],
+)
+def test_an_index_is_not_believed(index: bytes, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "MOST_FILES", 2)
+    monkeypatch.setattr(manifest, "MAX_INDEX", 100)
+    with (
+        RangeServer({"m/model.safetensors.index.json": index}) as server,
+        pytest.raises(CheckpointError, match=said),
+    ):
+        Remote(f"{server.url}/m").files()
+
+
+def test_what_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RangeServer(dict(ONE)) as server:
+        url = f"{server.url}/m"
+        with pytest.raises(CheckpointError, match=r"/nothing has neither model.safetensors nor"):
+            Remote(f"{server.url}/nothing").files()
+        server.faults.statuses = {"m/config.json": 403}  # some servers refuse what they have not
+        assert names(url) == ["tokenizer.json", "model.safetensors"]
+        server.faults.statuses = {name: 403 for name in ONE}
+        with pytest.raises(CheckpointError, match=r"/m/.* may not be read: the server refuses it"):
+            Remote(url).files()
+        server.faults.statuses = {name: 503 for name in ONE}
+        with pytest.raises(TransientError, match=f"{url}/.*503 Service Unavailable"):
+            Remote(url).files()
+        for name, value in server.s3.items():
+            monkeypatch.setenv(name, value)
+        server.faults.statuses = {"": 403}
+        with pytest.raises(CheckpointError, match="may not be read: set AWS_ACCESS_KEY_ID"):
+            Remote("s3://bucket/m").files()
+    with pytest.raises(TransientError, match=f"{url}/.*error sending request"):
+        Remote(url).files()
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'obstore>=0\.12'"):
+        Remote("https://host/m")
