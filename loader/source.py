@@ -82,7 +82,8 @@ class OpenFile:
                 return True
             self._read_device(buffers, offset, length, staging)
         except OSError as error:
-            raise TransientError(f"{self.source.path} at byte {offset}: {error.strerror}") from error
+            where = f"bytes {offset} to {offset + length}"
+            raise TransientError(f"{self.source.path}, {where}: {error.strerror}") from error
         return False
 
     def close(self) -> None:
@@ -117,13 +118,11 @@ class OpenFile:
 
     def _fill(self, descriptor: int, buffers: Sequence[memoryview], offset: int, length: int) -> None:
         done = 0
-        while True:
+        while done < length:  # past the page cache, what is no whole page ends in EINVAL
             count = os.preadv(descriptor, _after(buffers, done), offset + done)
-            if done + count >= length:
-                return
-            if count < PAGE:
-                raise CheckpointError(f"{self.source.path} ends at byte {offset + done + count}: it was cut")
-            done += count // PAGE * PAGE  # O_DIRECT goes on from a whole page only
+            if not count:
+                raise CheckpointError(f"{self.source.path} ends at byte {offset + done}: it was cut")
+            done += count
 
 
 def _open_direct(path: Path) -> int:

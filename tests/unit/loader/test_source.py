@@ -154,7 +154,7 @@ def test_a_failing_device_is_named_with_the_offset(tmp_path: Path, monkeypatch: 
 
     file = OpenFile(written(tmp_path / "a", content(9000), cold=True))
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(TransientError, match=r"a at byte 4096: Input/output error"):
+    with pytest.raises(TransientError, match=r"a, bytes 4096 to 9000: Input/output error"):
         fetch(file, 4096, 4904, 8192)
     monkeypatch.undo()
     file.close()

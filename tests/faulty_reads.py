@@ -1,0 +1,33 @@
+"""Reads that fail as those of a dying disk do: the system's `preadv` in other processes, with a fault before it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+class FaultyReads:
+    """A fault for processes that are started through `command`; there is none at first."""
+
+    def __init__(self, directory: Path) -> None:
+        """Skips the test where there is no C compiler."""
+        compiler = shutil.which("cc")
+        if compiler is None:
+            pytest.skip("there is no C compiler")
+        library = directory / "faulty_reads.so"
+        source = Path(__file__).with_suffix(".c")
+        subprocess.run([compiler, "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
+        self._told = directory / "fault"
+        self.command = ["env", f"LD_PRELOAD={library}", f"READ_FAULTS={self._told}"]
+
+    def tell(self, kind: str, number: int) -> None:
+        """As in `faulty_reads.c`, from the next read on."""
+        other = self._told.with_suffix(".new")
+        other.write_text(f"{kind} {number}")
+        other.replace(self._told)
+
+    def mend(self) -> None:
+        self._told.unlink(missing_ok=True)
