@@ -104,9 +104,9 @@ def subject_rows(rounds: Sequence[Round], key: Key, nbytes: int) -> list[dict[st
         row(*key, "cpu_s", "s", [sample.cpu_s for sample in samples], peer_ratios=leaner, best_peer=peer),
         row(*key, "peak_rss_mib", "MiB", [sample.peak_rss_mib for sample in samples]),
         row(*key, "minor_faults", "count", [sample.faults for sample in samples]),
+        row(*key, "read_ratio", "x", [sample.storage / nbytes for sample in samples]),
     ]
     if key == Key("cold", "ours-service"):
-        found.append(row(*key, "read_ratio", "x", [sample.storage / nbytes for sample in samples]))
         idle = [sample.idle for sample in samples if sample.idle is not None]
         found += [row(*key, "queue_empty", "share", idle)] if idle else []
     return found

@@ -1,11 +1,12 @@
 """One load of a checkpoint in a fresh process: `python load_once.py SUBJECT DIRECTORY` prints a line of JSON.
 
-torch is imported before the clock starts; the subject's own library, its threads, its memory and a sum over every page
-of every tensor are inside. It runs in the peers' environment, too, so it imports only the subject's library.
+Imports are done before the clock starts; the subject's threads, its memory and a sum over every page of every tensor
+are inside. It runs in the peers' environment, too, so it imports only the subject's library.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -92,6 +93,15 @@ SUBJECTS: dict[str, Callable[[list[Path]], Tensors]] = {
     "tensorizer": tensorizer,
     "transformers": transformers,
 }
+MODULES = {
+    "ours-library": "serverless_llm.loader.library",
+    "safetensors": "safetensors.torch",
+    "safetensors-pread": "safetensors.torch",
+    "runai": "runai_model_streamer",
+    "fastsafetensors": "fastsafetensors",
+    "tensorizer": "tensorizer",
+    "transformers": "transformers.models.llama.modeling_llama",
+}
 KEPT: list[object] = []  # what owns the tensors' memory
 
 
@@ -121,6 +131,7 @@ def peak_kib() -> int:
 def main() -> None:
     load, directory = SUBJECTS[sys.argv[1]], Path(sys.argv[2])
     files = sorted(directory.glob("*.safetensors"))
+    importlib.import_module(MODULES[sys.argv[1]])
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     idle_kib = peak_kib()
     before = list(usage())

@@ -58,5 +58,4 @@ def test_bytes_from_elsewhere_are_no_sample() -> None:
     assert load_subjects.check("cold", sample(1, 1), NBYTES)
     with pytest.raises(WrongTier, match="cold: only 0 of"):
         load_subjects.check("cold", sample(1, 1, storage=0), NBYTES)
-    with pytest.raises(WrongTier, match="warm: 4000000000 bytes came from storage"):
-        load_subjects.check("warm", sample(1, 1), NBYTES)
+    assert load_subjects.check("warm", sample(1, 1), NBYTES), "a loader may go past the page cache"
