@@ -6,7 +6,7 @@ Everything here runs on the thread that owns the tier (the agent's event loop); 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from serverless_llm.domain import CheckpointId, ReplicaId
@@ -105,7 +105,8 @@ class _Fill:
     """A checkpoint on its way into the tier, with those who wait for it.
 
     `parts`: landed spans of pieces that have not landed whole; `left`: bytes of this transfer to come. While
-    `cancelled`, a read may still be in flight; who joins then is told when it has returned.
+    `cancelled`, a read may still be in flight; who joins then is told when it has returned. `distrusted`: pieces that
+    are to be read again.
     """
 
     loads: list[Load]
@@ -113,6 +114,7 @@ class _Fill:
     left: int
     parts: dict[Piece, list[Landed]] = field(default_factory=dict)
     cancelled: bool = False
+    distrusted: set[Piece] = field(default_factory=set)
     disk_bytes: int = 0
     cache_bytes: int = 0
 
@@ -198,6 +200,22 @@ class Pipeline:
         """No model names the checkpoint any more: it leaves with its last lease, its memory slot by slot."""
         self.tier.forget(checkpoint)
         self._trim()
+
+    def discard(self, manifest: Manifest, spans: Iterable[Landed]) -> bool:
+        """The bytes of these spans are not to be trusted: the next load reads them again.
+
+        Returns:
+            False: not before the reading of others of the checkpoint has ended.
+        """
+        sizes = [file.size for file in manifest.files]
+        pieces = {plan.home(Piece(*span[:3]), sizes[span.file], self._pool.slot_bytes) for span in spans}
+        fill = self._fills.get(manifest.checkpoint)
+        if fill is not None:
+            fill.distrusted |= pieces
+            return False
+        self.tier.discard(manifest.checkpoint, pieces)
+        self._trim()
+        return True
 
     def close(self) -> None:
         """Before the pool is closed: no memory is taken or given back any more."""
@@ -343,6 +361,8 @@ class Pipeline:
             self._land(checkpoint, fill, batch)
         if batch.last:
             del self._fills[checkpoint]
+            if batch.error is None:
+                self.tier.discard(checkpoint, fill.distrusted)
         if batch.error is not None:
             self.tier.abort(checkpoint, discard=True)
             for load in fill.loads:

@@ -134,6 +134,12 @@ class Tier:
             resident.landed.clear()
         self._settle(checkpoint)
 
+    def discard(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> None:
+        """The bytes of these pieces are not to be trusted. No read of the checkpoint is under way."""
+        if checkpoint in self._residents:
+            self._residents[checkpoint].landed.difference_update(pieces)
+            self._settle(checkpoint)
+
     def lease(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
         """`holder` may refer to the checkpoint's slots until it is released."""
         self._residents.setdefault(checkpoint, _Resident()).holders.add(holder)

@@ -20,6 +20,7 @@ SOURCES = ("serverless_llm", "loader", "placement", "kernels")
 COMPLETE = (
     "serverless_llm/cluster/*.py",
     "placement/*.py",
+    "loader/digest.py",
     "loader/header.py",
     "loader/manifest.py",
     "loader/plan.py",

@@ -50,6 +50,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_queue: int = 1024
     context: int | None = None
     pinned: bool = False
+    verify: Literal["off", "sample", "full"] = "off"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

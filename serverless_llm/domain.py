@@ -57,6 +57,8 @@ class ModelSpec:
         max_queue: waiting sequences beyond which a new one is rejected.
         context: most tokens (prompt + generated) of a sequence; None: the checkpoint's own limit.
         pinned: replicas of this model are never evicted.
+        verify: `off`, or whether a start compares a `sample` of the checkpoint's blocks, or `full` all of them, with
+            what they were at the first load.
     """
 
     name: ModelName
@@ -69,6 +71,7 @@ class ModelSpec:
     max_queue: int = 1024
     context: int | None = None
     pinned: bool = False
+    verify: str = "off"
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,8 @@ class Heartbeat(Message, frozen=True):
     bandwidth: dict[str, float]
     dram_used: int
     link_bytes: dict[str, int]  # link -> bytes moved since the agent's start
+    digests: list[str] = []  # checkpoints whose digests are known
+    verified: dict[str, int] = {}  # as in `check.Tally`
 
 
 class StartLoad(Message, frozen=True):
@@ -81,6 +83,7 @@ class StartLoad(Message, frozen=True):
     dtype: str
     kv_floor: int
     online: bool = True
+    verify: str = "off"
 
 
 class Unload(Message, frozen=True):
@@ -403,6 +406,7 @@ class ModelInfo(Message, frozen=True):
     waiting: int
     running: int
     min_replicas: int = 0
+    verify: str = "off"
 
 
 class Catalog(Message, frozen=True):

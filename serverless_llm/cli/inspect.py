@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from serverless_llm.cli import completion
-from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir
+from serverless_llm.cli.client import Refusal, Unreachable, find, model_path, of_state_dir
 from serverless_llm.cli.models import state, until
 from serverless_llm.cli.output import as_json, printable, seconds
 from serverless_llm.cli.sources import is_source, resolve
@@ -25,8 +25,8 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
     or a demo checkpoint."""
     from serverless_llm.errors import CheckpointError, RequestError
 
-    row, start, here = _deployed(model, state_dir)
-    value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start}
+    row, start, known, here = _deployed(model, state_dir)
+    value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start, "digests": known}
     source = row["source"] if row else resolve(model)
     try:
         value["checkpoint"] = checkpoint(source, row["dtype"] if row else "auto") if here else _elsewhere(source)
@@ -44,28 +44,42 @@ def _elsewhere(source: str) -> dict[str, Any]:
     return {"source": source, "error": "on the server's machine, whose files cannot be read here"}
 
 
-def _deployed(model: str, state_dir: Path | None) -> tuple[dict[str, Any] | None, dict[str, float] | None, bool]:
-    """The model as the server shows it, and the estimate of its start; nothing of one that is only a source.
+class Deployed(NamedTuple):
+    """What a server knows of a model; nothing of one that is only a source.
 
-    And whether its files are on this machine.
+    Attributes:
+        row: the model as the server shows it.
+        start: the estimate of its start.
+        digests: the nodes that know those of its checkpoint.
+        here: its files are on this machine.
     """
+
+    row: dict[str, Any] | None
+    start: dict[str, float] | None
+    digests: list[str]
+    here: bool
+
+
+def _deployed(model: str, state_dir: Path | None) -> Deployed:
     try:
         server = find(state_dir)
         row: dict[str, Any] = server.call("GET", model_path(model))
     except (Unreachable, Refusal) as error:
         if not is_source(model) or (isinstance(error, Refusal) and error.status != 404):
             raise
-        return None, None, True
-    return row, None if row["state"] == "failed" else _estimate(server, row), server.local
+        return Deployed(None, None, [], True)
+    nodes = server.call("GET", "/admin/status")["nodes"]
+    start = None if row["state"] == "failed" else _estimate(nodes, row)
+    return Deployed(row, start, [one["node"] for one in nodes if row["checkpoint"] in one["digests"]], server.local)
 
 
-def _estimate(server: Server, row: dict[str, Any]) -> dict[str, float] | None:
+def _estimate(nodes: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, float] | None:
     """Seconds of a start on the best node, by the bandwidths that it learned; None where there is no node."""
     from serverless_llm.cluster.policy import Policy
     from serverless_llm.placement.estimate import Links, Start, startup_s
 
     policy, times = Policy(), []
-    for node in server.call("GET", "/admin/status")["nodes"]:
+    for node in nodes:
         held = {one["checkpoint"]: one["bytes"] for one in node["resident"]}
         missing = max(0, row["bytes"] - held.get(row["checkpoint"], 0))
         known = node["bandwidth"]
@@ -110,7 +124,9 @@ def checkpoint(source: str, dtype: str) -> dict[str, Any]:
 
 
 def _print(value: dict[str, Any]) -> None:
-    rows = _of_deployed(value["deployed"], value["estimate"]) if value["deployed"] else [("status", "not deployed")]
+    rows = [("status", "not deployed")]
+    if value["deployed"]:
+        rows = _of_deployed(value["deployed"], value["estimate"], value["digests"])
     rows += _of_checkpoint(value["checkpoint"])
     width = max(len(name) for name, _ in rows)
     click.echo(value["model"])
@@ -118,7 +134,7 @@ def _print(value: dict[str, Any]) -> None:
         click.echo(f"  {name:{width}}  {printable(text)}")
 
 
-def _of_deployed(row: dict[str, Any], start: dict[str, float] | None) -> list[tuple[str, str]]:
+def _of_deployed(row: dict[str, Any], start: dict[str, float] | None, digests: list[str]) -> list[tuple[str, str]]:
     rows = [("status", state(row)), ("tier", row["tier"]), ("dtype", row["dtype"])]
     if row["devices"]:
         rows += [("device", ", ".join(row["devices"])), ("until", until(row))]
@@ -128,6 +144,9 @@ def _of_deployed(row: dict[str, Any], start: dict[str, float] | None) -> list[tu
     rows.append(("keep alive", kept + (", pinned" if row["pinned"] else "")))
     if row["min_replicas"]:
         rows.append(("min replicas", f"{row['min_replicas']} kept loaded"))
+    if row["verify"] != "off":
+        known = f"digests known on {', '.join(digests)}" if digests else "the next start learns the digests"
+        rows.append(("verify", f"{row['verify']}; {known}"))
     if row["context"]:  # of files that cannot be read it is not known
         rows.append(("context", f"{row['context']} tokens"))
     return [*rows, ("requests", f"{row['running']} running, {row['waiting']} waiting")]

@@ -45,6 +45,11 @@ def elsewhere(source: str) -> str:
 @click.option("--max-queue", type=ANY_COUNT, help="Waiting requests beyond which a new one is refused.")
 @click.option("--context", type=COUNT, help="Most tokens of a request, prompt and answer together.")
 @click.option("--pinned", is_flag=True, default=None, help="Never evict it.")
+@click.option(
+    "--verify",
+    type=click.Choice(["off", "sample", "full"]),
+    help="Compare its bytes with those of the first load: at each start one block in 64, or all.",
+)
 @of_state_dir
 @as_json
 def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool, **options: Any) -> None:

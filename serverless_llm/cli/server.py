@@ -152,6 +152,7 @@ class Server:
             for name in peers.keys() & state.nodes.keys():
                 for link, total in peers[name].link_bytes.items():
                     self._gateway.metrics.bytes_moved(name, link, total)
+                self._gateway.metrics.verified(name, peers[name].verified)
             self._gateway.metrics.kv_usage(kv_usage(state, {name: peer.kv for name, peer in peers.items()}))
             for series, amounts in memory(state, peers).items():
                 self._gateway.metrics.memory(series, amounts)

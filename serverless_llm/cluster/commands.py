@@ -28,6 +28,7 @@ class StartLoad:
     dtype: str
     kv_floor: int
     online: bool = True
+    verify: str = "off"
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,7 @@ def reserved(turn: Turn, event: Reserved) -> None:
             replica.dtype,
             replica.kv_floor,
             replica.online,
+            replica.verify,
         )
     )
 

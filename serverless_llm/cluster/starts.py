@@ -244,6 +244,7 @@ def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
         turn.now,
         turn.history(),
         model.spec.keep_alive,
+        model.spec.verify,
         solicited=model.demand == 0,
         online=model.demand > 0,
         predicted_s=seconds,

@@ -102,6 +102,7 @@ class Replica:
     decided_at: float
     history: History
     keep_alive: float
+    verify: str = "off"
     solicited: bool = False
     online: bool = True
     predicted_s: float = 0.0

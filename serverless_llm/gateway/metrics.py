@@ -156,7 +156,16 @@ class Metrics:
         self._failed = self._ours(Gauge, "model_failed", "1 while a model cannot be loaded, else 0.")
         self._memory = {name: self._ours(Gauge, name, *spec, of_model=False) for name, spec in _MEMORY.items()}
         self._bytes = self._ours(Counter, "bytes_moved", "Bytes moved by link.", "node", "link", of_model=False)
-        self._moved: dict[tuple[str, str], int] = {}
+        self._verified = self._ours(Counter, "verified_bytes", "Bytes compared or learned.", "node", of_model=False)
+        self._differing = self._ours(
+            Counter,
+            "blocks_differing",
+            "Blocks unlike the first load, by who is at fault.",
+            "node",
+            "tier",
+            of_model=False,
+        )
+        self._totals: dict[tuple[str, ...], int] = {}
         self.registry.register(_Aliases(self._families))
 
     def _metric(
@@ -218,9 +227,19 @@ class Metrics:
 
     def bytes_moved(self, node: str, link: str, total: int) -> None:
         """`total`: since the agent's start; one that is smaller than the last comes from a new agent."""
-        before = self._moved.get((node, link), 0)
-        self._moved[node, link] = total
-        self._bytes.child(node, link).inc(total - before if total >= before else total)
+        self._bytes.child(node, link).inc(self._new(total, "bytes", node, link))
+
+    def verified(self, node: str, totals: Mapping[str, int]) -> None:
+        """`totals`: bytes, and differing blocks by tier (`dram`, `disk`), since the agent's start."""
+        for name, total in totals.items():
+            child = self._verified.child(node) if name == "bytes" else self._differing.child(node, name)
+            child.inc(self._new(total, "verified", node, name))
+
+    def _new(self, total: int, *key: str) -> int:
+        """What has come since it was last asked for."""
+        before = self._totals.get(key, 0)
+        self._totals[key] = total
+        return total - before if total >= before else total
 
     def occupancy(self, running: Mapping[tuple[str, str], int], waiting: Mapping[tuple[str, str], int]) -> None:
         """Live requests by (model, device); all others are 0."""

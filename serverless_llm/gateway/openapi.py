@@ -142,6 +142,7 @@ _SPEC: JSON = {
     "max_queue": _whole(0, 1 << 31),
     "context": _whole(1, 1 << 31) | {"type": ["integer", "null"]},
     "pinned": {"type": "boolean"},
+    "verify": {"enum": ["off", "sample", "full"]},
 }
 
 

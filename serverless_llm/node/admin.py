@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -36,6 +36,7 @@ class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_queue: int = 1024
     context: int | None = None
     pinned: bool = False
+    verify: Literal["off", "sample", "full"] = "off"
 
 
 class PinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +71,7 @@ def spec_of(name: str, body: bytes, keep_alive: float, roots: Sequence[Path]) ->
         max_queue=asked.max_queue,
         context=asked.context,
         pinned=asked.pinned,
+        verify=asked.verify,
     )
     _check(spec)
     return spec

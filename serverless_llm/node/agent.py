@@ -10,6 +10,7 @@ died); replicas and the DRAM tier stay, and the next head decides which it keeps
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -191,6 +192,8 @@ class Agent:
                     bandwidth=self._store.bandwidth,
                     dram_used=self._store.used,
                     link_bytes=self._store.link_bytes(),
+                    digests=self._store.digests(),
+                    verified=dataclasses.asdict(self._store.tally),
                 )
             )
 

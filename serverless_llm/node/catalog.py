@@ -59,6 +59,7 @@ def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks
         waiting=view.waiting if view else 0,
         running=view.running if view else 0,
         min_replicas=spec.min_replicas,
+        verify=spec.verify,
     )
 
 
@@ -88,6 +89,8 @@ def _node(node: Node, peer: Peer) -> dict[str, Any]:
         "limits": peer.hello.limits,
         "overhead_s": node.overhead_s,
         "link_bytes": peer.link_bytes,
+        "digests": peer.digests,
+        "verified": peer.verified,
         "devices": [_device(device, peer) for device in node.devices.values()],
     }
 

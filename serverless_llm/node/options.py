@@ -55,6 +55,11 @@ class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Locked by the agent while it lives."""
         return Path(self.state_dir) / "agents" / f"{self.node}.lock"
 
+    @property
+    def digests(self) -> Path:
+        """Where the agent keeps the digests of checkpoints."""
+        return Path(self.state_dir) / "agents" / f"{self.node}.digests"
+
 
 def local_agents(config: Config) -> tuple[AgentOptions, ...]:
     """The agents that a head with this configuration keeps on its own machine."""

@@ -58,6 +58,16 @@ class Peer:
         """Bytes moved over each link since the agent's start."""
         return self.beat.link_bytes if self.beat else {}
 
+    @property
+    def digests(self) -> list[str]:
+        """Checkpoints whose digests the node knows."""
+        return self.beat.digests if self.beat else []
+
+    @property
+    def verified(self) -> dict[str, int]:
+        """As in `check.Tally`."""
+        return self.beat.verified if self.beat else {}
+
 
 def quoted(message: wire.Message) -> dict[str, object]:
     """A message as a JSON object, fields by name."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from serverless_llm import wire
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
-from serverless_llm.loader import manifest
+from serverless_llm.loader import digest, manifest
 from serverless_llm.loader.link import Link, Priority
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pipeline import Load, Pipeline
@@ -24,14 +24,20 @@ from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
+from serverless_llm.node.check import Check, Tally, Verdicts
 from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.slot import Slot
 from serverless_llm.node.threads import apart
+from serverless_llm.node.verifier import Verifier
 
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.1  # at most one report in this time
 PROGRESS_SHARE = 0.05  # ... unless this share of the bytes has landed since
+DIFFERS = (
+    "%s, are not what they were at the first load, read twice; restore the file, or, if it is right, touch it, and "
+    "deploy it again"
+)
 SHARED_S = 60.0  # a reading of headers is shared for so long: a dead mount costs a thread a minute, and no more loads
 
 
@@ -42,6 +48,8 @@ class Replica:
     Attributes:
         task: reads the manifest; done before anything else begins.
         load: its wait for bytes, from its reservation on.
+        check: what its bytes pass before its worker is told of them; None where they are not verified.
+        done: bytes that its worker was told of.
         ready: its worker serves it.
         dropping: its worker was told to drop it.
         leaving: the head waits for `Unloaded`.
@@ -52,6 +60,8 @@ class Replica:
     priority: Priority
     task: asyncio.Task[None] | None = None
     load: Load | None = None
+    check: Check | None = None
+    done: int = 0
     reserved: float = 0.0
     landed: float = 0.0
     told: float = 0.0
@@ -79,6 +89,7 @@ class Store:
         self._manifests: dict[str, Manifest] = {}
         self._reading: dict[tuple[str, str], tuple[float, asyncio.Future[Manifest]]] = {}
         self._replicas: dict[int, Replica] = {}
+        self._verifier = Verifier(self._pool, options.digests, loop.call_soon_threadsafe)
 
     @property
     def pool_fd(self) -> int:
@@ -89,6 +100,7 @@ class Store:
         for replica in self._replicas.values():
             self._stop(replica)
         self._pipeline.close()
+        self._verifier.close()
         if self._reader.close():
             self._pool.close()
 
@@ -146,6 +158,14 @@ class Store:
     def resident(self) -> list[tuple[str, int]]:
         return self._tier.residents()
 
+    def digests(self) -> list[str]:
+        """The checkpoints whose digests are known."""
+        return self._verifier.known()
+
+    @property
+    def tally(self) -> Tally:
+        return self._verifier.tally
+
     @property
     def used(self) -> int:
         return self._tier.used_bytes
@@ -163,23 +183,16 @@ class Store:
 
     async def _begin(self, replica: Replica) -> None:
         order = replica.order
-        copies = self._options.devices[order.device].weights == "copy"
         try:
             found = await self._manifest(order)
+            known = await self._verifier.digests(found) if order.verify != "off" else None
             replica.reserved = time.monotonic()
-            replica.load = self._pipeline.load(
-                found,
-                order.replica,
-                lambda spans, last: self._landed(replica, spans, last),
-                lambda error: self.failed(order.replica, str(error), not isinstance(error, TransientError)),
-                replica.priority,
-                ring=copies,
-            )
+            replica.load = self._load(replica, found)
         except CheckpointError as error:
             self.failed(order.replica, str(error), not isinstance(error, TransientError))
             return
         except CapacityError as error:
-            self.failed(order.replica, str(error), permanent=not self._pipeline.fits(found, copies))
+            self.failed(order.replica, str(error), permanent=not self._pipeline.fits(found, self._copies(order.device)))
             return
         place = wire.Place(
             replica=order.replica,
@@ -192,7 +205,56 @@ class Store:
             ring=replica.load.ringed,
         )
         self._slot(order.device).send(place)
+        if order.verify != "off":
+            replica.check = self._check(replica, found, known)
         replica.load.start()
+
+    def _load(self, replica: Replica, found: Manifest) -> Load:
+        """Reserves what the replica needs.
+
+        Raises:
+            CapacityError: as `Pipeline.load`.
+        """
+        order = replica.order
+        return self._pipeline.load(
+            found,
+            order.replica,
+            lambda spans, last: self._arrived(replica, spans, last),
+            lambda error: self.failed(order.replica, str(error), not isinstance(error, TransientError)),
+            replica.priority,
+            ring=self._copies(order.device),
+        )
+
+    def _copies(self, device: int) -> bool:
+        return self._options.devices[device].weights == "copy"
+
+    # --- its verification ---
+
+    def _check(self, replica: Replica, found: Manifest, known: digest.Digests | None) -> Check:
+        assert replica.load is not None
+        verdicts = Verdicts(
+            passed=lambda spans, last: self._landed(replica, spans, last),
+            learned=lambda digests: self._verifier.learned(found, digests),
+            again=lambda blocks: self._read_again(replica, found, blocks),
+            failed=lambda blocks: self._differs(replica, found, blocks),
+        )
+        return self._verifier.check(found, known, replica.order.verify == "sample", verdicts, replica.load.ringed)
+
+    def _read_again(self, replica: Replica, found: Manifest, blocks: Sequence[Landed]) -> None:
+        """Memory may be at fault: what differs is read once more before the disk is said to be."""
+        assert replica.load is not None
+        differing = digest.described(found.files, blocks)
+        log.warning("%s, differ from the first load and are read again", differing)
+        if not self._pipeline.discard(found, blocks) or replica.load.ringed:
+            self._verifier.suspect(found.checkpoint, blocks)
+            self.failed(replica.order.replica, f"{differing}, differ from the first load; read again", permanent=False)
+            return
+        replica.load = self._load(replica, found)
+        replica.load.start()
+
+    def _differs(self, replica: Replica, found: Manifest, blocks: Sequence[Landed]) -> None:
+        self._pipeline.discard(found, blocks)
+        self.failed(replica.order.replica, DIFFERS % digest.described(found.files, blocks), permanent=True)
 
     async def _manifest(self, order: wire.StartLoad) -> Manifest:
         """The checkpoint's manifest, read again unless its bytes are here.
@@ -234,6 +296,12 @@ class Store:
         reading.add_done_callback(forget)
         return reading
 
+    def _arrived(self, replica: Replica, spans: Sequence[Landed], last: bool) -> None:
+        if replica.check is None:
+            self._landed(replica, spans, last)
+        else:
+            replica.check.landed(spans, last)
+
     def _landed(self, replica: Replica, spans: Sequence[Landed], last: bool) -> None:
         assert replica.load is not None
         now = time.monotonic()
@@ -241,7 +309,8 @@ class Store:
             replica.landed = now
         pieces = [(one.file, one.offset, one.length, one.pool_offset) for one in spans]
         self._slot(replica.order.device).send(wire.Landed(replica.order.replica, pieces, last))
-        done, total = replica.load.done, replica.load.total
+        replica.done += sum(one.length for one in spans)
+        done, total = replica.done, replica.load.total
         if now - replica.told >= PROGRESS_S or done - replica.told_bytes >= PROGRESS_SHARE * total or last:
             replica.told, replica.told_bytes = now, done
             self._tell(wire.LoadProgress(replica.order.replica, done, total))
@@ -326,3 +395,5 @@ class Store:
             replica.task.cancel()
         if replica.load is not None:
             replica.load.cancel()
+        if replica.check is not None:
+            replica.check.cancel()

@@ -129,8 +129,8 @@ def to_node(command: commands.Command) -> tuple[NodeId, int, wire.Message] | Non
     match command:
         case commands.Reserve(device, replica, nbytes):
             return device.node, device.number, wire.Reserve(device.number, replica, nbytes)
-        case commands.StartLoad(replica, device, model, source, checkpoint, dtype, kv_floor, online):
-            order = wire.StartLoad(replica, device.number, model, source, checkpoint, dtype, kv_floor, online)
+        case commands.StartLoad(replica, device, model, source, checkpoint, dtype, kv_floor, online, verify):
+            order = wire.StartLoad(replica, device.number, model, source, checkpoint, dtype, kv_floor, online, verify)
             return device.node, -1, order
         case commands.Hasten(replica, device):
             return device.node, -1, wire.Hasten(replica)

@@ -68,6 +68,11 @@ class Residency(RuleBasedStateMachine):
         del self.reading[checkpoint]
         self.tier.abort(checkpoint, discard)
 
+    @rule(data=st.data(), checkpoint=checkpoints)
+    def discard(self, data: st.DataObject, checkpoint: str) -> None:
+        if checkpoint not in self.reading:
+            self.tier.discard(checkpoint, data.draw(st.sets(st.sampled_from(pieces(checkpoint)))))
+
     @precondition(lambda self: self.views)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:

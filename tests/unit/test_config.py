@@ -201,10 +201,10 @@ def test_models_by_name() -> None:
 
 
 def test_models_in_the_file(file: Path) -> None:
-    file.write_text("models:\n  a: /x\n  b: {source: /y, keep_alive: 5m, context: 512, pinned: true}\n")
+    file.write_text("models:\n  a: /x\n  b: {source: /y, keep_alive: 5m, context: 512, pinned: true, verify: full}\n")
     read = loaded(path=file)
     assert read.models["a"] == config.ModelEntry(source="/x")
-    assert read.models["b"] == config.ModelEntry(source="/y", keep_alive=300.0, context=512, pinned=True)
+    assert read.models["b"] == config.ModelEntry(source="/y", keep_alive=300.0, context=512, pinned=True, verify="full")
 
 
 def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

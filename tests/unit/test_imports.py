@@ -21,7 +21,7 @@ IMPURE = {
     "torch", "numpy", "asyncio", "socket", "threading", "multiprocessing", "subprocess", "random", "secrets", "time",
     "datetime", "uuid", "concurrent", "selectors", "signal",
 }  # fmt: skip
-PURE_LOADER = ("header", "manifest", "plan", "residency")
+PURE_LOADER = ("digest", "header", "manifest", "plan", "residency")
 
 
 def files(*patterns: str) -> list[Path]:
@@ -41,7 +41,7 @@ PORTABLE = files("serverless_llm/domain.py", "serverless_llm/engine/**/*.py", "l
 PURE = files("serverless_llm/cluster/*.py", "placement/*.py", *(f"loader/{name}.py" for name in PURE_LOADER))
 
 # To what must be there for them to be of use
-BRIDGES = {"fallback.py": "transformers", "vllm_plugin.py": "vllm", "remote.py": "obstore"}
+BRIDGES = {"fallback.py": "transformers", "vllm_plugin.py": "vllm", "remote.py": "obstore", "hasher.py": "xxhash"}
 
 
 def name_of(path: Path) -> str:

@@ -148,9 +148,11 @@ def listening(meet: Callable[[socket.socket], object]) -> Iterator[int]:
 
 def test_deploy_a_directory(cli: CommandLine, running: Scripted, tmp_path: Path) -> None:
     running.answers["PUT", "/admin/models/a%2Fb"] = (200, {"name": "a/b"})
-    outcome = cli("deploy", "a/b", str(tmp_path), "--keep-alive", "5m", "--pinned", "--max-replicas", "2")
+    outcome = cli(
+        "deploy", "a/b", str(tmp_path), "--keep-alive", "5m", "--pinned", "--max-replicas", "2", "--verify", "full"
+    )
     assert (outcome.status, outcome.out) == (0, f"a/b: {running.url}/models/a/b/v1\n")
-    body = {"source": str(tmp_path), "keep_alive": "5m", "pinned": True, "max_replicas": 2}
+    body = {"source": str(tmp_path), "keep_alive": "5m", "pinned": True, "max_replicas": 2, "verify": "full"}
     assert outcome.err == ""
     assert running.seen[-1][:3] == ("PUT", "/admin/models/a%2Fb", body)
 

@@ -21,6 +21,7 @@ ROW = {
     "name": "m", "source": SOURCE, "checkpoint": "c", "dtype": "float32", "context": 512, "bytes": 3_000_000_000,
     "state": "loaded", "tier": "device", "progress": 1.0, "error": "", "devices": ["node0/1"], "keep_alive": 300.0,
     "pinned": False, "until": None, "estimate_s": None, "waiting": 2, "running": 1, "min_replicas": 1,
+    "verify": "off",
 }  # fmt: skip
 DEVICE = {
     "device": "node0/1", "kind": "cpu", "weights": "view", "problem": "",
@@ -28,7 +29,7 @@ DEVICE = {
 }  # fmt: skip
 NODE = {
     "node": "node0", "state": "up", "dram": 8_000_000_000, "dram_used": 1_000_000_000, "bandwidth": {"disk": 1e9},
-    "overhead_s": 0.02,
+    "overhead_s": 0.02, "digests": [],
     "resident": [{"checkpoint": "c", "bytes": 1_000_000_000}], "devices": [DEVICE],
 }  # fmt: skip
 TRAFFIC = {
@@ -64,6 +65,17 @@ def test_show_a_deployed_model(cli: CommandLine, busy: Scripted) -> None:
     assert ["min", "replicas  1 kept loaded"] in lines
     busy.answers["GET", "/admin/models/m"] = (200, ROW | {"pinned": True, "min_replicas": 0})
     assert "for ever, pinned\n" in cli("show", "m").out
+
+
+def test_show_tells_of_what_is_verified_and_whether_it_can_be(cli: CommandLine, busy: Scripted) -> None:
+    assert "verify" not in cli("show", "m").out
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"verify": "sample"})
+    assert "verify        sample; the next start learns the digests\n" in cli("show", "m").out
+    _, status = busy.answers["GET", "/admin/status"]
+    nodes = [NODE | {"digests": ["b", "c"]}, NODE | {"node": "node1"}]
+    busy.answers["GET", "/admin/status"] = (200, status | {"nodes": nodes})
+    assert "verify        sample; digests known on node0\n" in cli("show", "m").out
+    assert json.loads(cli("show", "m", "--json").out)["digests"] == ["node0"]
 
 
 def test_show_estimates_the_copy_to_a_device(cli: CommandLine, busy: Scripted) -> None:

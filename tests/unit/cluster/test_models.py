@@ -48,6 +48,17 @@ def test_a_changed_checkpoint_rolls_over(desk: Desk) -> None:
     assert desk.tell(e.Reserved(D0, 2)) == [c.StartLoad(2, D0, "a", "/a", "sha-new", "auto", 10)]
 
 
+def test_the_next_start_is_verified_as_the_spec_says(desk: Desk) -> None:
+    """Who runs stays: its bytes were compared as was asked for when it came."""
+    assert desk.tell(deploy("a", verify="full")) == []
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(e.UnloadModel("a"))
+    desk.tell(e.Unloaded(1))
+    desk.ask(2, "a")
+    (order,) = desk.tell(e.Reserved(D0, 2))
+    assert order == c.StartLoad(2, D0, "a", "/a", "sha-a", "auto", 10, verify="full")
+
+
 @pytest.mark.parametrize("change", [{"dtype": "float32"}, {"context": 512}, {"checkpoint": "sha-2"}])
 def test_what_rolls_over_unloads_the_idle(desk: Desk, change: dict[str, object]) -> None:
     desk.tell(e.SequenceDone(1, 1, DONE, 3))

@@ -204,6 +204,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("m", {"source": "/a\0b"}, 400, "source"),
     ("m", {"context": 1 << 20}, 400, "source"),
     ("m", {"colour": "red"}, 400, None),
+    ("m", {"verify": "some"}, 400, None),
 ]
 
 

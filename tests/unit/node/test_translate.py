@@ -47,6 +47,10 @@ TO_NODE: list[tuple[commands.Command, tuple[str, int, wire.Message]]] = [
         ("n", -1, wire.StartLoad(5, 1, "m", "/m", "c", "float32", 8)),
     ),
     (
+        commands.StartLoad(5, DEVICE, "m", "/m", "c", "float32", 8, verify="full"),
+        ("n", -1, wire.StartLoad(5, 1, "m", "/m", "c", "float32", 8, verify="full")),
+    ),
+    (
         commands.StartLoad(5, DEVICE, "m", "/m", "c", "float32", 8, online=False),
         ("n", -1, wire.StartLoad(5, 1, "m", "/m", "c", "float32", 8, online=False)),
     ),

@@ -1,0 +1,107 @@
+"""Digests on a node's disk: whole or not there, whatever happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serverless_llm.loader import manifest
+from serverless_llm.loader.digest import Digests, Key, count
+from serverless_llm.loader.manifest import Manifest
+from serverless_llm.node.digests import SUFFIX, UNFINISHED, DigestStore, sizes_of
+from tests.unit.loader.checkpoints import random, write
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Manifest:
+    return manifest.build(write(tmp_path / "m", random(2.5)))
+
+
+def digests(source: Manifest) -> Digests:
+    return {Key(0, number): b"7" * 16 for number in range(count(sizes_of(source)))}
+
+
+def test_what_is_kept_is_known_to_the_next_agent(tmp_path: Path, source: Manifest) -> None:
+    store = DigestStore(tmp_path / "n0.digests")
+    assert store.read(source) is None
+    assert store.known == set()
+    store.write(source, digests(source))
+    assert store.known == {source.checkpoint}
+    later = DigestStore(tmp_path / "n0.digests")
+    assert later.known == {source.checkpoint}
+    assert later.read(source) == digests(source)
+
+
+def test_those_used_last_stay(tmp_path: Path, source: Manifest) -> None:
+    store = DigestStore(tmp_path / "n0.digests", most=2)
+    sources = [dataclasses.replace(source, checkpoint=name) for name in "abc"]
+    for second, one in enumerate(sources[:2]):
+        store.write(one, digests(one))
+        os.utime(tmp_path / "n0.digests" / f"{one.checkpoint}{SUFFIX}", (second, second))
+    assert store.read(sources[0]) is not None
+    store.write(sources[2], digests(source))
+    assert store.known == {"a", "c"}
+    assert [store.read(one) is not None for one in sources] == [True, False, True]
+
+
+def test_what_is_damaged_is_thrown_away_with_a_word(
+    tmp_path: Path, source: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = DigestStore(tmp_path)
+    store.write(source, digests(source))
+    path = tmp_path / f"{source.checkpoint}{SUFFIX}"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert store.read(source) is None
+    assert f"{path} is damaged and thrown away" in caplog.text
+    assert not path.exists()
+    assert store.known == set()
+
+
+def test_a_disk_that_takes_or_gives_nothing_costs_the_digests_only(
+    tmp_path: Path, source: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    store = DigestStore(tmp_path / "file" / "n0.digests")
+    store.write(source, digests(source))
+    assert store.known == set()
+    assert store.read(source) is None
+    assert caplog.text.count("Not a directory; digests are learned again") == 2
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from serverless_llm.loader import manifest
+from serverless_llm.loader.digest import Key
+from serverless_llm.node.digests import DigestStore
+source = manifest.build(Path(sys.argv[1]))
+store = DigestStore(Path(sys.argv[2]))
+byte = 0
+while True:
+    byte = (byte + 1) % 256
+    store.write(source, {Key(0, number): bytes([byte]) * 16 for number in range(3)})
+    print(byte, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_killed_while_it_writes_leaves_nothing_half(tmp_path: Path, source: Manifest) -> None:
+    folder = tmp_path / "n0.digests"
+    command = [sys.executable, "-c", WRITER, str(source.directory), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."}) as writer:
+        assert writer.stdout is not None
+        for _ in range(20):
+            writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+    (folder / f"{source.checkpoint}{UNFINISHED}").write_bytes(b"half")  # as a kill before the rename leaves it
+    store = DigestStore(folder)
+    assert [path.suffix for path in folder.iterdir()] == [SUFFIX]
+    found = store.read(source)
+    assert found is not None
+    assert len(set(found.values())) == 1
