@@ -151,7 +151,8 @@ class DiskTier:
             others = self._others(partial)
             most = self._bound(sum(others.values()) + _nbytes(partial))
             if total > most:
-                raise CapacityError(f"{url} has {size(total)}, the disk tier {size(most)} at most: set {VARIABLE}")
+                own = "" if self._most else f", {SHARE} of what is free and its own"
+                raise CapacityError(f"{url} has {size(total)}, the disk tier {size(most)} at most{own}: set {VARIABLE}")
             for place in list(others):
                 if sum(others.values()) + total <= most and missing <= self._disk_free():
                     break

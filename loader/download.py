@@ -26,7 +26,7 @@ CONNECTIONS = 16  # one stream does not fill a fast link, nor one core that copi
 RANGE_BYTES = 16 << 20  # asked for at once, or less where that is more than a 64th of all
 CHUNKS = 8  # of a range: what is written, and recorded, at a time
 WAITING = 32  # chunks that were written and not yet synced
-JOIN_SECONDS = 2.0  # for threads that are busy to hear of an end; one that waits for its server ends with the process
+JOIN_SECONDS = 0.5  # for threads that are busy to hear of an end; one that waits for its server ends with the process
 
 Told = Callable[[str, int, int], None]  # file, bytes that are there, bytes of all
 

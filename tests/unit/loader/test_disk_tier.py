@@ -197,15 +197,35 @@ def test_what_is_no_checkpoint_is_refused_and_not_kept(server: RangeServer, tier
     assert versions(tier) == []
 
 
-def test_a_disk_that_takes_no_more_is_told(server: RangeServer, tier: DiskTier) -> None:
+@contextlib.contextmanager
+def full(nbytes: int) -> Iterator[None]:
+    """No file can be written beyond so many bytes: what a full disk answers, at the same calls."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
     try:
-        with pytest.raises(TransientError, match=f"{server.url}/a cannot be kept in .*File too large"):
-            tier.bring(f"{server.url}/a", silent)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    tier.bring(f"{server.url}/a", silent).close()
+
+
+def test_a_disk_that_takes_no_more_is_told(
+    server: RangeServer, tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "CONNECTIONS", 1)
+    url = f"{server.url}/a"
+    with full(100_000), pytest.raises(TransientError, match=f"{url} cannot be kept in .*: File too large"):
+        tier.bring(url, silent)  # before a byte is read
+    assert server.gets == []
+    server.faults.fails_after = 100_000
+    with pytest.raises(TransientError, match="500"):
+        tier.bring(url, silent)
+    server.faults.fails_after = None
+    with full(300_000), pytest.raises(TransientError, match="File too large; the next try goes on with what came"):
+        tier.bring(url, silent)
+    assert landed(tier) > 250_000
+    server.sent = 0
+    tier.bring(url, silent).close()
+    assert server.sent < 200_000
 
 
 def test_only_what_a_tier_has_is_held(tmp_path: Path) -> None:

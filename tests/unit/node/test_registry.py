@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import math
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Awaitable, Callable
@@ -269,6 +271,38 @@ def test_a_body_that_is_not_json_is_refused() -> None:
     with pytest.raises(RequestError) as refused:
         admin.parse(b"{", admin.PinBody)
     assert refused.value.status == 400
+
+
+def test_what_is_deployed_from_the_disk_tier_stays_there(tmp_path: Path, checkpoint: Path) -> None:
+    version = tmp_path / "tier" / "url" / "version"
+    shutil.copytree(checkpoint, version / "checkpoint")
+    (version / "url").touch()
+
+    def in_use() -> bool:
+        with (version / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+    async def deployed(desk: Desk) -> None:
+        assert (await desk.ask("deploy", "m", source=str(version / "checkpoint")))[0] == 200
+        assert in_use()
+        assert (await desk.ask("deploy", "m", source=str(checkpoint)))[0] == 200
+        assert not in_use()
+        assert (await desk.ask("deploy", "m", source=str(version / "checkpoint")))[0] == 200
+        assert (await desk.ask("delete", "m"))[0] == 200
+        assert not in_use()
+        desk.kept.save(Deployed(ModelSpec("m", str(version / "checkpoint")), 1))
+
+    async def revived(desk: Desk) -> None:
+        assert in_use()
+        assert (await desk.ask("delete", "m"))[0] == 200
+        assert not in_use()
+
+    on_a_desk(tmp_path, deployed)
+    on_a_desk(tmp_path, revived)
 
 
 def test_the_head_publishes_where_it_listens(tmp_path: Path) -> None:

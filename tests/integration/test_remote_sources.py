@@ -1,0 +1,128 @@
+"""URLs as sources of every command that takes one: real processes against a server of ranges on loopback."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from serverless_llm.cli import inspect as show
+from serverless_llm.cli import serve, sources
+from serverless_llm.cli.diagnosis import directory_of
+from serverless_llm.config import load
+from serverless_llm.demo import tasks
+from serverless_llm.node.processes import command, environment
+from tests.range_server import RangeServer
+from tests.serving import hear_ctrl_c, until
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 60.0
+DEMO = {path.name: path.read_bytes() for path in tasks.checkpoint_dir("demo-add").iterdir()}
+
+
+@pytest.fixture
+def server() -> Iterator[RangeServer]:
+    with RangeServer({f"models/add/{name}": data for name, data in DEMO.items()}) as running:
+        yield running
+
+
+class Shell:
+    """Runs command lines whose disk tier and state are in `folder`."""
+
+    def __init__(self, folder: Path, server: RangeServer) -> None:
+        self.tier = folder / "cache" / "serverless-llm" / "remote"
+        self.environment = environment() | server.s3 | {
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "SERVERLESS_LLM_STATE_DIR": str(folder / "state"),
+            "SERVERLESS_LLM_REMOTE_CACHE": "100MB",
+            "SERVERLESS_LLM_DEVICES": "cpu:1",
+            "SERVERLESS_LLM_DRAM": "32MiB",
+        }  # fmt: skip
+
+    def __call__(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command("serverless_llm", *arguments),
+            env=self.environment | changes, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def shell(tmp_path: Path, server: RangeServer) -> Shell:
+    return Shell(tmp_path, server)
+
+
+def held(directory: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def test_pull_prints_a_directory_that_holds_the_checkpoint(shell: Shell, server: RangeServer) -> None:
+    url = f"{server.url}/models/add"
+    first = shell("pull", url)
+    assert first.returncode == 0, first.stderr
+    directory = first.stdout.strip()
+    assert held(directory) == DEMO
+    assert Path(directory).is_relative_to(shell.tier)
+    assert "model.safetensors: " in first.stderr
+    value = json.loads(shell("pull", "s3://bucket/models/add", "--json").stdout)
+    assert (value["url"], value["files"], value["offline"]) == ("s3://bucket/models/add", len(DEMO), False)
+    assert value["directory"] != directory
+    assert held(value["directory"]) == DEMO
+    away = shell("pull", "s3://bucket/models/add", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    assert (away.returncode, away.stdout.strip()) == (0, value["directory"])
+    assert "taken from the disk, since s3://bucket/models/add: " in away.stderr
+
+
+def test_a_url_runs_without_a_server_of_models(shell: Shell, server: RangeServer) -> None:
+    answer = shell("run", f"{server.url}/models/add/", "12+34")
+    assert (answer.returncode, answer.stdout) == (0, "46\n"), answer.stderr
+    assert "model.safetensors: " in answer.stderr
+
+
+def test_a_url_is_a_source(server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = f"{server.url}/models/add"
+    assert (sources.is_source(url), sources.name_of(f"{url}/")) == (True, "add")
+    first = sources.named((url,))["add"]
+    assert held(first) == DEMO
+    server.gets.clear()
+    server.faults.statuses = dict.fromkeys(server.files, 500)
+    (tmp_path / "models.yaml").write_text(f"models: {{m: {url}}}\n")
+    configured = serve.sourced(load({}, {"HOME": str(tmp_path)}, tmp_path / "models.yaml", memory=64 << 30))
+    assert configured.models["m"].source == str(directory_of(url)) == first
+    with click.Context(click.Command("show")):
+        assert show.checkpoint(sources.resolve(url), "auto")["source"] == first
+    assert server.gets == []
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("{}/models/none", "/models/none has neither model.safetensors nor model.safetensors.index.json"),
+        ("ftp://host/m", "ftp://host/m: no source begins with ftp://; there are s3://"),
+        ("{}/models/wordless", "/models/wordless has no tokenizer.json"),
+        ("{}/models/add?x=1", "a source's URL is a directory's, without ? and #"),
+    ],
+)
+def test_what_cannot_be_pulled(shell: Shell, server: RangeServer, url: str, message: str) -> None:
+    server.files |= {f"models/wordless/{name}": DEMO[name] for name in ("config.json", "model.safetensors")}
+    refused = shell("pull", url.format(server.url))
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert message in refused.stderr
+    assert server.gets == []
+
+
+def test_ctrl_c_ends_a_pull_that_is_stuck(shell: Shell, server: RangeServer) -> None:
+    server.faults.budget = 1000
+    with subprocess.Popen(
+        command("serverless_llm", "pull", f"{server.url}/models/add"),
+        env=shell.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c,
+    ) as process:  # fmt: skip
+        until(lambda: "models/add/model.safetensors" in server.gets, "the weights to begin", PATIENCE)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(9) == 130
