@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -32,6 +33,7 @@ THREADS = 2
 STAGED_CALL_BYTES = 8 << 20
 STAGED_THREADS = 12  # some copy while others read
 STUCK_S = 5.0  # after which a read counts as stuck: less than the control plane waits for the loads queued behind it
+ENDING = -sys.maxsize  # priority of what is cancelled: it ends before others begin
 MOST_STUCK = 16  # stuck reads that are replaced, each a thread; arbitrary
 log = logging.getLogger(__name__)
 
@@ -119,21 +121,17 @@ class Reader:
             self._enqueue(transfer)
 
     def hasten(self, transfer: Transfer, priority: int) -> None:
-        """Gives it another priority, from its next read on; what has ended stays so."""
+        """Gives it another priority, from its next read on; what has none left stays as it is."""
         with self._wake:
-            transfer.priority = priority
-            if transfer in self._queue:
-                self._queue.remove(transfer)
-                self._enqueue(transfer)
+            if transfer._calls:
+                self._move(transfer, priority)
 
     def cancel(self, transfer: Transfer) -> None:
         """Begins no more reads of it; `last` comes when those in flight have returned. Idempotent."""
         with self._wake:
             transfer._calls.clear()
-            if transfer in self._queue:  # ends before others begin
-                self._queue.remove(transfer)
-                self._queue.insert(0, transfer)
-            self._wake.notify_all()
+            if transfer in self._queue:
+                self._move(transfer, ENDING)
 
     def close(self) -> bool:
         """Waits for the reads in flight, but not for stuck ones; what is queued is dropped without news.
@@ -155,6 +153,12 @@ class Reader:
                 for file in transfer._opened.values():
                     file.close()
         return returned
+
+    def _move(self, transfer: Transfer, priority: int) -> None:
+        """Caller holds `_wake`."""
+        self._queue.remove(transfer)
+        transfer.priority = priority
+        self._enqueue(transfer)
 
     def _enqueue(self, transfer: Transfer) -> None:
         """Caller holds `_wake`."""

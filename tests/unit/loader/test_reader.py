@@ -147,6 +147,22 @@ def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path
     reader.close()
 
 
+def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, pool: Pool) -> None:
+    reader, news = Reader(pool, threads=1, rate=SLOW), [queue.SimpleQueue[Batch]() for _ in range(3)]
+    cancelled = transfer(tmp_path / "cancelled", 6 * MB, list(range(6)), news[0], 1)
+    first, second = (transfer(tmp_path / str(slot), MB, [slot], news[slot - 5]) for slot in (6, 7))
+    reader.submit(cancelled)
+    news[0].get(timeout=30)
+    reader.submit(first)
+    reader.cancel(cancelled)
+    reader.submit(second)
+    reader.hasten(cancelled, 0)  # too late
+    ends = [until_last(one)[-1] for one in news]
+    assert [end.error for end in ends] == [None] * 3
+    assert cancelled.ended < first.ended < second.ended
+    reader.close()
+
+
 def test_close_drops_the_queue(tmp_path: Path, pool: Pool) -> None:
     reader, news = Reader(pool, rate=SLOW), queue.SimpleQueue[Batch]()
     reader.submit(transfer(tmp_path / "a", 7 * MB, list(range(7)), news))
