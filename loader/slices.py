@@ -10,6 +10,7 @@ import torch
 
 from serverless_llm.loader import manifest
 from serverless_llm.loader.library import Device, iterate
+from serverless_llm.loader.views import shape_of
 
 
 def load_slices(
@@ -46,12 +47,12 @@ def _dims(directory: Path, split: Callable[[str], int | None], count: int) -> di
     """The dimension of each tensor, known from headers."""
     dims = {}
     for entry in (entry for file in manifest.weights(directory) for entry in file.header.tensors):
-        dim = split(entry.name)
-        if dim is not None and not -len(entry.shape) <= dim < len(entry.shape):
-            raise ValueError(f"tensor {entry.name!r} of shape {list(entry.shape)} has no dimension {dim}")
-        if dim is not None and entry.shape[dim] % count:
+        dim, shape = split(entry.name), shape_of(entry)
+        if dim is not None and not -len(shape) <= dim < len(shape):
+            raise ValueError(f"tensor {entry.name!r} of shape {list(shape)} has no dimension {dim}")
+        if dim is not None and shape[dim] % count:
             raise ValueError(
-                f"tensor {entry.name!r} of shape {list(entry.shape)} cannot be cut into {count} equal parts"
+                f"tensor {entry.name!r} of shape {list(shape)} cannot be cut into {count} equal parts"
                 f" along dimension {dim}"
             )
         dims[entry.name] = dim

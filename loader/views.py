@@ -34,7 +34,7 @@ def view(buffer: Any, entry: TensorEntry, base: int = 0) -> torch.Tensor:
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is None:
         raise CheckpointError(f"tensor {entry.name!r} has the dtype {entry.dtype}, which has no tensor type")
-    shape = _shape(entry)
+    shape = shape_of(entry)
     if entry.start == entry.end:
         return torch.empty(shape, dtype=dtype)
     raw = torch.frombuffer(buffer, dtype=torch.uint8, count=entry.nbytes, offset=entry.start - base)
@@ -43,8 +43,12 @@ def view(buffer: Any, entry: TensorEntry, base: int = 0) -> torch.Tensor:
     return raw.view(dtype).view(shape)
 
 
-def _shape(entry: TensorEntry) -> tuple[int, ...]:
-    """torch counts pairs of 4-bit numbers, a header counts numbers."""
+def shape_of(entry: TensorEntry) -> tuple[int, ...]:
+    """The tensor's shape: torch counts pairs of 4-bit numbers, a header counts numbers.
+
+    Raises:
+        CheckpointError: a row ends within a pair.
+    """
     if entry.dtype != "F4":
         return entry.shape
     *rows, last = entry.shape

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serverless_llm.loader import load_checkpoint, load_slices, manifest
+from serverless_llm.loader import load_checkpoint, load_slices, manifest, save_file
 from tests.unit.loader.checkpoints import random, same, write
 
 KINDS = st.tuples(
@@ -81,3 +81,12 @@ def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no device"):
         load_slices(directory, [], lambda _: None)
     assert (directory / manifest.SINGLE).exists()
+
+
+def test_pairs_of_4_bit_numbers_are_not_cut(tmp_path: Path) -> None:
+    packed = torch.arange(12, dtype=torch.uint8).view(2, 6).view(torch.float4_e2m1fn_x2)
+    save_file({"packed": packed}, tmp_path / manifest.SINGLE)
+    slices = load_slices(tmp_path, ["cpu"] * 3, lambda _: 1)
+    assert same(torch.cat([mine["packed"].view(torch.uint8) for mine in slices], 1), packed.view(torch.uint8))
+    with pytest.raises(ValueError, match=r"tensor 'packed' of shape \[2, 6\] cannot be cut into 4 equal parts"):
+        load_slices(tmp_path, ["cpu"] * 4, lambda _: 1)
