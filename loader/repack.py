@@ -90,7 +90,8 @@ def repack(source: Path, target: Path, most: int, told: Told) -> list[Shard]:
             (partial / INDEX).write_text(json.dumps(_index(planned), indent=2))
         for name, path in others:
             shutil.copyfile(path, partial / name)
-        _settle(partial)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
         with suppress(FileNotFoundError):
             target.rmdir()  # an empty one
         partial.rename(target)
@@ -136,8 +137,6 @@ def _write(path: Path, shard: Shard, files: tuple[FileEntry, ...], told: Told) -
                     out.write(_read(opened[number].fileno(), files[number], offset, wanted))
                     done += wanted
                     told(shard.name, done, shard.nbytes)
-            out.flush()
-            os.fsync(out.fileno())
         for number, file in opened.items():
             now = os.fstat(file.fileno())
             if (now.st_size, now.st_mtime_ns) != (files[number].size, files[number].mtime_ns):
@@ -154,9 +153,9 @@ def _read(descriptor: int, file: FileEntry, offset: int, count: int) -> bytes:
     return data
 
 
-def _settle(directory: Path) -> None:
-    """What is in the directory outlives a crash."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """What is in the file or directory outlives a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -158,3 +158,16 @@ def test_there_must_be_room(tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match=r"target needs 4\.4 TB, .* are free there"):
         repacked(source, tmp_path / "target")
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+def test_all_of_it_is_synced_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target, synced = write(tmp_path / "source", random(0.4)), tmp_path / "target", set()
+
+    def fsync(descriptor: int) -> None:
+        assert not target.exists()
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    repacked(source, target, 1 << 18)
+    assert {path.name for path in target.iterdir()} >= {"config.json", manifest.INDEX}
+    assert synced == {path.stat().st_ino for path in (target, *target.iterdir())}
