@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from serverless_llm.demo import tasks
-from serverless_llm.loader import load_into, manifest
+from serverless_llm.loader import into, load_checkpoint, load_into, manifest
 
 DEMO = tasks.checkpoint_dir("demo-count")
 
@@ -63,13 +63,21 @@ def test_parameters_that_are_one_stay_one(tmp_path: Path, name: str) -> None:
     assert torch.equal(model.embed.weight, weight)
 
 
-def test_on_the_cpu_nothing_is_copied_but_for_another_type(tmp_path: Path) -> None:
+def test_on_the_cpu_nothing_is_copied_but_for_another_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: dict[str, torch.Tensor] = {}
+
+    def load(directory: Path, device: str) -> dict[str, torch.Tensor]:
+        read.update(load_checkpoint(directory, device))
+        return read
+
+    monkeypatch.setattr(into, "load_checkpoint", load)
     with torch.device("meta"):
         model = torch.nn.Linear(3, 4, dtype=torch.bfloat16)
     weight, bias = torch.randn(4, 3), torch.randn(4).bfloat16()
     load_into(model, directory_of(tmp_path, {"weight": weight, "bias": bias}))
     assert torch.equal(model.weight, weight.bfloat16())
     assert torch.equal(model.bias, bias)
+    assert model.bias.data_ptr() == read["bias"].data_ptr()
 
 
 @pytest.mark.parametrize(
