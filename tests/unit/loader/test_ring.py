@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from serverless_llm.errors import CapacityError, CheckpointError
 from serverless_llm.loader import manifest
+from serverless_llm.loader.link import Priority
 from serverless_llm.loader.manifest import Manifest
 from tests.unit.loader.checkpoints import Device, Node, random, write
 
@@ -30,9 +31,9 @@ def checkpoint(path: Path, *megabytes: float, seed: int = 0) -> Manifest:
     return manifest.build(write(path, *(random(size, seed + number) for number, size in enumerate(megabytes))))
 
 
-def begin(node: Node, source: Manifest, holder: int = 1) -> Device:
+def begin(node: Node, source: Manifest, holder: int = 1, priority: int = Priority.ONLINE) -> Device:
     device = Device(node.pool)
-    node.load(source, holder, told=device)
+    node.load(source, holder, priority, device)
     device.load.start()
     return device
 
@@ -174,6 +175,23 @@ def test_it_fits_where_headers_fill_the_pool(tmp_path: Path, node: Node) -> None
     source = checkpoint(tmp_path, *[0.5] * SLOTS)
     assert node.pipeline.fits(source, ring=True)
     check(source, finish(node, begin(node, source)))
+
+
+def test_who_waits_hastens_all_of_a_ring_s_reads(tmp_path: Path) -> None:
+    node = Node(SLOTS, rate=40e6)
+    sources = [checkpoint(tmp_path / name, 9, seed=seed) for seed, name in enumerate("ab")]
+    before, device = (begin(node, source, holder, Priority.PREFETCH) for holder, source in enumerate(sources))
+    device.load.hasten(Priority.ONLINE)
+    priorities = []
+    while not device.over:
+        with node.reader._wake:
+            priorities += [one.priority for one in node.reader._queue if one.files is device.load._files]
+        device.copy(device.waiting)
+        node.turn()
+    assert set(priorities) == {Priority.ONLINE}
+    assert not before.over
+    check(sources[1], finish(node, device))
+    node.close()
 
 
 def test_beside_what_is_leased_it_goes_through_what_is_left(tmp_path: Path, node: Node) -> None:
