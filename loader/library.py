@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import mmap
 import os
+import stat
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -198,6 +200,8 @@ def _opened(source: str | os.PathLike[str]) -> tuple[ExitStack, list[FileEntry]]
 def _local(source: str | os.PathLike[str]) -> Iterator[Path]:
     """The directory of a checkpoint; that of a URL is brought up to date, and stays meanwhile."""
     if not is_url(source):
+        if not stat.S_ISDIR(os.stat(source).st_mode):  # noqa: PTH116  # the error names what the caller named
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(source))
         yield Path(source)
         return
     with disk_tier.tier().bring(str(source), lambda name, done, total: None) as lease:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -41,12 +40,11 @@ class Log:
         self._half = ""
         self._at = 0.0  # of the last line that told: those of a traceback belong to it
 
-    def last(self, count: int) -> list[Line]:
-        """The last lines of what is there."""
-        older = self.path.with_name(f"{self.path.name}.1")
-        texts = deque(_texts(older), maxlen=count) if count else deque()
-        lines = [self._line(text) for text in texts]
-        return [*lines, *self.more()][-count:] if count else self.more()[:0]
+    def last(self, count: int, requests: bool = False) -> list[Line]:
+        """The last lines of what is there, or of requests alone."""
+        older = [self._line(text) for text in _texts(self.path.with_name(f"{self.path.name}.1"))]
+        lines = [line for line in [*older, *self.more()] if not requests or _of_request(line)]
+        return lines[-count:] if count else []
 
     def more(self) -> list[Line]:
         """What came since, whole lines only."""
@@ -176,16 +174,16 @@ def logs(
         there = ", ".join(sources_of(folder))
         raise click.ClickException(f"there are no logs {what}in {folder / 'logs'}" + (there and f"; there are {there}"))
     try:
-        for line in sorted((line for log in found for line in log.last(lines)), key=_when):
-            _print(line, requests, as_json)
+        for line in sorted((line for log in found for line in log.last(lines, requests)), key=_when):
+            click.echo(shown(line, as_json))
         if follow:
             for line in following(folder, sources, found):
-                _print(line, requests, as_json)
+                if not requests or _of_request(line):
+                    click.echo(shown(line, as_json))
     finally:
         for log in found:
             log.close()
 
 
-def _print(line: Line, requests: bool, as_json: bool) -> None:
-    if not requests or line.fields.get("logger") == REQUEST:
-        click.echo(shown(line, as_json))
+def _of_request(line: Line) -> bool:
+    return line.fields.get("logger") == REQUEST

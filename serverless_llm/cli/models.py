@@ -69,6 +69,8 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
         click.echo(f"{name} was deployed already and is replaced; what was not given is at its default", err=True)
     if not answer.get("chat", True):
         click.echo(f"{name} has no chat template: chats are refused; /v1/completions and run --raw work", err=True)
+    if answer.get("error"):
+        click.echo(f"{name} cannot be served as things are: {answer['error']}", err=True)
     say(answer, f"{name}: {server.public or server.url}/models/{urllib.parse.quote(name)}/v1", as_json)
 
 

@@ -25,6 +25,8 @@ def resolve(source: str) -> str:
         return str(path.resolve())
     if source in demos():
         return str(_demo(source))
+    if path.is_file():
+        raise click.UsageError(f"{source} is a file; name its directory: {path.parent}")
     if HUB_ID.fullmatch(source):
         return _of_hub(source)
     from serverless_llm.errors import did_you_mean

@@ -8,7 +8,7 @@ from serverless_llm.cluster.events import Delete, Deploy, Load, Pin, UnloadModel
 from serverless_llm.cluster.failures import forgive
 from serverless_llm.cluster.replicas import send_off
 from serverless_llm.cluster.sequences import reject_not_found, reject_outdated
-from serverless_llm.cluster.starts import drain
+from serverless_llm.cluster.starts import drain, impossible
 from serverless_llm.cluster.state import STARTING, Model
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import ModelName
@@ -30,6 +30,7 @@ def deploy(turn: Turn, event: Deploy) -> None:
         model.revision = _revision(turn)
     model.spec, model.footprint = event.spec, event.footprint
     forgive(turn, model)
+    model.error = impossible(turn, model)
     for replica in model.present()[event.spec.max_replicas :]:
         send_off(turn, replica, "unload")
     turn.touch(name)

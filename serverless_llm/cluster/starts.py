@@ -296,16 +296,27 @@ def _since(turn: Turn, model: Model) -> float:
     return turn.now if eldest is None else eldest
 
 
+def impossible(turn: Turn, model: Model) -> str:
+    """Why none of the devices that are there could ever hold it; empty while one could, or none is there."""
+    devices = list(turn.state.devices.values())
+    if not devices or any(device.spec.budget == 0 or _fits(turn, model, device) for device in devices):
+        return ""
+    return _too_large(turn, model)
+
+
 def _too_large(turn: Turn, model: Model) -> str:
     footprint = model.footprint
     needed = min(footprint.weight_bytes + _floor(turn, model, device) for device in turn.state.devices.values())
     most = max(device.spec.budget for device in turn.state.devices.values())
     dram = max(node.spec.dram for node in turn.state.nodes.values())
-    return (
-        f"{model.spec.name} fits on no device: it takes {size(needed)} (weights and least KV) of a device that has at"
-        f" most {size(most)}, and {size(footprint.file_bytes)} of a node's DRAM that has at most {size(dram)};"
-        " serve has --device-memory and --dram"
-    )
+    short = [
+        f"it takes {size(needed)} (weights and least KV) of a device that has at most {size(most)}: serve has"
+        " --device-memory"
+    ] * (needed > most) + [
+        f"views of its weights take {size(footprint.file_bytes)} of a node's DRAM that has at most {size(dram)}: serve"
+        " has --dram, and --weights copy"
+    ] * (footprint.file_bytes > dram)
+    return f"{model.spec.name} fits on no device: {'; '.join(short) or 'none has both the memory and the DRAM'}"
 
 
 # --- what is known ---

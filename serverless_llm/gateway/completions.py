@@ -110,7 +110,8 @@ class Completions:
         after = info.estimate_s or 0.0  # None would say that a retry is useless
         if info.state == "loaded":
             return RequestError(503, "overloaded", f"{waited}: the model is busy", retry_after=after)
-        return RequestError(503, "model_loading", f"{waited}: the model is loading", retry_after=after)
+        why = "the model is loading" if info.state == "loading" else "there is no place for the model yet; see /ready"
+        return RequestError(503, "model_loading", f"{waited}: {why}", retry_after=after)
 
     # --- streaming ---
 

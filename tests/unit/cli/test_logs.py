@@ -65,6 +65,13 @@ def test_some_of_them(cli: CommandLine, folder: Path) -> None:
     assert json.loads(cli("logs", "node1", "--json").out)["message"].endswith("agent begins")
 
 
+def test_the_last_requests_are_counted_among_requests(cli: CommandLine, folder: Path) -> None:
+    with (folder / "logs" / "head.log").open("a") as log:
+        log.write(head_line(8, message="ends") + "\n")
+    (line,) = cli("logs", "head", "--requests", "-n", "1").out.splitlines()
+    assert "request_id=abc" in line
+
+
 def test_no_logs_is_a_failure(cli: CommandLine, folder: Path, tmp_path: Path) -> None:
     outcome = cli("logs", "node9")
     assert (outcome.status, outcome.err) == (

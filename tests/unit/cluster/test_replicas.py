@@ -10,7 +10,7 @@ from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.transitions import ReplicaState
-from serverless_llm.domain import FinishReason, LoadPhases
+from serverless_llm.domain import DeviceSpec, FinishReason, LoadPhases, NodeSpec
 from tests.unit.cluster.desk import D0, D1, PHASES, QUIET, Desk, deploy, kinds, node
 
 DONE = FinishReason.STOP
@@ -212,11 +212,40 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_bytes(desk: Desk) -> None
         1,
         503,
         "model_load_failed",
-        "big fits on no device: it takes 105 B (weights and least KV) of a device that has at most 100 B,"
-        " and 95 B of a node's DRAM that has at most 1.0 KB; serve has --device-memory and --dram",
+        "big fits on no device: it takes 105 B (weights and least KV) of a device that has at most 100 B: serve has"
+        " --device-memory",
         None,
         False,
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "dram", "budget", "why"),
+    [
+        (90, 80, 100, "views of its weights take 90 B of a node's DRAM that has at most 80 B: serve has --dram"),
+        (95, 80, 100, "at most 100 B: serve has --device-memory; views of its weights take 95 B"),
+        (90, 1000, 100, ""),
+        (95, 1000, 0, ""),
+    ],
+)
+def test_what_fits_nowhere_is_told_when_it_is_deployed(size: int, dram: int, budget: int, why: str) -> None:
+    desk = Desk(QUIET)
+    desk.join(NodeSpec("n0", dram, (DeviceSpec(0, "cpu", budget, "view"),)))
+    desk.tell(deploy("big", size=size))
+    error = desk.machine.state.models["big"].error
+    assert why in error
+    assert bool(error) == bool(why)
+    early = Desk(QUIET)
+    early.tell(deploy("big", size=size))
+    assert early.machine.state.models["big"].error == "", "no device is known"
+
+
+def test_memory_here_and_dram_there_is_no_place() -> None:
+    desk = Desk(QUIET)
+    desk.join(NodeSpec("n0", 80, (DeviceSpec(0, "cpu", 200, "view"),)))
+    desk.join(NodeSpec("n1", 1000, (DeviceSpec(0, "cpu", 90, "view"),)))
+    desk.tell(deploy("big", size=95))
+    assert desk.machine.state.models["big"].error == ("big fits on no device: none has both the memory and the DRAM")
 
 
 def test_a_stuck_load_is_placed_anew_once_then_the_model_has_failed(desk: Desk) -> None:

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from serverless_llm import loader
 from serverless_llm.demo import tasks
-from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import header, library, manifest
 from serverless_llm.loader.header import TensorEntry
 from serverless_llm.loader.manifest import FileEntry
@@ -281,8 +281,11 @@ def test_what_is_missing(tmp_path: Path) -> None:
         loader.load_file(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="has neither model"):
         loader.load_checkpoint(tmp_path)
-    with pytest.raises(TransientError, match="nothing: No such file"):
-        loader.iterate(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        next(loader.iterate(tmp_path / "nothing"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file"):
+        loader.load_checkpoint(tmp_path / "file")
     with pytest.raises(ValueError, match="backend 'io' is none of mmap, pread"):
         loader.load_file(tmp_path / "nothing", backend="io")
 
