@@ -24,14 +24,14 @@ def load_into(
 
     Args:
         module: on any device; of those on the meta device nothing was ever in memory.
-        device: where the module is to be.
+        device: where the module is to be. Of what is on the meta device, parameters that no checkpoint has stay there.
 
     Returns:
         Names that the module has and the checkpoint has not, and the other way round; both empty where `strict`.
 
     Raises:
-        RuntimeError: `strict` and such names, or shapes that differ: nothing of the module was changed. Or buffers on
-            the meta device that no checkpoint has, of a module that is none of transformers.
+        RuntimeError: `strict` and such names, shapes that differ, or buffers on the meta device that no checkpoint
+            has, of a module that is none of transformers. Nothing of the module was changed.
         CheckpointError: as `load_checkpoint`.
     """
     wanted = module.state_dict(keep_vars=True)
@@ -39,6 +39,8 @@ def load_into(
     twins = _twins(module)
     state = load_checkpoint(directory, device)
     state = {name: tensor.to(wanted[name].dtype) for name, tensor in state.items() if name in wanted}
+    rest = {name: parameter for name, parameter in module.named_parameters() if name in missing}
+    state |= {name: parameter.detach().to(device) for name, parameter in rest.items() if not parameter.is_meta}
     for names in twins:
         kept = next((name for name in names if name in state), None)
         if kept is not None:
@@ -57,13 +59,17 @@ def _compare(
     found = {entry.name: entry.shape for file in manifest.weights(directory) for entry in file.header.tensors}
     tied = {name for names in _twins(module) if not found.keys().isdisjoint(names) for name in names}
     missing, unexpected = wanted.keys() - found.keys() - tied, [name for name in found if name not in wanted]
-    odd = [name for name in found.keys() & wanted.keys() if tuple(wanted[name].shape) != found[name]]
+    given = found.keys() & wanted.keys()
+    odd = [name for name in given if tuple(wanted[name].shape) != found[name]]
     if odd or (strict and (missing or unexpected)):
         raise RuntimeError(
             f"{directory} does not fit {type(module).__name__}: missing are {sorted(missing)}, unknown "
             f"{sorted(unexpected)}, of other shapes {sorted(odd)}; a checkpoint whose weights transformers renames or "
             "fuses is for its from_pretrained"
         )
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta and name not in given and not hasattr(module, "initialize_weights"):
+            raise RuntimeError(f"buffer {name} is on the meta device, and no checkpoint has it")
     return set(missing), unexpected
 
 
@@ -88,8 +94,6 @@ def _make_buffers(module: torch.nn.Module, device: torch.device) -> None:
     made = False
     for child in module.modules():
         for leaf, buffer in child.named_buffers(recurse=False):
-            if buffer.is_meta and not hasattr(module, "initialize_weights"):
-                raise RuntimeError(f"buffer {leaf} is on the meta device, and no checkpoint has it")
             made |= buffer.is_meta
             child._buffers[leaf] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
     if made:

@@ -105,18 +105,26 @@ def test_without_strictness_names_may_differ(tmp_path: Path) -> None:
     assert torch.equal(model.weight, torch.ones(4, 3))
 
 
+def test_what_no_checkpoint_has_moves_along(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 4)
+    load_into(model, directory_of(tmp_path, {"weight": torch.ones(4, 3)}), "meta", strict=False)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 class Buffered(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
         self.register_buffer("angles", torch.arange(3.0), persistent=False)
 
 
 def test_a_buffer_that_nobody_can_make_is_named(tmp_path: Path) -> None:
-    directory_of(tmp_path, {})
+    directory_of(tmp_path, {"weight": torch.ones(2)})
     with torch.device("meta"):
         model = Buffered()
     with pytest.raises(RuntimeError, match="buffer angles is on the meta device, and no checkpoint has it"):
         load_into(model, tmp_path)
+    assert model.weight.is_meta
     real = Buffered()
     load_into(real, tmp_path)
     assert torch.equal(real.get_buffer("angles"), torch.arange(3.0))
