@@ -85,7 +85,7 @@ class Check:
         verdicts: who is told.
         tally: of the node.
         suspect: blocks that differed in an earlier load: if any do now, that is for good.
-        hasty: a difference is told at once, since the rest of the bytes would not come.
+        hasty: a difference is told before all has landed: what is behind it would be held, and the rest not come.
     """
 
     def __init__(
@@ -153,8 +153,6 @@ class Check:
                 now.differing[key] = block
                 continue
             now.good.add(key)
-        if self._hasty and now.differing:
-            now.waiting.clear()
         self._go_on()
 
     def _pass(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ class Start:
         self._source = source
         self._holder = holder
         self.spans: list[Landed] = []
+        self.arrived: list[Landed] = []
         self.learned: Digests | None = None
         self.again: list[Landed] = []
         self.failed: list[Landed] = []
@@ -56,9 +58,13 @@ class Start:
 
     def _begin(self) -> Load:
         failures: list[Exception] = []
-        load = self._node.pipeline.load(self._source, self._holder, self.check.landed, failures.append, ring=self._ring)
+        load = self._node.pipeline.load(self._source, self._holder, self._landed, failures.append, ring=self._ring)
         load.start()
         return load
+
+    def _landed(self, spans: Sequence[Landed], last: bool) -> None:
+        self.arrived += spans
+        self.check.landed(spans, last)
 
     def _passed(self, spans: Sequence[Landed], last: bool) -> None:
         assert not self.last
@@ -239,6 +245,24 @@ def test_a_sample_catches_it_when_its_block_is_due(node: Bench, source: Manifest
     assert node.holds(first, source)
 
 
+def none(key: Key) -> bool:
+    return False
+
+
+def test_the_first_load_learns_all_of_a_sample_too(node: Bench, source: Manifest) -> None:
+    learned = node.start(source, due=none).finish().learned
+    assert learned is not None
+    assert len(learned) == digest.count(sizes_of(source))
+
+
+def test_after_a_difference_all_is_compared(node: Bench, source: Manifest) -> None:
+    known = node.learn(source)
+    before = node.tally.bytes
+    assert node.start(source, known, none, holder=2, suspect={Key(0, 1)}).finish().last
+    assert node.tally.bytes - before == source.file_bytes
+    assert node.tally.dram == 1
+
+
 def test_spans_smaller_than_a_block_are_held_back_until_it_is_whole(source: Manifest) -> None:
     node = Bench(rate=10e6)  # calls of half a block
     told = node.start(source).finish()
@@ -321,3 +345,14 @@ def test_a_difference_in_a_ring_is_told_at_once_and_is_for_good_the_next_time(tm
     second = node.start(large, known, holder=2, ring=True, suspect={digest.key_of(block) for block in first.again})
     assert second.finish().failed
     assert node.tally.disk == len(second.failed)
+
+
+def test_nothing_behind_a_difference_in_a_ring_is_told_of(tmp_path: Path, node: Bench) -> None:
+    """What the device says that it has copied would be taken for other bytes."""
+    large = manifest.build(write(tmp_path / "large", random(20)))
+    first = Key(0, 0)
+    told = node.start(large, {first: b"another"}, {first}.__contains__, ring=True)
+    while not told.again:
+        node.turn()
+    before = list(takewhile(lambda span: span.offset > 0, told.arrived))
+    assert digest.joined(told.spans) == digest.joined(before)
