@@ -15,6 +15,9 @@ from serverless_llm.loader.hasher import Hasher
 from serverless_llm.loader.plan import Landed
 
 AT_ONCE = 64  # blocks of one order to the hasher: others wait for so many
+IN_A_TURN = (
+    1024  # parts of blocks, about 3 ms: a hundred gigabytes in DRAM are told of at once, and the loop has others
+)
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
 
 
@@ -56,6 +59,7 @@ class _Round:
     """One reading of the checkpoint, or of what differed in it.
 
     Attributes:
+        arrived: spans that were not cut into parts of blocks yet.
         held: parts of blocks that were not passed on, in the order in which they landed.
         waiting: whole blocks for the hasher.
         flying: it has an order.
@@ -65,6 +69,7 @@ class _Round:
     """
 
     blocks: Blocks
+    arrived: deque[Landed] = field(default_factory=deque)
     held: deque[Landed] = field(default_factory=deque)
     waiting: deque[Landed] = field(default_factory=deque)
     flying: bool = False
@@ -115,12 +120,8 @@ class Check:
 
     def landed(self, spans: Sequence[Landed], last: bool) -> None:
         """These are in the pool, and stay there until the verdict."""
-        now = self._round
-        for part in now.blocks.parts(spans):
-            now.held.append(part)
-            if self._due(key_of(part)) and (block := now.blocks.completed(part)):
-                now.waiting.append(block)
-        now.last |= last
+        self._round.arrived += spans
+        self._round.last |= last
         self._go_on()
 
     def cancel(self) -> None:
@@ -131,13 +132,29 @@ class Check:
         now = self._round
         if self._cancelled:
             return
+        self._take()
         self._pass()
-        if now.waiting and not now.flying:
+        if now.flying:
+            return
+        if now.waiting:
             order = [now.waiting.popleft() for _ in range(min(AT_ONCE, len(now.waiting)))]
             now.flying = True
             self._hasher.hash(order, lambda digests: self._post(lambda: self._hashed(order, digests)))
-        elif not now.flying and (now.last or (self._hasty and now.differing)):
+        elif self._hasty and now.differing:
             self._conclude()
+        elif now.arrived:
+            self._post(self._go_on)
+        elif now.last:
+            self._conclude()
+
+    def _take(self) -> None:
+        """Cuts what has arrived, as much as the next order and this turn of the loop want."""
+        now, most = self._round, len(self._round.held) + IN_A_TURN
+        while now.arrived and len(now.waiting) < AT_ONCE and len(now.held) < most:
+            for part in now.blocks.parts([now.arrived.popleft()]):
+                now.held.append(part)
+                if self._due(key_of(part)) and (block := now.blocks.completed(part)):
+                    now.waiting.append(block)
 
     def _hashed(self, blocks: Sequence[Landed], digests: Sequence[bytes]) -> None:
         if self._cancelled:

@@ -16,7 +16,7 @@ from serverless_llm.loader.hasher import Hasher
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pipeline import Load
 from serverless_llm.loader.plan import Landed
-from serverless_llm.node.check import Check, Tally, Verdicts
+from serverless_llm.node.check import IN_A_TURN, Check, Tally, Verdicts
 from serverless_llm.node.digests import sizes_of
 from tests.unit.loader.checkpoints import Node, random, write
 
@@ -356,3 +356,20 @@ def test_nothing_behind_a_difference_in_a_ring_is_told_of(tmp_path: Path, node: 
         node.turn()
     before = list(takewhile(lambda span: span.offset > 0, told.arrived))
     assert digest.joined(told.spans) == digest.joined(before)
+
+
+def test_much_that_is_there_at_once_leaves_turns_to_others(node: Bench) -> None:
+    blocks = 3 * IN_A_TURN + 5
+    told: list[tuple[int, bool]] = []
+    verdicts = Verdicts(
+        passed=lambda spans, last: told.append((sum(span.length for span in spans) // BLOCK, last)),
+        learned=lambda _: None,
+        again=lambda _: None,
+        failed=lambda _: None,
+    )
+    check = Check([blocks * BLOCK], {}, none, node.hasher, node.posts.put, verdicts, node.tally)
+    check.landed([Landed(0, number * BLOCK, BLOCK, number * BLOCK) for number in range(blocks)], True)
+    assert told == [(IN_A_TURN, False)]
+    for _ in range(3):
+        node.turn()
+    assert told == [(IN_A_TURN, False)] * 3 + [(5, False), (0, True)]
