@@ -78,7 +78,7 @@ class Load:
     def hasten(self, priority: int) -> None:
         """Its bytes go before those of higher numbers from now on."""
         self.priority = priority
-        self._pipeline._hasten(self)
+        self._pipeline._rank(self.manifest.checkpoint)
         if self._ring:
             self._ring.hasten(priority)
 
@@ -312,7 +312,7 @@ class Pipeline:
             fill = self._fills[checkpoint] = _Fill([], *self._submit(load, missing))
         if fill is not None:
             fill.loads.append(load)
-            self._hasten(load)
+            self._rank(checkpoint)
         self._tell_known(load, fill)
 
     def _tell_known(self, load: Load, fill: _Fill | None) -> None:
@@ -338,11 +338,11 @@ class Pipeline:
         self._reader.submit(transfer)
         return transfer, sum(piece.length for piece in missing)
 
-    def _hasten(self, load: Load) -> None:
+    def _rank(self, checkpoint: CheckpointId) -> None:
         """A fill is as urgent as its most urgent load."""
-        fill = self._fills.get(load.manifest.checkpoint)
-        if fill is not None and load in fill.loads and load.priority < fill.transfer.priority:
-            self._reader.hasten(fill.transfer, load.priority)
+        fill = self._fills.get(checkpoint)
+        if fill is not None and fill.loads:
+            self._reader.rank(fill.transfer, min(load.priority for load in fill.loads))
 
     def _leave(self, load: Load) -> None:
         fill = self._fills.get(load.manifest.checkpoint)
@@ -352,6 +352,7 @@ class Pipeline:
         if not fill.loads:
             fill.cancelled = True
             self._reader.cancel(fill.transfer)
+        self._rank(load.manifest.checkpoint)
 
     def _news(self, checkpoint: CheckpointId, batch: Batch) -> None:
         """One batch of a fill, on the owner's thread."""

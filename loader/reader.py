@@ -120,10 +120,10 @@ class Reader:
         with self._wake:
             self._enqueue(transfer)
 
-    def hasten(self, transfer: Transfer, priority: int) -> None:
+    def rank(self, transfer: Transfer, priority: int) -> None:
         """Gives it another priority, from its next read on; what has none left stays as it is."""
         with self._wake:
-            if transfer._calls:
+            if transfer._calls and priority != transfer.priority:
                 self._move(transfer, priority)
 
     def cancel(self, transfer: Transfer) -> None:

@@ -88,7 +88,7 @@ class Ring:
         """Its bytes go before those of higher numbers from now on."""
         self._priority = priority
         for transfer in self._flying:
-            self._reader.hasten(transfer, priority)
+            self._reader.rank(transfer, priority)
 
     def cancel(self) -> None:
         """Begins no more reads, and tells of none. Idempotent."""

@@ -88,6 +88,18 @@ def test_whoever_waits_goes_first(tmp_path: Path, joins: bool) -> None:
         node.close()
 
 
+def test_when_who_waits_has_gone_the_rest_wait_like_others(tmp_path: Path, slow: Node) -> None:
+    sources = [checkpoint(tmp_path / name, 2.5, number) for number, name in enumerate("ab")]
+    before, shared = (slow.load(source, number, Priority.PREFETCH) for number, source in enumerate(sources))
+    before.load.start()
+    shared.load.start()
+    waited = slow.load(sources[1], 2, Priority.ONLINE)
+    waited.load.start()
+    waited.load.cancel()
+    slow.finish(shared)
+    assert before.over
+
+
 def test_two_loads_share_one_read(tmp_path: Path, slow: Node) -> None:
     source = checkpoint(tmp_path, 2.5)
     first = slow.load(source, 1)

@@ -138,12 +138,12 @@ def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path
     reader.submit(overtaken)
     first.get(timeout=30)
     reader.submit(overtaking)
-    reader.hasten(overtaking, 0)
+    reader.rank(overtaking, 0)
     assert until_last(second)[-1].error is None
     assert until_last(first)[-1].error is None
     assert overtaking.ended < overtaken.ended
     assert overtaken.busy < overtaken.ended - overtaken.started - overtaking.busy / 2, "it did not read meanwhile"
-    reader.hasten(overtaking, 0)  # it has ended
+    reader.rank(overtaking, 0)  # it has ended
     reader.close()
 
 
@@ -156,7 +156,7 @@ def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, pool: Poo
     reader.submit(first)
     reader.cancel(cancelled)
     reader.submit(second)
-    reader.hasten(cancelled, 0)  # too late
+    reader.rank(cancelled, 0)  # too late
     ends = [until_last(one)[-1] for one in news]
     assert [end.error for end in ends] == [None] * 3
     assert cancelled.ended < first.ended < second.ended
