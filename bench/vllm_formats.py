@@ -2,7 +2,7 @@
 
 Each start is a fresh process of vLLM, with the page cache empty (`cold`) or holding all files (`warm`), in shuffled
 order. The project is installed into vLLM's environment before the first round, as by a user: vLLM finds it by its entry
-point.
+point. `fastsafetensors` is not among the formats: vLLM has it read to `cuda:` devices only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.load_subjects import prepare
 from bench.peers import PeerMissing
 
 OURS = "serverless_llm"
-FORMATS = (OURS, "auto", "runai_streamer", "fastsafetensors")
+FORMATS = (OURS, "auto", "runai_streamer")
 CASES = ("cold", "warm")
 SHAPE, SHARDS = "qwen3-0.6b", 2  # 1.2 GB
 ROUNDS = 15

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 
 import torch
 
 from serverless_llm.loader import manifest
-from serverless_llm.loader.library import Device, load_checkpoint
+from serverless_llm.loader.library import Device, iterate
+
+SHOWN = 4  # names of a kind in a message; arbitrary
 
 
 def load_into(
@@ -32,13 +35,12 @@ def load_into(
     Raises:
         RuntimeError: `strict` and such names, shapes that differ, or buffers on the meta device that no checkpoint
             has, of a module that is none of transformers. Nothing of the module was changed.
-        CheckpointError: as `load_checkpoint`.
+        CheckpointError: as `iterate`.
     """
     wanted = module.state_dict(keep_vars=True)
     missing, unexpected = _compare(module, wanted, Path(directory), strict)
     twins = _twins(module)
-    state = load_checkpoint(directory, device)
-    state = {name: tensor.to(wanted[name].dtype) for name, tensor in state.items() if name in wanted}
+    state = {name: tensor.to(wanted[name].dtype) for name, tensor in iterate(directory, device) if name in wanted}
     rest = {name: parameter for name, parameter in module.named_parameters() if name in missing}
     state |= {name: parameter.detach().to(device) for name, parameter in rest.items() if not parameter.is_meta}
     for names in twins:
@@ -63,14 +65,20 @@ def _compare(
     odd = [name for name in given if tuple(wanted[name].shape) != found[name]]
     if odd or (strict and (missing or unexpected)):
         raise RuntimeError(
-            f"{directory} does not fit {type(module).__name__}: missing are {sorted(missing)}, unknown "
-            f"{sorted(unexpected)}, of other shapes {sorted(odd)}; a checkpoint whose weights transformers renames or "
-            "fuses is for its from_pretrained"
+            f"{directory} does not fit {type(module).__name__}: missing are {_some(missing)}, unknown "
+            f"{_some(unexpected)}, of other shapes {_some(odd)}; where transformers renames or fuses weights, give "
+            "from_pretrained(None, config=..., state_dict=...) of the model's class what load_checkpoint returns"
         )
     for name, buffer in module.named_buffers():
         if buffer.is_meta and name not in given and not hasattr(module, "initialize_weights"):
             raise RuntimeError(f"buffer {name} is on the meta device, and no checkpoint has it")
     return set(missing), unexpected
+
+
+def _some(names: Collection[str]) -> str:
+    """The first few of names; experts have thousands."""
+    rest = len(names) - SHOWN
+    return f"{sorted(names)[:SHOWN]}" + (f" and {rest} more" if rest > 0 else "")
 
 
 def _twins(module: torch.nn.Module) -> list[list[str]]:

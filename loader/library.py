@@ -16,6 +16,7 @@ import errno
 import mmap
 import os
 import stat
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -37,7 +38,8 @@ from serverless_llm.loader.staging import SETTING
 from serverless_llm.loader.tied import duplicates
 from serverless_llm.loader.views import view
 
-GROUP_BYTES = 256 << 20  # of neighbours that `iterate` reads at once; arbitrary: some long calls for each thread
+GROUP_BYTES = 64 << 20  # of neighbours that `iterate` reads at once: a long call; the first one has nothing beside it
+AHEAD = 2  # groups that are read while one is used: the device has the next call while the last one is waited for
 BACKENDS = ("mmap", "pread")  # the reference's; here both mean the one way there is
 Device = str | int
 
@@ -128,8 +130,8 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
     """(name, tensor) of a Hugging Face directory, in file order.
 
     Neighbours are read together, `GROUP_BYTES` at most or one larger tensor, into fresh memory that goes with the last
-    of them, and the next ones while these are used: besides what the caller keeps, three such groups at most are in
-    memory. Keep a clone of a small tensor that outlives its neighbours.
+    of them, and the next two such groups while these are used: besides what the caller keeps, four groups at most are
+    in memory. Keep a clone of a small tensor that outlives its neighbours.
 
     Args:
         directory: or its URL, as of `load_checkpoint`.
@@ -145,12 +147,12 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
 def _ahead(
     held: ExitStack, groups: Iterator[tuple[FileEntry, Sequence[TensorEntry]]], home: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of all groups, each group read while the one before is used."""
-    with held, ThreadPoolExecutor(1) as thread:
-        coming = [thread.submit(_tensors, *group, home) for group in islice(groups, 1)]
+    """The tensors of all groups, the next ones read while one is used."""
+    with held, ThreadPoolExecutor(AHEAD) as threads:
+        coming = deque(threads.submit(_tensors, *group, home) for group in islice(groups, AHEAD))
         while coming:
-            tensors = coming.pop().result()
-            coming = [thread.submit(_tensors, *group, home) for group in islice(groups, 1)]
+            tensors = coming.popleft().result()
+            coming.extend(threads.submit(_tensors, *group, home) for group in islice(groups, 1))
             while tensors:
                 name = next(iter(tensors))
                 yield name, tensors.pop(name)
@@ -175,11 +177,12 @@ async def iterate_async(
     home = torch.device(device)
     held, files = await asyncio.to_thread(_opened, directory)
     groups = _groups(files)
-    coming = [asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home)) for group in islice(groups, 1)]
+    read = (asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home)) for group in groups)
+    coming = deque(islice(read, AHEAD))
     try:
         while coming:
-            tensors = await coming.pop()
-            coming = [asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home)) for group in islice(groups, 1)]
+            tensors = await coming.popleft()
+            coming.extend(islice(read, 1))
             while tensors:
                 name = next(iter(tensors))
                 yield name, tensors.pop(name)
@@ -212,7 +215,7 @@ def _load(file: FileEntry, device: torch.device) -> dict[str, torch.Tensor]:
     """One allocation on the CPU; for another device a group at a time."""
     if device.type == "cpu":
         return _tensors(file, file.header.tensors, device)
-    return {name: tensor for _, group in _groups([file]) for name, tensor in _tensors(file, group, device).items()}
+    return dict(_ahead(ExitStack(), _groups([file]), device))
 
 
 def _groups(files: Sequence[FileEntry]) -> Iterator[tuple[FileEntry, Sequence[TensorEntry]]]:
@@ -253,7 +256,7 @@ def _read(file: FileEntry, start: int, stop: int) -> memoryview:
     try:
         calls = plan.cut(Piece(0, start, stop - start), CALL_BYTES)
         with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(read, calls))
+            list(threads.map(read, calls) if len(calls) > 1 else map(read, calls))
         opened.check()
     finally:
         opened.close()

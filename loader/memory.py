@@ -20,6 +20,13 @@ _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _FAILED = ctypes.c_void_p(-1).value
 
 
+def want_huge(address: int, length: int) -> None:
+    """Asks for huge pages for what of these bytes was not touched yet, to whole pages. The kernel may refuse."""
+    first = address // mmap.PAGESIZE * mmap.PAGESIZE
+    stop = -(-(address + length) // mmap.PAGESIZE) * mmap.PAGESIZE
+    _LIBC.madvise(first, stop - first, mmap.MADV_HUGEPAGE)
+
+
 class Range:
     """`length` bytes of address space, unreadable until `place` puts parts of a file there.
 

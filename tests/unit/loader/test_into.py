@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
+from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.demo import tasks
-from serverless_llm.loader import into, load_checkpoint, load_into, manifest
+from serverless_llm.loader import into, iterate, load_checkpoint, load_into, manifest
 
 DEMO = tasks.checkpoint_dir("demo-count")
 
@@ -66,11 +67,11 @@ def test_parameters_that_are_one_stay_one(tmp_path: Path, name: str) -> None:
 def test_on_the_cpu_nothing_is_copied_but_for_another_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: dict[str, torch.Tensor] = {}
 
-    def load(directory: Path, device: str) -> dict[str, torch.Tensor]:
-        read.update(load_checkpoint(directory, device))
-        return read
+    def told(directory: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
+        read.update(iterate(directory, device))
+        return iter(read.items())
 
-    monkeypatch.setattr(into, "load_checkpoint", load)
+    monkeypatch.setattr(into, "iterate", told)
     with torch.device("meta"):
         model = torch.nn.Linear(3, 4, dtype=torch.bfloat16)
     weight, bias = torch.randn(4, 3), torch.randn(4).bfloat16()
@@ -130,12 +131,24 @@ def test_a_buffer_that_nobody_can_make_is_named(tmp_path: Path) -> None:
     assert torch.equal(real.get_buffer("angles"), torch.arange(3.0))
 
 
+@pytest.mark.parametrize("shape", ["tiny-gemma3", "tiny-llama-tied"])
+def test_it_may_be_loaded_again(tmp_path: Path, shape: str) -> None:
+    make_checkpoint(shape, tmp_path / "one", dtype="bfloat16", shards=2)
+    make_checkpoint(shape, tmp_path / "other", dtype="float32", seed=1)
+    model = empty(tmp_path / "one", torch.bfloat16)
+    for name in ("one", "other"):
+        assert load_into(model, tmp_path / name) == (set(), [])
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).eval()
+        assert torch.equal(logits(model), logits(expected))
+
+
 def test_a_checkpoint_that_transformers_fuses_is_told(tmp_path: Path) -> None:
-    config = {"model_type": "mixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 16, "num_local_experts": 2}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    directory_of(tmp_path, {"model.layers.0.block_sparse_moe.experts.0.w1.weight": torch.ones(8, 8)})
+    make_checkpoint("tiny-mixtral", tmp_path)
     with pytest.raises(
-        RuntimeError, match=r"does not fit MixtralForCausalLM: missing are .* is for its from_pretrained"
+        RuntimeError, match=r"does not fit MixtralForCausalLM: missing are .* and \d+ more, .*state_dict"
     ):
         load_into(empty(tmp_path), tmp_path)
+    config, state = AutoConfig.from_pretrained(tmp_path), load_checkpoint(tmp_path)
+    model = MixtralForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.bfloat16)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(logits(model), logits(expected))

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from serverless_llm import loader
+from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.demo import tasks
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import header, library, manifest
@@ -174,7 +175,7 @@ def test_iterating_gives_all_in_file_order(
     assert equal(asyncio.run(collect()), content)
 
 
-def test_iterating_holds_three_groups_at_most(
+def test_iterating_holds_four_groups_at_most(
     sharded: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(library, "GROUP_BYTES", 1 << 20)
@@ -189,12 +190,11 @@ def test_iterating_holds_three_groups_at_most(
     before = mapped()
     most = max(mapped() - before for _ in loader.iterate(directory))
     one = (1 << 20) + PAGE
-    assert most < 3 * one + (
-        1 << 20
-    )  # the one used last, this one and the next; the rest is small change of an allocator
+    # the one used last, this one and the next two; the rest is small change of an allocator
+    assert most < 4 * one + (1 << 20)
 
 
-def test_the_next_group_is_read_while_one_is_used(
+def test_the_next_groups_are_read_while_one_is_used(
     sharded: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(library, "GROUP_BYTES", 1)  # every tensor is a group
@@ -208,10 +208,11 @@ def test_the_next_group_is_read_while_one_is_used(
     monkeypatch.setattr(library, "_tensors", told)
     tensors = loader.iterate(sharded[0])
     first, _ = next(tensors)
-    assert begun.get(timeout=10)[0].name == first
-    assert begun.get(timeout=10)[0].name != first
+    names = [begun.get(timeout=10)[0].name for _ in range(1 + library.AHEAD)]
+    assert first in names
+    assert len(set(names)) == len(names)
     tensors.close()  # type: ignore[attr-defined]  # a generator
-    assert begun.empty(), "one group ahead, and none after the end"
+    assert begun.empty(), "two groups ahead, and none after the end"
 
 
 def test_another_device_gets_it_in_groups(tmp_path: Path) -> None:
@@ -408,12 +409,12 @@ def test_both_names_of_a_tied_tensor_are_one_too_many(tmp_path: Path) -> None:
 
 
 def examples() -> list[str]:
-    """Of the page: that of torch alone, and that of transformers."""
+    """Of the page: that of torch alone, that of transformers, and that of experts, which goes on from it."""
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), flags=re.DOTALL)
 
 
 def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
-    script, _ = examples()
+    script, _, _ = examples()
     script += "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -424,11 +425,17 @@ def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
     assert lines == re.findall(r"  # (.*)", examples()[0])
 
 
-def test_the_page_s_model_computes() -> None:
-    _, script = examples()
+def test_the_page_s_models_compute(tmp_path: Path) -> None:
+    _, dense, experts = examples()
+    make_checkpoint("tiny-mixtral", tmp_path)
+    parts = (
+        dense.replace("path/to/model", str(tasks.checkpoint_dir("demo-add"))),
+        experts.replace("path/to/model", str(tmp_path)),
+    )
     found: dict[str, Any] = {}
-    exec(script.replace("path/to/model", str(tasks.checkpoint_dir("demo-add"))), found)
-    assert found["model"](torch.ones(1, 3, dtype=torch.int64)).logits.isfinite().all()
+    for script in parts:
+        exec(script, found)
+        assert found["model"](torch.ones(1, 3, dtype=torch.int64)).logits.isfinite().all()
 
 
 def test_the_package_alone_brings_no_torch() -> None:
