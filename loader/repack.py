@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import header, manifest
-from serverless_llm.loader.header import DTYPE_BITS, TensorEntry
+from serverless_llm.loader.header import DTYPE_BITS, MAX_METADATA, TensorEntry
 from serverless_llm.loader.manifest import INDEX, PICKLES, SINGLE, FileEntry, Manifest
 from serverless_llm.quantities import size
 
@@ -45,7 +45,11 @@ class Shard(NamedTuple):
 
 
 def shards(source: Manifest, most: int) -> list[Shard]:
-    """The files of `source` as they are to be: each of at most `most` bytes of tensors, or of one larger tensor."""
+    """The files of `source` as they are to be: each of at most `most` bytes of tensors, or of one larger tensor.
+
+    Raises:
+        CheckpointError: all files' metadata together are more than one may have.
+    """
     groups: list[list[Part]] = [[]]
     held = 0
     for part in (Part(number, entry) for number, entry in source.tensors().values()):
@@ -55,6 +59,8 @@ def shards(source: Manifest, most: int) -> list[Shard]:
         groups[-1].append(part)
         held += part.tensor.nbytes
     metadata = {key: text for file in reversed(source.files) for key, text in file.header.metadata.items()}
+    if len(metadata) > MAX_METADATA:
+        raise CheckpointError(f"its files have {len(metadata)} metadata, and one file has at most {MAX_METADATA}")
     return [_shard(number, len(groups), group, metadata) for number, group in enumerate(groups, start=1)]
 
 
@@ -73,7 +79,8 @@ def repack(source: Path, target: Path, most: int, told: Told) -> list[Shard]:
         told: called with a file's name, its bytes so far and in all, as it is written.
 
     Raises:
-        CheckpointError: `source` is no checkpoint, or changes meanwhile; `target` is there already.
+        CheckpointError: `source` is no checkpoint, changes meanwhile, or is one that `shards` refuses; `target` is
+            there already.
         CapacityError: there is no room for it.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  what it links to is not what is meant

@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 
 from serverless_llm.loader import header
-from serverless_llm.loader.header import METADATA
+from serverless_llm.loader.header import MAX_METADATA, METADATA
 from serverless_llm.loader.tied import duplicates, overlapping
 from serverless_llm.loader.views import TORCH_DTYPES
 
@@ -33,7 +33,8 @@ def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = Non
         metadata: texts for the header.
 
     Raises:
-        ValueError: no dict, or a tensor that is none, sparse, not contiguous, or of a type that the format has not.
+        ValueError: no dict, a tensor that is none, sparse, not contiguous, or of a type that the format has not, or
+            more metadata than are read again.
         RuntimeError: tensors share memory.
         TypeError: a name or an entry of the metadata is no string.
     """
@@ -117,6 +118,8 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _texts(metadata: dict[str, str]) -> dict[str, str]:
+    if len(metadata) > MAX_METADATA:
+        raise ValueError(f"metadata of {len(metadata)} pairs: a header is read with at most {MAX_METADATA}")
     for key, text in metadata.items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise TypeError(f"metadata are strings by strings, not {key!r}: {text!r}")

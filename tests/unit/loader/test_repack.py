@@ -92,6 +92,15 @@ def test_metadata_stay_and_the_first_file_s_count(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt", "n": "0", first: "here", second: "here"}
 
 
+def test_metadata_that_one_file_may_not_have_are_told(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", random(0.1), random(0.1, seed=1))
+    for number, path in enumerate(sorted(source.glob("*.safetensors"))):
+        save_file(load_file(path), path, {f"{number}.{key}": "" for key in range(header.MAX_METADATA)})
+    with pytest.raises(CheckpointError, match="its files have 2048 metadata, and one file has at most 1024"):
+        repacked(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 shapes = st.lists(st.integers(0, 5), max_size=3)
 
 
