@@ -1,7 +1,8 @@
 """The agent's checkpoint store: brings replicas to its workers through the DRAM tier, and takes them away.
 
 A replica holds a lease on its checkpoint's slots from the start of its load until its worker has answered `Dropped`,
-has copied everything (copy mode), or was reaped. Replicas of one checkpoint share its slots and one read.
+has copied everything (copy mode), or was reaped. Replicas of one checkpoint share its slots and one read, but for what
+passes through a ring of each one's own.
 """
 
 from __future__ import annotations
