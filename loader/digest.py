@@ -77,11 +77,11 @@ class Blocks:
         return None
 
 
-def joined(parts: Iterable[Landed]) -> list[Landed]:
-    """The same bytes in the same order, as few spans as possible."""
+def joined(parts: Iterable[Landed], slot_bytes: int) -> list[Landed]:
+    """The same bytes in the same order, as few spans as possible, none of two slots: workers map by them."""
     spans: list[Landed] = []
     for part in parts:
-        if spans and _follows(spans[-1], part):
+        if part.offset % slot_bytes and spans and _follows(spans[-1], part):
             spans[-1] = spans[-1]._replace(length=spans[-1].length + part.length)
         else:
             spans.append(part)

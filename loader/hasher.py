@@ -11,10 +11,10 @@ from serverless_llm.loader.pool import Pool
 
 
 class Hasher:
-    """One thread, which ends with `close`."""
+    """One thread, which ends with `close`. `pool`: where the blocks are."""
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        self.pool = pool
         self._orders: SimpleQueue[tuple[Sequence[Landed], Callable[[list[bytes]], object]] | None] = SimpleQueue()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -40,4 +40,4 @@ class Hasher:
             if self._closed.is_set():
                 return
             blocks, done = order
-            done([xxh3_128_digest(self._pool.range(block.pool_offset, block.length)) for block in blocks])
+            done([xxh3_128_digest(self.pool.range(block.pool_offset, block.length)) for block in blocks])

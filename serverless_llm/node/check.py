@@ -184,7 +184,7 @@ class Check:
             else:
                 break
         if good:
-            self._verdicts.passed(joined(good), False)
+            self._verdicts.passed(joined(good, self._hasher.pool.slot_bytes), False)
 
     def _conclude(self) -> None:
         differing = self._round.differing

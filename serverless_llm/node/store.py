@@ -248,7 +248,11 @@ class Store:
         log.warning("%s, differ from the first load and are read again", differing)
         if not self._pipeline.discard(found, blocks) or replica.load.ringed:
             self._verifier.suspect(found.checkpoint, blocks)
-            self.failed(replica.order.replica, f"{differing}, differ from the first load; read again", permanent=False)
+            self.failed(
+                replica.order.replica,
+                f"{differing}, differ from the first load: the next start reads them again",
+                permanent=False,
+            )
             return
         replica.load = self._load(replica, found)
         replica.load.start()

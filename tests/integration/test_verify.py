@@ -10,22 +10,23 @@ from typing import Any
 
 import pytest
 
+from serverless_llm.demo.tasks import ADD, checkpoint_dir
 from serverless_llm.node import state
 from serverless_llm.node.options import AgentOptions
 from tests.integration.cluster import MIB, Cluster, agent, ended, serving
-from tests.integration.test_node import PROMPT, checkpoint, deployed, story
+from tests.integration.test_node import PROMPT, deployed, story
 
-__all__ = ["checkpoint"]  # a fixture
 pytestmark = pytest.mark.slow
 
+WHOLE = checkpoint_dir(ADD.name)
 TOKENS = 8
 PLACE = -1001  # of a byte to be flipped, from the file's end
 
 
 @pytest.fixture
-def source(tmp_path: Path, checkpoint: Path) -> Path:
-    """A checkpoint to be damaged, unlike any other in the last bit of one weight."""
-    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+def source(tmp_path: Path) -> Path:
+    """A checkpoint of three blocks to be damaged, unlike the demo in the last bit of one weight."""
+    source = Path(shutil.copytree(WHOLE, tmp_path / "source"))
     flip_on_disk(source, PLACE - 31)
     return source
 
@@ -75,15 +76,13 @@ async def told(cluster: Cluster, **tally: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("weights", ["view", "copy"])
-def test_a_flipped_bit_is_caught_in_each_tier_and_costs_nobody_else(
-    tmp_path: Path, checkpoint: Path, source: Path, weights: str
-) -> None:
+def test_a_flipped_bit_is_caught_in_each_tier_and_costs_nobody_else(tmp_path: Path, source: Path, weights: str) -> None:
     options = agent(tmp_path, weights=weights, budget=32 * MIB)
 
     async def tell() -> None:
         async with serving(tmp_path, options) as cluster:
             gateway = cluster.gateway
-            await deployed(cluster, checkpoint, "other")
+            await deployed(cluster, WHOLE, "other")
             await deployed(cluster, source, verify="full")
             said = await gateway.generate("other", PROMPT, TOKENS)
             assert await gateway.generate("tiny", PROMPT, TOKENS) == said  # learns
@@ -116,7 +115,7 @@ def test_a_flipped_bit_is_caught_in_each_tier_and_costs_nobody_else(
     story(tell, options)
 
 
-def test_digests_outlive_the_agent_and_what_is_off_is_read_once(tmp_path: Path, checkpoint: Path, source: Path) -> None:
+def test_digests_outlive_the_agent_and_what_is_off_is_read_once(tmp_path: Path, source: Path) -> None:
     options, size = agent(tmp_path), (source / "model.safetensors").stat().st_size
 
     async def tell() -> None:
@@ -146,5 +145,25 @@ def test_digests_outlive_the_agent_and_what_is_off_is_read_once(tmp_path: Path, 
             assert stream.rejected is not None
             assert "not what they were" in stream.rejected.message
             await told(cluster, disk=1)
+
+    story(tell, options)
+
+
+def test_what_passes_through_a_ring_is_verified_too(tmp_path: Path, source: Path) -> None:
+    options = agent(tmp_path, weights="copy", dram=2 * MIB, budget=32 * MIB)  # less than the checkpoint
+
+    async def tell() -> None:
+        async with serving(tmp_path, options) as cluster:
+            gateway = cluster.gateway
+            await deployed(cluster, source, verify="full")
+            said = await gateway.generate("tiny", PROMPT, TOKENS)  # learns
+            await unloaded(cluster)
+            assert await gateway.generate("tiny", PROMPT, TOKENS) == said
+            await unloaded(cluster)
+            flip_on_disk(source)
+            stream = gateway.start("tiny", PROMPT, TOKENS)
+            await gateway.until(lambda: stream.finish or stream.rejected, "the end")
+            assert stream.rejected is not None
+            assert "differ from the first load: the next start reads them again" in stream.rejected.message
 
     story(tell, options)

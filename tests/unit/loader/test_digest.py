@@ -51,7 +51,7 @@ def test_any_spans_make_each_block_once(sizes: list[int], slot: int, page: int, 
     turn = data.draw(st.integers(0, len(spans)))
     blocks = Blocks(sizes)
     parts = [*blocks.parts(spans[:turn]), *blocks.parts(spans[turn:])]
-    assert joined(parts) == joined(spans)
+    assert joined(parts, slot * BLOCK) == joined(spans, slot * BLOCK)
     assert all(part.offset // BLOCK == (part.offset + part.length - 1) // BLOCK for part in parts)
     found = [block for part in parts if (block := blocks.completed(part))]
     assert sorted(map(digest.key_of, found)) == whole(sizes)
@@ -78,9 +78,10 @@ def test_neighbours_in_file_and_pool_are_joined_and_their_order_is_kept() -> Non
     apart = [Landed(0, 2 * BLOCK, BLOCK, 9 * BLOCK), Landed(0, 4 * BLOCK, BLOCK, 10 * BLOCK)]
     other = Landed(1, 5 * BLOCK, BLOCK, 11 * BLOCK)
     spans = [other, first, second, *apart]
-    assert joined(spans) == [other, Landed(0, 0, 2 * BLOCK, 0), *apart]
-    assert joined([second, first]) == [second, first]
-    assert joined([]) == []
+    assert joined(spans, 2 * BLOCK) == [other, Landed(0, 0, 2 * BLOCK, 0), *apart]
+    assert joined([second, first], 2 * BLOCK) == [second, first]
+    assert joined([], BLOCK) == []
+    assert joined([first, second], BLOCK) == [first, second]  # they lie in two slots
 
 
 @pytest.mark.parametrize("sizes", [[1], [BLOCK], [3 * BLOCK + 1], [200 * BLOCK], [63 * BLOCK, BLOCK], [5, 70 * BLOCK]])

@@ -71,6 +71,8 @@ class Start:
         self.spans += spans
         self.last = last
         self.told += sum(span.length for span in spans)
+        slot = self._node.pool.slot_bytes
+        assert all(span.offset // slot == (span.offset + span.length - 1) // slot for span in spans)
         assert self._partial or self.told <= self._node.tally.bytes - self._before
 
     def _learn(self, digests: Digests) -> None:
@@ -355,7 +357,7 @@ def test_nothing_behind_a_difference_in_a_ring_is_told_of(tmp_path: Path, node: 
     while not told.again:
         node.turn()
     before = list(takewhile(lambda span: span.offset > 0, told.arrived))
-    assert digest.joined(told.spans) == digest.joined(before)
+    assert digest.joined(told.spans, BLOCK) == digest.joined(before, BLOCK)
 
 
 def test_much_that_is_there_at_once_leaves_turns_to_others(node: Bench) -> None:
