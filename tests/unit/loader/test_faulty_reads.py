@@ -14,17 +14,19 @@ from tests.faulty_reads import FaultyReads
 pytestmark = pytest.mark.slow
 
 
-def read(tmp_path: Path, *fault: str) -> None:
-    path = tmp_path / "file"
+def read(tmp_path: Path, kind: str, *numbers: int) -> None:
+    path, faulty = tmp_path / "file", FaultyReads(tmp_path)
     path.write_bytes(os.urandom(3 << 19))
-    command = [*FaultyReads(tmp_path).command, sys.executable, "-m", "tests.unit.loader.reading_faults"]
-    done = subprocess.run([*command, path, *fault], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    for number in numbers:
+        faulty.tell(kind, number)
+        command = [*faulty.command, sys.executable, "-m", "tests.unit.loader.reading_faults", str(path), kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_calls_that_return_less_are_gone_on_with(tmp_path: Path) -> None:
-    read(tmp_path, "short", "100001", "3000")
+    read(tmp_path, "short", 100_001, 3_000)
 
 
 def test_bytes_that_cannot_be_read_are_named_and_may_be_readable_later(tmp_path: Path) -> None:
-    read(tmp_path, "eio", "0", str(1 << 20))
+    read(tmp_path, "eio", 0, 1 << 20)
