@@ -6,7 +6,7 @@ Everything here runs on the thread that owns the tier (the agent's event loop); 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from serverless_llm.domain import CheckpointId, ReplicaId
@@ -209,13 +209,7 @@ class Pipeline:
         """
         sizes = [file.size for file in manifest.files]
         pieces = {plan.home(Piece(*span[:3]), sizes[span.file], self._pool.slot_bytes) for span in spans}
-        fill = self._fills.get(manifest.checkpoint)
-        if fill is not None:
-            fill.distrusted |= pieces
-            return False
-        self.tier.discard(manifest.checkpoint, pieces)
-        self._trim()
-        return True
+        return self._distrust(manifest.checkpoint, pieces)
 
     def close(self) -> None:
         """Before the pool is closed: no memory is taken or given back any more."""
@@ -282,7 +276,7 @@ class Pipeline:
             self._quiet_at = time.monotonic() + self._pause
             self.disk.observe(self._crossed(batch), 0.0)  # its time is the device's, too
             if batch.error is not None:
-                self.tier.forget(load.manifest.checkpoint)
+                self._distrust(load.manifest.checkpoint, load._slots.keys())
                 load.cancel()
                 load.on_failed(batch.error)
                 return
@@ -343,6 +337,16 @@ class Pipeline:
         fill = self._fills.get(checkpoint)
         if fill is not None and fill.loads:
             self._reader.rank(fill.transfer, min(load.priority for load in fill.loads))
+
+    def _distrust(self, checkpoint: CheckpointId, pieces: Collection[Piece]) -> bool:
+        """As `discard`."""
+        fill = self._fills.get(checkpoint)
+        if fill is not None:
+            fill.distrusted.update(pieces)
+            return False
+        self.tier.discard(checkpoint, pieces)
+        self._trim()
+        return True
 
     def _leave(self, load: Load) -> None:
         fill = self._fills.get(load.manifest.checkpoint)

@@ -235,6 +235,20 @@ def test_a_file_that_changes_meanwhile_ends_it_once(tmp_path: Path, node: Node) 
     assert node.tier.residents() == []
 
 
+def test_after_an_error_nothing_of_it_is_trusted_though_it_is_leased(tmp_path: Path, node: Node) -> None:
+    source = checkpoint(tmp_path, 20)
+    device = begin(node, source)
+    while device.load.done < 5 << 20:
+        node.turn()
+    os.utime(tmp_path / manifest.SINGLE, ns=(0, 0))
+    finish(node, device)
+    assert device.failures
+    os.utime(tmp_path / manifest.SINGLE, ns=(0, source.files[0].mtime_ns))
+    again = begin(node, source, 2)
+    assert again.load.dram_bytes == 0
+    check(source, finish(node, again))
+
+
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.floats(0.1, 6), min_size=1, max_size=3), spare=st.integers(1, 5), seed=st.integers(0, 999))
 def test_whatever_the_sizes_and_the_pace(
