@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from serverless_llm.loader.memory import Range
+from serverless_llm.loader.memory import Range, want_huge
 from serverless_llm.loader.pool import HUGE_PAGE, Pool
+from serverless_llm.loader.staging import SETTING
 from tests.unit.loader.mappings import resident
 
 
@@ -83,3 +87,15 @@ def test_the_systems_refusal_is_an_error() -> None:
         home.place(0, 4096, descriptor, 0)
     os.close(descriptor)
     assert home.close()
+
+
+@pytest.mark.skipif(not SETTING.exists(), reason="this kernel has no transparent huge pages")
+def test_huge_pages_are_wanted_for_whole_pages_around_what_is_meant() -> None:
+    memory = mmap.mmap(-1, 4 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    want_huge(address + mmap.PAGESIZE + 64, mmap.PAGESIZE)
+    flags = re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.S | re.M
+    )
+    wanted = {(int(first, 16) - address, int(stop, 16) - address) for first, stop, told in flags if " hg " in told}
+    assert (mmap.PAGESIZE, 3 * mmap.PAGESIZE) in wanted
