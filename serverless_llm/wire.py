@@ -273,6 +273,7 @@ class Place(Message, frozen=True):
     """Agent -> worker: make room for a replica; its pieces follow. `files`: (name, bytes) in load order.
 
     `ring`: the pieces' slots are used again as soon as the worker has copied them, which it tells by `Copied`.
+    `room`: an otherwise empty DRAM tier would hold all of them at once.
     """
 
     replica: int
@@ -283,6 +284,7 @@ class Place(Message, frozen=True):
     kv_floor: int
     files: list[tuple[str, int]]
     ring: bool = False
+    room: bool = True
 
 
 class Landed(Message, frozen=True):

@@ -153,7 +153,7 @@ class Placing:
             if dests is not None:
                 placement.task.start(dests, self._engine.arena)
             elif order.ring:
-                raise CapacityError(
+                raise (CapacityError if order.room else CheckpointError)(  # or no later load would do
                     f"{order.model} is stored in another type than {order.dtype}, so that all of its files must be in"
                     " DRAM at once, which has no room for them; serve has --dram"
                 )

@@ -204,6 +204,7 @@ class Store:
             kv_floor=order.kv_floor,
             files=[(file.name, file.size) for file in found.files],
             ring=replica.load.ringed,
+            room=self._pipeline.fits(found),
         )
         self._slot(order.device).send(place)
         if order.verify != "off":

@@ -65,9 +65,11 @@ class Agent:
         self.until(lambda: len(self.all(kind)) > known)
         return self.all(kind)[known]
 
-    def place(self, replica: int = 1, dtype: str = "auto", config: str | None = None) -> None:
+    def place(
+        self, replica: int = 1, dtype: str = "auto", config: str | None = None, ring: bool = False, room: bool = True
+    ) -> None:
         files = [("model.safetensors", len(self.raw))]
-        self.send(wire.Place(replica, "tiny", "c", config or self.config, dtype, 0, files))
+        self.send(wire.Place(replica, "tiny", "c", config or self.config, dtype, 0, files, ring, room))
 
     def land(self, replica: int = 1) -> None:
         """The bytes in two pieces, the second first."""
@@ -269,6 +271,18 @@ def test_memory_is_reserved_or_refused(ready: Agent) -> None:
     refused = ready.answer(wire.Refused)
     assert (refused.device, refused.replica) == (0, 10)
     assert refused.missing > 1 << 39
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_is_converted_passes_through_no_ring(checkpoint: Path, room: bool) -> None:
+    """That is for good where DRAM could never hold all of it."""
+    agent = Agent(checkpoint, "copy")
+    agent.place(dtype="bfloat16", ring=True, room=room)
+    agent.land()
+    failed = agent.answer(wire.Failed)
+    assert "is stored in another type than bfloat16" in failed.message
+    assert failed.permanent is not room
+    agent.close()
 
 
 @pytest.mark.parametrize("agent", ["view"], indirect=True)
