@@ -49,7 +49,7 @@ class Replica:
     Attributes:
         task: reads the manifest; done before anything else begins.
         load: its wait for bytes, from its reservation on.
-        check: what its bytes pass before its worker is told of them; None where they are not verified.
+        check: what its bytes pass before its worker is told of them; None where they are not verified, or no more.
         done: bytes that its worker was told of.
         ready: its worker serves it.
         dropping: its worker was told to drop it.
@@ -328,7 +328,7 @@ class Store:
         replica = self._replicas.get(message.replica)
         if replica is None or replica.dropping or replica.load is None:
             return
-        replica.ready = True
+        replica.ready, replica.check = True, None
         load, now = replica.load, time.monotonic()
         if not message.leased:
             self._pipeline.release(replica.order.checkpoint, message.replica)
