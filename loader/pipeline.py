@@ -244,7 +244,8 @@ class Pipeline:
         """Pieces with a slot of their own, those that pass through a ring, and its slots.
 
         For headers others are evicted: nothing can be copied before all of them are there. Of the rest as much is kept
-        as finds a place in half of the free slots, and leaves as many as the ring has: those are for the next load.
+        as finds a place in half of the slots beside the ring, and each time in half of those that are free as long as
+        as many as the ring has are left: those are for the next load.
         """
         homeless = self.tier.homeless(manifest.checkpoint, pieces)
         free, most = self.tier.room(manifest.checkpoint)
@@ -252,15 +253,16 @@ class Pipeline:
         reading = manifest.checkpoint in self._fills  # others wait for what has a slot now, and for no more
         if len(homeless) <= most and not (reading and homeless):
             return pieces, [], 0
-        own = len(pieces) - len(homeless)
-        width = max(1, min(RING // self._pool.slot_bytes, (most + own - heads) // 2))
+        width = max(1, min(RING // self._pool.slot_bytes, (most + len(pieces) - len(homeless) - heads) // 2))
         if ring and most < heads + width:
             homeless = self._shed(manifest, pieces, heads + width - most)
             free, most = self.tier.room(manifest.checkpoint)
         if not ring or most <= heads:
             raise self.tier.short(len(homeless), most)
-        width = min(width, most - heads)
-        passing = homeless[0 if reading else max(heads, min((free - width) // 2, free - 2 * width)) :]
+        width, own = min(width, most - heads), len(pieces) - len(homeless)
+        half = (free + own - width) // 2 - own
+        more = min((free - width) // 2, free - 2 * width)
+        passing = homeless[0 if reading else max(heads, half, more) :]
         apart = set(passing)
         return [piece for piece in pieces if piece not in apart], passing, width
 
