@@ -256,6 +256,8 @@ class Remote:
             if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError) or _UNKNOWN.search(why):
                 hint = _CREDENTIALS[urlsplit(self.url).scheme]
                 raise CheckpointError(f"{what} may not be read: {hint}") from error
+            if "status code: 404 " in why:
+                raise MissingError(f"{what} is not there") from error
             raise TransientError(f"{what}: {why}") from error
 
 
@@ -263,7 +265,7 @@ class MissingError(CheckpointError):
     """A server has no such file."""
 
 
-# Lists are refused without an error of their own; a machine of no cloud asks the cloud's address in vain.
+# Lists fail without errors of their own; a machine of no cloud asks the cloud's address in vain.
 _UNKNOWN = re.compile(r"status code: 40[13]\b|//169\.254\.169\.254/|//metadata\.google\.internal/")
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
@@ -279,8 +281,9 @@ def _file(name: str, meta: Any) -> RemoteFile:
 
 
 def _first_line(error: BaseException) -> str:
-    """Its reason, without what stands behind a question mark, which may be a signature."""
-    return re.sub(r"\?\S*", "", (str(error).splitlines() or [type(error).__name__])[0])
+    """Its reason, without a URL's query, which may be a signature, and without the server's page."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(status code: \d+ [\w ]+):.*", r"\1", re.sub(r"\?\S*", "", line))
 
 
 def _library() -> Any:

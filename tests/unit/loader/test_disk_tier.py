@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import resource
 import signal
 import subprocess
@@ -80,6 +81,7 @@ def test_what_is_brought_is_the_checkpoint_and_is_read_once(server: RangeServer,
         assert again.directory == cached.directory == lease.directory
     assert server.gets == []
     assert versions(tier) == [""]
+    assert sorted(path.name for path in lease.directory.parent.iterdir()) == ["checkpoint", "lock", "url"]
 
 
 def test_another_version_comes_beside_the_one_in_use(server: RangeServer, tier: DiskTier) -> None:
@@ -105,16 +107,18 @@ def test_a_server_that_is_gone_leaves_what_it_gave(server: RangeServer, tier: Di
 
 def test_the_longest_unused_leaves_and_none_in_use(server: RangeServer, tier: DiskTier) -> None:
     a, b, c = (f"{server.url}/{name}" for name in "abc")
-    tier.bring(a, silent).close()
-    kept = tier.bring(b, silent)
-    (tier.cached(a) or pytest.fail()).close()  # used after b
-    tier.bring(c, silent).close()  # b was used longest ago, and is in use
-    assert (tier.cached(a), held(kept)) == (None, files_of(server, "b"))
-    (tier.cached(c) or pytest.fail()).close()
-    second = hold(tier.cached(c).directory)  # type: ignore[union-attr]
-    assert second is not None
-    with pytest.raises(CapacityError, match=r"/a has .*of the disk tier's 1.0 MB, .* are in use"):
-        tier.bring(a, silent)
+    for seconds, url in enumerate((a, b)):
+        with tier.bring(url, silent) as lease:
+            os.utime(lease.lock, (seconds, seconds))
+    kept = tier.cached(a) or pytest.fail()  # used after b
+    tier.bring(c, silent).close()
+    assert (tier.cached(b), held(kept)) == (None, files_of(server, "a"))
+    tier.bring(b, silent).close()  # a was used before c, but is in use
+    assert (tier.cached(c), held(kept)) == (None, files_of(server, "a"))
+    with tier.cached(b) or pytest.fail() as lease:
+        second = hold(lease.directory) or pytest.fail()
+    with pytest.raises(CapacityError, match=r"/c has .*of the disk tier's 1.0 MB, .* are in use"):
+        tier.bring(c, silent)
     kept.close()
     second.close()
 

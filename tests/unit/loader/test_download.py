@@ -95,6 +95,7 @@ def test_what_came_before_an_error_is_not_read_again(
         ({"missing": 5}, "sent less than the range"),
         ({"whole": True}, "answers no ranges"),
         ({"etag": "other"}, "was changed while it was read: try again"),
+        ({"etag": "other", "deaf": True}, "was changed while it was read: try again"),
         ({"statuses": {"m/config.json": 403}}, "config.json may not be read"),
         ({"statuses": {"m/config.json": 404}}, "config.json is not there"),
     ],

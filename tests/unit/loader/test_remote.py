@@ -128,6 +128,12 @@ def test_what_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         server.faults.statuses = {"": 403}
         with pytest.raises(CheckpointError, match="may not be read: set AWS_ACCESS_KEY_ID"):
             Remote("s3://bucket/m").files()
+        server.faults.statuses = {"": 404}
+        with pytest.raises(CheckpointError, match=r"^s3://bucket/m is not there$"):
+            Remote("s3://bucket/m").files()
+        server.faults.statuses = {"": 500}
+        with pytest.raises(TransientError, match=r"^s3://bucket/m: .*500 Internal Server Error$"):
+            Remote("s3://bucket/m").files()
     with pytest.raises(TransientError, match=f"{url}/.*error sending request"):
         Remote(url).files()
 
