@@ -126,7 +126,7 @@ class Told:
         self.failures: list[CheckpointError] = []
 
     def landed(self, spans: Sequence[Landed], last: bool) -> None:
-        assert not self.last
+        assert not self.over
         self.spans += spans
         self.calls.append(len(spans))
         self.last += last

@@ -155,6 +155,28 @@ def _act(node: Node, source: Manifest, holder: int, told: Told, rng: Random) -> 
             advance(told, node)
 
 
+def test_a_load_that_failed_reads_and_tells_no_more(sources: list[Manifest]) -> None:
+    """What stays in the tier cannot be read, while what passes through the ring could."""
+    source, node = sources[2], Node(4)
+    os.utime(source.files[0].path, ns=(0, 0))
+    told = begin(node, source, 1, True)
+    assert told.load.ringed
+    while not told.over:
+        advance(told, node)
+    heard = len(told.spans)
+    while node.reader._queue:
+        node.turn()
+    assert isinstance(told, Device)
+    told.copy(told.waiting)
+    assert not node.reader._queue
+    assert (len(told.failures), len(told.spans)) == (1, heard)
+    os.utime(source.files[0].path, ns=(0, source.files[0].mtime_ns))
+    release(node, source, 1, told)
+    settle(node)
+    assert (node.tier.used_bytes, opened()) == (0, [])
+    node.close()
+
+
 # --- a read that does not return ---
 
 
