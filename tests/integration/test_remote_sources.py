@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -16,9 +19,11 @@ from serverless_llm.cli import serve, sources
 from serverless_llm.cli.diagnosis import directory_of
 from serverless_llm.config import load
 from serverless_llm.demo import tasks
+from serverless_llm.loader.disk_tier import DiskTier
 from serverless_llm.node.processes import command, environment
 from tests.range_server import RangeServer
 from tests.serving import hear_ctrl_c, until
+from tests.unit.loader import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -126,3 +131,29 @@ def test_ctrl_c_ends_a_pull_that_is_stuck(shell: Shell, server: RangeServer) -> 
         until(lambda: "models/add/model.safetensors" in server.gets, "the weights to begin", PATIENCE)
         process.send_signal(signal.SIGINT)
         assert process.wait(9) == 130
+
+
+@pytest.mark.storm
+def test_killed_at_a_hundred_points_it_takes_no_half_for_whole(
+    shell: Shell, server: RangeServer, tmp_path: Path
+) -> None:
+    directory = checkpoints.write(tmp_path / "m", checkpoints.random(24, 1), checkpoints.random(24, 2))
+    whole = {path.name: path.read_bytes() for path in directory.iterdir()} | {"tokenizer.json": DEMO["tokenizer.json"]}
+    server.files = {f"m/{name}": data for name, data in whole.items()}
+    url, chance = f"{server.url}/m", random.Random(1)
+    kills = 0
+    while kills < 100:
+        victim = subprocess.Popen(
+            command("serverless_llm", "pull", url),
+            env=shell.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            victim.wait(chance.uniform(0.15, 0.45))
+        victim.kill()
+        kills += victim.wait() < 0
+        if lease := DiskTier(shell.tier).cached(url):
+            with lease:
+                assert held(str(lease.directory)) == whole
+            shutil.rmtree(shell.tier)
+    assert held(shell("pull", url).stdout.strip()) == whole
+    assert [path.suffix for path in shell.tier.glob("*/*")] == [""]
