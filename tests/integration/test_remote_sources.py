@@ -134,26 +134,25 @@ def test_ctrl_c_ends_a_pull_that_is_stuck(shell: Shell, server: RangeServer) -> 
 
 
 @pytest.mark.storm
-def test_killed_at_a_hundred_points_it_takes_no_half_for_whole(
-    shell: Shell, server: RangeServer, tmp_path: Path
-) -> None:
+def test_killed_at_any_time_it_takes_no_half_for_whole(shell: Shell, server: RangeServer, tmp_path: Path) -> None:
     directory = checkpoints.write(tmp_path / "m", checkpoints.random(24, 1), checkpoints.random(24, 2))
     whole = {path.name: path.read_bytes() for path in directory.iterdir()} | {"tokenizer.json": DEMO["tokenizer.json"]}
     server.files = {f"m/{name}": data for name, data in whole.items()}
     url, chance = f"{server.url}/m", random.Random(1)
     kills = 0
-    while kills < 100:
+    for _ in range(100):  # some are done before
         victim = subprocess.Popen(
             command("serverless_llm", "pull", url),
             env=shell.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         with contextlib.suppress(subprocess.TimeoutExpired):
-            victim.wait(chance.uniform(0.15, 0.45))
+            victim.wait(chance.uniform(0.1, 0.4))
         victim.kill()
         kills += victim.wait() < 0
         if lease := DiskTier(shell.tier).cached(url):
             with lease:
                 assert held(str(lease.directory)) == whole
             shutil.rmtree(shell.tier)
+    assert kills > 10
     assert held(shell("pull", url).stdout.strip()) == whole
     assert [path.suffix for path in shell.tier.glob("*/*")] == [""]
