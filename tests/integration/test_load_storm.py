@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.storm]
 
 SEED = 20261
 MODELS = ("one", "other")  # by turns, since the DRAM tier holds no two of them: each load reads
-ENDS = [["worker_pid"] * 22 + ["unload"] * 6, ["agent_pid"] * 12]  # apart: what leaked in an agent goes with it
+ENDS = [["worker_pid"] * 26 + ["unload"] * 6, ["agent_pid"] * 8]  # apart: what leaked in an agent goes with it
 WAYS = {
     "ring": ["--weights", "copy", "--dram", "24MiB"],
     "copy": ["--weights", "copy", "--dram", "96MiB"],
