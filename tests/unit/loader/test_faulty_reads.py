@@ -12,6 +12,7 @@ import pytest
 from tests.faulty_reads import FaultyReads
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def read(tmp_path: Path, kind: str, *numbers: int) -> None:
@@ -20,7 +21,8 @@ def read(tmp_path: Path, kind: str, *numbers: int) -> None:
     for number in numbers:
         faulty.tell(kind, number)
         command = [*faulty.command, sys.executable, "-m", "tests.unit.loader.reading_faults", str(path), kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environ = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
