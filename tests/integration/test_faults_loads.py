@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from serverless_llm.cli.make_checkpoint import make_checkpoint
 from tests.faulty_reads import FaultyReads
 from tests.integration.completing import apart, ask, deploy, loading, status
+from tests.integration.test_faults import CHANGES
 from tests.serving import Server, until
 
 pytestmark = pytest.mark.slow
@@ -113,21 +113,7 @@ def test_reads_that_return_less_bring_the_same(server: Server, expected: dict[st
     reads.mend()
 
 
-def rewritten(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-4096, os.SEEK_END)
-        file.write(bytes(4096))
-
-
-def truncated(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 4096)
-
-
-def deleted(path: Path) -> None:
-    path.unlink()
-
-
-@pytest.mark.parametrize("change", [rewritten, truncated, deleted])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_on_its_way_through_a_ring(
     server: Server, sources: dict[str, Path], tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
