@@ -68,7 +68,9 @@ def data_offset(prefix: bytes, file_size: int) -> int:
         raise CheckpointError(f"file of {file_size} bytes is too short for a safetensors header")
     length = int.from_bytes(prefix[:PREFIX], "little")
     if length > MAX_HEADER:
-        raise CheckpointError(f"header of {length} bytes is over the limit of {MAX_HEADER}")
+        raise CheckpointError(
+            f"header of {length} bytes is over the limit of {MAX_HEADER}: no safetensors file, or a damaged one"
+        )
     if PREFIX + length > file_size:
         raise CheckpointError(f"header of {length} bytes reaches beyond the file's {file_size} bytes")
     return PREFIX + length

@@ -58,6 +58,8 @@ def save_file(
             for part in parts:
                 file.write(part)
         unfinished.replace(path)
+    except OSError as error:  # the caller knows no unfinished file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
 

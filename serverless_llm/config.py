@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -27,6 +27,9 @@ CLIENT_VARIABLES = frozenset({f"{PREFIX}URL", f"{PREFIX}CONFIG", f"{PREFIX}REMOT
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
 NO_NAME = "%r is no name of a model: letters, digits, '.', '_', '-' and at most one '/', first an ASCII letter or digit"
 DEVICES = re.compile(r"(cpu|cuda)(?::([1-9][0-9]{0,5}))?")
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+KINDS |= {"array": "a list", "object": "a mapping", "null": "nothing"}  # as msgspec names them
+EXPECTED = re.compile(rf"Expected `({'|'.join(KINDS)})(?: \| null)?`, got `({'|'.join(KINDS)})`$")
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
 LEAST_BODY = 1 << 10  # bytes; less holds no conversation
 
@@ -121,7 +124,7 @@ def parse_devices(value: str, gpus: int = 0) -> tuple[str, int]:
         return ("cuda", gpus) if gpus else ("cpu", 1)
     match = DEVICES.fullmatch(value)
     if not match:
-        raise ConfigurationError(f"devices: {value!r} is neither cpu:N nor cuda:N nor auto, N from 1 on")
+        raise ConfigurationError(f"{value!r} is neither cpu:N nor cuda:N nor auto, N from 1 on")
     return match[1], int(match[2] or 1)
 
 
@@ -186,11 +189,11 @@ def flag(name: str) -> str:
 
 
 def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Given]:
-    import yaml
+    from serverless_llm import strict_yaml
 
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raw = strict_yaml.load(path.read_text())
+    except (OSError, ValueError, RecursionError, strict_yaml.YAMLError) as error:
         raise ConfigurationError(f"{path}: {_plain(error)}") from None
     if not isinstance(raw, dict | None):
         raise ConfigurationError(f"{path}: a mapping of options is needed")
@@ -274,8 +277,21 @@ def _converted(given: Given, kind: Any) -> Any:
     try:
         return msgspec.convert(given.value, kind, strict=False, dec_hook=_path)
     except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at `$")
-        raise ConfigurationError(f"{given.where}{place.removesuffix('`')}: {what}") from None
+        place, what = in_words(error, kind)
+        raise ConfigurationError(f"{given.where}{place}: {what}") from None
+
+
+def in_words(error: msgspec.ValidationError, kind: Any) -> tuple[str, str]:
+    """The place in a value that was to be of `kind`, as `.field`, and what is wrong there, without the value itself,
+    which may be a secret."""
+    what, _, place = str(error).partition(" - at `$")
+    place = place.removesuffix("`")
+    if place.startswith("."):
+        kind = get_type_hints(kind)[place[1:]]
+    if get_origin(kind) is Literal:
+        return place, f"must be one of {', '.join(get_args(kind))}"
+    match = EXPECTED.match(what)
+    return place, f"{KINDS[match[1]]} is needed, not {KINDS[match[2]]}" if match else what
 
 
 def _path(kind: type, value: object) -> object:
@@ -298,8 +314,8 @@ def _derived(values: dict[str, Any], where: Mapping[str, str], gpus: int, memory
         nbytes = found.get(name, LEAST_MEMORY)
         if nbytes < LEAST_MEMORY or count * nbytes > most:
             each = size(nbytes) if count == 1 else f"{count} x {size(nbytes)}"
-            there = f"of {size(memory)} that this machine has; at least {LEAST_MEMORY >> 20} MiB are needed"
-            raise ConfigurationError(f"{where.get(name, name)}: {each}, {there}")
+            bound = "less than 1 MiB" if nbytes < LEAST_MEMORY else f"more than the {size(memory)} available here"
+            raise ConfigurationError(f"{where.get(name, name)}: {each} is {bound}")
     cores = len(os.sched_getaffinity(0))
     found["threads"] = values.get("threads", max(1, (cores - (cores > 2)) // (nodes * devices)))
     return found

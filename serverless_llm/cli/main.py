@@ -16,7 +16,7 @@ from typing import NamedTuple
 import click
 
 from serverless_llm.cli.signals import Terminated, unwinding
-from serverless_llm.errors import ConfigurationError, ServerlessLLMError
+from serverless_llm.errors import ConfigurationError, ServerlessLLMError, did_you_mean
 
 FAILURE, CONFIGURATION, INTERRUPTED = 1, 78, 130
 
@@ -60,6 +60,13 @@ class Verbs(click.Group):
         module = importlib.import_module(f"serverless_llm.cli.{verb.module}")
         command: click.Command = getattr(module, verb.function)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            ctx.fail(f"there is no command {args[0]!r}{did_you_mean(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -19,6 +19,7 @@ from serverless_llm.cli.output import as_json, say
 from serverless_llm.demo.shapes import SHAPES, TensorShape, shape_of, tensors_of
 from serverless_llm.demo.tokenizer import write_configs, write_json, write_tokenizer
 from serverless_llm.loader import header
+from serverless_llm.quantities import size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,8 +161,8 @@ def make_checkpoint_command(
         make_checkpoint(like, directory, layers, dtype, shards, seed)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    size = sum(path.stat().st_size for path in directory.iterdir())
+    nbytes = sum(path.stat().st_size for path in directory.iterdir())
     seconds = time.monotonic() - start
-    value = {"directory": str(directory), "bytes": size, "seconds": seconds}
-    told = f"{directory}: {size / 1e9:.2f} GB in {seconds:.1f} s; random weights: expect no sense, and often no text"
+    value = {"directory": str(directory), "bytes": nbytes, "seconds": seconds}
+    told = f"{directory}: {size(nbytes)} in {seconds:.1f} s; random weights: expect no sense, and often no text"
     say(value, told, as_json)

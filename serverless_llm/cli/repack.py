@@ -14,7 +14,13 @@ from serverless_llm.cli.output import as_json, say
 @click.command()
 @click.argument("source", metavar="SOURCE")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--shard-size", type=SIZE, default="16GB", show_default=True, help="Most bytes of tensors in one file.")
+@click.option(
+    "--shard-size",
+    type=SIZE,
+    default="16GB",
+    show_default=True,
+    help="Most bytes of tensors in one file; a larger tensor has one of its own.",
+)
 @as_json
 def repack(source: str, directory: Path, shard_size: str, as_json: bool) -> None:
     """Write SOURCE's checkpoint anew to DIRECTORY: few large files, aligned for direct reads.
@@ -31,4 +37,5 @@ def repack(source: str, directory: Path, shard_size: str, as_json: bool) -> None
     nbytes = sum(shard.nbytes for shard in written)
     tensors = sum(len(shard.parts) for shard in written)
     value = {"directory": str(directory), "files": len(written), "tensors": tensors, "bytes": nbytes}
-    say(value, f"{directory}: {tensors} tensors in {len(written)} files, {size(nbytes)}", as_json)
+    files = "1 file" if len(written) == 1 else f"{len(written)} files"
+    say(value, f"{directory}: {tensors} tensors in {files}, {size(nbytes)}", as_json)

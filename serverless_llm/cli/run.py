@@ -16,10 +16,11 @@ import click
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir, read_head
 from serverless_llm.cli.main import CONFIGURATION
+from serverless_llm.cli.models import deployed
 from serverless_llm.cli.options import COUNT
 from serverless_llm.cli.output import as_json, say
-from serverless_llm.cli.sources import is_source, name_of, resolve
-from serverless_llm.errors import ConfigurationError
+from serverless_llm.cli.sources import demos, is_source, name_of, resolve
+from serverless_llm.errors import ConfigurationError, did_you_mean
 from serverless_llm.surroundings import PREFIX
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def run(
         answer = _take(server.stream(path, body), began, sys.stdout if not as_json else io.StringIO())
     value = {"model": name, "text": answer.text, "first_token_s": answer.first}
     say(value | {"usage": answer.usage, "metrics": answer.metrics}, "", as_json)
-    if not quiet:
+    if not quiet and not as_json:
         click.echo(phases(answer), err=True)
 
 
@@ -100,10 +101,14 @@ def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[tuple[S
             raise
         if not is_source(model):
             raise Unreachable(
-                f"{model!r} is no directory, hub id, URL or demo checkpoint, and {error.message}"
+                f"{model!r} is no directory, hub id, URL or demo checkpoint{did_you_mean(model, demos())}; "
+                f"and {error.message}"
             ) from None
     else:
-        yield server, _deployed(server, model, quiet)
+        name = _deployed(server, model, quiet)
+        if not quiet:
+            _tell_problems(server)
+        yield server, name
         return
     name, source = name_of(model), resolve(model)
     if not quiet:
@@ -130,10 +135,23 @@ def _deployed(server: Server, model: str, quiet: bool) -> str:
                 f"(serverless-llm deploy NAME {model}), or run {name} for the other"
             )
         return name
+    for row in deployed(server):
+        if os.path.realpath(row["source"]) == os.path.realpath(source):
+            return str(row["name"])
     server.call("PUT", model_path(name), {"source": source})
     if not quiet:
         click.echo(f"{name} is deployed now and stays so; serverless-llm rm {name} takes it away", err=True)
     return name
+
+
+def _tell_problems(server: Server) -> None:
+    """Why an answer may take long to come."""
+    try:
+        problems = server.call("GET", "/admin/status")["problems"]
+    except Refusal:  # a key for models alone
+        return
+    for problem in problems:
+        click.echo(f"{problem}; the answer may wait for that", err=True)
 
 
 @contextlib.contextmanager

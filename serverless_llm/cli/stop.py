@@ -14,6 +14,7 @@ from serverless_llm.cli.client import lives, local_state_dir, nobody, of_state_d
 from serverless_llm.cli.output import as_json, say
 
 STOP = signal.SIGUSR1  # ends a server as SIGTERM does, but with status 0: it was told to by its operator
+TELL_AFTER = 2.0  # seconds of waiting in silence
 POLL = 0.05  # seconds; a process that is not a child can only be asked
 
 
@@ -37,9 +38,13 @@ def stop(now: bool, timeout: float, state_dir: Path | None, as_json: bool) -> No
     if now:
         time.sleep(POLL)  # signals of the same moment may come in any order
         _tell(head["pid"], signal.SIGTERM)
-    deadline = time.monotonic() + timeout
+    began, told = time.monotonic(), False
     while lives(head):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > TELL_AFTER and not told and not now:
+            click.echo("requests still run; serverless-llm stop --now ends them at once", err=True)
+            told = True
+        if waited > timeout:
             hint = "" if now else ", for requests that still run; serverless-llm stop --now ends it at once"
             raise click.ClickException(f"the server (pid {head['pid']}) still runs after {timeout:g} s{hint}")
         time.sleep(POLL)

@@ -181,8 +181,8 @@ class Gateway:
         """aiohttp's own refusals: no such route, wrong method, body over the limit."""
         if error.status == 404:
             return failure.no_route(request.method, request.path)
-        if error.status == 405:
-            return RequestError(405, "method_not_allowed", f"there is no {request.method} {request.path}")
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            return failure.no_method(request.method, request.path, error.allowed_methods)
         if error.status == 413:
             limit = self._options.body_limit
             return RequestError(413, "request_too_large", f"the body is over the limit of {limit} bytes")

@@ -39,6 +39,7 @@ _FEATURES = {
     "videos": "videos",
 }  # what other servers have under /v1/
 
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 _BARE = ("/chat/completions", "/completions", "/models")  # what clients ask for whose base URL lacks its end
 
 
@@ -51,7 +52,14 @@ def no_route(method: str, path: str) -> RequestError:
     feature = _FEATURES.get(rest.partition("/")[0]) if found else None
     if feature:
         message += f": {feature} {'are' if feature.endswith('s') else 'is'} not supported"
+    elif found:
+        message += did_you_mean(path, _ROUTES)
     return RequestError(404, "not_found", message)
+
+
+def no_method(method: str, path: str, allowed: Iterable[str]) -> RequestError:
+    """405: something is there, for another method."""
+    return RequestError(405, "method_not_allowed", f"{path} takes {', '.join(sorted(allowed))}, not {method}")
 
 
 def invalid(message: str, param: str | None = None) -> RequestError:
@@ -86,7 +94,9 @@ def encoded(error: RequestError) -> bytes:
 
 
 def headers(error: RequestError) -> dict[str, str]:
-    """When to retry, or that a retry is useless."""
+    """When to retry, or that a retry is useless; with 401, what is asked for."""
+    if error.status == 401:
+        return {"x-should-retry": "false", "WWW-Authenticate": "Bearer"}
     if error.retry_after is None:
         return {"x-should-retry": "false"}
     return {"Retry-After": str(retry_after(error.retry_after))}

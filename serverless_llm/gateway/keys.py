@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
+from serverless_llm import strict_yaml
 from serverless_llm.config import expand
 from serverless_llm.errors import ConfigurationError, did_you_mean
 
@@ -70,8 +70,8 @@ def read(path: Path, environ: Mapping[str, str]) -> tuple[Key, ...]:
     """
     try:
         text, mode = path.read_text(), path.stat().st_mode
-        raw = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = strict_yaml.load(text)
+    except (OSError, UnicodeDecodeError, strict_yaml.YAMLError) as error:
         raise ConfigurationError(f"keys file {path}: {_plain(error)}") from None
     if not isinstance(raw, list) or not raw:  # without a key everybody on this machine may call
         raise ConfigurationError(f"keys file {path}: a list of keys is needed")
@@ -93,7 +93,8 @@ def _plain(error: Exception) -> str:
     """What is wrong, without the text around it, which may be a key."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
-        return f"line {mark.line + 1} is no YAML"
+        repeated = isinstance(error, strict_yaml.RepeatedKeyError)
+        return f"line {mark.line + 1} {'repeats a key of its mapping' if repeated else 'is no YAML'}"
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no text in UTF-8"
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_type_hints
 
 import msgspec
 
-from serverless_llm.config import NAME, NO_NAME
+from serverless_llm.config import NAME, NO_NAME, in_words
 from serverless_llm.demo import tasks
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
-from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError
+from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError, did_you_mean
 from serverless_llm.loader import manifest
 from serverless_llm.node.threads import apart
 from serverless_llm.quantities import parse_duration
 
 T = TypeVar("T")
 
+UNKNOWN = re.compile(r"Object contains unknown field `(.+)`")  # as msgspec tells of it
 MOST = 1 << 31  # of any count that a deploy may ask for; an arbitrary bound that every store and frame can hold
 
 
@@ -28,7 +30,7 @@ class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a deploy; what is not given takes the server's default."""
 
     source: str
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     keep_alive: float | str | None = None
     min_replicas: int = 0
     max_replicas: int = 1
@@ -124,7 +126,13 @@ def parse(body: bytes, kind: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
-    except msgspec.MsgspecError as error:
+    except msgspec.ValidationError as error:
+        if unknown := UNKNOWN.fullmatch(str(error)):
+            near = did_you_mean(unknown[1], get_type_hints(kind))
+            raise refusal(f"unknown field {unknown[1]!r}{near}", unknown[1]) from None
+        place, what = in_words(error, kind)
+        raise refusal(f"{place[1:]}: {what}" if place else what, place[1:] or None) from None
+    except msgspec.DecodeError as error:
         raise refusal(str(error), None) from None
 
 

@@ -297,7 +297,7 @@ class Registry:
     def _usable(self, name: str) -> Entry:
         entry = self._entry(name)
         if entry.error:
-            raise RequestError(503, "model_load_failed", entry.error)
+            raise RequestError(503, "model_load_failed", f"{entry.error}; mend that and deploy it again")
         return entry
 
     def _row(self, name: str) -> JSON:

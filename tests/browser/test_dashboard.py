@@ -177,7 +177,7 @@ def test_a_deploy_over_a_name_that_is_there_asks_first(page: Page) -> None:
         ("Source", "relative/path", "source must be the absolute path"),
         ("Name", "no good name!", "is no name of a model"),
         ("Source", "", "Source is needed"),
-        ("Context, tokens", "many", "Expected `int"),
+        ("Context, tokens", "many", "a whole number is needed"),
     ],
 )
 def test_a_wrong_deploy_shows_what_the_server_says(

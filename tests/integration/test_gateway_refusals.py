@@ -202,7 +202,9 @@ def test_a_model_that_could_not_be_restored_is_not_unknown(tmp_path: Path) -> No
 def test_other_methods_and_bodies_get_json_errors(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         async with server.http.get("/v1/chat/completions") as response:
-            assert (response.status, (await error_of(response))["code"]) == (405, "method_not_allowed")
+            error = await error_of(response)
+            assert (response.status, error["code"]) == (405, "method_not_allowed")
+            assert error["message"] == "/v1/chat/completions takes POST, not GET"
             assert response.headers["Allow"] == "POST"
         for path in ("/models/demo", "/models/demo/v1", "/nothing"):
             async with server.http.get(path) as response:
@@ -219,6 +221,7 @@ def test_keys(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         async with server.chat() as response:
             assert (response.status, (await error_of(response))["code"]) == (401, "invalid_api_key")
+            assert response.headers["WWW-Authenticate"] == "Bearer"
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret") as ai:
             assert await collect(ai, stream=True) == ("hi", "stop")
 

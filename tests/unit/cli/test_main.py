@@ -52,7 +52,7 @@ def test_verbs_are_listed_without_import() -> None:
 def test_an_unknown_verb_is_a_usage_error(cli: CommandLine) -> None:
     outcome = cli("sreve")
     assert outcome.status == 2
-    assert "No such command 'sreve'" in outcome.err
+    assert "there is no command 'sreve'; did you mean 'serve'?" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from serverless_llm.cli import stop
 from serverless_llm.cli.run import Answer, phases
 from serverless_llm.cli.stop import STOP
 from serverless_llm.demo import tasks
 from tests.unit.cli.conftest import CommandLine, Scripted, events
 
 CHAT = ("POST", "/v1/chat/completions")
+STATUS = ("GET", "/admin/status")
 PHASES = {"load_disk_ms": 9, "load_queue_ms": 1.0}
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 METRICS = {"time_to_first_token_ms": 41.26, "cold_start_ms": 31.0, "cold_start_phases": PHASES}
@@ -26,6 +28,7 @@ METRICS = {"time_to_first_token_ms": 41.26, "cold_start_ms": 31.0, "cold_start_p
 def known(running: Scripted) -> Scripted:
     """A server with the model `m`, which answers `44 45`."""
     running.answers["GET", "/v1/models"] = (200, {"data": [{"id": "m"}]})
+    running.answers[STATUS] = (200, {"models": [], "problems": []})
     running.answers[CHAT] = (
         200,
         events(
@@ -50,7 +53,8 @@ def test_answer_on_stdout_phases_on_stderr(cli: CommandLine, known: Scripted) ->
 
 
 def test_the_whole_answer_as_json(cli: CommandLine, known: Scripted) -> None:
-    outcome = cli("run", "m", "43", "--json", "-q")
+    outcome = cli("run", "m", "43", "--json")
+    assert outcome.err == ""
     answer = json.loads(outcome.out)
     assert answer.pop("first_token_s") > 0
     assert answer == {"model": "m", "text": "44 45", "usage": USAGE, "metrics": METRICS}
@@ -116,6 +120,31 @@ def test_unknown_source_is_deployed_first(cli: CommandLine, known: Scripted) -> 
     assert known.seen[-1][2]["model"] == "demo-add"
 
 
+def test_a_directory_that_is_deployed_under_another_name_is_not_deployed_again(
+    cli: CommandLine, known: Scripted, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "tiny")
+    rows = [{"name": "other", "source": "/models/other"}, {"name": "m", "source": str(tmp_path / "link")}]
+    known.answers[STATUS] = (200, {"models": rows, "problems": []})
+    assert cli("run", str(tmp_path / "tiny"), "1", "-q") == (0, "44 45\n", "")
+    assert known.seen[-1][2]["model"] == "m"
+    assert {method for method, *_ in known.seen} == {"GET", "POST"}
+
+
+def test_what_keeps_a_server_from_answering_is_told(cli: CommandLine, known: Scripted) -> None:
+    known.answers[STATUS] = (200, {"models": [], "problems": ["node0/cpu:0 is drained"]})
+    outcome = cli("run", "m", "1")
+    assert (outcome.status, outcome.out) == (0, "44 45\n")
+    assert outcome.err.startswith("node0/cpu:0 is drained; the answer may wait for that\n")
+    assert cli("run", "m", "1", "-q").err == ""
+
+
+def test_a_key_for_models_alone_is_told_no_problems(cli: CommandLine, known: Scripted) -> None:
+    known.answers[STATUS] = (403, {"error": {"message": "no scope", "code": "permission_denied"}})
+    assert cli("run", "m", "1")[:2] == (0, "44 45\n")
+
+
 def test_a_directory_that_is_deployed_is_used_as_it_is(cli: CommandLine, known: Scripted, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "link").symlink_to(tmp_path)
@@ -166,7 +195,8 @@ def test_a_stream_that_breaks_off_is_no_answer(cli: CommandLine, known: Scripted
 def test_a_name_without_a_server_says_that_none_runs_and_how_to_start_one(cli: CommandLine) -> None:
     outcome = cli("run", "no-such-model", "x")
     assert outcome.status == 69
-    assert "'no-such-model' is no directory, hub id, URL or demo checkpoint, and no server is running" in outcome.err
+    assert "'no-such-model' is no directory, hub id, URL or demo checkpoint; and no server is running" in outcome.err
+    assert "checkpoint; did you mean 'demo-count'?; and no" in cli("run", "demo-cuont", "x").err
     assert "start one: serverless-llm serve" in outcome.err
 
 
@@ -224,6 +254,18 @@ def test_stop_in_another_state_directory(cli: CommandLine, tmp_path: Path) -> No
     assert cli("stop").status == 69
     assert cli("stop", "--state-dir", str(tmp_path / "other")).status == 0
     assert process.wait() == -STOP
+
+
+def test_stop_tells_what_it_waits_for(cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "TELL_AFTER", 0.0)
+    slow = "trap 'sleep 0.3; exit' USR1; echo slow; while :; do sleep 0.1; done"
+    with subprocess.Popen(["sh", "-c", slow], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        head(tmp_path, process.pid)
+        outcome = cli("stop")
+        assert outcome.status == 0
+        assert outcome.err == "requests still run; serverless-llm stop --now ends them at once\n"
 
 
 def test_stop_gives_up(cli: CommandLine, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.unit.test_config import MISTAKES
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "serverless-llm.schema.json"
 LATER = {  # no YAML, or judged below in another form
+    "{port: 1, nodes: 1, port: 2}", "models: {m: &m {source: /x}, n: {<<: *m, source: /y, source: /z}}",
     "port: [", "port: 2021-99-99", "hosts: &a [*a]", "models: {m: {source: /x, keep_alive: soon}}",
 }  # fmt: skip
 OF_THE_MACHINE = {  # which no schema knows

@@ -62,6 +62,7 @@ def test_clients_that_retry_by_status_are_never_misled() -> None:
             "there is no GET /chat/completions; did you mean /v1/chat/completions? A base URL ends in /v1",
         ),
         ("/models", "did you mean /v1/models? A base URL ends in /v1"),
+        ("/v1/chat/completion", "; did you mean '/v1/chat/completions'?"),
         ("/v1/teapots", "there is no GET /v1/teapots"),
     ],
 )

@@ -166,10 +166,13 @@ SENTENCES: dict[str, tuple[str, bytes]] = {
     "too short": ("file of 7 bytes is too short for a safetensors header", b"1234567"),
     "length beyond the file": ("header of 3 bytes reaches beyond the file's 10 bytes", raw(b"{}", length=3)),
     "length over the limit": (
-        "header of 100000001 bytes is over the limit of 100000000",
+        "header of 100000001 bytes is over the limit of 100000000: no safetensors file, or a damaged one",
         raw(b"{}", length=100_000_001),
     ),
-    "length of 2^63": (f"header of {2**63} bytes is over the limit of 100000000", raw(b"{}", length=2**63)),
+    "length of 2^63": (
+        f"header of {2**63} bytes is over the limit of 100000000: no safetensors file, or a damaged one",
+        raw(b"{}", length=2**63),
+    ),
     "nested a million deep": ("tensor 'a' is nested too deeply", raw(b'{"a":' + b"[" * 1_000_000)),
     "an endless entry": (
         "the entry of tensor 'a' is longer than 4096 characters",

@@ -75,6 +75,7 @@ def test_names_and_signatures_are_the_references() -> None:
             assert parameters[0] == parameters[1], name
             assert name in loader.__all__
     assert all(callable(getattr(loader, name)) for name in loader.__all__)
+    assert dir(loader) == sorted(loader.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'load_fil'"):
         loader.load_fil  # noqa: B018
 

@@ -193,7 +193,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("bad name", {}, 400, "name"),
     ("m", {"source": "relative"}, 400, "source"),
     ("m", {"source": "/nowhere"}, 400, "source"),
-    ("m", {"dtype": "int8"}, 400, "source"),
+    ("m", {"dtype": "int8"}, 400, "dtype"),
     ("m", {"keep_alive": "soon"}, 400, "keep_alive"),
     ("m", {"max_replicas": 0}, 400, "max_replicas"),
     ("m", {"max_concurrency": 0}, 400, "max_concurrency"),
@@ -205,8 +205,9 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("m", {"source": "~no-such-user/x"}, 400, "source"),
     ("m", {"source": "/a\0b"}, 400, "source"),
     ("m", {"context": 1 << 20}, 400, "source"),
-    ("m", {"colour": "red"}, 400, None),
-    ("m", {"verify": "some"}, 400, None),
+    ("m", {"colour": "red"}, 400, "colour"),
+    ("m", {"context": "many"}, 400, "context"),
+    ("m", {"verify": "some"}, 400, "verify"),
 ]
 
 
@@ -271,6 +272,22 @@ def test_a_body_that_is_not_json_is_refused() -> None:
     with pytest.raises(RequestError) as refused:
         admin.parse(b"{", admin.PinBody)
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"source": "/m", "contxt": 5}, "unknown field 'contxt'; did you mean 'context'?"),
+        ({"source": "/m", "context": "many"}, "context: a whole number is needed, not text"),
+        ({"source": "/m", "verify": "some"}, "verify: must be one of off, sample, full"),
+        ({}, "Object missing required field `source`"),
+        ([], "a mapping is needed, not a list"),
+    ],
+)
+def test_a_refusal_says_what_would_do(body: object, message: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        admin.parse(json.dumps(body).encode(), admin.DeployBody)
+    assert refused.value.message == message
 
 
 def test_what_is_deployed_from_the_disk_tier_stays_there(tmp_path: Path, checkpoint: Path) -> None:
