@@ -445,3 +445,10 @@ def test_the_package_alone_brings_no_torch() -> None:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "model.safetensors"
+    with pytest.raises(FileNotFoundError) as refused:
+        loader.save_file({"a": torch.zeros(1)}, path)
+    assert (refused.value.filename, refused.value.strerror) == (str(path), "No such file or directory")
