@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CheckpointError
-from serverless_llm.loader import plan
+from serverless_llm.loader import division, plan
 from serverless_llm.loader.link import Link
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.plan import Landed, Piece
@@ -23,7 +23,6 @@ from serverless_llm.loader.source import SourceFile
 from serverless_llm.loader.toucher import Toucher
 
 AHEAD = 1 << 30  # bytes
-RING = 256 << 20  # bytes of a ring, at most: some calls of every reader thread; a larger one gains nothing
 PAUSE = 2.0  # seconds, in which a model that was loaded has its first tokens
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
 
@@ -149,9 +148,7 @@ class Pipeline:
 
     def fits(self, manifest: Manifest, ring: bool = False) -> bool:
         """Whether the checkpoint could be loaded through an otherwise empty pool."""
-        pieces = self._pieces(manifest)
-        least = min(len(pieces), len(_heads(manifest, pieces)) + 1) if ring else len(pieces)
-        return least <= self.tier.slots
+        return division.least(manifest, self._pieces(manifest), ring) <= self.tier.slots
 
     def load(
         self,
@@ -175,7 +172,8 @@ class Pipeline:
         begun = time.monotonic()
         pieces = self._pieces(manifest)
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
-        kept, passing, width = self._divide(manifest, pieces, ring)
+        # Others wait for what has a slot now, and for no more.
+        kept, passing, width = division.divide(self.tier, manifest, pieces, ring, manifest.checkpoint in self._fills)
         lent = self.tier.lend(manifest.checkpoint, width)
         slots = self.tier.reserve(manifest.checkpoint, kept, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
@@ -239,39 +237,6 @@ class Pipeline:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
 
     # --- what is larger than the room for it ---
-
-    def _divide(self, manifest: Manifest, pieces: list[Piece], ring: bool) -> tuple[list[Piece], list[Piece], int]:
-        """Pieces with a slot of their own, those that pass through a ring, and its slots.
-
-        For headers others are evicted: nothing can be copied before all of them are there. Of the rest as much is kept
-        as finds a place in half of the slots beside the ring, and each time in half of those that are free as long as
-        as many as the ring has are left: those are for the next load.
-        """
-        homeless = self.tier.homeless(manifest.checkpoint, pieces)
-        free, most = self.tier.room(manifest.checkpoint)
-        heads = len(_heads(manifest, homeless))
-        reading = manifest.checkpoint in self._fills  # others wait for what has a slot now, and for no more
-        if len(homeless) <= most and not (reading and homeless):
-            return pieces, [], 0
-        width = max(1, min(RING // self._pool.slot_bytes, (most + len(pieces) - len(homeless) - heads) // 2))
-        if ring and most < heads + width:
-            homeless = self._shed(manifest, pieces, heads + width - most)
-            free, most = self.tier.room(manifest.checkpoint)
-        if not ring or most <= heads:
-            raise self.tier.short(len(homeless), most)
-        width, own = min(width, most - heads), len(pieces) - len(homeless)
-        half = (free + own - width) // 2 - own
-        more = min((free - width) // 2, free - 2 * width)
-        passing = homeless[0 if reading else max(heads, half, more) :]
-        apart = set(passing)
-        return [piece for piece in pieces if piece not in apart], passing, width
-
-    def _shed(self, manifest: Manifest, pieces: list[Piece], count: int) -> list[Piece]:
-        """So many of the checkpoint's last slots are free if nothing refers to them; its pieces that have none then."""
-        passed = {*self.tier.homeless(manifest.checkpoint, pieces), *_heads(manifest, pieces)}
-        own = [piece for piece in pieces if piece not in passed]
-        self.tier.shed(manifest.checkpoint, own[-count:])
-        return self.tier.homeless(manifest.checkpoint, pieces)
 
     def _ring(self, load: Load, pieces: list[Piece], slots: list[int]) -> Ring:
         def told(batch: Batch) -> None:
@@ -421,7 +386,3 @@ class Pipeline:
             self.tier.abort(checkpoint)
         for load in fill.loads:
             self._join(load)
-
-
-def _heads(manifest: Manifest, pieces: Sequence[Piece]) -> list[Piece]:
-    return [piece for piece in pieces if piece.offset < manifest.files[piece.file].data_offset]

@@ -21,6 +21,7 @@ COMPLETE = (
     "serverless_llm/cluster/*.py",
     "placement/*.py",
     "loader/digest.py",
+    "loader/division.py",
     "loader/header.py",
     "loader/manifest.py",
     "loader/plan.py",
