@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from serverless_llm import wire
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
-from serverless_llm.loader import digest, manifest
+from serverless_llm.loader import digest
 from serverless_llm.loader.link import Link, Priority
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pipeline import Load, Pipeline
@@ -26,9 +24,9 @@ from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
 from serverless_llm.node.check import Check, Tally, Verdicts
+from serverless_llm.node.manifests import Manifests
 from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.slot import Slot
-from serverless_llm.node.threads import apart
 from serverless_llm.node.verifier import Verifier
 
 log = logging.getLogger(__name__)
@@ -39,7 +37,6 @@ DIFFERS = (
     "%s, are not what they were at the first load, read twice; restore the file, or, if it is right, touch it, and "
     "deploy it again"
 )
-SHARED_S = 60.0  # a reading of headers is shared for so long: a dead mount costs a thread a minute, and no more loads
 
 
 @dataclass(slots=True, eq=False)
@@ -87,8 +84,7 @@ class Store:
         self._tier = Tier(self._pool.slots, self._pool.slot_bytes)
         self._pipeline = Pipeline(self._pool, self._tier, self._reader, loop.call_soon_threadsafe)
         self._upload = Link()
-        self._manifests: dict[str, Manifest] = {}
-        self._reading: dict[tuple[str, str], tuple[float, asyncio.Future[Manifest]]] = {}
+        self._manifests = Manifests()
         self._replicas: dict[int, Replica] = {}
         self._verifier = Verifier(self._pool, options.digests, loop.call_soon_threadsafe)
 
@@ -143,7 +139,7 @@ class Store:
 
     def forget(self, checkpoint: str) -> None:
         self._pipeline.forget(checkpoint)
-        self._manifests.pop(checkpoint, None)
+        self._manifests.forget(checkpoint)
 
     # --- what there is ---
 
@@ -185,7 +181,7 @@ class Store:
     async def _begin(self, replica: Replica) -> None:
         order = replica.order
         try:
-            found = await self._manifest(order)
+            found = await self._manifests.of(order.source, order.checkpoint, dict(self._tier.residents()))
             known = await self._verifier.digests(found) if order.verify != "off" else None
             replica.reserved = time.monotonic()
             replica.load = self._load(replica, found)
@@ -262,46 +258,6 @@ class Store:
         self._pipeline.discard(found, blocks)
         self.failed(replica.order.replica, DIFFERS % digest.described(found.files, blocks), permanent=True)
 
-    async def _manifest(self, order: wire.StartLoad) -> Manifest:
-        """The checkpoint's manifest, read again unless its bytes are here.
-
-        Raises:
-            CheckpointError: it is damaged, or no longer what was deployed.
-        """
-        here = {checkpoint for checkpoint, _ in self._tier.residents()}
-        self._manifests = {checkpoint: one for checkpoint, one in self._manifests.items() if checkpoint in here}
-        found = self._manifests.get(order.checkpoint)
-        if found is None:
-            try:
-                found = await asyncio.shield(self._read(order.source, order.checkpoint))
-            except TransientError:
-                raise
-            except CheckpointError as error:  # it was whole when it was deployed
-                raise CheckpointError(f"{error}; mend that and deploy it again") from error
-            if found.checkpoint != order.checkpoint:
-                raise CheckpointError(f"{order.source} was changed after it was deployed: deploy it again")
-            self._manifests[order.checkpoint] = found
-        return found
-
-    def _read(self, source: str, checkpoint: str) -> asyncio.Future[Manifest]:
-        """One reading for all who want it: on a dead mount it goes on when they have given up.
-
-        It may never return, though the mount is back: after a while another one is begun in its place.
-        """
-        key, now = (source, checkpoint), time.monotonic()
-        began, reading = self._reading.get(key, (-math.inf, None))
-        if reading is not None and now - began < SHARED_S:
-            return reading
-
-        def forget(done: asyncio.Future[Manifest]) -> None:
-            if key in self._reading and self._reading[key][1] is done:
-                del self._reading[key]
-
-        reading = apart(lambda: manifest.build(Path(source)))
-        self._reading[key] = now, reading
-        reading.add_done_callback(forget)
-        return reading
-
     def _arrived(self, replica: Replica, spans: Sequence[Landed], last: bool) -> None:
         if replica.check is None:
             self._landed(replica, spans, last)
@@ -353,7 +309,7 @@ class Store:
         if replica is None:
             return
         log.warning("replica %d of %s: %s", number, replica.order.model, message)
-        self._manifests.pop(replica.order.checkpoint, None)
+        self._manifests.forget(replica.order.checkpoint)
         if not replica.dropping:
             self._tell(wire.LoadFailed(number, message, permanent))
         self._drop(replica)
