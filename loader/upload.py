@@ -1,13 +1,15 @@
 """DRAM -> device, in the worker: as views into the pool, or as copies into the device's arena.
 
 One thread per device does what takes time, in few long calls that release the GIL: it takes the page faults of views,
-or copies. `Mapping` and `Upload` are fed with the same spans, in any order, and tell of their progress alike.
+or copies. `Mapping` and `Upload` are fed with the same spans, in any order, and tell of their progress alike. What
+somebody waits for goes before the next part of what nobody does.
 """
 
 from __future__ import annotations
 
-import queue
+import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -18,12 +20,14 @@ from serverless_llm.loader.bounce import Bounce
 from serverless_llm.loader.copies import Copies
 from serverless_llm.loader.dest import Dest
 from serverless_llm.loader.header import Header
+from serverless_llm.loader.link import Priority
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.pacer import Pacer
-from serverless_llm.loader.plan import Landed, Piece
+from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import HUGE_PAGE, MAX_SLOT, slot_size
 from serverless_llm.loader.source import PAGE
 from serverless_llm.loader.stitched import Kept, Slot, Stitched
+from serverless_llm.loader.turns import Turns
 from serverless_llm.loader.views import view
 
 Progress = Callable[[int, int], None]  # done, total; in bytes, from the uploader's thread
@@ -31,9 +35,15 @@ Read = Callable[[int], None]  # bytes of spans that are read no more, in the ord
 
 IDLE = 0.1  # seconds without work after which a discarded mapping is unmapped further; pieces of a load come faster
 
+BESIDE = 4 << 20  # bytes of a part while steps run: one that wants the core, or the memory map, waits for one part
+REST = 0.2  # as long as such a part took: a load keeps five sixths of its speed, and steps get their core back
+
 
 class Uploader:
     """One device's thread, and its window on the whole pool. An error in the thread goes to `threading.excepthook`.
+
+    Attributes:
+        step_due: the device computes, or is about to. Set by its owner, at any time.
 
     Args:
         pool_fd: the pool's memfd; the caller may close it after the last `mapping`.
@@ -48,10 +58,13 @@ class Uploader:
         self.window.place(0, pool_bytes, pool_fd, 0)
         self.pool = torch.frombuffer(self.window.buffer, dtype=torch.uint8)
         self.pacer = Pacer(rate)
-        self.chunk_bytes = plan.paced(rate, MAX_SLOT)
         self._bounce: dict[torch.device, Bounce] = {}
-        self._work: queue.SimpleQueue[tuple[Task, Landed] | Stitched | None] = queue.SimpleQueue()
+        self._longest = plan.paced(rate, MAX_SLOT)
+        self._turns: Turns[Task] = Turns()
         self._discarded: list[Stitched] = []
+        self.step_due = False
+        self._closed = False
+        self._wake = threading.Condition()  # guards _turns and _closed; told when there is more to do
         self.kept = Kept(pool_bytes, self.discard)
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
         self._thread.start()
@@ -72,15 +85,26 @@ class Uploader:
     def close(self) -> None:
         """Drops what is queued and ends the thread."""
         self.pacer.stop()
-        self._work.put(None)
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
         self._thread.join()
 
     def put(self, task: Task, span: Landed) -> None:
-        self._work.put((task, span))
+        with self._wake:
+            self._turns.put(task, span)
+            self._wake.notify()
+
+    def drop(self, task: Task) -> None:
+        """What is queued for it is not to be done."""
+        with self._wake:
+            self._turns.drop(task)
 
     def discard(self, stitched: Stitched) -> None:
         """Unmaps it when there has been nothing else to do for a while."""
-        self._work.put(stitched)
+        with self._wake:
+            self._discarded.append(stitched)
+            self._wake.notify()
 
     def bounce(self, device: torch.device) -> Bounce:
         """The pinned buffers of a CUDA device; the first call allocates them."""
@@ -90,29 +114,28 @@ class Uploader:
 
     def _run(self) -> None:
         while True:
-            try:
-                item = self._work.get(timeout=IDLE if self._discarded else None)
-            except queue.Empty:
+            with self._wake:
+                busy = self._turns or self._closed or self._wake.wait(IDLE if self._discarded else None)
+                if self._closed:
+                    return
+                longest = min(BESIDE, self._longest) if self.step_due else self._longest
+                turn = self._turns.take(longest) if self._turns else None
+            if turn is not None:
+                self._move(*turn)
+            elif not busy:
                 self._unmap_some()
-                continue
-            if item is None:
-                return
-            if isinstance(item, Stitched):
-                self._discarded.append(item)
-                del item  # the last reference unmaps
-            else:
-                self._feed(*item)
 
-    def _feed(self, task: Task, span: Landed) -> None:
-        for part in plan.cut(Piece(*span[:3]), self.chunk_bytes):
-            if task.closed:
-                break
-            self.pacer.wait(part.length)
-            task.step(Landed(*part, span.pool_offset + part.offset - span.offset))
+    def _move(self, task: Task, part: Landed) -> None:
+        self.pacer.wait(part.length)
+        began = time.monotonic()
+        task.step(part)
+        if self.step_due:
+            time.sleep(REST * (time.monotonic() - began))
 
     def _unmap_some(self) -> None:
-        if self._discarded[-1].release():
-            self._discarded.pop()
+        one = self._discarded[0]
+        if one.release():
+            self._discarded.remove(one)  # the last reference unmaps
 
 
 class Task:
@@ -122,6 +145,7 @@ class Task:
 
     Attributes:
         done, total: bytes; a task is ready when they are equal, which is told by exactly one `on_progress`.
+        priority: its parts go before those of higher numbers; may be changed at any time.
     """
 
     def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress) -> None:
@@ -131,6 +155,7 @@ class Task:
         self._heads: list[list[Landed]] = [[] for _ in sizes]  # spans of files whose header is not known yet
         self._headers: dict[int, Header] = {}  # by file
         self._busy = threading.Lock()  # held while the uploader's thread touches memory for this task
+        self.priority = Priority.ONLINE
         self.closed = False
         self.done = 0
         self.total = 0
@@ -168,6 +193,7 @@ class Task:
     def _stop(self) -> None:
         """When it returns the uploader's thread touches nothing of this task any more."""
         self.closed = True
+        self._uploader.drop(self)
         with self._busy:
             pass
 
@@ -326,8 +352,8 @@ class Upload(Task):
         if self._bounce:
             self._bounce.move(self._uploader.pool, span, copies, self._arena)
         else:
-            for source, target, length in copies:
-                self._arena[target : target + length].copy_(self._uploader.pool[source : source + length])
+            for source, target, length in copies:  # on this thread alone: torch's others would spin beside a step's
+                ctypes.memmove(self._arena.data_ptr() + target, self._uploader.window.address + source, length)
         self._read_bytes += span.length
         if self._on_read:
             self._on_read(self._read_bytes)

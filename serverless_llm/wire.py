@@ -91,7 +91,7 @@ class Unload(Message, frozen=True):
 
 
 class Hasten(Message, frozen=True):
-    """Head -> agent: the bytes of this replica's load go before those of loads that nobody waits for."""
+    """Head -> agent -> worker: the bytes of this replica's load go before those of loads that nobody waits for."""
 
     replica: int
 
@@ -273,7 +273,7 @@ class Place(Message, frozen=True):
     """Agent -> worker: make room for a replica; its pieces follow. `files`: (name, bytes) in load order.
 
     `ring`: the pieces' slots are used again as soon as the worker has copied them, which it tells by `Copied`.
-    `room`: an otherwise empty DRAM tier would hold all of them at once.
+    `room`: an otherwise empty DRAM tier would hold all of them at once. `online`: somebody waits for it.
     """
 
     replica: int
@@ -285,6 +285,7 @@ class Place(Message, frozen=True):
     files: list[tuple[str, int]]
     ring: bool = False
     room: bool = True
+    online: bool = True
 
 
 class Landed(Message, frozen=True):

@@ -17,6 +17,7 @@ from serverless_llm import wire
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
 from serverless_llm.errors import CapacityError, CheckpointError, InvariantError
+from serverless_llm.loader.link import Priority
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.upload import Mapping, Upload, Uploader
 
@@ -69,15 +70,26 @@ class Placing:
     def busy(self) -> bool:
         return any(not one.active for one in self._placements.values())
 
+    def yield_to_steps(self, due: bool) -> None:
+        """Whether steps run, beside which loads take less of the machine."""
+        self._uploader.step_due = due
+
     def place(self, order: wire.Place) -> wire.Message | None:
         """Begins a placement; its pieces follow."""
         try:
             model = ModelConfig.parse(json.loads(order.config), order.dtype)
         except CheckpointError as error:
             return wire.Failed(order.replica, str(error), permanent=True)
-        placement = Placement(order, model, self._task(order, self._view))
+        priority = Priority.ONLINE if order.online else Priority.PREFETCH
+        placement = Placement(order, model, self._task(order, self._view, priority))
         self._placements[order.replica] = placement
         return None
+
+    def hasten(self, replica: int) -> None:
+        """Somebody waits for this replica by now; it may have failed."""
+        placement = self._placements.get(replica)
+        if placement is not None:
+            placement.task.priority = Priority.ONLINE
 
     def landed(self, replica: int, pieces: list[tuple[int, int, int, int]], last: bool) -> wire.Message | None:
         """Bytes of a replica are in the pool."""
@@ -124,7 +136,7 @@ class Placing:
         self._close(placement)
         return [state.sequence for state in ended]
 
-    def _task(self, order: wire.Place, view: bool) -> Mapping | Upload:
+    def _task(self, order: wire.Place, view: bool, priority: Priority) -> Mapping | Upload:
         sizes = [size for _, size in order.files]
 
         def progress(done: int, total: int) -> None:
@@ -136,9 +148,13 @@ class Placing:
             self._read.put((order.replica, nbytes))
             os.eventfd_write(self.wakeup, 1)
 
-        if view:
-            return self._uploader.mapping(order.checkpoint, sizes, progress)
-        return self._uploader.upload(sizes, progress, read if order.ring else None)
+        task = (
+            self._uploader.mapping(order.checkpoint, sizes, progress)
+            if view
+            else self._uploader.upload(sizes, progress, read if order.ring else None)
+        )
+        task.priority = priority
+        return task
 
     def _reserve(self, placement: Placement) -> None:
         """Makes room in the engine as soon as the headers are there."""
@@ -159,7 +175,7 @@ class Placing:
                 )
             else:
                 placement.task.close()
-                placement.task = self._task(order, view=True)
+                placement.task = self._task(order, True, placement.task.priority)
                 placement.task.add(placement.spans)
         placement.spans = []
 

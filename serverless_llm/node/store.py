@@ -121,6 +121,7 @@ class Store:
             replica.priority = Priority.ONLINE
             if replica.load is not None:
                 replica.load.hasten(Priority.ONLINE)
+                self._slot(replica.order.device).send(wire.Hasten(number))
 
     def unload(self, number: int) -> None:
         """Frees a replica or ends its load; `Unloaded` follows."""
@@ -201,6 +202,7 @@ class Store:
             files=[(file.name, file.size) for file in found.files],
             ring=replica.load.ringed,
             room=self._pipeline.fits(found),
+            online=replica.priority == Priority.ONLINE,
         )
         self._slot(order.device).send(place)
         if order.verify != "off":

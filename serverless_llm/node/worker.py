@@ -92,6 +92,7 @@ class Worker:
 
     def _take(self) -> bool:
         """Handles what is there; waits for it when there is nothing else to do. False: the agent is gone."""
+        self._placing.yield_to_steps(self._engine.runnable)
         ready = self._poll.poll(self._patience())
         if not (ready or self._engine.runnable):
             self._engine.rest()
@@ -130,6 +131,8 @@ class Worker:
                 self._send(answer, framing.CONTROLLER)
             case wire.Place():
                 self._answer(self._placing.place(message))
+            case wire.Hasten(replica):
+                self._placing.hasten(replica)
             case wire.Landed(replica, pieces, last):
                 self._answer(self._placing.landed(replica, pieces, last))
             case wire.Drop(replica):
@@ -175,6 +178,7 @@ class Worker:
                 del self._owners[sequence]
 
     def _step(self) -> None:
+        self._placing.yield_to_steps(True)
         began = time.monotonic()
         result = self._engine.step()
         took = time.monotonic() - began

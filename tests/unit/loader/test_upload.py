@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -18,6 +20,7 @@ from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import manifest
 from serverless_llm.loader.dest import Dest
 from serverless_llm.loader.header import DTYPE_BITS, Header
+from serverless_llm.loader.link import Priority
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
@@ -242,6 +245,50 @@ def test_a_closed_task_moves_nothing(node: Node, uploader: Uploader) -> None:
     upload.close()
     upload.step(Landed(0, 0, 16, 0))
     assert news.empty()
+
+
+@pytest.mark.parametrize("hastened", [False, True])
+def test_what_somebody_waits_for_goes_before_the_next_part(
+    tmp_path: Path, node: Node, uploader: Uploader, hastened: bool
+) -> None:
+    spans = landed(node, manifest.build(write(tmp_path, random(2.5))))
+    begun, go, order = threading.Event(), threading.Event(), queue.SimpleQueue[str]()
+
+    def told(name: str, done: int, total: int) -> None:
+        order.put(name)
+        if name == "first":
+            begun.set()
+            go.wait(30)
+
+    tasks = {name: uploader.mapping(name, [3 << 20], partial(told, name)) for name in ("first", "slow", "late")}
+    for task in tasks.values():
+        task.priority = Priority.PREFETCH
+    tasks["first"].add(spans[:1])
+    begun.wait(30)  # what comes meanwhile waits for its turn
+    tasks["slow"].add(spans)
+    tasks["late"].add(spans)
+    if hastened:
+        tasks["late"].priority = Priority.ONLINE
+    go.set()
+    names = [order.get(timeout=30) for _ in range(3)]
+    assert names[1:] == (["late", "slow"] if hastened else ["slow", "late"])
+    assert all(task.close() for task in tasks.values())
+
+
+def test_beside_steps_parts_are_shorter() -> None:
+    pool = Pool(64 << 20)
+    uploader = Uploader(pool.fd, pool.capacity)
+    parts = {}
+    for due in (False, True):
+        uploader.step_due = due
+        news = News()
+        mapping = uploader.mapping(str(due), [32 << 20], lambda *report, news=news: news.put(report))
+        mapping.add(Landed(0, offset, pool.slot_bytes, offset) for offset in range(0, 32 << 20, pool.slot_bytes))
+        parts[due] = until_ready(news)
+        assert mapping.close()
+    assert parts == {False: 2, True: 8}
+    uploader.close()
+    pool.close()
 
 
 def test_ranges_suit_huge_pages_where_slots_do() -> None:
