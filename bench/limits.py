@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,33 +117,47 @@ class RawReader:
     def rate(self, setting: Setting, at_most: int = sys.maxsize) -> float:
         """Bytes per second of one pass over all files, or over about their first `at_most` bytes."""
         calls = reads(self._sizes, setting.piece)[: -(-at_most // setting.piece)]
+        left = calls[::-1]  # threads take from the end
+        return self._timed(
+            [functools.partial(self._drain, left, ring) for ring in self._rings[: setting.threads]], calls
+        )
+
+    def fill(self, memory: memoryview, setting: Setting) -> float:
+        """Bytes per second of one pass over all files into `memory`, which begins with a page and has room for all."""
+        calls = reads(self._sizes, setting.piece)
+        ends = itertools.accumulate(call.length for call in calls)
+        left = [(call, memory[end - call.length : end]) for call, end in zip(calls, ends, strict=True)][::-1]
+        return self._timed([functools.partial(self._scatter, left)] * setting.threads, calls)
+
+    def _timed(self, works: Sequence[Callable[[], int]], calls: Sequence[Read]) -> float:
         expected = sum(min(call.length, self._sizes[call.file] - call.offset) for call in calls)
-        calls.reverse()  # threads take from the end
-        counts: list[int] = []
-        threads = [
-            threading.Thread(target=self._drain, args=(calls, ring, counts)) for ring in self._rings[: setting.threads]
-        ]
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        seconds = time.perf_counter() - began
-        if sum(counts) != expected:
-            raise OSError(f"read {sum(counts)} bytes of {expected}")
+        with ThreadPoolExecutor(len(works)) as threads:
+            began = time.perf_counter()
+            done = sum(future.result() for future in [threads.submit(work) for work in works])
+            seconds = time.perf_counter() - began
+        if done != expected:
+            raise OSError(f"read {done} bytes of {expected}")
         return expected / seconds
 
-    def _drain(self, calls: list[Read], ring: memoryview, counts: list[int]) -> None:
+    def _drain(self, calls: list[Read], ring: memoryview) -> int:
         done, place = 0, 0
         while True:
             try:
                 file, offset, length = calls.pop()
             except IndexError:
-                break
+                return done
             place = place if place + length <= len(ring) else 0
             done += os.preadv(self._files[file], [ring[place : place + length]], offset)
             place += length
-        counts.append(done)
+
+    def _scatter(self, calls: list[tuple[Read, memoryview]]) -> int:
+        done = 0
+        while True:
+            try:
+                call, room = calls.pop()
+            except IndexError:
+                return done
+            done += os.preadv(self._files[call.file], [room], call.offset)
 
     def close(self) -> None:
         for file in self._files:

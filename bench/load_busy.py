@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer
 from bench import checkpoints
 from bench.cold_subjects import options
 from bench.common import drop_caches, quantile, row
+from bench.verdicts import at_least, at_most
 from tests.serving import Server, until
 
 PATIENCE, POLL = 300.0, 0.02
@@ -160,9 +160,7 @@ def contend(prefetched: Path, wanted: Path, rounds: int) -> tuple[list[dict[str,
         row(*name, "seconds_alone", "s", alone),
         row(*name, "seconds_ratio", "x", slower),
     ]
-    return found, [
-        _judged("contend: a load beside a prefetch, over the same alone", statistics.median(slower), CONTEND)
-    ]
+    return found, [at_most("contend: a load beside a prefetch, over the same alone", slower, CONTEND)]
 
 
 def beside_decode(resident: Path, loaded: Path, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -184,19 +182,14 @@ def beside_decode(resident: Path, loaded: Path, rounds: int) -> tuple[list[dict[
         row(*name, "itl_during_ms", "ms", [1000 * gap for gap in during]),
         row(*name, "speed_ratio", "x", speed),
     ]
-    slowed = 1 / statistics.median(speed)
     return found, [
-        _judged("beside-decode: P99 between tokens during a load, over without one", ratio, ITL),
-        _judged("beside-decode: the load's time, over the same alone", slowed, 1 / SPEED),
+        at_most("beside-decode: P99 between tokens during a load, over without one", [ratio], ITL),
+        at_least("beside-decode: the load's speed, over the same alone", speed, SPEED),
     ]
 
 
 def _all(lists: Iterable[list[float]]) -> list[float]:
     return [one for several in lists for one in several]
-
-
-def _judged(what: str, value: float, most: float) -> str:
-    return f"{what} {value:.2f} (at most {most:g}): {'met' if value <= most else 'MISSED'}"
 
 
 BUSY = {"contend": contend, "beside-decode": beside_decode}

@@ -45,7 +45,7 @@ def measure(directory: Path, nbytes: int, limit: Callable[[], float], rounds: in
     for kind in KINDS:
         try:
             with pages(kind, nbytes), Service(directory) as service:
-                samples = [(limit(), _cold(service)) for _ in range(rounds)]
+                samples = [(limit(), cold(service)) for _ in range(rounds)]
                 assert service.prefault is not None
                 first = service.prefault
         except OSError as error:
@@ -62,7 +62,7 @@ def measure(directory: Path, nbytes: int, limit: Callable[[], float], rounds: in
     return found
 
 
-def _cold(service: Service) -> Sample:
+def cold(service: Service) -> Sample:
     """One whose bytes did not come from the disk is no sample."""
     for _ in range(TRIES):
         with contextlib.suppress(WrongTier):

@@ -22,6 +22,7 @@ from tests.serving import Server, until
 
 CASES = ("cold", "warm")
 PEERS = ("safetensors", "safetensors-pread", "runai", "fastsafetensors", "tensorizer", "transformers")
+LAZY = ("safetensors", "transformers")  # whose tensors are views of the mapped files
 SUBJECTS = ("ours-service", "ours-library", *PEERS)
 MODEL = "subject"
 PATIENCE = 300.0  # seconds for one load
@@ -100,12 +101,14 @@ class Service:
 
     name = "ours-service"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, weights: str = "view", pool: int | None = None) -> None:
+        """`pool`: bytes of the DRAM tier; None: room for all."""
         self._directory = directory
         self._files = checkpoints.weight_files(directory)
-        self._nbytes = sum(path.stat().st_size for path in self._files)
+        self.nbytes = sum(path.stat().st_size for path in self._files)
         self._scratch = Path(tempfile.mkdtemp(prefix="serverless-llm-load-"))
-        self._server = Server(self._scratch / "state", *options("cpu", "view", self._nbytes))
+        chosen = options("cpu", weights, self.nbytes) + (["--dram", str(pool)] if pool else [])
+        self._server = Server(self._scratch / "state", *chosen)
         self.prefault: Sample | None = None
 
     def __enter__(self) -> Self:
@@ -120,20 +123,22 @@ class Service:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def sample(self, case: str) -> Sample:
-        self._forget()
-        self._deploy()
+        self.empty()
         prepare(case, self._files)
-        return check(case, self._load(), self._nbytes)
+        return check(case, self._load(), self.nbytes)
+
+    def processes(self) -> list[psutil.Process]:
+        return self._server.processes()
 
     def _load(self) -> Sample:
-        processes = self._server.processes()
+        processes = self.processes()
         disk = Disk(self._files[0])
         before, storage, faults = cpu(processes), read_bytes(processes), minor_faults(processes)
         seconds, reading = self._phase("total"), self._phase("disk")
         self._server.put(f"/admin/models/{MODEL}/load", {}, "POST")
         until(self._loaded, "the model to be loaded", PATIENCE, POLL)
         reading = self._phase("disk") - reading
-        return Sample(
+        sample = Sample(
             seconds=self._phase("total") - seconds,
             cpu_s=cpu(processes) - before,
             peak_rss_mib=shared_mib(processes),
@@ -141,6 +146,11 @@ class Service:
             faults=minor_faults(processes) - faults,
             idle=disk.idle(reading),
         )
+        until(self._resident, "the server to hear of its DRAM tier")  # `empty` waits for the contrary
+        return sample
+
+    def _resident(self) -> bool:
+        return any(node["resident"] for node in self._server.status()["nodes"])
 
     def _phase(self, phase: str) -> float:
         return self._server.metric("serverless_llm_load_seconds_sum", phase=phase)
@@ -151,9 +161,13 @@ class Service:
     def _deploy(self) -> None:
         self._server.put(f"/admin/models/{MODEL}", {"source": str(self._directory)})
 
-    def _forget(self) -> None:
+    def empty(self) -> None:
+        """Nothing of the model is on the device or in DRAM. It leaves DRAM with its name, if no replica is left."""
+        self._server.put(f"/admin/models/{MODEL}/unload", {}, "POST")
+        until(lambda: not any(device["replicas"] for device in self._server.devices()), "an empty device")
         self._server.put(f"/admin/models/{MODEL}", {}, "DELETE")
-        until(lambda: not any(node["resident"] for node in self._server.status()["nodes"]), "an empty DRAM tier")
+        until(lambda: not self._resident(), "an empty DRAM tier")
+        self._deploy()
 
 
 class Disk:

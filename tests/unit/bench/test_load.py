@@ -22,6 +22,7 @@ def made_up(service: float = 2.0, idle: float = 0.01, count: int = 3) -> list[Ro
         Key("cold", "safetensors"): sample(3.0, 0.1),
         Key("warm", "ours-service"): sample(0.5, 0.4, storage=0),
         Key("warm", "runai"): sample(1.0, 0.4, storage=0),
+        Key("warm", "safetensors"): sample(0.1, 0.1, storage=0),
     }
     return [Round({"cold": 2e9, "warm": 10e9}, samples)] * count
 
@@ -41,6 +42,7 @@ def test_rows_stand_beside_the_limit_and_the_best_peer() -> None:
     assert of(found, "cold", "runai", "throughput")["ratio_to_best_peer"] is None
     assert of(found, "cold", "ours-service", "read_ratio")["median"] == 1.0
     assert of(found, "warm", "limit", "throughput")["median"] == 10.0
+    assert of(found, "warm", "ours-service", "throughput")["best_peer"] == "runai"  # the other only maps
 
 
 def test_what_is_promised_is_judged() -> None:
