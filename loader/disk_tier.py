@@ -16,7 +16,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ LOCK = "lock"
 URL = "url"
 PARTIAL = ".partial"
 GONE = ".gone"
+Placed = Callable[[RemoteFile], memoryview | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,13 @@ class DiskTier:
                 return lease
         return None
 
-    def bring(self, url: str, told: Told, needed: Sequence[str] = ()) -> Lease:
+    def bring(self, url: str, told: Told, needed: Sequence[str] = (), memory_for: Placed = lambda file: None) -> Lease:
         """What the URL holds now, whole; where its server cannot be reached, what it held when that was brought last.
 
         Args:
             needed: names of files without which nothing is read.
+            memory_for: asked of each file unless all are whole already; where its bytes are wanted besides, in whole
+                pages, or None. They are there when this returns.
 
         Raises:
             CheckpointError: there is no such checkpoint, or what came of it is not what the server promised.
@@ -105,11 +108,11 @@ class DiskTier:
             raise CheckpointError(f"{source.url} has no {absent[0]}")
         whole = self._home(source.url) / _version(files)
         try:
-            return self._whole(source, files, whole, told)
+            return self._whole(source, files, whole, told, memory_for)
         except OSError as error:
             raise TransientError(f"{source.url} cannot be kept in {self.root}: {error.strerror}") from error
 
-    def _whole(self, source: Remote, files: Sequence[RemoteFile], whole: Path, told: Told) -> Lease:
+    def _whole(self, source: Remote, files: Sequence[RemoteFile], whole: Path, told: Told, memory_for: Placed) -> Lease:
         partial = whole.with_name(whole.name + PARTIAL)
         while (lease := _lease(whole)) is None:
             partial.mkdir(parents=True, exist_ok=True)
@@ -120,15 +123,17 @@ class DiskTier:
                 if whole.exists():
                     self._discard(partial)
                 else:
-                    self._fill(source, files, partial, whole, told)
+                    (partial / URL).write_text(source.url)
+                    self._make_room(source.url, files, partial)
+                    memory = {file.name: place for file in files if (place := memory_for(file)) is not None}
+                    download(source, files, partial, told, memory)
+                    self._finish(source, files, partial, whole)
             finally:
                 os.close(lock)
         return lease
 
-    def _fill(self, source: Remote, files: Sequence[RemoteFile], partial: Path, whole: Path, told: Told) -> None:
-        (partial / URL).write_text(source.url)
-        self._make_room(source.url, files, partial)
-        download(source, files, partial, told)
+    def _finish(self, source: Remote, files: Sequence[RemoteFile], partial: Path, whole: Path) -> None:
+        """Makes the version whole, now that all of it is there."""
         try:
             _check(source, files, partial / CHECKPOINT)
         except TransientError:

@@ -17,11 +17,12 @@ import mmap
 import os
 import stat
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -32,7 +33,7 @@ from serverless_llm.loader.manifest import FileEntry
 from serverless_llm.loader.plan import Piece
 from serverless_llm.loader.pool import HUGE_PAGE
 from serverless_llm.loader.reader import CALL_BYTES, THREADS
-from serverless_llm.loader.remote import is_url
+from serverless_llm.loader.remote import RemoteFile, is_url
 from serverless_llm.loader.source import PAGE, OpenFile, SourceFile
 from serverless_llm.loader.staging import SETTING
 from serverless_llm.loader.tied import duplicates
@@ -116,14 +117,23 @@ def load_checkpoint(directory: str | os.PathLike[str], device: Device = "cpu") -
     """All tensors of a Hugging Face directory, sharded or not, in file order: as `load_file` of each of its files.
 
     Args:
-        directory: or its URL (docs/remote.md): it is brought into the disk tier, and loaded from there.
+        directory: or its URL (docs/remote.md): it is brought into the disk tier. On the CPU, what comes lands in the
+            tensors' memory, too; what was there, and all on other devices, is loaded from the tier.
 
     Raises:
         CheckpointError: names the file and what is wrong; a `TransientError` where the system could not read it.
     """
     home = torch.device(device)
-    with _local(directory) as path:
-        return {name: tensor for file in manifest.weights(path) for name, tensor in _load(file, home).items()}
+    landed: dict[str, memoryview] = {}
+
+    def memory_for(file: RemoteFile) -> memoryview | None:
+        if home.type != "cpu" or not file.name.endswith(".safetensors"):
+            return None
+        landed[file.name] = _allocate(_pages(file.size) or PAGE)
+        return landed[file.name]
+
+    with _local(directory, memory_for) as path:
+        return {name: one for file in manifest.weights(path) for name, one in _load(file, home, landed).items()}
 
 
 def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
@@ -200,19 +210,23 @@ def _opened(source: str | os.PathLike[str]) -> tuple[ExitStack, list[FileEntry]]
 
 
 @contextmanager
-def _local(source: str | os.PathLike[str]) -> Iterator[Path]:
+def _local(source: str | os.PathLike[str], memory_for: disk_tier.Placed = lambda file: None) -> Iterator[Path]:
     """The directory of a checkpoint; that of a URL is brought up to date, and stays meanwhile."""
     if not is_url(source):
         if not stat.S_ISDIR(os.stat(source).st_mode):  # noqa: PTH116  # the error names what the caller named
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(source))
         yield Path(source)
         return
-    with disk_tier.tier().bring(str(source), lambda name, done, total: None) as lease:
+    with disk_tier.tier().bring(str(source), lambda name, done, total: None, memory_for=memory_for) as lease:
         yield lease.directory
 
 
-def _load(file: FileEntry, device: torch.device) -> dict[str, torch.Tensor]:
-    """One allocation on the CPU; for another device a group at a time."""
+def _load(
+    file: FileEntry, device: torch.device, landed: Mapping[str, memoryview] = MappingProxyType({})
+) -> dict[str, torch.Tensor]:
+    """One allocation on the CPU, `landed` if its bytes came there; for another device a group at a time."""
+    if file.name in landed:
+        return _views(file, file.header.tensors, landed[file.name])
     if device.type == "cpu":
         return _tensors(file, file.header.tensors, device)
     return dict(_ahead(ExitStack(), _groups([file]), device))
@@ -235,9 +249,16 @@ def _tensors(file: FileEntry, group: Sequence[TensorEntry], device: torch.device
     if not group:
         return {}
     base = group[0].start // PAGE * PAGE
+    tensors = _views(file, group, _read(file, base, group[-1].end), base)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _views(
+    file: FileEntry, group: Sequence[TensorEntry], content: memoryview, base: int = 0
+) -> dict[str, torch.Tensor]:
+    """Tensors whose bytes are in memory, from the file's byte `base` on."""
     try:
-        content = _read(file, base, group[-1].end)
-        return {entry.name: view(content, entry, base).to(device) for entry in group}
+        return {entry.name: view(content, entry, base) for entry in group}
     except CheckpointError as error:
         if str(file.path) in str(error):
             raise

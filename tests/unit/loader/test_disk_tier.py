@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from serverless_llm.errors import CapacityError, CheckpointError, ConfigurationError, TransientError
-from serverless_llm.loader import disk_tier, download, iterate, iterate_async, load_checkpoint, remote
+from serverless_llm.loader import disk_tier, download, iterate, iterate_async, library, load_checkpoint, remote
 from serverless_llm.loader.disk_tier import DiskTier, Lease, hold
 from serverless_llm.node.processes import environment
 from tests.range_server import CHUNK, Faults, RangeServer
@@ -298,10 +298,16 @@ def test_two_processes_read_it_once(server: RangeServer, tier: DiskTier) -> None
     assert versions(tier) == [""]
 
 
-def test_the_library_loads_urls(server: RangeServer, tmp_path: Path) -> None:
+def test_the_library_loads_urls(server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{server.url}/a"
     there = load_checkpoint(tmp_path / "a")
-    brought = load_checkpoint(url)
+    server.faults.fails_after = 100_000
+    with pytest.raises(TransientError, match="500"):
+        load_checkpoint(url)
+    server.faults.fails_after = None
+    with monkeypatch.context() as change:
+        change.delattr(library, "OpenFile")  # what came, then and now, is not read from the disk by it
+        brought = load_checkpoint(url)
     assert brought.keys() == there.keys()
     assert all(torch.equal(brought[name], tensor) for name, tensor in there.items())
     server.gets.clear()

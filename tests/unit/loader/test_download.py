@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import download, remote
-from serverless_llm.loader.download import Range, missing, recorded
+from serverless_llm.loader.download import PAGE, Range, _Written, missing, recorded
 from serverless_llm.loader.remote import Remote
+from serverless_llm.loader.source import OpenFile, SourceFile
 from tests.range_server import RangeServer
 
 SIZES = [1000, 0, 7]
@@ -45,11 +49,16 @@ def server() -> RangeServer:
     return RangeServer({"m/model.safetensors": random.Random(1).randbytes(1 << 20), "m/config.json": b"{}"})
 
 
-def bring(source: Remote, folder: Path, told: download.Told = lambda name, done, total: None) -> bytes:
+def bring(
+    source: Remote,
+    folder: Path,
+    told: download.Told = lambda name, done, total: None,
+    memory: Mapping[str, memoryview] | None = None,
+) -> bytes:
     files = source.files()
     folder.mkdir(exist_ok=True)
     download.prepare(folder, files)
-    download.download(source, files, folder, told)
+    download.download(source, files, folder, told, memory or {})
     return (folder / download.CHECKPOINT / "model.safetensors").read_bytes()
 
 
@@ -63,6 +72,52 @@ def test_files_come_whole_and_are_told_of(server: RangeServer, tmp_path: Path) -
     assert told[-1] == ("model.safetensors", 1 << 20, 1 << 20)
     assert ("config.json", 2, 2) in told
     assert server.gets.count("m/model.safetensors") >= download.CONNECTIONS
+
+
+def test_what_is_wanted_in_memory_is_there_whatever_came_before(server: RangeServer, tmp_path: Path) -> None:
+    wanted = memoryview(mmap.mmap(-1, 1 << 20))
+    with server:
+        source = Remote(f"{server.url}/m")
+        server.faults.fails_after = 500_000
+        with pytest.raises(TransientError, match="500"):
+            bring(source, tmp_path, memory={"model.safetensors": wanted})
+        with (tmp_path / download.RECORD).open("a") as record:
+            record.write("1 1048000 1048111\n")  # as of no page's length; of zeros, which the memory must have
+        server.faults.fails_after = None
+        wanted[:] = bytes(1 << 20)
+        came = bring(source, tmp_path, memory={"model.safetensors": wanted})
+    expected = bytearray(server.files["m/model.safetensors"])
+    expected[1048000:1048111] = bytes(111)
+    assert came == wanted == expected
+
+
+def test_bytes_go_past_the_page_cache(server: RangeServer, tmp_path: Path) -> None:
+    with server:
+        source = Remote(f"{server.url}/m")
+        files = source.files()
+        download.prepare(tmp_path, files)
+        download.download(source, files, tmp_path, lambda name, done, total: None, {})
+    path = tmp_path / download.CHECKPOINT / "model.safetensors"
+    opened = OpenFile(SourceFile(path, path.stat().st_size, path.stat().st_mtime_ns))
+    place = memoryview(mmap.mmap(-1, 1 << 20))
+    try:
+        assert not opened.read([place], 0, 1 << 20), "it came from the cache"
+    finally:
+        opened.close()
+
+
+@pytest.mark.slow
+@settings(max_examples=50)
+@given(st.sampled_from([0, 1, 512, PAGE, 3 * PAGE]), st.integers(0, 5 * PAGE), st.sampled_from([0, 1, 512]))
+@example(0, PAGE, 1)
+def test_any_bytes_from_anywhere_are_written(offset: int, nbytes: int, shift: int) -> None:
+    memory = memoryview(mmap.mmap(-1, 8 * PAGE))
+    memory[:] = random.Random(0).randbytes(len(memory))
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(offset)
+        with _Written(Path(file.name)) as written:
+            written.write(memory[shift : shift + nbytes], offset)
+        assert Path(file.name).read_bytes() == bytes(offset) + memory[shift : shift + nbytes]
 
 
 @pytest.mark.parametrize("etag", ["", None, "W/"])
@@ -108,5 +163,5 @@ def test_servers_that_lie_are_told(server: RangeServer, tmp_path: Path, faults: 
             setattr(server.faults, name, value)
         download.prepare(tmp_path, files)
         with pytest.raises(CheckpointError, match=said) as raised:
-            download.download(source, files, tmp_path, lambda name, done, total: None)
+            download.download(source, files, tmp_path, lambda name, done, total: None, {})
     assert f"{server.url}/m" in str(raised.value)
