@@ -122,14 +122,21 @@ class Pipeline:
     """Ties the tier's books, the pool and the reader together. `post` runs a callable on the owner's thread.
 
     When nothing was loaded for `pause` seconds, free slots are made ready ahead of need: `ahead` bytes of them, or as
-    many as the largest checkpoint so far had.
+    many as the largest checkpoint so far had. `freed` is called when others may find room that had none.
 
     Attributes:
         disk: the disk as finished loads saw it.
     """
 
     def __init__(
-        self, pool: Pool, tier: Tier, reader: Reader, post: Post, ahead: int = AHEAD, pause: float = PAUSE
+        self,
+        pool: Pool,
+        tier: Tier,
+        reader: Reader,
+        post: Post,
+        ahead: int = AHEAD,
+        pause: float = PAUSE,
+        freed: Callable[[], None] = lambda: None,
     ) -> None:
         self.disk = Link()
         self.tier = tier
@@ -137,6 +144,7 @@ class Pipeline:
         self._reader = reader
         self._post = post
         self._pause = pause
+        self._freed = freed
         self._fills: dict[CheckpointId, _Fill] = {}
         self._rings: dict[ReplicaId, Ring] = {}
         self._trimming = False  # a slot is being made ready, or `_trim` is posted
@@ -145,6 +153,11 @@ class Pipeline:
         self._toucher = Toucher(pool)
         self.tier.wanted = ahead // pool.slot_bytes
         self._trim()
+
+    @property
+    def settling(self) -> bool:
+        """`freed` will be called though nobody releases anything more."""
+        return bool(self._fills or self.tier.lent)
 
     def fits(self, manifest: Manifest, ring: bool = False) -> bool:
         """Whether the checkpoint could be loaded through an otherwise empty pool."""
@@ -193,6 +206,7 @@ class Pipeline:
             ring.release()
         self.tier.release(checkpoint, holder, time.monotonic())
         self._trim()
+        self._freed()
 
     def forget(self, checkpoint: CheckpointId) -> None:
         """No model names the checkpoint any more: it leaves with its last lease, its memory slot by slot."""
@@ -260,6 +274,7 @@ class Pipeline:
     def _given_back(self, slots: Sequence[int]) -> None:
         self.tier.give_back(slots)
         self._trim()
+        self._freed()
 
     def _join(self, load: Load) -> None:
         checkpoint = load.manifest.checkpoint
@@ -345,6 +360,8 @@ class Pipeline:
         elif batch.last:
             self._after_cancel(checkpoint, fill)
         self._trim()
+        if batch.last:
+            self._freed()
 
     def _land(self, checkpoint: CheckpointId, fill: _Fill, batch: Batch) -> None:
         whole = []

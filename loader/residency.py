@@ -103,6 +103,11 @@ class Tier:
             self._lent.remove(slot)
             heapq.heappush(self._ready, slot)
 
+    @property
+    def lent(self) -> int:
+        """Slots that are still to be given back."""
+        return len(self._lent)
+
     def shed(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> None:
         """An idle checkpoint gives up these pieces, for others of its own; one in use gives up none."""
         resident = self._residents.get(checkpoint)

@@ -44,7 +44,8 @@ class Replica:
     """One replica's stay on a device. Times are monotonic seconds.
 
     Attributes:
-        task: reads the manifest; done before anything else begins.
+        task: reads the manifest and finds room; done before anything else begins.
+        turn: resolved when there may be room; None while it does not wait for that.
         load: its wait for bytes, from its reservation on.
         check: what its bytes pass before its worker is told of them; None where they are not verified, or no more.
         done: bytes that its worker was told of.
@@ -57,6 +58,7 @@ class Replica:
     began: float
     priority: Priority
     task: asyncio.Task[None] | None = None
+    turn: asyncio.Future[None] | None = None
     load: Load | None = None
     check: Check | None = None
     done: int = 0
@@ -82,7 +84,9 @@ class Store:
         self._pool = Pool(options.dram)
         self._reader = Reader(self._pool, rate=options.disk_rate)
         self._tier = Tier(self._pool.slots, self._pool.slot_bytes)
-        self._pipeline = Pipeline(self._pool, self._tier, self._reader, loop.call_soon_threadsafe)
+        self._pipeline = Pipeline(
+            self._pool, self._tier, self._reader, loop.call_soon_threadsafe, freed=self._look_again
+        )
         self._upload = Link()
         self._manifests = Manifests()
         self._replicas: dict[int, Replica] = {}
@@ -184,8 +188,7 @@ class Store:
         try:
             found = await self._manifests.of(order.source, order.checkpoint, dict(self._tier.residents()))
             known = await self._verifier.digests(found) if order.verify != "off" else None
-            replica.reserved = time.monotonic()
-            replica.load = self._load(replica, found)
+            replica.load = await self._reserve(replica, found)
         except CheckpointError as error:
             self.failed(order.replica, str(error), not isinstance(error, TransientError))
             return
@@ -208,6 +211,31 @@ class Store:
         if order.verify != "off":
             replica.check = self._check(replica, found, known)
         replica.load.start()
+
+    async def _reserve(self, replica: Replica, found: Manifest) -> Load:
+        """Waits for room as long as others are to give some back.
+
+        Raises:
+            CapacityError: there is none, and will not be.
+        """
+        while True:
+            replica.reserved = time.monotonic()
+            try:
+                return self._load(replica, found)
+            except CapacityError:
+                under_way = any(one.load and (one.dropping or not one.ready) for one in self._replicas.values())
+                returning = under_way or self._pipeline.settling
+                if not returning or not self._pipeline.fits(found, self._copies(replica.order.device)):
+                    raise
+            replica.turn = asyncio.get_running_loop().create_future()
+            await replica.turn
+
+    def _look_again(self) -> None:
+        """There may be room: those who wait for it try again, the most urgent first, in the order of their starts."""
+        for replica in sorted(self._replicas.values(), key=lambda one: one.priority):
+            if replica.turn is not None:
+                replica.turn.set_result(None)
+                replica.turn = None
 
     def _load(self, replica: Replica, found: Manifest) -> Load:
         """Reserves what the replica needs.
@@ -292,6 +320,7 @@ class Store:
             self._pipeline.release(replica.order.checkpoint, message.replica)
         # Beside a slower disk the uploader mostly waits: only a load from DRAM shows what it can do.
         self._upload.observe(load.total, message.upload_s if load.dram_bytes == load.total else 0.0)
+        self._look_again()
         self._tell(
             wire.ReplicaReady(
                 replica=message.replica,
@@ -355,6 +384,7 @@ class Store:
             self._tell(wire.Unloaded(replica.order.replica))
 
     def _stop(self, replica: Replica) -> None:
+        replica.turn = None
         if replica.task is not None and replica.task is not asyncio.current_task():
             replica.task.cancel()
         if replica.load is not None:

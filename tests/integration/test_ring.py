@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,12 @@ def options(dram: int, *more: str) -> list[str]:
     return ["--devices", "cpu:1", "--device-memory", "256MiB", "--weights", "copy", "--dram", str(dram), *more]
 
 
-def deploy(server: Server, directory: Path) -> None:
-    server.put("/admin/models/large", {"source": str(directory)})
+def deploy(server: Server, directory: Path, name: str = "large") -> None:
+    server.put(f"/admin/models/{name}", {"source": str(directory)})
 
 
-def ask(server: Server) -> Any:
-    return server.put("/v1/completions", PROMPT, "POST")
+def ask(server: Server, name: str = "large") -> Any:
+    return server.put("/v1/completions", PROMPT | {"model": name}, "POST")
 
 
 def test_it_passes_through_a_ring_and_what_stays_is_not_read_again(
@@ -68,3 +70,18 @@ def test_a_worker_killed_in_the_middle_leaks_no_slot(directory: Path, expected: 
             next(one for one in server.processes() if one.pid == pid).kill()
             until(lambda: server.devices()[0]["worker_pid"] not in (None, pid), "another worker")  # noqa: B023
         assert ask(server)["choices"] == expected
+
+
+def test_six_at_once_wait_their_turn(directory: Path, expected: Any, tmp_path: Path) -> None:
+    """The tier has room for the rings of three."""
+    names = [f"large{number}" for number in range(6)]
+    few = ["--devices", "cpu:1", "--device-memory", "1GiB", "--weights", "copy", "--dram", "8MiB"]
+    with Server(tmp_path / "state", *few) as server:
+        for name in names:
+            source = tmp_path / name
+            shutil.copytree(directory, source)
+            deploy(server, source, name)
+        with ThreadPoolExecutor(6) as clients:
+            answers = list(clients.map(lambda name: ask(server, name)["choices"], names))
+        assert answers == [expected] * 6
+        assert not [one for one in server.status()["models"] if one["error"]]

@@ -159,12 +159,13 @@ def test_lent_slots_belong_to_nobody_until_they_are_back() -> None:
     assert tier.homeless("new", pieces(1)) == pieces(1)
     lent = tier.lend("own", 3)
     tier.check_invariants()
-    assert len(lent) == 3
+    assert len(lent) == tier.lent == 3
     assert tier.residents() == [("old", 10), ("own", 20)]
     assert tier.used_bytes == 60
     with pytest.raises(CapacityError, match="20 B of DRAM are needed for the weights, 10 B of 60 B are available"):
         tier.lend("own", 2)
     tier.give_back(lent)
+    assert tier.lent == 0
     tier.check_invariants()
     assert tier.free_slots == tuple(lent)
 

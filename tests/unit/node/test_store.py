@@ -1,0 +1,175 @@
+"""An agent's store, whose workers are the test: who waits for room in the DRAM tier, and who comes next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from serverless_llm import wire
+from serverless_llm.loader import manifest
+from serverless_llm.node.options import AgentOptions, DeviceOptions
+from serverless_llm.node.slot import Slot
+from serverless_llm.node.store import Store
+from tests.unit.loader.checkpoints import random, write
+
+MIB = 1 << 20
+VIEW, COPY = 0, 1  # devices
+LARGE, SMALL, WHOLE = 20, 0.5, 7.5  # MiB of checkpoints; the pool has 8
+
+
+class Place(Slot):
+    """A device whose worker is up, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.told: list[wire.Message] = []
+
+    def send(self, message: wire.Message, destination: int = 0, epoch: int = 0) -> None:
+        self.told.append(message)
+
+
+class Desk:
+    """A store, and what it says to the head and to its workers."""
+
+    def __init__(self, directory: Path, disk_rate: float = 0.0) -> None:
+        self._directory = directory
+        self._places = [Place(), Place()]
+        self.told: list[wire.Message] = []
+        devices = (DeviceOptions("cpu", MIB, "view"), DeviceOptions("cpu", MIB, "copy"))
+        options = AgentOptions(str(directory / "state"), "n0", devices, 8 * MIB, disk_rate)
+        self.store = Store(options, self.told.append, self._places.__getitem__)
+
+    def start(self, number: int, megabytes: float, device: int = COPY, online: bool = True) -> None:
+        source = write(self._directory / str(number), random(megabytes, number))
+        found = manifest.build(source)
+        self.store.start(
+            wire.StartLoad(number, device, f"m{number}", str(source), found.checkpoint, "float32", 0, online)
+        )
+
+    @property
+    def placed(self) -> list[int]:
+        """Replicas that found room, in their order."""
+        told = [message for place in self._places for message in place.told]
+        return [message.replica for message in told if isinstance(message, wire.Place)]
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(30):
+            while not condition():
+                await asyncio.sleep(0)
+
+    async def waits(self, *numbers: int) -> None:
+        await self.until(lambda: all(self.store._replicas[number].turn for number in numbers))
+
+    def leave(self, number: int) -> None:
+        """The head unloads a replica, and its worker drops it."""
+        self.store.unload(number)
+        self.store.dropped(number)
+
+
+def at_a_desk(directory: Path, tell: Callable[[Desk], Awaitable[None]], disk_rate: float = 0.0) -> None:
+    async def whole() -> None:
+        desk = Desk(directory, disk_rate)
+        try:
+            await tell(desk)
+        finally:
+            desk.store.close()
+
+    asyncio.run(whole())
+
+
+async def crowded(desk: Desk) -> None:
+    """Two rings leave one slot: a third waits, for which nobody does, and then one for which somebody does."""
+    for number in (1, 2):
+        desk.start(number, LARGE)
+        await desk.until(lambda: number in desk.placed)  # noqa: B023
+    for number, online in ((3, False), (4, True)):
+        desk.start(number, LARGE, online=online)
+        await desk.waits(number)
+
+
+@pytest.mark.parametrize("hastened", [False, True])
+def test_the_most_urgent_finds_room_first(tmp_path: Path, hastened: bool) -> None:
+    async def tell(desk: Desk) -> None:
+        await crowded(desk)
+        if hastened:
+            desk.store.hasten(3)
+        desk.leave(1)
+        await desk.until(lambda: len(desk.placed) == 4)
+        assert desk.placed == ([1, 2, 3, 4] if hastened else [1, 2, 4, 3])
+        assert not any(isinstance(message, wire.LoadFailed) for message in desk.told)
+
+    at_a_desk(tmp_path, tell)
+
+
+def test_what_fits_does_not_wait_for_what_does_not(tmp_path: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        await crowded(desk)
+        desk.start(5, SMALL, online=False)
+        await desk.until(lambda: 5 in desk.placed)
+        assert desk.placed == [1, 2, 5]
+
+    at_a_desk(tmp_path, tell)
+
+
+def test_one_that_is_unloaded_waits_no_more(tmp_path: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        await crowded(desk)
+        desk.store.unload(4)
+        assert wire.Unloaded(4) in desk.told
+        desk.leave(1)
+        await desk.until(lambda: len(desk.placed) == 3)
+        assert desk.placed == [1, 2, 3]
+
+    at_a_desk(tmp_path, tell)
+
+
+def test_nobody_waits_for_what_stays(tmp_path: Path) -> None:
+    """A model that is served from DRAM gives nothing back."""
+
+    async def tell(desk: Desk) -> None:
+        desk.start(1, WHOLE, VIEW)
+        await desk.until(lambda: desk.placed)
+        desk.start(2, LARGE)
+        await desk.waits(2)
+        desk.store.placed(wire.Placed(1, 0.0, leased=True))
+        await desk.until(lambda: 2 not in desk.store._replicas)
+        (failed,) = [message for message in desk.told if isinstance(message, wire.LoadFailed)]
+        assert (failed.replica, failed.permanent) == (2, False)
+        assert "of DRAM are needed for the weights" in failed.message
+
+    at_a_desk(tmp_path, tell)
+
+
+def test_what_is_on_its_way_out_is_waited_for(tmp_path: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        desk.start(1, WHOLE, VIEW)
+        await desk.until(lambda: desk.placed)
+        desk.store.placed(wire.Placed(1, 0.0, leased=True))
+        desk.store.unload(1)
+        desk.start(2, LARGE)
+        await desk.waits(2)
+        desk.store.dropped(1)
+        await desk.until(lambda: 2 in desk.placed)
+
+    at_a_desk(tmp_path, tell)
+
+
+@pytest.mark.parametrize(("first", "then"), [((LARGE, COPY), (WHOLE, VIEW)), ((WHOLE, VIEW), (LARGE, COPY))])
+def test_room_that_comes_with_the_last_read_is_waited_for(
+    tmp_path: Path, first: tuple[float, int], then: tuple[float, int]
+) -> None:
+    """Of a load whose worker is gone some reads are under way, into slots that nobody else may have."""
+
+    async def tell(desk: Desk) -> None:
+        desk.start(1, *first)
+        await desk.until(lambda: desk.placed)
+        desk.start(2, *then)
+        await desk.waits(2)
+        await desk.until(lambda: first[1] == VIEW or not desk.store._pipeline._fills)  # then the ring reads alone
+        desk.store.worker_lost(first[1])
+        await desk.until(lambda: 2 in desk.placed)
+
+    at_a_desk(tmp_path, tell, disk_rate=20e6)
