@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
+from serverless_llm.extras import extra
 from serverless_llm.loader import manifest
 from serverless_llm.loader.manifest import CONFIG, INDEX, SINGLE, TEXTS
 
@@ -89,7 +90,7 @@ class Remote:
         """
         self.url = checked(url)
         self._lists = urlsplit(self.url).scheme in LISTING
-        self._obstore = _library()
+        self._obstore = extra("obstore>=0.12", "sources behind a URL", "exceptions", "store")
         try:
             self._store = self._open()
         except (self._obstore.exceptions.BaseError, ValueError) as error:
@@ -284,19 +285,3 @@ def _first_line(error: BaseException) -> str:
     """Its reason, without a URL's query, which may be a signature, and without the server's page."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(r"(status code: \d+ [\w ]+):.*", r"\1", re.sub(r"\?\S*", "", line))
-
-
-def _library() -> Any:
-    """`obstore`, imported when first wanted.
-
-    Raises:
-        ConfigurationError: it is not installed.
-    """
-    try:
-        import obstore
-        import obstore.exceptions
-        import obstore.store
-    except ImportError as error:
-        why = f"sources behind a URL need obstore ({error}): pip install 'obstore>=0.12'"
-        raise ConfigurationError(why) from error
-    return obstore

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from serverless_llm.cli.sources import HUB_ID
-from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
+from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.extras import extra
 from serverless_llm.loader import manifest
 from serverless_llm.quantities import size as human
 
@@ -352,17 +353,7 @@ def _storage(wanted: Repository) -> Path:
 
 
 def _hub() -> Any:
-    """`huggingface_hub`, imported when first wanted.
-
-    Raises:
-        ConfigurationError: it is not installed.
+    """Raises:
+    ConfigurationError: as `extra`.
     """
-    try:
-        import huggingface_hub
-        import huggingface_hub.errors
-        import huggingface_hub.file_download
-        import huggingface_hub.utils
-    except ImportError as error:
-        why = f"models of a hub need huggingface_hub ({error}): pip install 'huggingface_hub>=1.0'"
-        raise ConfigurationError(why) from error
-    return huggingface_hub
+    return extra("huggingface_hub>=1.0", "models of a hub", "errors", "file_download", "utils")
