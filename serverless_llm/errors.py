@@ -5,7 +5,7 @@ ServerlessLLMError
 │   └── OccupiedError       another process uses the state directory, its log included
 ├── CheckpointError         a checkpoint that cannot be served; the message names the file and what is wrong
 │   └── TransientError      the system failed on it (I/O, descriptors, a mount): worth another try later
-├── CapacityError           it can never fit; the message names the needed and the available bytes
+├── CapacityError           no room, now or ever; the message names the needed and the available bytes
 ├── ProtocolError           a frame that breaks the wire's rules; the link is closed
 ├── InvariantError          state that cannot be: a bug; carries the object's history
 └── RequestError            a request that must be refused, as the HTTP surface shows it
@@ -49,7 +49,7 @@ class TransientError(CheckpointError):
 
 
 class CapacityError(ServerlessLLMError):
-    """Something that can never fit."""
+    """Something that does not fit, now or ever: whoever asked knows whether room may come."""
 
 
 class ProtocolError(ServerlessLLMError):
