@@ -134,7 +134,7 @@ class Reader:
                 self._move(transfer, ENDING)
 
     def close(self) -> bool:
-        """Waits for the reads in flight, but not for stuck ones; what is queued is dropped without news.
+        """Waits for the reads in flight, but not for stuck ones; what is queued is dropped without news. Idempotent.
 
         Returns:
             False when a read is stuck: it may still write to the pool.
@@ -149,8 +149,8 @@ class Reader:
         if returned:
             for thread in threads:
                 thread.join()
-            for transfer in self._queue:
-                for file in transfer._opened.values():
+            while self._queue:
+                for file in self._queue.pop()._opened.values():
                     file.close()
         return returned
 

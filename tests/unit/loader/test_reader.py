@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from serverless_llm.loader.reader import Batch, Reader, Transfer
 from serverless_llm.loader.source import SourceFile
 
 MB = 1 << 20
+Begin = Callable[..., Reader]
 SLOW = 20e6  # bytes per second: a call is 50 ms
 
 
@@ -26,6 +28,20 @@ def pool() -> Iterator[Pool]:
     pool = Pool(8 * MB)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def begin(pool: Pool) -> Iterator[Begin]:
+    """Makes readers of the pool, which end with the test, however that ends."""
+    begun: list[Reader] = []
+
+    def make(**options: Any) -> Reader:
+        begun.append(Reader(pool, **options))
+        return begun[-1]
+
+    yield make
+    for reader in begun:
+        reader.close()
 
 
 def transfer(path: Path, nbytes: int, slots: list[int], news: queue.SimpleQueue[Batch], priority: int = 0) -> Transfer:
@@ -46,9 +62,9 @@ def until_last(news: queue.SimpleQueue[Batch]) -> list[Batch]:
 @pytest.mark.parametrize("staged", [True, False])
 @pytest.mark.parametrize(("rate", "calls"), [(0.0, 1), (2e7, 4)])
 def test_slots_are_filled_in_calls_of_the_size(
-    tmp_path: Path, pool: Pool, rate: float, calls: int, staged: bool
+    tmp_path: Path, pool: Pool, begin: Begin, rate: float, calls: int, staged: bool
 ) -> None:
-    reader, news = Reader(pool, rate=rate, staged=staged), queue.SimpleQueue[Batch]()
+    reader, news = begin(rate=rate, staged=staged), queue.SimpleQueue[Batch]()
     read = transfer(tmp_path / "a", 2 * MB + 5, [5, 1, 3], news)
     reader.submit(read)
     batches = until_last(news)
@@ -57,29 +73,26 @@ def test_slots_are_filled_in_calls_of_the_size(
     assert [pool.range(slot * MB, MB).tobytes() for slot in (5, 1)] == [b"\6" * MB] * 2
     assert pool.range(3 * MB, 6) == b"\6" * 5 + b"\0"
     assert 0 < read.started <= read.ended
-    reader.close()
 
 
-def test_nothing_to_read_ends_at_once(tmp_path: Path, pool: Pool) -> None:
-    reader, news = Reader(pool), queue.SimpleQueue[Batch]()
+def test_nothing_to_read_ends_at_once(tmp_path: Path, begin: Begin) -> None:
+    reader, news = begin(), queue.SimpleQueue[Batch]()
     reader.submit(Transfer([], {}, [], news.put))
     assert until_last(news) == [Batch((), 0, 0, True, None)]
-    reader.close()
 
 
-def test_priority_then_first_come(tmp_path: Path, pool: Pool) -> None:
-    reader, order = Reader(pool, threads=1, rate=SLOW), queue.SimpleQueue[Batch]()
+def test_priority_then_first_come(tmp_path: Path, begin: Begin) -> None:
+    reader, order = begin(threads=1, rate=SLOW), queue.SimpleQueue[Batch]()
     first = transfer(tmp_path / "first", 2 * MB, [0, 1], order)
     reader.submit(first)
     for name, slot, priority in (("late", 2, 1), ("urgent", 3, -1), ("equal", 4, 0)):
         reader.submit(transfer(tmp_path / name, 1, [slot], order, priority))
     ends = [until_last(order)[-1].landed[0].pool_offset // MB for _ in range(4)]
     assert ends == [3, 1, 4, 2]
-    reader.close()
 
 
-def test_cancelled_ends_before_others_and_reads_no_more(tmp_path: Path, pool: Pool) -> None:
-    reader, news, other = Reader(pool, threads=1, rate=SLOW), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+def test_cancelled_ends_before_others_and_reads_no_more(tmp_path: Path, begin: Begin) -> None:
+    reader, news, other = begin(threads=1, rate=SLOW), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     read = transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], news)
     reader.submit(transfer(tmp_path / "b", 2 * MB, [4, 5], other, -1))
     reader.submit(read)
@@ -90,11 +103,10 @@ def test_cancelled_ends_before_others_and_reads_no_more(tmp_path: Path, pool: Po
     assert other.qsize() <= 2  # of four
     until_last(other)
     reader.cancel(read)
-    reader.close()
 
 
-def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, pool: Pool) -> None:
-    reader, news, other = Reader(pool), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, begin: Begin) -> None:
+    reader, news, other = begin(), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     bad = transfer(tmp_path / "a", 2 * MB, [0, 1], news)
     (tmp_path / "a").unlink()
     opened = len(list(Path("/proc/self/fd").iterdir()))
@@ -106,32 +118,29 @@ def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, pool: Pool) 
     assert until_last(other)[-1].error is None
     assert news.empty()
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
-    reader.close()
 
 
-def test_a_file_changed_while_it_is_read_is_an_error(tmp_path: Path, pool: Pool) -> None:
-    reader, news = Reader(pool, rate=SLOW), queue.SimpleQueue[Batch]()
+def test_a_file_changed_while_it_is_read_is_an_error(tmp_path: Path, begin: Begin) -> None:
+    reader, news = begin(rate=SLOW), queue.SimpleQueue[Batch]()
     reader.submit(transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], news))
     news.get(timeout=30)
     with (tmp_path / "a").open("r+b") as file:
         file.write(b"changed")
     assert "changed after its header was read" in str(until_last(news)[-1].error)
-    reader.close()
 
 
-def test_a_file_cut_while_it_is_read_is_closed(tmp_path: Path, pool: Pool) -> None:
-    reader, news = Reader(pool, rate=SLOW), queue.SimpleQueue[Batch]()
+def test_a_file_cut_while_it_is_read_is_closed(tmp_path: Path, begin: Begin) -> None:
+    reader, news = begin(rate=SLOW), queue.SimpleQueue[Batch]()
     opened = len(list(Path("/proc/self/fd").iterdir()))
     reader.submit(transfer(tmp_path / "a", 6 * MB, list(range(6)), news))
     news.get(timeout=30)
     os.truncate(tmp_path / "a", MB)
     assert "it was cut" in str(until_last(news)[-1].error)
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
-    reader.close()
 
 
-def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path, pool: Pool) -> None:
-    reader = Reader(pool, rate=SLOW)
+def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path, begin: Begin) -> None:
+    reader = begin(rate=SLOW)
     first, second = queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     overtaken = transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], first, 1)
     overtaking = transfer(tmp_path / "b", 2 * MB, [4, 5], second, 1)
@@ -144,11 +153,10 @@ def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path
     assert overtaking.ended < overtaken.ended
     assert overtaken.busy < overtaken.ended - overtaken.started - overtaking.busy / 2, "it did not read meanwhile"
     reader.rank(overtaking, 0)  # it has ended
-    reader.close()
 
 
-def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, pool: Pool) -> None:
-    reader, news = Reader(pool, threads=1, rate=SLOW), [queue.SimpleQueue[Batch]() for _ in range(3)]
+def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, begin: Begin) -> None:
+    reader, news = begin(threads=1, rate=SLOW), [queue.SimpleQueue[Batch]() for _ in range(3)]
     cancelled = transfer(tmp_path / "cancelled", 6 * MB, list(range(6)), news[0], 1)
     first, second = (transfer(tmp_path / str(slot), MB, [slot], news[slot - 5]) for slot in (6, 7))
     reader.submit(cancelled)
@@ -160,14 +168,13 @@ def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, pool: Poo
     ends = [until_last(one)[-1] for one in news]
     assert [end.error for end in ends] == [None] * 3
     assert cancelled.ended < first.ended < second.ended
-    reader.close()
 
 
-def test_close_drops_the_queue(tmp_path: Path, pool: Pool) -> None:
-    reader, news = Reader(pool, rate=SLOW), queue.SimpleQueue[Batch]()
+def test_close_drops_the_queue(tmp_path: Path, begin: Begin) -> None:
+    reader, news = begin(rate=SLOW), queue.SimpleQueue[Batch]()
     reader.submit(transfer(tmp_path / "a", 7 * MB, list(range(7)), news))
     news.get(timeout=30)
-    reader.close()
+    assert reader.close()
     assert not any(news.get().last for _ in range(news.qsize()))
 
 
@@ -186,10 +193,10 @@ def let_go(path: Path) -> None:
 
 @pytest.mark.parametrize("rate", [0.0, SLOW])  # one call of it, or many
 def test_reads_that_hang_keep_no_other_waiting(
-    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rate: float
+    tmp_path: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rate: float
 ) -> None:
     monkeypatch.setattr(module, "STUCK_S", 0.02)
-    reader, stuck, news = Reader(pool, threads=2, rate=rate), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    reader, stuck, news = begin(threads=2, rate=rate), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     bad = [hanging(tmp_path / name, slots, stuck) for name, slots in (("a", [0, 1, 2]), ("b", [3]), ("c", [4]))]
     for one in bad:
         reader.submit(one)
@@ -212,10 +219,10 @@ def test_reads_that_hang_keep_no_other_waiting(
 
 
 def test_a_read_that_hangs_keeps_nobody_from_closing(
-    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STUCK_S", 0.02)
-    reader, stuck, news = Reader(pool, threads=2), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    reader, stuck, news = begin(threads=2), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     reader.submit(hanging(tmp_path / "a", [0], stuck))
     reader.submit(transfer(tmp_path / "b", 1, [1], news))
     until_last(news)
@@ -226,20 +233,17 @@ def test_a_read_that_hangs_keeps_nobody_from_closing(
     assert reader.close()
 
 
-def test_a_slow_disk_is_told_of_once_a_transfer(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
-    reader = Reader(pool, threads=1)
+def test_a_slow_disk_is_told_of_once_a_transfer(begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
+    reader = begin(threads=1)
     slow = Transfer([SourceFile(Path("/slow"), 2 * MB, 0)], {}, [], lambda _: None)
     for offset in (0, MB):
         with reader._wake:
             reader._give_up(module._Read(slow, (Piece(0, offset, MB),), 0.0))
     assert [record.getMessage() for record in caplog.records] == ["/slow: a read at byte 0 has not returned for 5.0 s"]
-    reader.close()
 
 
-def test_under_a_cap_nothing_is_staged(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_a_cap_nothing_is_staged(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cap is slower than the copy is dear."""
     monkeypatch.setattr(module, "pays", lambda pages: True)
-    readers = [Reader(pool, threads=1, rate=rate) for rate in (0.0, SLOW)]
+    readers = [begin(threads=1, rate=rate) for rate in (0.0, SLOW)]
     assert [reader._staged for reader in readers] == [True, False]
-    for reader in readers:
-        reader.close()
