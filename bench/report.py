@@ -23,6 +23,7 @@ QUESTIONS = {
     "idle": "What does a server cost that nobody asks?",
     "limits": "What can this machine's links and cores do?",
     "load": "How fast do weights move, against the link's limit?",
+    "remote": "How fast does a checkpoint come over a network, against curl on the same link?",
     "vllm_formats": "How long does vLLM load with our plug-in, beside its own load formats?",
     "engine": "How fast does a loaded model answer?",
 }
