@@ -1,6 +1,7 @@
 """Remote checkpoints on the local disk: whole ones, which are ordinary directories, and what came of others.
 
     ROOT/<digest of the URL>/<version>/            whole: `checkpoint/`, `url`, `lock`; never changed, only removed
+    ROOT/<digest of the URL>/<version>/            the same with `REMOTE`: headers and texts alone (`announce`)
     ROOT/<digest of the URL>/<version>.partial/    being brought: the same, with holes, and `record` (`download`)
     ROOT/<digest of the URL>/<version>.gone/       being removed
     ROOT/lock                                      held while room is made
@@ -8,6 +9,7 @@
 A version is a digest over names, sizes and ETags. It becomes whole by one rename, once all its bytes are synced and
 checked, and ceases to be by another. `lock` is held shared by whoever uses a version and exclusively by whoever brings
 or removes it, so that none leaves that is in use, in whatever process; its time of change is that of the last use.
+An announced version becomes whole file by file, each replaced at once, and is whole when `REMOTE` is gone.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Self
 from serverless_llm.errors import CapacityError, CheckpointError, ConfigurationError, TransientError
 from serverless_llm.loader import manifest
 from serverless_llm.loader.download import CHECKPOINT, RECORD, Told, download, held, prepare, sync
+from serverless_llm.loader.manifest import REMOTE
 from serverless_llm.loader.remote import Remote, RemoteFile, checked
 from serverless_llm.quantities import parse_size, size
 from serverless_llm.surroundings import PREFIX, cache_dir
@@ -36,6 +39,8 @@ LOCK = "lock"
 URL = "url"
 PARTIAL = ".partial"
 GONE = ".gone"
+LINK = "link"
+HEADS = ".heads"  # being announced
 Placed = Callable[[RemoteFile], memoryview | None]
 
 
@@ -75,9 +80,13 @@ class DiskTier:
         Raises:
             CheckpointError: no source has such a URL.
         """
-        known = [place for place in _versions(self._home(checked(url))) if not place.suffix]
+        return self.latest(url, is_whole)
+
+    def latest(self, url: str, wanted: Callable[[Path], bool]) -> Lease | None:
+        """The version that came last of those that are `wanted`, by their folders."""
+        known = [place for place in _versions(self.home(checked(url))) if not place.suffix and wanted(place)]
         for place in sorted(known, key=_brought, reverse=True):
-            if (lease := _lease(place)) is not None:
+            if (lease := lease_of(place)) is not None:
                 return lease
         return None
 
@@ -106,7 +115,7 @@ class DiskTier:
         absent = [name for name in needed if name not in {file.name for file in files}]
         if absent:
             raise CheckpointError(f"{source.url} has no {absent[0]}")
-        whole = self._home(source.url) / _version(files)
+        whole = self.home(source.url) / version_of(files)
         try:
             return self._whole(source, files, whole, told, memory_for)
         except OSError as error:
@@ -114,45 +123,54 @@ class DiskTier:
 
     def _whole(self, source: Remote, files: Sequence[RemoteFile], whole: Path, told: Told, memory_for: Placed) -> Lease:
         partial = whole.with_name(whole.name + PARTIAL)
-        while (lease := _lease(whole)) is None:
+        while (lease := lease_of(whole) if is_whole(whole) else None) is None:
             partial.mkdir(parents=True, exist_ok=True)
-            lock = _lock(partial, fcntl.LOCK_EX)  # whoever brings the same goes first
+            lock = lock_of(partial, fcntl.LOCK_EX)  # whoever brings the same goes first
             if lock is None:
                 continue
             try:
-                if whole.exists():
-                    self._discard(partial)
+                if is_whole(whole):
+                    self.discard(partial)
                 else:
                     (partial / URL).write_text(source.url)
-                    self._make_room(source.url, files, partial)
+                    self.make_room(source.url, files, partial)
                     memory = {file.name: place for file in files if (place := memory_for(file)) is not None}
                     download(source, files, partial, told, memory)
-                    self._finish(source, files, partial, whole)
+                    self.finish(source, files, partial, whole)
             finally:
                 os.close(lock)
         return lease
 
-    def _finish(self, source: Remote, files: Sequence[RemoteFile], partial: Path, whole: Path) -> None:
-        """Makes the version whole, now that all of it is there."""
+    def finish(self, source: Remote, files: Sequence[RemoteFile], partial: Path, whole: Path) -> None:
+        """Makes a version whole, of which all bytes are there, if they are what was promised.
+
+        Raises:
+            CheckpointError: they are not; they are gone.
+            TransientError: the server does not tell.
+        """
         try:
             _check(source, files, partial / CHECKPOINT)
         except TransientError:
             raise
         except CheckpointError:
-            self._discard(partial)  # so that it is read anew
+            self.discard(partial)  # so that it is read anew
             raise
-        for folder in {(partial / CHECKPOINT / file.name).parent for file in files} | {partial}:
-            sync(folder)
-        with self._alone():
-            partial.rename(whole)
-        sync(whole.parent)
-        (whole / RECORD).unlink()
+        _sync_folders(partial, files)
+        with self.alone():
+            if fresh := not whole.exists():
+                partial.rename(whole)
+        if fresh:
+            sync(whole.parent)
+            (whole / RECORD).unlink()
+        else:
+            _complete(files, partial, whole)
+            self.discard(partial)
 
-    def _make_room(self, url: str, files: Sequence[RemoteFile], partial: Path) -> None:
+    def make_room(self, url: str, files: Sequence[RemoteFile], partial: Path) -> None:
         """Reserves room, for which those leave that were used longest ago."""
         total = sum(file.size for file in files)
         missing = total - sum(one.stop - one.start for one in held(partial, files))
-        with self._alone():
+        with self.alone():
             others = self._others(partial)
             most = self._bound(sum(others.values()) + _nbytes(partial))
             if total > most:
@@ -179,12 +197,14 @@ class DiskTier:
         for place in places:
             if place.suffix == GONE:
                 shutil.rmtree(place, ignore_errors=True)
-            elif place.suffix == PARTIAL and place.parent == partial.parent:  # of what the URL held before
+            elif place.suffix == HEADS or (
+                place.suffix == PARTIAL and place.parent == partial.parent
+            ):  # of no more use
                 _leaves(place)
         return {place: _nbytes(place) for place in sorted(filter(Path.exists, places), key=_last_use)}
 
-    def _discard(self, place: Path) -> None:
-        with self._alone():
+    def discard(self, place: Path) -> None:
+        with self.alone():
             _remove(place)
 
     def _bound(self, held_bytes: int) -> int:
@@ -197,13 +217,13 @@ class DiskTier:
         return shutil.disk_usage(self.root).free
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """While no other process makes room."""
         with (self.root / LOCK).open("a") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)
             yield
 
-    def _home(self, url: str) -> Path:
+    def home(self, url: str) -> Path:
         return self.root / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
 
 
@@ -216,12 +236,12 @@ def hold(directory: Path) -> Lease | None:
     """Keeps a checkpoint's directory from leaving, if it lies in a disk tier of this user's."""
     place = directory.parent
     try:
-        return _lease(place) if directory.name == CHECKPOINT and (place / URL).is_file() else None
+        return lease_of(place) if directory.name == CHECKPOINT and (place / URL).is_file() else None
     except PermissionError:  # another user's, whose it is to keep
         return None
 
 
-def _version(files: Sequence[RemoteFile]) -> str:
+def version_of(files: Sequence[RemoteFile]) -> str:
     return hashlib.blake2b(repr([file.version for file in files]).encode(), digest_size=16).hexdigest()
 
 
@@ -229,15 +249,43 @@ def _versions(home: Path) -> list[Path]:
     return [path for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
 
 
-def _lease(place: Path) -> Lease | None:
-    lock = _lock(place, fcntl.LOCK_SH)
+def is_whole(place: Path) -> bool:
+    return place.exists() and not (place / REMOTE).exists()
+
+
+def _sync_folders(place: Path, files: Sequence[RemoteFile]) -> None:
+    for folder in {(place / CHECKPOINT / file.name).parent for file in files} | {place}:
+        sync(folder)
+
+
+def _complete(files: Sequence[RemoteFile], partial: Path, whole: Path) -> None:
+    """Puts files that are whole in the place of headers, times of change as theirs: it stays the same checkpoint.
+
+    What is interrupted begins anew: the files stay where they are, too, until all is done.
+    """
+    for file in files:
+        came, there = partial / CHECKPOINT / file.name, whole / CHECKPOINT / file.name
+        stat = there.stat()
+        os.utime(came, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        sync(came)
+        link = partial / LINK
+        link.unlink(missing_ok=True)
+        link.hardlink_to(came)
+        link.rename(there)  # does nothing where both are one already
+    _sync_folders(whole, files)
+    (whole / REMOTE).unlink()
+    sync(whole)
+
+
+def lease_of(place: Path) -> Lease | None:
+    lock = lock_of(place, fcntl.LOCK_SH)
     if lock is None:
         return None
     os.utime(lock)
     return Lease(place / CHECKPOINT, lock)
 
 
-def _lock(place: Path, kind: int) -> int | None:
+def lock_of(place: Path, kind: int) -> int | None:
     """A descriptor of a version's lock; None where the version is not there any more or, with LOCK_NB, in use."""
     try:
         lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT)
@@ -258,7 +306,7 @@ def _lock(place: Path, kind: int) -> int | None:
 
 def _leaves(place: Path) -> bool:
     """Removes a version unless somebody uses it."""
-    lock = _lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if lock is None:
         return False
     _remove(place)
@@ -278,7 +326,9 @@ def _remove(place: Path) -> None:
 
 
 def _nbytes(place: Path) -> int:
-    return sum(path.stat().st_size for path in (place / CHECKPOINT).rglob("*") if path.is_file())
+    """As long as it is announced, what it takes on the disk; else what it takes when it is whole."""
+    stats = [path.stat() for path in (place / CHECKPOINT).rglob("*") if path.is_file()]
+    return sum(stat.st_blocks * 512 if (place / REMOTE).exists() else stat.st_size for stat in stats)
 
 
 def _last_use(place: Path) -> int:
@@ -303,6 +353,15 @@ def _check(source: Remote, files: Sequence[RemoteFile], checkpoint: Path) -> Non
         with (checkpoint / file.name).open("rb") as opened:
             if hashlib.file_digest(opened, algorithm).hexdigest() != wanted:
                 raise CheckpointError(f"{source.url}/{file.name}: what came has another {algorithm} than {wanted}")
+    check_headers(source, checkpoint)
+
+
+def check_headers(source: Remote, checkpoint: Path) -> None:
+    """
+    Raises:
+        CheckpointError: names the URL and what is wrong.
+        TransientError: the disk does not tell.
+    """
     try:
         manifest.weights(checkpoint)
     except TransientError:

@@ -22,6 +22,7 @@ from serverless_llm.loader.header import Header, TensorEntry
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+REMOTE = ".serverless-llm-remote"  # beside a directory of which only headers and texts are here
 CONFIG = "config.json"
 MAX_INDEX = 100_000_000  # bytes; an arbitrary bound on memory
 MAX_CONFIG = 1 << 20  # bytes; workers are sent it in one frame
@@ -89,11 +90,13 @@ def build(directory: Path) -> Manifest:
 
 
 def weights(directory: Path) -> list[FileEntry]:
-    """The files alone, in load order, validated as by `build`: it needs no config.json.
+    """The files alone, in load order, validated as by `build`: it needs no config.json, but all bytes.
 
     Raises:
-        CheckpointError: as `build`.
+        CheckpointError: as `build`, or the tensors are on a server still.
     """
+    if (directory.parent / REMOTE).exists():
+        raise CheckpointError(f"{directory} holds headers alone until its model is loaded: serverless-llm pull its URL")
     with _system_errors(directory):
         return _weights(directory, _names(directory))[0]
 

@@ -8,21 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import division, plan
+from serverless_llm.loader.download import CONNECTIONS
 from serverless_llm.loader.link import Link
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.origin import Origin
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
 from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.ring import Ring
-from serverless_llm.loader.source import SourceFile
+from serverless_llm.loader.source import Source, SourceFile
 from serverless_llm.loader.toucher import Toucher
 
 AHEAD = 1 << 30  # bytes
+FIRST_RATE = 40e6  # bytes per second of a server that nothing is known of; a slower one is told of soon enough
+REMOTE_CALL_BYTES = 8 << 20  # a longer range gains nothing
 PAUSE = 2.0  # seconds, in which a model that was loaded has its first tokens
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
 
@@ -55,7 +60,9 @@ class Load:
     dram_bytes: int = 0
     _pipeline: Pipeline = field(kw_only=True)
     _slots: dict[Piece, int] = field(kw_only=True)
-    _files: list[SourceFile] = field(kw_only=True)
+    _files: Sequence[Source] = field(kw_only=True)
+    _way: _Way = field(kw_only=True)
+    _origin: Origin | None = field(kw_only=True)
     _ring: Ring | None = None
 
     @property
@@ -86,17 +93,32 @@ class Load:
         if self._ring:
             self._ring.cancel()
         self._pipeline._leave(self)
+        self._part()
 
     def _tell(self, spans: Sequence[Landed]) -> None:
         self.done += sum(span.length for span in spans)
         if self._ring:
             self._ring.show(spans)
+        if self.done == self.total:
+            self._part()
         self.on_landed(spans, self.done == self.total)
+
+    def _part(self) -> None:
+        """It asks its server for nothing more."""
+        if self._origin is not None:
+            self._origin.close()
 
     def _forward(self, batch: Batch) -> None:
         self.disk_bytes += batch.disk_bytes
         self.cache_bytes += batch.cache_bytes
         self._tell(batch.landed)
+
+
+class _Way(NamedTuple):
+    """Who reads what a load lacks, and the link that the bytes cross."""
+
+    reader: Reader
+    link: Link
 
 
 @dataclass(eq=False, slots=True)
@@ -109,6 +131,7 @@ class _Fill:
     """
 
     loads: list[Load]
+    way: _Way
     transfer: Transfer
     left: int
     parts: dict[Piece, list[Landed]] = field(default_factory=dict)
@@ -125,7 +148,7 @@ class Pipeline:
     many as the largest checkpoint so far had. `freed` is called when others may find room that had none.
 
     Attributes:
-        disk: the disk as finished loads saw it.
+        disk, remote: the disk, and servers of sources, as finished loads saw them.
     """
 
     def __init__(
@@ -138,10 +161,11 @@ class Pipeline:
         pause: float = PAUSE,
         freed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.disk = Link()
+        self.disk, self.remote = Link(), Link()
         self.tier = tier
         self._pool = pool
         self._reader = reader
+        self._network: Reader | None = None  # most nodes need none
         self._post = post
         self._pause = pause
         self._freed = freed
@@ -171,6 +195,7 @@ class Pipeline:
         on_failed: Callable[[CheckpointError], None],
         priority: int = 0,
         ring: bool = False,
+        origin: Origin | None = None,
     ) -> Load:
         """Reserves the checkpoint's slots, leased to `holder` until `release`. `start` the load next.
 
@@ -178,13 +203,19 @@ class Pipeline:
             priority: lower goes first; equal ones in order.
             ring: `holder` copies what it is told of, so that slots may be used again: where there are too few, the
                 headers and what finds free slots stay in the tier, and all else passes through a ring.
+            origin: where the files are that are not on the disk; the load closes it at its end.
 
         Raises:
             CapacityError: it does not fit beside what is leased; `fits` tells whether it ever could.
         """
         begun = time.monotonic()
         pieces = self._pieces(manifest)
-        files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
+        files: Sequence[Source] = (
+            origin.sources(manifest)
+            if origin
+            else [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
+        )
+        way = _Way(self._asker(), self.remote) if origin else _Way(self._reader, self.disk)
         # Others wait for what has a slot now, and for no more.
         kept, passing, width = division.divide(self.tier, manifest, pieces, ring, manifest.checkpoint in self._fills)
         lent = self.tier.lend(manifest.checkpoint, width)
@@ -193,8 +224,9 @@ class Pipeline:
         self.tier.wanted = max(self.tier.wanted, len(pieces))
         total = manifest.file_bytes
         load = Load(
-            manifest, holder, on_landed, on_failed, priority, total, begun, _pipeline=self, _slots=slots, _files=files
-        )
+            manifest, holder, on_landed, on_failed, priority, total, begun,
+            _pipeline=self, _slots=slots, _files=files, _way=way, _origin=origin,
+        )  # fmt: skip
         if passing:
             load._ring = self._rings[holder] = self._ring(load, passing, lent)
         return load
@@ -223,10 +255,15 @@ class Pipeline:
         pieces = {plan.home(Piece(*span[:3]), sizes[span.file], self._pool.slot_bytes) for span in spans}
         return self._distrust(manifest.checkpoint, pieces)
 
-    def close(self) -> None:
-        """Before the pool is closed: no memory is taken or given back any more."""
+    def close(self) -> bool:
+        """Before the pool is closed: no memory is taken or given back any more.
+
+        Returns:
+            False when a server keeps a read waiting: it may still write to the pool.
+        """
         self._closed = True
         self._toucher.close()
+        return self._network is None or self._network.close()
 
     def _trim(self) -> None:
         """Takes or gives back the memory of one slot, and so on until the tier has as much as it wants, or there is no
@@ -247,6 +284,13 @@ class Pipeline:
         if more:
             self._trim()
 
+    def _asker(self) -> Reader:
+        """Reads from servers, in calls of what their link moves in a moment."""
+        if self._network is None:
+            self._network = Reader(self._pool, CONNECTIONS, staged=False)
+        self._network.call_bytes = plan.paced(self.remote.bandwidth or FIRST_RATE, REMOTE_CALL_BYTES)
+        return self._network
+
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
 
@@ -255,7 +299,7 @@ class Pipeline:
     def _ring(self, load: Load, pieces: list[Piece], slots: list[int]) -> Ring:
         def told(batch: Batch) -> None:
             self._quiet_at = time.monotonic() + self._pause
-            self.disk.observe(self._crossed(batch), 0.0)  # its time is the device's, too
+            load._way.link.observe(_crossed(batch, load._way), 0.0)  # its time is the device's, too
             if batch.error is not None:
                 self._distrust(load.manifest.checkpoint, load._slots.keys())
                 load.cancel()
@@ -267,7 +311,7 @@ class Pipeline:
 
         slot_bytes = self._pool.slot_bytes
         ring = Ring(
-            self._reader, load._files, pieces, slots, slot_bytes, load.priority, self._post, told, self._given_back
+            load._way.reader, load._files, pieces, slots, slot_bytes, load.priority, self._post, told, self._given_back
         )
         return ring
 
@@ -285,7 +329,7 @@ class Pipeline:
             return
         missing = self.tier.missing(checkpoint, load._slots)
         if fill is None and missing:
-            fill = self._fills[checkpoint] = _Fill([], *self._submit(load, missing))
+            fill = self._fills[checkpoint] = _Fill([], load._way, *self._submit(load, missing))
         if fill is not None:
             fill.loads.append(load)
             self._rank(checkpoint)
@@ -311,14 +355,14 @@ class Pipeline:
             self._post(lambda: self._news(checkpoint, batch))
 
         transfer = Transfer(load._files, load._slots, missing, deliver, load.priority)
-        self._reader.submit(transfer)
+        load._way.reader.submit(transfer)
         return transfer, sum(piece.length for piece in missing)
 
     def _rank(self, checkpoint: CheckpointId) -> None:
         """A fill is as urgent as its most urgent load."""
         fill = self._fills.get(checkpoint)
         if fill is not None and fill.loads:
-            self._reader.rank(fill.transfer, min(load.priority for load in fill.loads))
+            fill.way.reader.rank(fill.transfer, min(load.priority for load in fill.loads))
 
     def _distrust(self, checkpoint: CheckpointId, pieces: Collection[Piece]) -> bool:
         """As `discard`."""
@@ -337,7 +381,7 @@ class Pipeline:
         fill.loads.remove(load)
         if not fill.loads:
             fill.cancelled = True
-            self._reader.cancel(fill.transfer)
+            fill.way.reader.cancel(fill.transfer)
         self._rank(load.manifest.checkpoint)
 
     def _news(self, checkpoint: CheckpointId, batch: Batch) -> None:
@@ -387,15 +431,11 @@ class Pipeline:
     def _observe(self, fill: _Fill) -> None:
         """The phases of a whole transfer, for its loads and the link."""
         transfer = fill.transfer
-        told = self._reader.rate or not fill.cache_bytes  # the page cache tells of the disk only when both are capped
-        self.disk.observe(self._crossed(fill), transfer.busy if told else 0.0)
+        told = fill.way.reader.rate or not fill.cache_bytes  # a cache tells of the link only if both are capped
+        fill.way.link.observe(_crossed(fill, fill.way), transfer.busy if told else 0.0)
         for load in fill.loads:
             load.queue_s = max(0.0, transfer.started - load.begun)
             load.disk_s = transfer.ended - max(transfer.started, load.begun)
-
-    def _crossed(self, read: Batch | _Fill) -> int:
-        """Bytes that the disk's link is charged with: under a cap those of the page cache, too."""
-        return read.disk_bytes + (read.cache_bytes if self._reader.rate else 0)
 
     def _after_cancel(self, checkpoint: CheckpointId, fill: _Fill) -> None:
         """The last read of a cancelled fill has returned: whoever joined since begins anew with what is missing."""
@@ -403,3 +443,8 @@ class Pipeline:
             self.tier.abort(checkpoint)
         for load in fill.loads:
             self._join(load)
+
+
+def _crossed(read: Batch | _Fill, way: _Way) -> int:
+    """Bytes that the link is charged with: under a cap those of the page cache, too."""
+    return read.disk_bytes + (read.cache_bytes if way.reader.rate else 0)

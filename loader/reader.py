@@ -25,7 +25,7 @@ from serverless_llm.loader import plan
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
-from serverless_llm.loader.source import PAGE, OpenFile, SourceFile
+from serverless_llm.loader.source import PAGE, Opened, Source
 from serverless_llm.loader.staging import Staging, pays
 
 CALL_BYTES = 64 << 20  # longer calls gain nothing; shorter ones suffer when a Python thread is busy
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
     Attributes:
         landed: spans whose bytes are in the pool.
-        disk_bytes, cache_bytes: where they came from.
+        disk_bytes, cache_bytes: where they came from: the device, which may be a server, or memory and disk before it.
         last: nothing of this transfer is in flight or will be: its slots are written no more.
         error: why it ended early; None when all was read, or it was cancelled.
     """
@@ -64,7 +64,7 @@ class Transfer:
     `busy`: seconds with a read of it under way: others may go before it in between.
     """
 
-    files: Sequence[SourceFile]
+    files: Sequence[Source]
     slots: dict[Piece, int]
     pieces: Sequence[Piece]
     deliver: Callable[[Batch], None]
@@ -77,7 +77,7 @@ class Transfer:
     _flying: int = 0
     _error: CheckpointError | None = None
     _told: bool = False  # of a stuck read; a slow disk has many
-    _opened: dict[int, OpenFile] = field(default_factory=dict)
+    _opened: dict[int, Opened] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # guards _opened and the order of deliveries
 
 
@@ -95,6 +95,9 @@ class Reader:
     """`threads` threads (0: as many as are best), and one that watches them; they end with `close`.
 
     `rate`: cap in bytes per second, 0: none. `staged`: read through `Staging`; None: where it pays.
+
+    Attributes:
+        call_bytes: most bytes of one call of the transfers to come.
     """
 
     def __init__(self, pool: Pool, threads: int = 0, rate: float = 0.0, staged: bool | None = None) -> None:
@@ -102,7 +105,7 @@ class Reader:
         self._pool = pool
         self._pacer = Pacer(rate)
         self._staged = pays(pool.pages) and not rate if staged is None else staged
-        self._call_bytes = plan.paced(rate, STAGED_CALL_BYTES if self._staged else CALL_BYTES)
+        self.call_bytes = plan.paced(rate, STAGED_CALL_BYTES if self._staged else CALL_BYTES)
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
         self._wake = threading.Condition()  # guards _queue, _calls and _flying of all in it, _reads and _threads
@@ -116,7 +119,7 @@ class Reader:
 
     def submit(self, transfer: Transfer) -> None:
         """Queues a transfer; it ends with a `Batch` whose `last` is set."""
-        transfer._calls.extend(plan.reads(transfer.pieces, self._call_bytes))
+        transfer._calls.extend(plan.reads(transfer.pieces, self.call_bytes))
         with self._wake:
             self._enqueue(transfer)
 
@@ -194,7 +197,7 @@ class Reader:
         return len(self._threads) - self._size - min(sum(read.stuck for read in self._reads), MOST_STUCK)
 
     def _work(self) -> None:
-        staging = Staging(self._call_bytes) if self._staged else None
+        staging = Staging(self.call_bytes) if self._staged else None
         while (read := self._take()) is not None:
             if read.call:
                 read.transfer.started = read.transfer.started or time.monotonic()
@@ -268,12 +271,12 @@ class Reader:
         return [self._pool.range(place, length) for place, length in places]
 
 
-def _opened(transfer: Transfer, number: int) -> OpenFile:
+def _opened(transfer: Transfer, number: int) -> Opened:
     with transfer._lock:
         known = transfer._opened.get(number)
     if known is not None:
         return known
-    opened = OpenFile(transfer.files[number])  # without the lock: it may hang
+    opened = transfer.files[number].open()  # without the lock: it may hang
     with transfer._lock:
         kept = transfer._opened.setdefault(number, opened)
     if kept is not opened:

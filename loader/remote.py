@@ -32,9 +32,9 @@ LISTING = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # scheme -> how its vari
 PLAIN = ("http", "https")
 MOST_FILES = 10_000  # below a prefix, and of weights; an arbitrary bound on requests and memory
 ASKED_AT_ONCE = 16
-SILENCE = timedelta(seconds=30)  # in which a server sends nothing at all, until it counts as gone
+SILENCE = timedelta(seconds=30)
 TRIES = 3  # of a range that breaks off without a byte; each is obstore's, which tries errors of the server again
-RETRY: RetryConfig = {"max_retries": 4, "retry_timeout": SILENCE}
+RETRY: RetryConfig = {"max_retries": 4}
 DIGESTS = {"sha256": 64, "md5": 32}  # names in an object's metadata -> hexadecimal digits
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -83,11 +83,14 @@ def checked(url: str) -> str:
 class Remote:
     """One checkpoint's directory on a server. Its methods may be called from any thread."""
 
-    def __init__(self, url: str) -> None:
-        """Raises:
-        CheckpointError: no source has such a URL.
-        ConfigurationError: obstore is missing, or its variables are wrong.
+    def __init__(self, url: str, silence: timedelta = SILENCE) -> None:
+        """`silence`: in which a server sends nothing at all, until it counts as gone.
+
+        Raises:
+            CheckpointError: no source has such a URL.
+            ConfigurationError: obstore is missing, or its variables are wrong.
         """
+        self._silence = silence
         self.url = checked(url)
         self._lists = urlsplit(self.url).scheme in LISTING
         self._obstore = extra("obstore>=0.12", "sources behind a URL", "exceptions", "store")
@@ -99,12 +102,14 @@ class Remote:
 
     def _open(self) -> ObjectStore:
         scheme = urlsplit(self.url).scheme
-        client: ClientConfig = {"timeout": timedelta(days=1), "read_timeout": SILENCE}
+        client: ClientConfig = {"timeout": timedelta(days=1), "read_timeout": self._silence}
         allowed = os.environ.get(f"{LISTING[scheme]}_ALLOW_HTTP") if self._lists else str(scheme == "http")
         client["allow_http"] = str(allowed).lower() == "true"
         stores = self._obstore.store
         opened = stores.from_url if self._lists else stores.HTTPStore.from_url
-        store: ObjectStore = opened(self.url, client_options=client, retry_config=RETRY)
+        store: ObjectStore = opened(
+            self.url, client_options=client, retry_config={**RETRY, "retry_timeout": self._silence}
+        )
         return store
 
     def files(self) -> list[RemoteFile]:
@@ -235,8 +240,8 @@ class Remote:
                 return algorithm, value
         return None
 
-    def _changed(self, name: str) -> CheckpointError:
-        return CheckpointError(f"{self.url}/{name} was changed while it was read: try again")
+    def _changed(self, name: str) -> ChangedError:
+        return ChangedError(f"{self.url}/{name} was changed while it was read: try again")
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -264,6 +269,10 @@ class Remote:
 
 class MissingError(CheckpointError):
     """A server has no such file."""
+
+
+class ChangedError(CheckpointError):
+    """A server has another file of this name than it had."""
 
 
 # Lists fail without errors of their own; a machine of no cloud asks the cloud's address in vain.

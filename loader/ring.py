@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.reader import Batch, Reader, Transfer
-from serverless_llm.loader.source import SourceFile
+from serverless_llm.loader.source import Source
 
 PARTS = 4  # of a ring: some are read into while the device copies others
 
@@ -32,7 +32,7 @@ class Ring:
     def __init__(
         self,
         reader: Reader,
-        files: Sequence[SourceFile],
+        files: Sequence[Source],
         pieces: Iterable[Piece],
         slots: Sequence[int],
         slot_bytes: int,

@@ -8,7 +8,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader.staging import Staging
@@ -23,12 +23,33 @@ _LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
+class Opened(Protocol):
+    """One file of a checkpoint while it is read, by any thread; as `OpenFile` says."""
+
+    def check(self) -> None: ...
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Source(Protocol):
+    """One file of a checkpoint: on a disk, or on a server."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size(self) -> int: ...
+    def open(self) -> Opened: ...
+
+
 class SourceFile(NamedTuple):
     """A file as it was validated; `path` is its real path."""
 
     path: Path
     size: int
     mtime_ns: int
+
+    def open(self) -> OpenFile:
+        return OpenFile(self)
 
 
 class OpenFile:

@@ -251,7 +251,7 @@ def directory_of(source: str) -> Path:
 
     if source in sources.demos():
         return Path(sources.resolve(source))
-    if remote.is_url(source) and (lease := disk_tier.tier().cached(source)):
+    if remote.is_url(source) and (lease := disk_tier.tier().latest(source, Path.exists)):
         with lease:
             return lease.directory
     wanted = hub.repository(source)

@@ -27,7 +27,7 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
 
     row, start, known, here = _deployed(model, state_dir)
     value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start, "digests": known}
-    source = row["source"] if row else resolve(model)
+    source = row["source"] if row else resolve(model, served=True)
     try:
         value["checkpoint"] = checkpoint(source, row["dtype"] if row else "auto") if here else _elsewhere(source)
     except (CheckpointError, RequestError, OSError) as error:

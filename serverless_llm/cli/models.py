@@ -21,7 +21,7 @@ from serverless_llm.quantities import size
 def spec_of(source: str, local: bool, **options: Any) -> dict[str, Any]:
     """The body of a deploy: the source and every option that was given. `local`: the server is on this machine."""
     given = {name: value for name, value in options.items() if value is not None}
-    return {"source": resolve(source) if local else elsewhere(source), **given}
+    return {"source": resolve(source, served=True) if local else elsewhere(source), **given}
 
 
 def elsewhere(source: str) -> str:

@@ -56,7 +56,20 @@ def bring_url(url: str) -> Lease:
     from serverless_llm.loader import disk_tier, manifest
 
     with transfers() as told:
-        lease = disk_tier.tier().bring(url, told, (manifest.CONFIG, TOKENIZER))
+        return _said(url, disk_tier.tier().bring(url, told, (manifest.CONFIG, TOKENIZER)))
+
+
+def announce_url(url: str) -> Lease:
+    """Brings its headers and text files into the disk tier."""
+    from serverless_llm.cli.hub import TOKENIZER
+    from serverless_llm.cli.progress import transfers
+    from serverless_llm.loader import announce, disk_tier, manifest
+
+    with transfers() as told:
+        return _said(url, announce.announce(disk_tier.tier(), url, told, (manifest.CONFIG, TOKENIZER)))
+
+
+def _said(url: str, lease: Lease) -> Lease:
     if lease.offline:
         click.echo(f"{url}: taken from the disk, since {lease.offline}", err=True)
     return lease

@@ -110,7 +110,7 @@ def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[tuple[S
             _tell_problems(server)
         yield server, name
         return
-    name, source = name_of(model), resolve(model)
+    name, source = name_of(model), resolve(model, served=True)
     if not quiet:
         click.echo("no server is running: one is started for this answer", err=True)
     with ephemeral(f"{name}={source}") as server:
@@ -126,7 +126,7 @@ def _deployed(server: Server, model: str, quiet: bool) -> str:
     known = {row["id"] for row in server.call("GET", "/v1/models")["data"]}
     if model in known or not server.local or not is_source(model):
         return model
-    name, source = name_of(model), resolve(model)
+    name, source = name_of(model), resolve(model, served=True)
     if name in known:
         other = server.call("GET", model_path(name))["source"]
         if other != source and os.path.realpath(other) != source:

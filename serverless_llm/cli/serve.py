@@ -112,7 +112,7 @@ def sourced(settings: Config) -> Config:
     models = {}
     for name, entry in settings.models.items():
         known = entry.source in sources.demos() or sources.HUB_ID.fullmatch(entry.source) or is_url(entry.source)
-        models[name] = replace(entry, source=sources.resolve(entry.source)) if known else entry
+        models[name] = replace(entry, source=sources.resolve(entry.source, served=True)) if known else entry
     return replace(settings, models=models)
 
 

@@ -11,15 +11,18 @@ _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 HUB_ID = re.compile(rf"(?![^@]*(?:--|\.git(?:@|$)))(?!.*\.\.){_PART}/{_PART}(?:@\w[\w./-]*)?")  # what hubs can name
 
 
-def resolve(source: str) -> str:
+def resolve(source: str, served: bool = False) -> str:
     """The absolute directory of a source. What a hub or a URL names is pulled unless it is here already.
+
+    Args:
+        served: headers and texts of a URL will do: a server reads the rest when it is wanted.
 
     Raises:
         click.UsageError: it is neither a directory nor the name of a demo checkpoint, nor could it be a hub's id.
         CheckpointError: the hub or the URL has nothing that can be served.
     """
     if _is_url(source):
-        return _of_url(source)
+        return _of_url(source, served)
     path = _path(source)
     if path.is_dir():
         return str(path.resolve())
@@ -63,12 +66,12 @@ def _of_hub(source: str) -> str:
         raise type(error)(f"there is no directory {source} here, and of the hub: {error}") from error
 
 
-def _of_url(source: str) -> str:
+def _of_url(source: str, served: bool) -> str:
     """Nothing removes it while the command runs."""
-    from serverless_llm.cli.pull import bring_url
+    from serverless_llm.cli.pull import announce_url, bring_url
     from serverless_llm.loader import disk_tier
 
-    lease = disk_tier.tier().cached(source) or bring_url(source)
+    lease = disk_tier.tier().cached(source) or (announce_url if served else bring_url)(source)
     if context := click.get_current_context(silent=True):
         context.with_resource(lease)
     return str(lease.directory)
@@ -121,4 +124,4 @@ def named(given: tuple[str, ...]) -> dict[str, str]:
     from serverless_llm.quantities import parse_pairs
 
     pairs = [text if "=" in text else f"{name_of(text)}={text}" for text in given]
-    return {name: resolve(source) for name, source in parse_pairs(pairs).items()}
+    return {name: resolve(source, served=True) for name, source in parse_pairs(pairs).items()}

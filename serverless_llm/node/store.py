@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 from serverless_llm import wire
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
-from serverless_llm.loader import digest
+from serverless_llm.loader import digest, origin
+from serverless_llm.loader.download import CHECKPOINT
 from serverless_llm.loader.link import Link, Priority
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.origin import Origin
 from serverless_llm.loader.pipeline import Load, Pipeline
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
@@ -27,6 +29,7 @@ from serverless_llm.node.check import Check, Tally, Verdicts
 from serverless_llm.node.manifests import Manifests
 from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.slot import Slot
+from serverless_llm.node.threads import apart
 from serverless_llm.node.verifier import Verifier
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class Replica:
     Attributes:
         task: reads the manifest and finds room; done before anything else begins.
         turn: resolved when there may be room; None while it does not wait for that.
+        origin: where bytes are that are not on the disk, if there are any.
         load: its wait for bytes, from its reservation on.
         check: what its bytes pass before its worker is told of them; None where they are not verified, or no more.
         done: bytes that its worker was told of.
@@ -59,6 +63,7 @@ class Replica:
     priority: Priority
     task: asyncio.Task[None] | None = None
     turn: asyncio.Future[None] | None = None
+    origin: Origin | None = None
     load: Load | None = None
     check: Check | None = None
     done: int = 0
@@ -100,9 +105,9 @@ class Store:
         """After all workers have ended."""
         for replica in self._replicas.values():
             self._stop(replica)
-        self._pipeline.close()
+        idle = self._pipeline.close()
         self._verifier.close()
-        if self._reader.close():
+        if self._reader.close() and idle:
             self._pool.close()
 
     # --- what the head asks ---
@@ -175,11 +180,14 @@ class Store:
     @property
     def bandwidth(self) -> dict[str, float]:
         """What was learned, a cap where nothing was yet."""
-        learned = {"disk": self._pipeline.disk.bandwidth, "upload": self._upload.bandwidth}
+        learned = {name: link.bandwidth for name, link in self._links().items()}
         return self._options.limits | {link: rate for link, rate in learned.items() if rate}
 
     def link_bytes(self) -> dict[str, int]:
-        return {"disk": self._pipeline.disk.bytes, "upload": self._upload.bytes}
+        return {name: link.bytes for name, link in self._links().items()}
+
+    def _links(self) -> dict[str, Link]:
+        return {"remote": self._pipeline.remote, "disk": self._pipeline.disk, "upload": self._upload}
 
     # --- a load ---
 
@@ -188,6 +196,8 @@ class Store:
         try:
             found = await self._manifests.of(order.source, order.checkpoint, dict(self._tier.residents()))
             known = await self._verifier.digests(found) if order.verify != "off" else None
+            if found.directory.name == CHECKPOINT:  # all else is on a disk as a whole; a look at it may never end
+                replica.origin = await apart(lambda: origin.of(found.directory))
             replica.load = await self._reserve(replica, found)
         except CheckpointError as error:
             self.failed(order.replica, str(error), not isinstance(error, TransientError))
@@ -251,6 +261,7 @@ class Store:
             lambda error: self.failed(order.replica, str(error), not isinstance(error, TransientError)),
             replica.priority,
             ring=self._copies(order.device),
+            origin=replica.origin,
         )
 
     def _copies(self, device: int) -> bool:

@@ -1,0 +1,162 @@
+"""Deploying a URL before its tensors are here: headers and text files alone, and what the rest is asked for by.
+
+    ROOT/<digest of the URL>/<version>/checkpoint/NAME    text files whole; of safetensors files the header, and a hole
+    ROOT/<digest of the URL>/<version>/REMOTE             JSON: the URL, and (name, size, ETag, time of change) of files
+
+The directory is a checkpoint's as long as nobody reads tensors from it but by `origin`, which knows where they are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.loader import header
+from serverless_llm.loader.disk_tier import (
+    HEADS,
+    URL,
+    DiskTier,
+    Lease,
+    check_headers,
+    lease_of,
+    lock_of,
+    version_of,
+)  # fmt: skip
+from serverless_llm.loader.download import CHECKPOINT, Told, sync
+from serverless_llm.loader.manifest import REMOTE
+from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile
+
+SUFFIX = ".safetensors"
+
+
+def announce(tier: DiskTier, url: str, told: Told, needed: Sequence[str] = ()) -> Lease:
+    """What the URL holds now, its headers and text files at least; where its server cannot be reached, what it held.
+
+    What a store tells a digest of is brought as a whole: it is compared before anything of it is used.
+
+    Args:
+        told: as of `download`.
+        needed: names of files without which nothing is read.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        TransientError: the server or the disk fails.
+        CapacityError: as `DiskTier.bring`.
+        ConfigurationError: obstore is missing, or a variable is wrong.
+    """
+    source = Remote(url)
+    try:
+        files = source.files()
+        compared = _compared(source, files)
+    except TransientError as error:
+        lease = tier.latest(url, Path.exists)
+        if lease is None:
+            raise
+        return Lease(lease.directory, lease.lock, str(error))
+    absent = [name for name in needed if name not in {file.name for file in files}]
+    if absent:
+        raise CheckpointError(f"{source.url} has no {absent[0]}")
+    if compared:
+        return tier.bring(url, told)
+    place = tier.home(source.url) / version_of(files)
+    try:
+        return _announced(tier, source, files, place)
+    except OSError as error:
+        raise TransientError(f"{source.url} cannot be kept in {tier.root}: {error.strerror}") from error
+
+
+def _compared(source: Remote, files: Sequence[RemoteFile]) -> bool:
+    weights = [file for file in files if file.name.endswith(SUFFIX)]
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+        return any(threads.map(source.digest, weights))
+
+
+def _announced(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], place: Path) -> Lease:
+    heads = place.with_name(place.name + HEADS)
+    while (lease := lease_of(place)) is None:
+        heads.mkdir(parents=True, exist_ok=True)
+        lock = lock_of(heads, fcntl.LOCK_EX)  # whoever announces the same goes first
+        if lock is None:
+            continue
+        try:
+            if place.exists():
+                tier.discard(heads)
+            else:
+                _fetch(tier, source, files, heads)
+                with tier.alone():
+                    if not place.exists():  # else it was pulled meanwhile
+                        heads.rename(place)
+                sync(place.parent)
+        finally:
+            os.close(lock)
+    return lease
+
+
+def _fetch(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: Path) -> None:
+    try:
+        _write(source, files, heads)
+    except CheckpointError:
+        tier.discard(heads)
+        raise
+    for path in (heads / REMOTE, heads, *{(heads / CHECKPOINT / file.name).parent for file in files}):
+        sync(path)
+
+
+def _write(source: Remote, files: Sequence[RemoteFile], heads: Path) -> None:
+    directory = heads / CHECKPOINT
+
+    def fetch(file: RemoteFile) -> None:
+        path = directory / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as opened:
+            for chunk in source.read(file, 0, _needed(source, file)):
+                opened.write(chunk)
+            opened.truncate(file.size)
+            opened.flush()
+            os.fsync(opened.fileno())
+
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+        list(threads.map(fetch, files))
+    check_headers(source, directory)
+    (heads / URL).write_text(source.url)
+    (heads / REMOTE).write_text(json.dumps([source.url, files]))
+
+
+def _needed(source: Remote, file: RemoteFile) -> int:
+    """Bytes of a file that are read now."""
+    if not file.name.endswith(SUFFIX):
+        return file.size
+    prefix = b"".join(source.read(file, 0, min(header.PREFIX, file.size)))
+    try:
+        return header.data_offset(prefix, file.size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.url}/{file.name}: {error}") from None
+
+
+def announced(directory: Path) -> tuple[str, tuple[RemoteFile, ...]] | None:
+    """The URL and the files of a directory that was announced and is not whole; None for any other.
+
+    Raises:
+        CheckpointError: what tells of them is damaged.
+        TransientError: it cannot be read.
+    """
+    place = directory.parent
+    if directory.name != CHECKPOINT:
+        return None
+    try:
+        url, rows = json.loads((place / REMOTE).read_text())
+        files = tuple(RemoteFile(*row) for row in rows)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise TransientError(f"{place / REMOTE}: {error.strerror}") from error
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{place / REMOTE} is damaged: deploy its URL again") from None
+    if version_of(files) != place.name:
+        raise CheckpointError(f"{place / REMOTE} is damaged: deploy its URL again")
+    return url, files

@@ -1,0 +1,234 @@
+"""Where a load finds the bytes of a checkpoint that was announced and is not whole: on the disk in part,
+else on its server.
+
+What comes from the server lands in the pool's slots, and is handed on to be written to the disk tier (`behind`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
+from serverless_llm.loader import announce
+from serverless_llm.loader.behind import Behind
+from serverless_llm.loader.filling import Filling
+from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.remote import ChangedError, MissingError, Remote, RemoteFile
+from serverless_llm.loader.source import Opened, Source
+from serverless_llm.loader.staging import Staging
+
+SILENCE = timedelta(seconds=3)  # times `remote.TRIES`, it is less than a load may go without progress
+CHUNK = 256 << 10  # bytes that are handed on at a time, at least: what a crash loses of each range
+log = logging.getLogger(__name__)
+
+
+class Origin:
+    """Of one load. Its methods may be called from any thread. The disk is not touched before a file is opened."""
+
+    def __init__(self, directory: Path, url: str, files: Sequence[RemoteFile]) -> None:
+        """Raises:
+        ConfigurationError: as `Remote`.
+        """
+        self.url = url
+        self._directory = directory
+        self._listed = files
+        self._files = {file.name: (number, file) for number, file in enumerate(files)}
+        self._source = Remote(url, SILENCE)
+        self._filling: Filling | None = None
+        self._behind: Behind | None = None
+        self._began = self._closed = False
+        self._users = 0  # files that are open and may be read from the disk
+        self._lock = threading.Lock()  # guards all of these
+
+    def sources(self, manifest: Manifest) -> list[Source]:
+        """The files of weights, as a reader wants them."""
+        return [RemoteSource(self, file.name, file.size) for file in manifest.files]
+
+    def close(self) -> None:
+        """The load is over: files that are open stay so, later ones are read from the server alone. Idempotent."""
+        with self._lock:
+            self._closed = True
+            self._let_go()
+
+    def enter(self) -> bool:
+        """Whether the disk tier may be read until `leave`."""
+        with self._lock:
+            if not self._began and not self._closed:
+                self._began = True
+                self._begin()
+            if self._behind is None:
+                return False
+            self._users += 1
+            return True
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            self._let_go()
+
+    def _begin(self) -> None:
+        try:
+            self._filling = Filling(self._directory, self._source, self._listed)
+            self._behind = Behind(self._filling)
+        except BlockingIOError:
+            log.info("%s: another process fills the disk tier", self.url)
+        except OSError as error:
+            log.warning("%s: what comes is not kept on the disk: %s", self.url, error)
+
+    def _let_go(self) -> None:
+        """Another process may use or remove what is in the disk tier, once all is written. Caller holds `_lock`."""
+        if self._closed and not self._users and self._behind is not None:
+            self._behind.close()
+            self._behind = None
+
+    def parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """A range of a file as (start, stop, whether the disk has it)."""
+        number, _ = self._files[name]
+        for one in self._filling.have if self._filling else ():
+            if one.file == number and one.start < stop and start < one.stop:
+                if start < one.start:
+                    yield start, one.start, False
+                    start = one.start
+                yield start, min(stop, one.stop), True
+                start = min(stop, one.stop)
+        if start < stop:
+            yield start, stop, False
+
+    def path(self, name: str) -> Path:
+        """Where the disk has what it has of a file."""
+        assert self._filling is not None
+        return self._filling.path(self._files[name][0])
+
+    def ask(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
+        """A range of a file from the server.
+
+        Raises:
+            CheckpointError: the server has another file by now, or none.
+            TransientError: the server fails.
+        """
+        number, file = self._files[name]
+        try:
+            for chunk in self._source.read(file, start, stop, CHUNK):
+                data = memoryview(chunk)
+                behind = self._behind
+                if behind is not None:
+                    behind.put(number, start, data)
+                start += len(data)
+                yield data
+        except (ChangedError, MissingError) as error:
+            why = "was changed" if isinstance(error, ChangedError) else "was removed"
+            raise CheckpointError(f"{self.url}/{name} {why} after it was deployed: deploy it again") from error
+
+
+class RemoteSource(NamedTuple):
+    """A file of an origin."""
+
+    origin: Origin
+    name: str
+    size: int
+
+    @property
+    def path(self) -> Path:
+        """How the log knows it."""
+        return Path(self.name)
+
+    def open(self) -> Opened:
+        return RemoteOpened(self)
+
+
+class RemoteOpened:
+    """One file of an origin while it is read, each byte from where it is."""
+
+    def __init__(self, file: RemoteSource) -> None:
+        self._file = file
+        self._local = file.origin.enter()
+        self._descriptor = -1
+        self._lock = threading.Lock()  # guards `_descriptor`
+
+    def check(self) -> None:
+        """Every answer of the server was held against the file that was deployed."""
+
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> bool:
+        """Fills the buffers with `length` bytes from `offset`.
+
+        Returns:
+            True when all were on the disk.
+
+        Raises:
+            CheckpointError: as `Origin.ask`, or the disk is damaged.
+            TransientError: the server or the disk fails.
+        """
+        origin, name = self._file.origin, self._file.name
+        asked = False
+        for start, stop, there in self._parts(offset, offset + length):
+            if there:
+                self._read_disk(_cut(buffers, start - offset, stop - offset), start)
+                continue
+            asked = True
+            for data in origin.ask(name, start, stop):
+                _copy(data, _cut(buffers, start - offset, start - offset + len(data)))
+                start += len(data)
+        return not asked
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        return self._file.origin.parts(self._file.name, start, stop) if self._local else iter([(start, stop, False)])
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        if self._local:
+            self._file.origin.leave()
+
+    def _read_disk(self, views: Sequence[memoryview], start: int) -> None:
+        path = self._file.origin.path(self._file.name)
+        try:
+            with self._lock:
+                if self._descriptor < 0:
+                    self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            for view in views:
+                done = 0
+                while done < len(view):
+                    count = os.preadv(self._descriptor, [view[done:]], start + done)
+                    if not count:
+                        raise CheckpointError(f"{path} ends at byte {start + done}: it was cut")
+                    done += count
+                start += len(view)
+        except OSError as error:
+            raise TransientError(f"{path}: {error.strerror}") from error
+
+
+def _cut(buffers: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+    """Bytes `start` to `stop` of the buffers, one after another."""
+    views, at = [], 0
+    for buffer in buffers:
+        first, last = max(start - at, 0), min(stop - at, len(buffer))
+        if first < last:
+            views.append(buffer[first:last])
+        at += len(buffer)
+    return views
+
+
+def _copy(data: memoryview, views: Sequence[memoryview]) -> None:
+    at = 0
+    for view in views:
+        view[:] = data[at : at + len(view)]
+        at += len(view)
+
+
+def of(directory: Path) -> Origin | None:
+    """Where a directory's bytes are if they are not all in it.
+
+    Raises:
+        CheckpointError: as `announce.announced`, or this process lacks what it takes to ask the server.
+    """
+    found = announce.announced(directory)
+    try:
+        return Origin(directory, *found) if found else None
+    except ConfigurationError as error:
+        raise CheckpointError(str(error)) from error

@@ -1,0 +1,97 @@
+"""A URL that is deployed and loaded by a real server: from the network first, later from what is here."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serverless_llm.cli.make_checkpoint import make_checkpoint
+from serverless_llm.loader import download, manifest
+from serverless_llm.node.processes import command
+from tests.range_server import CHUNK, Faults, RangeServer
+from tests.serving import Server, until
+
+pytestmark = pytest.mark.slow
+
+BODY: dict[str, Any] = {"model": "m", "prompt": "Once", "max_tokens": 4, "temperature": 0, "logprobs": 1}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> RangeServer:
+    make_checkpoint("smollm2-135m", tmp_path / "m", layers=2, shards=2)
+    return RangeServer({f"m/{path.name}": path.read_bytes() for path in (tmp_path / "m").iterdir()})
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with Server(tmp_path / "state", "--devices", "cpu:1", "--dram", "256MiB", "--device-memory", "256MiB") as running:
+        yield running
+
+
+def deploy(server: Server, url: str) -> Path:
+    done = subprocess.run(
+        command("serverless_llm", "deploy", "m", url, "--state-dir", str(server.state), "--json"),
+        env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return Path(json.loads(done.stdout)["source"])
+
+
+def answer(server: Server) -> list[str]:
+    """The tokens: random weights say little that is text."""
+    tokens: list[str] = server.put("/v1/completions", BODY, "POST")["choices"][0]["logprobs"]["tokens"]
+    return tokens
+
+
+def recorded(source: Path) -> int:
+    record = Path(f"{source.parent}.partial") / download.RECORD
+    if not record.exists():
+        return 0
+    return sum(one.stop - one.start for one in download.recorded(record.read_text(), [1 << 30] * 99))
+
+
+def test_a_first_start_reads_from_the_network_once_and_an_interrupted_one_the_rest(
+    server: Server, files: RangeServer
+) -> None:
+    weights = sum(len(data) for name, data in files.files.items() if name.endswith(".safetensors"))
+    with files, ThreadPoolExecutor(1) as threads:
+        source = deploy(server, f"{files.url}/m")
+        assert files.sent < sum(map(len, files.files.values())) - 0.99 * weights
+        assert server.get("/v1/models/m")["id"] == "m"
+        files.sent = 0
+        most = files.faults.budget = round(0.52 * weights)  # and then nothing is on its way any more
+        waiting = threads.submit(answer, server)
+        until(lambda: recorded(source) > 0.46 * weights and files.sent > most - CHUNK, "half of it")
+        os.kill(server.devices()[0]["agent_pid"], signal.SIGKILL)
+        files.faults, files.sent = Faults(), 0
+        tokens = waiting.result(60)
+        assert len(tokens) == 4
+        assert 0.45 * weights < files.sent <= 0.55 * weights
+        until(lambda: not (source.parent / manifest.REMOTE).exists(), "the disk tier to be whole")
+    server.stop()
+    server.start()
+    assert answer(server) == tokens
+    assert {f"m/{path.name}": path.read_bytes() for path in source.iterdir()} == files.files
+
+
+def test_an_answer_comes_before_the_disk_tier_is_whole(server: Server, files: RangeServer) -> None:
+    with files:
+        source = deploy(server, f"{files.url}/m")
+        partial = Path(f"{source.parent}.partial")
+        partial.mkdir()
+        with (partial / "lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # as one that brings the same and is slow
+            files.sent = 0
+            assert len(answer(server)) == 4
+            assert (source.parent / manifest.REMOTE).exists()
+            assert files.sent <= 1.01 * sum(map(len, files.files.values()))
