@@ -1,5 +1,6 @@
 import json
 import math
+import mmap
 import os
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def test_the_raw_reader_reads_what_is_there(tmp_path: Path) -> None:
     assert reader.nbytes == 20_002
     assert reader.rate(Setting(1, 4096)) > 0
     assert reader.rate(Setting(1, 4096), at_most=5000) > 0
+    memory = mmap.mmap(-1, 2 * 12_288)
+    assert reader.fill(memoryview(memory), Setting(2, 4096)) > 0
+    assert bytes(memory).replace(b"\0", b"") == b"x" * 20_002
     with file.open("ab") as grown:
         grown.write(b"y")
     with pytest.raises(OSError, match="read 20004 bytes of 20002"):
