@@ -124,6 +124,8 @@ class Origin:
         except (ChangedError, MissingError) as error:
             why = "was changed" if isinstance(error, ChangedError) else "was removed"
             raise CheckpointError(f"{self.url}/{name} {why} after it was deployed: deploy it again") from error
+        except TransientError as error:
+            raise TransientError(f"{error}; what came is kept, the next start asks for the rest") from error
 
 
 class RemoteSource(NamedTuple):
@@ -134,9 +136,8 @@ class RemoteSource(NamedTuple):
     size: int
 
     @property
-    def path(self) -> Path:
-        """How the log knows it."""
-        return Path(self.name)
+    def path(self) -> str:
+        return f"{self.origin.url}/{self.name}"
 
     def open(self) -> Opened:
         return RemoteOpened(self)
