@@ -33,7 +33,7 @@ def shift(turn: Turn, replica: Replica, cause: str) -> None:
     if replica.state not in STARTING:
         end_trial(turn, device, ("load", replica.id))
     if before is ReplicaState.LOADING and replica.online:
-        _begin_time_anew(turn, node)
+        _go_on(turn, node)
     for states, ledger, dram in (
         (PLANNED, device.planned, node.planned_dram),
         (ACTUAL, device.actual, node.actual_dram),
@@ -90,7 +90,8 @@ def hasten(turn: Turn, replica: Replica) -> None:
     replica.online = True
     if replica.state is ReplicaState.LOADING:
         turn.emit(Hasten(replica.id, replica.device))
-        turn.arm("replica", replica.id, _load_deadline(turn, replica))
+        _go_before(turn, replica)
+        _give_time(turn, replica)
 
 
 def unload(turn: Turn, replica: Replica, reason: str) -> None:
@@ -135,7 +136,8 @@ def reserved(turn: Turn, event: Reserved) -> None:
         return
     shift(turn, replica, "reserved")
     sated(turn, replica.device)
-    turn.arm("replica", replica.id, _load_deadline(turn, replica))
+    _go_before(turn, replica)
+    _give_time(turn, replica)
     turn.emit(
         StartLoad(
             replica.id,
@@ -169,7 +171,7 @@ def progressed(turn: Turn, event: LoadProgress) -> None:
     if replica is None or replica.state is not ReplicaState.LOADING or event.done <= replica.progress_done:
         return
     replica.progress_done, replica.progress_total = event.done, event.total
-    turn.arm("replica", replica.id, _load_deadline(turn, replica))
+    _give_time(turn, replica)
 
 
 def ready(turn: Turn, event: ReplicaReady) -> None:
@@ -253,11 +255,27 @@ def _depart(turn: Turn, replica: Replica, cause: str) -> None:
     turn.touch(replica.model)
 
 
-def _begin_time_anew(turn: Turn, node: Node) -> None:
-    """A load that went before others has ended: they read from now on, perhaps."""
+def _go_before(turn: Turn, replica: Replica) -> None:
+    """The time of other loads may stand still from now on, unless it does already."""
+    others = [other for other in _loading(turn.state.nodes[replica.device.node]) if other is not replica]
+    if not any(other.online for other in others):
+        for other in others:
+            due = turn.state.timers.at(("replica", other.id))
+            assert due is not None
+            other.left_s = due - turn.now
+
+
+def _go_on(turn: Turn, node: Node) -> None:
+    """A load that went before others has ended: they have what is left of their time, unless others go before them."""
     for other in _loading(node):
         if not other.online:
-            turn.arm("replica", other.id, _load_deadline(turn, other))
+            turn.arm("replica", other.id, other.left_s)
+
+
+def _give_time(turn: Turn, replica: Replica) -> None:
+    """A load has all of its time from now on."""
+    replica.left_s = _load_deadline(turn, replica)
+    turn.arm("replica", replica.id, replica.left_s)
 
 
 def _loading(node: Node) -> list[Replica]:

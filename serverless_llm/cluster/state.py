@@ -87,6 +87,7 @@ class Replica:
         absent_since: its node's heartbeats leave it out since then.
         progress_done: bytes of its load that are done, of `progress_total`.
         transfer_s: of `predicted_s`, what its bytes take.
+        left_s: seconds without news after which its load counts as stuck, while others go before it.
     """
 
     id: ReplicaId
@@ -107,6 +108,7 @@ class Replica:
     online: bool = True
     predicted_s: float = 0.0
     transfer_s: float = 0.0
+    left_s: float = 0.0
     ready_at: float = 0.0
     idle_since: float = 0.0
     phases: LoadPhases | None = None

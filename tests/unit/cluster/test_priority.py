@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
+from serverless_llm.domain import DeviceId
 from tests.unit.cluster.desk import D0, D1, PHASES, STILL, Desk, decided, deploy, kinds, node
 
 
@@ -91,3 +92,62 @@ def test_a_load_that_is_hastened_has_its_time_before_it() -> None:
     assert "Hasten" in kinds(desk.tell(e.RequestArrived(2, "a", "sha-a")))
     assert desk.tick(limit - 1) == []
     assert "Unload" in kinds(desk.tick(2))
+
+
+def standing() -> tuple[Desk, float]:
+    """A load that nobody waits for, of three on a node, that has been still for all of its time but three seconds."""
+    desk = Desk(STILL)
+    desk.join(node(devices=3))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    desk.tell(deploy("a", min_replicas=1))
+    loading(desk, 1)
+    limit = desk.machine.policy.load_factor * desk.machine.state.replicas[1].predicted_s
+    assert desk.tick(limit - 3) == []
+    return desk, limit
+
+
+def test_a_load_has_the_rest_of_its_time_after_those_that_went_before_it() -> None:
+    desk, limit = standing()
+    for number, name in ((2, "b"), (3, "c")):
+        desk.tell(deploy(name))
+        desk.ask(number, name)
+        loading(desk, number)
+        desk.tell(e.LoadProgress(2, number, 80), after=limit - 1)
+    assert "Unload" not in kinds(desk.tell(e.ReplicaReady(2, PHASES)))
+    desk.tell(e.LoadProgress(3, 1, 80), after=4)
+    assert "Unload" not in kinds(desk.tell(e.ReplicaReady(3, PHASES)))
+    assert desk.tick(2.9) == []
+    assert "Unload" in kinds(desk.tick(0.2))
+
+
+def test_a_load_has_all_of_its_time_after_news_of_it() -> None:
+    desk, limit = standing()
+    desk.tell(deploy("b"))
+    desk.ask(2, "b")
+    loading(desk, 2)
+    desk.tell(e.LoadProgress(1, 1, 80), after=5)
+    desk.tell(e.ReplicaReady(2, PHASES), after=5)
+    assert desk.tick(limit - 0.1) == []
+    assert "Unload" in kinds(desk.tick(0.2))
+
+
+def test_its_time_stands_still_too_when_another_is_hastened() -> None:
+    desk, limit = standing()
+    desk.tell(deploy("b", min_replicas=1))
+    loading(desk, 2)
+    assert desk.tick(1) == []
+    assert "Hasten" in kinds(desk.tell(e.RequestArrived(1, "b", "sha-b")))
+    desk.tell(e.ReplicaReady(2, PHASES), after=limit - 1)
+    assert desk.tick(1.9) == []
+    assert "Unload" in kinds(desk.tick(0.2))
+
+
+def test_an_online_load_gains_no_time_when_another_ends() -> None:
+    desk, _ = standing()
+    for number, name in ((2, "b"), (3, "c")):
+        desk.tell(deploy(name))
+        desk.ask(number, name)
+        loading(desk, number)
+    limit = desk.machine.policy.load_factor * desk.machine.state.replicas[3].predicted_s
+    desk.tell(e.ReplicaReady(2, PHASES), after=limit - 1)
+    assert c.Unload(3, DeviceId("n0", 2)) in desk.tick(1.1)
