@@ -25,6 +25,7 @@ MAX_HEADER = 100_000_000  # bytes of JSON; the reference implementation's limit
 MAX_DIMENSION = 2**63 - 1  # what a tensor library can hold in a signed size
 MAX_ENTRY = 4096  # characters of one tensor's entry; real ones have about a hundred
 MAX_METADATA = 1024  # pairs; real files have from one to about a hundred
+MANY_METADATA = f"__metadata__ has more than {MAX_METADATA} pairs"
 SHOWN = 200  # characters of a string from the header that an error repeats
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -213,7 +214,7 @@ def _metadata(text: str, at: int) -> tuple[dict[str, str], int]:
         if key in pairs:
             raise CheckpointError(f"__metadata__ has the key {_shown(key)} twice")
         if len(pairs) == MAX_METADATA:
-            raise CheckpointError(f"__metadata__ has more than {MAX_METADATA} pairs")
+            raise CheckpointError(MANY_METADATA)
         pairs[key], end = _string(text, at)
         return end
 

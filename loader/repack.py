@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import header, manifest
-from serverless_llm.loader.header import DTYPE_BITS, MAX_METADATA, TensorEntry
+from serverless_llm.loader.header import DTYPE_BITS, MANY_METADATA, MAX_METADATA, TensorEntry
 from serverless_llm.loader.manifest import INDEX, PICKLES, SINGLE, FileEntry, Manifest
 from serverless_llm.quantities import size
 
@@ -60,7 +60,7 @@ def shards(source: Manifest, most: int) -> list[Shard]:
         held += part.tensor.nbytes
     metadata = {key: text for file in reversed(source.files) for key, text in file.header.metadata.items()}
     if len(metadata) > MAX_METADATA:
-        raise CheckpointError(f"its files have {len(metadata)} metadata, and one file has at most {MAX_METADATA}")
+        raise CheckpointError(f"of its files together {MANY_METADATA}")
     return [_shard(number, len(groups), group, metadata) for number, group in enumerate(groups, start=1)]
 
 

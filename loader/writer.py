@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 
 from serverless_llm.loader import header
-from serverless_llm.loader.header import MAX_METADATA, METADATA
+from serverless_llm.loader.header import MANY_METADATA, MAX_METADATA, METADATA
 from serverless_llm.loader.tied import duplicates, overlapping
 from serverless_llm.loader.views import TORCH_DTYPES
 
@@ -121,7 +121,7 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _texts(metadata: dict[str, str]) -> dict[str, str]:
     if len(metadata) > MAX_METADATA:
-        raise ValueError(f"metadata of {len(metadata)} pairs: a header is read with at most {MAX_METADATA}")
+        raise ValueError(MANY_METADATA)
     for key, text in metadata.items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise TypeError(f"metadata are strings by strings, not {key!r}: {text!r}")
