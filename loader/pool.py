@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from serverless_llm.errors import CapacityError
@@ -37,16 +37,17 @@ def slot_size(capacity: int) -> int:
 
 
 class Pool:
-    """`capacity` bytes, rounded down to whole slots.
+    """`capacity` bytes, rounded down to whole slots. `on_punch`: called with the offset of every slot that is punched.
 
     Attributes:
         fd: the file, to be passed to workers.
         pages: `hugetlb`, `huge` or `small`: what backs it. Small pages cost a fifth of the bandwidth.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, on_punch: Callable[[int], None] = lambda offset: None) -> None:
         self.slot_bytes = slot_size(capacity)
         self.slots = capacity // self.slot_bytes
+        self._on_punch = on_punch
         self.capacity = self.slots * self.slot_bytes
         if not self.slots:
             raise CapacityError(f"a pool of {size(capacity)} holds no slot of {size(self.slot_bytes)}")
@@ -77,6 +78,7 @@ class Pool:
         for slot in slots:
             if _LIBC.fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, self.offset(slot), self.slot_bytes):
                 raise OSError(ctypes.get_errno(), "fallocate")
+            self._on_punch(self.offset(slot))
 
     @property
     def memory(self) -> int:

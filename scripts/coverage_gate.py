@@ -24,8 +24,10 @@ COMPLETE = (
     "loader/division.py",
     "loader/header.py",
     "loader/manifest.py",
+    "loader/pinned.py",
     "loader/plan.py",
     "loader/residency.py",
+    "loader/turns.py",
 )
 EXCUSE = re.compile(r"#\s*pragma:\s*no (cover|branch)(?P<reason>.*)$")
 

@@ -29,7 +29,7 @@ class Device(Message, frozen=True):
 
 
 class WorkerState(Message, frozen=True):
-    """One worker in a heartbeat: what it holds. `incarnation` 0: no worker is up."""
+    """One worker in a heartbeat: what it holds. `incarnation` 0: no worker is up. The last two as in `Pinned`."""
 
     device: int
     incarnation: int
@@ -37,6 +37,8 @@ class WorkerState(Message, frozen=True):
     step: int
     numerics_id: str
     replicas: list[int]
+    pinned: int = 0
+    unpinned: str = ""
 
 
 class Hello(Message, frozen=True):
@@ -303,6 +305,19 @@ class Copied(Message, frozen=True):
     bytes: int
 
 
+class Punched(Message, frozen=True):
+    """Agent -> worker: the slot at this offset of the pool lost its memory; what `Landed` tells of later has new."""
+
+    offset: int
+
+
+class Pinned(Message, frozen=True):
+    """Worker -> agent: so many bytes of the pool are registered with its device; why no more can be, or ""."""
+
+    bytes: int
+    refused: str
+
+
 class Placed(Message, frozen=True):
     """Worker -> agent: the replica serves. `leased`: its tensors are views into the pool until it is dropped."""
 
@@ -447,7 +462,7 @@ KINDS: tuple[type[Message], ...] = (
     Run, Cancel, Tokens, Step, Progress,
     Boot, Booted, Place, Landed, Placed, Drop, Dropped, Failed, Beat,
     Arrive, Prompted, Gone, Attach, Rejected, Catalog, Ask, Answer, News,
-    Copied, Hasten,
+    Copied, Hasten, Punched, Pinned,
 )  # fmt: skip
 KIND: dict[type[Message], int] = {kind: number for number, kind in enumerate(KINDS, start=1)}
 

@@ -82,7 +82,8 @@ def diagnose(settings: Config) -> Diagnosis:
         else forecast(name, path, settings, rates, overhead_s)
         for name, path in models.items()
     ]
-    return Diagnosis((versions(), *checks(settings), *problem, *measured), rates, tuple(forecasts))
+    found = versions(), *checks(settings), *problem, *pinning(status), *measured
+    return Diagnosis(found, rates, tuple(forecasts))
 
 
 # --- what there is to diagnose ---
@@ -98,6 +99,17 @@ def running(settings: Config) -> tuple[Any, list[Finding]]:
     except (Unreachable, Refusal) as error:
         why = f"what follows is of the configuration, since the server did not tell of itself: {error.message}"
         return None, [Finding("status", WARNING, why)]
+
+
+def pinning(status: Any) -> list[Finding]:
+    """GPUs of the server that could not pin what they copy from."""
+    devices = [device for node in status["nodes"] for device in node["devices"]] if status else []
+    mend = "ulimit -l unlimited, or LimitMEMLOCK=infinity of the unit, or --ulimit memlock=-1 of the container"
+    return [
+        Finding(f"pinned {one['device']}", WARNING, f"{one['pinned']['refused']}: its copies cost a CPU more; {mend}")
+        for one in devices
+        if one["pinned"]["refused"]
+    ]
 
 
 def as_it_runs(settings: Config, status: Mapping[str, Any]) -> Config:

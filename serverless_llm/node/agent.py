@@ -172,6 +172,8 @@ class Agent:
                 step=slot.step,
                 numerics_id=slot.numerics_id,
                 replicas=self._store.on_device(slot.device),
+                pinned=slot.pinned.bytes,
+                unpinned=slot.pinned.refused,
             )
             for slot in self._slots
         ]

@@ -112,6 +112,7 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
         "problem": device.problem,
         "trial": device.trial[0] if device.trial else "",
         "numerics_id": worker.numerics_id if worker else "",
+        "pinned": {"bytes": worker.pinned if worker else 0, "refused": worker.unpinned if worker else ""},
         "kv_used": used,
         "kv_free": free,
         "replicas": [_replica(one) for one in device.replicas.values()],

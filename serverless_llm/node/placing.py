@@ -18,8 +18,11 @@ from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
 from serverless_llm.errors import CapacityError, CheckpointError, InvariantError
 from serverless_llm.loader.link import Priority
+from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
-from serverless_llm.loader.upload import Mapping, Upload, Uploader
+from serverless_llm.loader.tasks import Mapping, Upload
+from serverless_llm.loader.upload import Uploader
+from serverless_llm.loader.ways import ByCpu, ByCuda, Way
 
 
 @dataclass(slots=True, eq=False)
@@ -55,11 +58,20 @@ class Placing:
     def __init__(self, engine: Engine, boot: wire.Boot, pool: int) -> None:
         self._engine = engine
         self._view = boot.weights == "view"
-        self._uploader = Uploader(pool, boot.pool_bytes, boot.upload_rate)
+        self._pinned: queue.SimpleQueue[wire.Pinned] = queue.SimpleQueue()
         self._placements: dict[int, Placement] = {}
         self._complete: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # replica, bytes; of rings
         self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+        def way(window: Range) -> Way:
+            return ByCuda(window, engine.device) if engine.device.type == "cuda" else ByCpu(window)
+
+        def pinned(nbytes: int, refused: str) -> None:
+            self._pinned.put(wire.Pinned(nbytes, refused))
+            os.eventfd_write(self.wakeup, 1)
+
+        self._uploader = Uploader(pool, boot.pool_bytes, boot.upload_rate, way, pinned)
 
     def close(self) -> None:
         """Ends the uploader's thread. What is placed stays mapped until the process ends."""
@@ -73,6 +85,10 @@ class Placing:
     def yield_to_steps(self, due: bool) -> None:
         """Whether steps run, beside which loads take less of the machine."""
         self._uploader.step_due = due
+
+    def punched(self, offset: int) -> None:
+        """The slot at this offset of the pool lost its memory."""
+        self._uploader.punched(offset)
 
     def place(self, order: wire.Place) -> wire.Message | None:
         """Begins a placement; its pieces follow."""
@@ -109,12 +125,14 @@ class Placing:
         return None
 
     def finished(self) -> list[wire.Message]:
-        """Tells what rings may use again, and activates the replicas whose bytes have arrived since."""
+        """Tells what rings may use again and what is pinned; activates the replicas whose bytes have arrived since."""
         os.eventfd_read(self.wakeup)
         read: dict[int, int] = {}
         while not self._read.empty():
             read.update([self._read.get()])
         answers: list[wire.Message] = [wire.Copied(replica, nbytes) for replica, nbytes in read.items()]
+        while not self._pinned.empty():
+            answers.append(self._pinned.get())
         while not self._complete.empty():
             placement = self._placements.get(self._complete.get())
             if placement is not None and not placement.active:

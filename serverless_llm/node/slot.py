@@ -56,6 +56,7 @@ class Slot:
         self.pid = 0
         self.step = 0
         self.numerics_id = ""
+        self.pinned = wire.Pinned(0, "")
         self.up = False
         self._boot = boot
         self._pool = pool
@@ -76,6 +77,7 @@ class Slot:
         """Starts the next incarnation. The forkserver must be up."""
         self.incarnation += 1
         self.step = 0
+        self.pinned = wire.Pinned(0, "")
         self._due = self._now() + BOOT_LIMIT
         self._owed = self._now() + FORKSERVER_LIMIT
         try:
@@ -214,10 +216,19 @@ class Slot:
             beat = wire.decode(frame.header.kind, frame.body)
             assert isinstance(beat, wire.Beat)
             self._beat(beat)
+        elif frame.header.kind == wire.KIND[wire.Pinned]:
+            pinned = wire.decode(frame.header.kind, frame.body)
+            assert isinstance(pinned, wire.Pinned)
+            self._note(pinned)
         else:
             if self._due is not None:
                 self._due = self._now() + self._patience
             self._receive(self, frame)
+
+    def _note(self, pinned: wire.Pinned) -> None:
+        if pinned.refused and not self.pinned.refused:
+            log.warning("worker of device %d goes on without more pinned memory: %s", self.device, pinned.refused)
+        self.pinned = pinned
 
     def _beat(self, beat: wire.Beat) -> None:
         self.step = beat.step

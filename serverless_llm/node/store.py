@@ -86,7 +86,7 @@ class Store:
         self._options = options
         self._tell = tell
         self._slot = slot
-        self._pool = Pool(options.dram)
+        self._pool = Pool(options.dram, self._punched)
         self._reader = Reader(self._pool, rate=options.disk_rate)
         self._tier = Tier(self._pool.slots, self._pool.slot_bytes)
         self._pipeline = Pipeline(
@@ -150,6 +150,12 @@ class Store:
     def forget(self, checkpoint: str) -> None:
         self._pipeline.forget(checkpoint)
         self._manifests.forget(checkpoint)
+
+    def _punched(self, offset: int) -> None:
+        """Of a device's way to the pool's memory, that slot's is another's now."""
+        for number, device in enumerate(self._options.devices):
+            if device.kind == "cuda":
+                self._slot(number).send(wire.Punched(offset))
 
     # --- what there is ---
 

@@ -133,6 +133,8 @@ class Worker:
                 self._answer(self._placing.place(message))
             case wire.Hasten(replica):
                 self._placing.hasten(replica)
+            case wire.Punched(offset):
+                self._placing.punched(offset)
             case wire.Landed(replica, pieces, last):
                 self._answer(self._placing.landed(replica, pieces, last))
             case wire.Drop(replica):

@@ -116,7 +116,8 @@ def test_a_running_server_is_diagnosed_as_it_runs(cli: CommandLine, tmp_path: Pa
     source = str(tasks.checkpoint_dir("demo-add"))
     row = {"name": "m", "source": source, "dtype": "auto", "bytes": 3_000_000, "state": "unloaded", "error": ""}
     failed = row | {"name": "big", "bytes": 614_000_000, "state": "failed", "error": "big fits on no device"}
-    device = {"kind": "cpu", "budget": 100_000_000, "weights": "view"}
+    device = {"kind": "cpu", "budget": 100_000_000, "weights": "view", "device": "node0/0"}
+    device |= {"pinned": {"bytes": 0, "refused": "operation not permitted"}}
     node = {"devices": [device, device], "dram": 200_000_000, "overhead_s": 0.02, "limits": {"disk": 1e6}}
     status = {"models": [row, failed], "nodes": [node, {"devices": [], "overhead_s": 0.03}]}
     server.answers["GET", "/admin/status"] = (200, status)
@@ -124,6 +125,7 @@ def test_a_running_server_is_diagnosed_as_it_runs(cli: CommandLine, tmp_path: Pa
     outcome = cli("doctor")
     assert outcome.status == 1
     assert "200.0 MB for DRAM, cpu:2 of 100.0 MB each" in outcome.out
+    assert outcome.out.count("operation not permitted: its copies cost a CPU more; ulimit -l unlimited") == 2
     _, _, _, from_disk, _, from_dram, _ = outcome.out.splitlines()[-2].split()
     assert (from_disk, from_dram) == ("3.1", "20")  # with its cap, and what it learned
     assert outcome.out.splitlines()[-1].split() == ["big", "614.0", "MB", "cannot", "be", "served"]

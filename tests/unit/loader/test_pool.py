@@ -48,7 +48,8 @@ def test_what_is_written_is_seen_through_the_descriptor() -> None:
 
 
 def test_memory_comes_with_writing_and_goes_with_punching() -> None:
-    pool = Pool(8 << 20)
+    punched: list[int] = []
+    pool = Pool(8 << 20, punched.append)
     assert pool.memory == 0
     for slot in range(3):
         pool.range(pool.offset(slot), pool.slot_bytes)[:] = bytes(pool.slot_bytes)
@@ -58,6 +59,7 @@ def test_memory_comes_with_writing_and_goes_with_punching() -> None:
     os.close(os.dup(pool.fd))
     with pytest.raises(OSError, match="fallocate"):
         pool.punch([-1])
+    assert punched == [0, 2 << 20]
     pool.close()
 
 

@@ -21,7 +21,8 @@ from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.stitched import RELEASE, Kept, Stitched
-from serverless_llm.loader.upload import Mapping, Uploader
+from serverless_llm.loader.tasks import Mapping
+from serverless_llm.loader.upload import Uploader
 from tests.unit.loader.checkpoints import Node, random, write
 from tests.unit.loader.mappings import areas, resident
 

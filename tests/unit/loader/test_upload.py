@@ -299,20 +299,3 @@ def test_ranges_suit_huge_pages_where_slots_do() -> None:
     assert mapping.close()
     uploader.close()
     pool.close()
-
-
-@pytest.mark.gpu
-def test_copies_arrive_on_a_cuda_device(tmp_path: Path, node: Node, uploader: Uploader) -> None:
-    content = random(5)
-    source = manifest.build(write(tmp_path, content))
-    news = News()
-    upload = uploader.upload(sizes(source), lambda *report: news.put(report))
-    upload.add(landed(node, source))
-    headers = upload.headers()
-    assert headers is not None
-    arena = torch.zeros(source.file_bytes, dtype=torch.uint8, device="cuda")
-    upload.start([Dest(entry.name, 0, entry.nbytes, entry.start) for entry in headers[0].tensors], arena)
-    until_ready(news)
-    for entry in headers[0].tensors:
-        assert torch.equal(arena[entry.start : entry.end].cpu(), content[entry.name].view(-1).view(torch.uint8))
-    upload.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm import wire
+from serverless_llm import framing, wire
 from serverless_llm.loader.pool import Pool
 from serverless_llm.node import forkserver
 from serverless_llm.node import slot as slots
@@ -73,6 +73,18 @@ def test_a_forkserver_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
         pool.close()
 
     asyncio.run(tell())
+
+
+def test_that_memory_cannot_be_pinned_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    pool = Pool(MIB)
+    slot, _ = forked(pool, lambda _: None, lambda *_: None)
+    for told in (wire.Pinned(5, ""), wire.Pinned(5, "not permitted"), wire.Pinned(0, "not permitted")):
+        slot._frame(next(iter(framing.Splitter().feed(wire.encode(told)))))
+        assert slot.pinned == told
+    assert [record.message for record in caplog.records] == [
+        "worker of device 0 goes on without more pinned memory: not permitted"
+    ]
+    pool.close()
 
 
 def test_a_forkserver_that_dies_before_any_worker_is_a_failed_boot() -> None:

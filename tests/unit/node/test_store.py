@@ -16,7 +16,7 @@ from serverless_llm.node.store import Store
 from tests.unit.loader.checkpoints import random, write
 
 MIB = 1 << 20
-VIEW, COPY = 0, 1  # devices
+VIEW, COPY, CUDA = 0, 1, 2  # devices
 LARGE, SMALL, WHOLE = 20, 0.5, 7.5  # MiB of checkpoints; the pool has 8
 
 
@@ -36,9 +36,9 @@ class Desk:
 
     def __init__(self, directory: Path, disk_rate: float = 0.0) -> None:
         self._directory = directory
-        self._places = [Place(), Place()]
+        self._places = [Place(), Place(), Place()]
         self.told: list[wire.Message] = []
-        devices = (DeviceOptions("cpu", MIB, "view"), DeviceOptions("cpu", MIB, "copy"))
+        devices = DeviceOptions("cpu", MIB, "view"), DeviceOptions("cpu", MIB, "copy"), DeviceOptions("cuda", MIB, "copy")
         options = AgentOptions(str(directory / "state"), "n0", devices, 8 * MIB, disk_rate)
         self.store = Store(options, self.told.append, self._places.__getitem__)
 
@@ -48,6 +48,9 @@ class Desk:
         self.store.start(
             wire.StartLoad(number, device, f"m{number}", str(source), found.checkpoint, "float32", 0, online)
         )
+
+    def heard(self, device: int) -> list[wire.Message]:
+        return self._places[device].told
 
     @property
     def placed(self) -> list[int]:
@@ -173,3 +176,12 @@ def test_room_that_comes_with_the_last_read_is_waited_for(
         await desk.until(lambda: 2 in desk.placed)
 
     at_a_desk(tmp_path, tell, disk_rate=20e6)
+
+
+def test_gpus_are_told_which_memory_went(tmp_path: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        desk.store._pool.punch([0, 3])
+        assert desk.heard(CUDA) == [wire.Punched(0), wire.Punched(3 * MIB)]
+        assert not desk.heard(COPY)
+
+    at_a_desk(tmp_path, tell)

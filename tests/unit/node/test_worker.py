@@ -13,7 +13,9 @@ import pytest
 
 from serverless_llm import framing, wire
 from serverless_llm.cli.make_checkpoint import make_checkpoint
+from serverless_llm.engine.sequence import StepResult
 from serverless_llm.errors import ProtocolError
+from serverless_llm.loader.link import Priority
 from serverless_llm.loader.pool import Pool
 from serverless_llm.node import worker
 from serverless_llm.node.worker import Worker
@@ -66,10 +68,16 @@ class Agent:
         return self.all(kind)[known]
 
     def place(
-        self, replica: int = 1, dtype: str = "auto", config: str | None = None, ring: bool = False, room: bool = True
+        self,
+        replica: int = 1,
+        dtype: str = "auto",
+        config: str | None = None,
+        ring: bool = False,
+        room: bool = True,
+        online: bool = True,
     ) -> None:
         files = [("model.safetensors", len(self.raw))]
-        self.send(wire.Place(replica, "tiny", "c", config or self.config, dtype, 0, files, ring, room))
+        self.send(wire.Place(replica, "tiny", "c", config or self.config, dtype, 0, files, ring, room, online))
 
     def land(self, replica: int = 1) -> None:
         """The bytes in two pieces, the second first."""
@@ -286,6 +294,42 @@ def test_what_is_converted_passes_through_no_ring(checkpoint: Path, room: bool) 
 
 
 @pytest.mark.parametrize("agent", ["view"], indirect=True)
+def test_a_worker_heeds_what_is_urgent_and_what_memory_went(agent: Agent) -> None:
+    agent.place(online=False)
+    agent.send(wire.Hasten(7))  # it failed before
+    agent.send(wire.Punched(0))
+    agent.send(wire.Reserve(0, 9, 0))
+    agent.answer(wire.Reserved)
+    (placement,) = agent._worker._placing._placements.values()
+    before = placement.task.priority
+    agent.send(wire.Hasten(1))
+    agent.send(wire.Reserve(0, 9, 0))
+    agent.answer(wire.Reserved)
+    assert (before, placement.task.priority) == (Priority.PREFETCH, Priority.ONLINE)
+
+
+def test_loads_yield_while_there_is_something_to_compute(ready: Agent) -> None:
+    due = []
+    step = ready._worker._engine.step
+
+    def noted() -> StepResult:
+        due.append(ready._worker._placing._uploader.step_due)
+        return step()
+
+    ready._worker._engine.step = noted  # type: ignore[method-assign]
+    ready.run(1)
+    ready.until(lambda: any(one.done for one in ready.all(wire.Step)))
+    ready.send(wire.Reserve(0, 9, 0))
+    ready.answer(wire.Reserved)
+    until(lambda: not ready._worker._placing._uploader.step_due, "rest")
+    assert set(due) == {True}
+
+
+def test_what_is_pinned_is_told(agent: Agent) -> None:
+    agent._worker._placing._uploader._on_pinned(5, "no more")
+    assert agent.answer(wire.Pinned) == wire.Pinned(5, "no more")
+
+
 def test_what_cannot_be_placed_fails_for_good(agent: Agent) -> None:
     agent.place(2, config='{"architectures": ["Unknown"]}')
     failed = agent.answer(wire.Failed)
