@@ -67,7 +67,7 @@ part() {
 
 run() {
     case $1 in
-        tests) part tests "$PYTHON" -m pytest -m gpu tests/gpu ;;
+        tests) part tests "$PYTHON" -m pytest -m gpu tests/gpu tests/unit/loader ;;
         cold-start)
             part cold-start "$PYTHON" -m bench.cold_start --device cuda --minutes 5 \
                 --checkpoints "$SCRATCH/serverless-llm-checkpoints" --json "$OUT/cold_start-$name.json"

@@ -38,7 +38,11 @@ class Desk:
         self._directory = directory
         self._places = [Place(), Place(), Place()]
         self.told: list[wire.Message] = []
-        devices = DeviceOptions("cpu", MIB, "view"), DeviceOptions("cpu", MIB, "copy"), DeviceOptions("cuda", MIB, "copy")
+        devices = (
+            DeviceOptions("cpu", MIB, "view"),
+            DeviceOptions("cpu", MIB, "copy"),
+            DeviceOptions("cuda", MIB, "copy"),
+        )
         options = AgentOptions(str(directory / "state"), "n0", devices, 8 * MIB, disk_rate)
         self.store = Store(options, self.told.append, self._places.__getitem__)
 
