@@ -54,6 +54,7 @@ PEERS = {
             "transformers==5.*",
         )
     ),
+    "moto": Peer(requirements=("moto[s3,server]==5.*",)),  # a bucket that others wrote
     "fastapi-proxy": Peer(requirements=("fastapi==0.*", "uvicorn[standard]==0.*", "httpx==0.*")),
     "litellm": Peer(
         requirements=("litellm[proxy]==1.*",),
