@@ -64,6 +64,7 @@ def load_file(
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     path = Path(filename)
+    manifest.check_tensors_here(path.parent)
     return _load(manifest.file_entry(path.name, path, path)[0], torch.device(device))
 
 

@@ -95,10 +95,18 @@ def weights(directory: Path) -> list[FileEntry]:
     Raises:
         CheckpointError: as `build`, or the tensors are on a server still.
     """
-    if (directory.parent / REMOTE).exists():
-        raise CheckpointError(f"{directory} holds headers alone until its model is loaded: serverless-llm pull its URL")
+    check_tensors_here(directory)
     with _system_errors(directory):
         return _weights(directory, _names(directory))[0]
+
+
+def check_tensors_here(directory: Path) -> None:
+    """
+    Raises:
+        CheckpointError: only the headers of the directory's files are here.
+    """
+    if (directory.parent / REMOTE).exists():
+        raise CheckpointError(f"{directory} holds headers alone until its model is loaded: serverless-llm pull its URL")
 
 
 @contextmanager

@@ -8,13 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import division, plan
-from serverless_llm.loader.download import CONNECTIONS
-from serverless_llm.loader.link import Link
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.origin import Origin
 from serverless_llm.loader.plan import Landed, Piece
@@ -22,12 +19,10 @@ from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
 from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.ring import Ring
-from serverless_llm.loader.source import Source, SourceFile
+from serverless_llm.loader.routes import Route, Routes
 from serverless_llm.loader.toucher import Toucher
 
 AHEAD = 1 << 30  # bytes
-FIRST_RATE = 40e6  # bytes per second of a server that nothing is known of; a slower one is told of soon enough
-REMOTE_CALL_BYTES = 8 << 20  # a longer range gains nothing
 PAUSE = 2.0  # seconds, in which a model that was loaded has its first tokens
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
 
@@ -60,8 +55,7 @@ class Load:
     dram_bytes: int = 0
     _pipeline: Pipeline = field(kw_only=True)
     _slots: dict[Piece, int] = field(kw_only=True)
-    _files: Sequence[Source] = field(kw_only=True)
-    _way: _Way = field(kw_only=True)
+    _route: Route = field(kw_only=True)
     _origin: Origin | None = field(kw_only=True)
     _ring: Ring | None = None
 
@@ -114,13 +108,6 @@ class Load:
         self._tell(batch.landed)
 
 
-class _Way(NamedTuple):
-    """Who reads what a load lacks, and the link that the bytes cross."""
-
-    reader: Reader
-    link: Link
-
-
 @dataclass(eq=False, slots=True)
 class _Fill:
     """A checkpoint on its way into the tier, with those who wait for it.
@@ -131,7 +118,7 @@ class _Fill:
     """
 
     loads: list[Load]
-    way: _Way
+    route: Route
     transfer: Transfer
     left: int
     parts: dict[Piece, list[Landed]] = field(default_factory=dict)
@@ -161,11 +148,10 @@ class Pipeline:
         pause: float = PAUSE,
         freed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.disk, self.remote = Link(), Link()
+        self._routes = Routes(pool, reader)
+        self.disk, self.remote = self._routes.disk, self._routes.remote
         self.tier = tier
         self._pool = pool
-        self._reader = reader
-        self._network: Reader | None = None  # most nodes need none
         self._post = post
         self._pause = pause
         self._freed = freed
@@ -210,12 +196,6 @@ class Pipeline:
         """
         begun = time.monotonic()
         pieces = self._pieces(manifest)
-        files: Sequence[Source] = (
-            origin.sources(manifest)
-            if origin
-            else [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
-        )
-        way = _Way(self._asker(), self.remote) if origin else _Way(self._reader, self.disk)
         # Others wait for what has a slot now, and for no more.
         kept, passing, width = division.divide(self.tier, manifest, pieces, ring, manifest.checkpoint in self._fills)
         lent = self.tier.lend(manifest.checkpoint, width)
@@ -225,7 +205,7 @@ class Pipeline:
         total = manifest.file_bytes
         load = Load(
             manifest, holder, on_landed, on_failed, priority, total, begun,
-            _pipeline=self, _slots=slots, _files=files, _way=way, _origin=origin,
+            _pipeline=self, _slots=slots, _route=self._routes.of(manifest, origin), _origin=origin,
         )  # fmt: skip
         if passing:
             load._ring = self._rings[holder] = self._ring(load, passing, lent)
@@ -263,7 +243,7 @@ class Pipeline:
         """
         self._closed = True
         self._toucher.close()
-        return self._network is None or self._network.close()
+        return self._routes.close()
 
     def _trim(self) -> None:
         """Takes or gives back the memory of one slot, and so on until the tier has as much as it wants, or there is no
@@ -284,22 +264,17 @@ class Pipeline:
         if more:
             self._trim()
 
-    def _asker(self) -> Reader:
-        """Reads from servers, in calls of what their link moves in a moment."""
-        if self._network is None:
-            self._network = Reader(self._pool, CONNECTIONS, staged=False)
-        self._network.call_bytes = plan.paced(self.remote.bandwidth or FIRST_RATE, REMOTE_CALL_BYTES)
-        return self._network
-
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
 
     # --- what is larger than the room for it ---
 
     def _ring(self, load: Load, pieces: list[Piece], slots: list[int]) -> Ring:
+        route = load._route
+
         def told(batch: Batch) -> None:
             self._quiet_at = time.monotonic() + self._pause
-            load._way.link.observe(_crossed(batch, load._way), 0.0)  # its time is the device's, too
+            route.link.observe(route.crossed(batch.disk_bytes, batch.cache_bytes), 0.0)  # its time is the device's, too
             if batch.error is not None:
                 self._distrust(load.manifest.checkpoint, load._slots.keys())
                 load.cancel()
@@ -311,7 +286,7 @@ class Pipeline:
 
         slot_bytes = self._pool.slot_bytes
         ring = Ring(
-            load._way.reader, load._files, pieces, slots, slot_bytes, load.priority, self._post, told, self._given_back
+            route.reader, route.files, pieces, slots, slot_bytes, load.priority, self._post, told, self._given_back
         )
         return ring
 
@@ -329,7 +304,7 @@ class Pipeline:
             return
         missing = self.tier.missing(checkpoint, load._slots)
         if fill is None and missing:
-            fill = self._fills[checkpoint] = _Fill([], load._way, *self._submit(load, missing))
+            fill = self._fills[checkpoint] = _Fill([], load._route, *self._submit(load, missing))
         if fill is not None:
             fill.loads.append(load)
             self._rank(checkpoint)
@@ -354,15 +329,15 @@ class Pipeline:
         def deliver(batch: Batch) -> None:
             self._post(lambda: self._news(checkpoint, batch))
 
-        transfer = Transfer(load._files, load._slots, missing, deliver, load.priority)
-        load._way.reader.submit(transfer)
+        transfer = Transfer(load._route.files, load._slots, missing, deliver, load.priority)
+        load._route.reader.submit(transfer)
         return transfer, sum(piece.length for piece in missing)
 
     def _rank(self, checkpoint: CheckpointId) -> None:
         """A fill is as urgent as its most urgent load."""
         fill = self._fills.get(checkpoint)
         if fill is not None and fill.loads:
-            fill.way.reader.rank(fill.transfer, min(load.priority for load in fill.loads))
+            fill.route.reader.rank(fill.transfer, min(load.priority for load in fill.loads))
 
     def _distrust(self, checkpoint: CheckpointId, pieces: Collection[Piece]) -> bool:
         """As `discard`."""
@@ -381,7 +356,7 @@ class Pipeline:
         fill.loads.remove(load)
         if not fill.loads:
             fill.cancelled = True
-            fill.way.reader.cancel(fill.transfer)
+            fill.route.reader.cancel(fill.transfer)
         self._rank(load.manifest.checkpoint)
 
     def _news(self, checkpoint: CheckpointId, batch: Batch) -> None:
@@ -431,8 +406,8 @@ class Pipeline:
     def _observe(self, fill: _Fill) -> None:
         """The phases of a whole transfer, for its loads and the link."""
         transfer = fill.transfer
-        told = fill.way.reader.rate or not fill.cache_bytes  # a cache tells of the link only if both are capped
-        fill.way.link.observe(_crossed(fill, fill.way), transfer.busy if told else 0.0)
+        told = fill.route.reader.rate or not fill.cache_bytes  # a cache tells of the link only if both are capped
+        fill.route.link.observe(fill.route.crossed(fill.disk_bytes, fill.cache_bytes), transfer.busy if told else 0.0)
         for load in fill.loads:
             load.queue_s = max(0.0, transfer.started - load.begun)
             load.disk_s = transfer.ended - max(transfer.started, load.begun)
@@ -443,8 +418,3 @@ class Pipeline:
             self.tier.abort(checkpoint)
         for load in fill.loads:
             self._join(load)
-
-
-def _crossed(read: Batch | _Fill, way: _Way) -> int:
-    """Bytes that the link is charged with: under a cap those of the page cache, too."""
-    return read.disk_bytes + (read.cache_bytes if way.reader.rate else 0)

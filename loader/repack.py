@@ -84,6 +84,7 @@ def repack(source: Path, target: Path, most: int, told: Told) -> list[Shard]:
         CapacityError: there is no room for it.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  what it links to is not what is meant
+    manifest.check_tensors_here(source)
     found = manifest.build(source)
     planned = shards(found, most)
     others = _others(found.directory)

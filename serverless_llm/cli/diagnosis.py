@@ -188,9 +188,11 @@ def measure(settings: Config, sources: Sequence[Path]) -> tuple[list[Finding], R
 def _large_files(sources: Sequence[Path]) -> dict[int, list[Path]]:
     """The weights that are worth reading, by their disk."""
     from serverless_llm.cli.measure import LARGE
+    from serverless_llm.loader.manifest import REMOTE
 
     found: dict[int, list[Path]] = {}
-    for path in sorted(path for source in sources for path in source.glob("*.safetensors")):
+    here = [source for source in sources if not (source.parent / REMOTE).exists()]
+    for path in sorted(path for source in here for path in source.glob("*.safetensors")):
         with contextlib.suppress(OSError):
             stat = path.stat()
             if stat.st_size >= LARGE:

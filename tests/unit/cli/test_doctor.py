@@ -18,6 +18,7 @@ from serverless_llm.cli.diagnosis import Rates, forecast
 from serverless_llm.config import Config, load
 from serverless_llm.demo import tasks
 from serverless_llm.domain import ModelSpec
+from serverless_llm.loader.manifest import REMOTE
 from serverless_llm.node.state import Deployed, State
 from tests.unit.cli.conftest import CommandLine, Scripted
 
@@ -258,3 +259,12 @@ def test_sources_of_the_configuration_are_found(tmp_path: Path) -> None:
     assert diagnosis.directory_of(str(tmp_path)) == tmp_path
     told = forecast("m", diagnosis.directory_of("no/such"), configured(tmp_path), Rates({}, 1e9, None), 0.05)
     assert "no/such" in told.error
+
+
+def test_what_is_on_a_server_still_tells_nothing_of_the_disk(tmp_path: Path) -> None:
+    places = [tmp_path / name / "checkpoint" for name in ("here", "there")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "model.safetensors").write_bytes(bytes(2 * MIB))
+    (places[1].parent / REMOTE).touch()
+    assert list(diagnosis._large_files(places).values()) == [[places[0] / "model.safetensors"]]

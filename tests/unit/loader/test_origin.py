@@ -13,13 +13,14 @@ import pytest
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import announce as announcing
-from serverless_llm.loader import behind, disk_tier, download, load_checkpoint, manifest, origin, remote
+from serverless_llm.loader import behind, disk_tier, download, load_checkpoint, load_file, manifest, origin, remote
 from serverless_llm.loader.disk_tier import DiskTier, Lease
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.repack import repack
 from tests.range_server import RangeServer
 from tests.serving import until
 from tests.unit.loader import checkpoints
-from tests.unit.loader.checkpoints import Node, Told
+from tests.unit.loader.checkpoints import Device, Node, Told
 
 TOKENIZER = b'{"version": "1.0"}'
 
@@ -114,6 +115,12 @@ def test_an_announced_checkpoint_is_known_by_its_headers(server: RangeServer, ti
         assert tier.cached(url) is None
         with pytest.raises(CheckpointError, match="holds headers alone until its model is loaded: serverless-llm pull"):
             load_checkpoint(lease.directory)
+        for refused in (
+            lambda: repack(lease.directory, tmp_path / "r", 1 << 30, silent),
+            lambda: load_file(lease.directory / found.files[0].name),
+        ):
+            with pytest.raises(CheckpointError, match="holds headers alone"):
+                refused()
         server.sent = 0
         with announce(tier, url) as again:
             assert (again.directory, again.offline) == (lease.directory, "")
@@ -303,3 +310,24 @@ def test_abandoned_headers_leave(server: RangeServer, tier: DiskTier) -> None:
     place.rename(place.with_suffix(disk_tier.HEADS))  # as of a process that was killed
     tier.bring(f"{server.url}/m", silent).close()
     assert [path.suffix for path in tier.root.glob("*/*")] == [""]
+
+
+def test_what_passes_through_a_ring_fills_the_disk_tier_too(server: RangeServer, lease: Lease) -> None:
+    node = Node(4)  # of five
+    found, device, where = manifest.build(lease.directory), Device(node.pool), origin.of(lease.directory)
+    device.load = node.pipeline.load(found, 1, device.landed, device.failures.append, ring=True, origin=where)
+    assert device.load.ringed
+    device.load.start()
+    while not device.over:
+        node.turn()
+        device.copy(device.waiting)
+    assert {number: bytes(content) for number, content in device.content.items()} == {
+        number: server.files[f"m/{file.name}"] for number, file in enumerate(found.files)
+    }
+    assert server.sent == found.file_bytes
+    node.pipeline.release(found.checkpoint, 1)
+    until(lambda: whole(lease.directory), "the disk tier to be whole")
+    assert held(lease.directory) == server.files
+    while node.tier._lent:
+        node.turn()
+    node.close()

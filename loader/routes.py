@@ -1,0 +1,65 @@
+"""By which reader bytes come that a load lacks, and over which link: the disk's, or the network's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from serverless_llm.loader import plan
+from serverless_llm.loader.download import CONNECTIONS
+from serverless_llm.loader.link import Link
+from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.origin import Origin
+from serverless_llm.loader.pool import Pool
+from serverless_llm.loader.reader import Reader
+from serverless_llm.loader.source import Source, SourceFile
+
+FIRST_RATE = 40e6  # bytes per second of a server that nothing is known of; a slower one is told of soon enough
+CALL_BYTES = 8 << 20  # of a server; a longer range gains nothing
+
+
+class Route(NamedTuple):
+    """`files`: as `reader` takes them."""
+
+    reader: Reader
+    link: Link
+    files: Sequence[Source]
+
+    def crossed(self, device_bytes: int, cache_bytes: int) -> int:
+        """Bytes that the link is charged with: under a cap those of the page cache, too."""
+        return device_bytes + (cache_bytes if self.reader.rate else 0)
+
+
+class Routes:
+    """Those of one pool. Everything runs on the thread that owns the tier.
+
+    Attributes:
+        disk, remote: the disk, and servers of sources, as finished loads saw them.
+    """
+
+    def __init__(self, pool: Pool, reader: Reader) -> None:
+        self.disk, self.remote = Link(), Link()
+        self._pool = pool
+        self._reader = reader
+        self._network: Reader | None = None  # most nodes need none
+
+    def of(self, manifest: Manifest, origin: Origin | None) -> Route:
+        """`origin`: where the files are that are not on the disk."""
+        if origin is not None:
+            return Route(self._asker(), self.remote, origin.sources(manifest))
+        files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
+        return Route(self._reader, self.disk, files)
+
+    def close(self) -> bool:
+        """
+        Returns:
+            False when a server keeps a read waiting: it may still write to the pool.
+        """
+        return self._network is None or self._network.close()
+
+    def _asker(self) -> Reader:
+        """Reads from servers, in calls of what their link moves in a moment."""
+        if self._network is None:
+            self._network = Reader(self._pool, CONNECTIONS, staged=False)
+        self._network.call_bytes = plan.paced(self.remote.bandwidth or FIRST_RATE, CALL_BYTES)
+        return self._network
