@@ -16,7 +16,9 @@ from serverless_llm.domain import CheckpointId
 from serverless_llm.loader import header, plan
 from serverless_llm.loader.copies import Copies
 from serverless_llm.loader.dest import Dest
+from serverless_llm.loader.digest import Due
 from serverless_llm.loader.header import Header
+from serverless_llm.loader.held import Held
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.stitched import Slot, Stitched
@@ -44,7 +46,8 @@ class Task:
     `add`, `headers` and the verbs of the two belong to one thread (the worker's loop); `step` to the uploader's.
 
     Attributes:
-        done, total: bytes; a task is ready when they are equal, which is told by exactly one `on_progress`.
+        done, total: bytes; a task is ready when they are equal, which is told by exactly one `on_progress`. What is
+            compared counts once more.
         priority: its parts go before those of higher numbers; may be changed at any time.
     """
 
@@ -97,6 +100,8 @@ class Task:
                 return
             self._flights.popleft()
             self.done += flight.moved
+            if self.done == self.total:
+                self.total += self._more()
         if flight.moved and self.done == self.total:
             self._uploader.ended(self)
         self._tell(flight)
@@ -108,6 +113,10 @@ class Task:
     def _begin(self, part: Landed) -> Flight:
         """Does the work, or begins it."""
         raise NotImplementedError
+
+    def _more(self) -> int:
+        """Queues what can only be done when all else is; returns its bytes."""
+        return 0
 
     def _stop(self) -> None:
         """When it returns the uploader's thread touches nothing of this task any more."""
@@ -221,13 +230,25 @@ class Mapping(Task):
 
 
 class Upload(Task):
-    """Copy mode: bytes go to their Dests as they land."""
+    """Copy mode: bytes go to their Dests as they land.
+
+    Attributes:
+        held: what was found when the copies were compared; None where they are not.
+    """
 
     def __init__(
-        self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress, on_read: Read | None = None
+        self,
+        uploader: Uploader,
+        sizes: Sequence[int],
+        on_progress: Progress,
+        on_read: Read | None = None,
+        due: Due | None = None,
     ) -> None:
         super().__init__(uploader, sizes, on_progress)
         self._on_read = on_read
+        self._due = due
+        self._uncompared = 0  # bytes of copies
+        self.held: Held | None = None
         self._read_bytes = 0
         self._waiting: list[Landed] | None = []  # until `start` tells where they go
         self._copies: Copies | None = None
@@ -256,6 +277,10 @@ class Upload(Task):
         self._copies = Copies(headers, dests)
         self.total = self._copies.total
         assert self.total
+        if self._due:
+            pool = torch.frombuffer(self._uploader.window.buffer, dtype=torch.uint8)
+            again = self._on_read is None
+            self.held = Held(self._copies, pool, arena, self._sizes, self._due, again)
         waiting, self._waiting = self._waiting, None
         for span in waiting:
             self._uploader.put(self, span)
@@ -265,6 +290,10 @@ class Upload(Task):
         self._stop()
 
     def _begin(self, part: Landed) -> Flight:
+        if self.held:
+            if part in self.held.noted:  # such parts fit any turn: they come whole
+                return Flight(0, self.held.compare(part), HERE)
+            self._uncompared += self.held.note(part)
         assert self._copies is not None
         copies = list(self._copies.of(part))
         pinned = self._uploader.pinned
@@ -273,8 +302,14 @@ class Upload(Task):
         arrival = self._uploader.way.begin(part, copies, self._arena, direct)
         return Flight(part.length, sum(copy.length for copy in copies), arrival)
 
+    def _more(self) -> int:
+        for part in list(self.held.noted) if self.held else ():
+            self._uploader.put(self, part)
+        more, self._uncompared = self._uncompared, 0
+        return more
+
     def _tell(self, flight: Flight) -> None:
         self._read_bytes += flight.read
-        if self._on_read:
+        if self._on_read and flight.read:
             self._on_read(self._read_bytes)
         super()._tell(flight)

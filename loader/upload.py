@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from serverless_llm.domain import CheckpointId
 from serverless_llm.loader import plan
+from serverless_llm.loader.digest import Due
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.pinned import Order, Pinned
@@ -87,9 +88,11 @@ class Uploader:
         """View mode: a checkpoint with files of these sizes, in the mapping kept of it if there is one."""
         return Mapping(self, checkpoint, sizes, on_progress)
 
-    def upload(self, sizes: Sequence[int], on_progress: Progress, on_read: Read | None = None) -> Upload:
-        """Copy mode: a checkpoint with files of these sizes."""
-        return Upload(self, sizes, on_progress, on_read)
+    def upload(
+        self, sizes: Sequence[int], on_progress: Progress, on_read: Read | None = None, due: Due | None = None
+    ) -> Upload:
+        """Copy mode: a checkpoint with files of these sizes. `due`: which blocks' copies are compared."""
+        return Upload(self, sizes, on_progress, on_read, due)
 
     def close(self) -> None:
         """Drops what is queued and ends the thread."""

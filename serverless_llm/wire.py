@@ -276,6 +276,7 @@ class Place(Message, frozen=True):
 
     `ring`: the pieces' slots are used again as soon as the worker has copied them, which it tells by `Copied`.
     `room`: an otherwise empty DRAM tier would hold all of them at once. `online`: somebody waits for it.
+    `verify`: `off`, `sample` or `full`, for what the worker copies; `turn`: of the sample, as in `digest.sampled`.
     """
 
     replica: int
@@ -288,6 +289,8 @@ class Place(Message, frozen=True):
     ring: bool = False
     room: bool = True
     online: bool = True
+    verify: str = "off"
+    turn: int = 0
 
 
 class Landed(Message, frozen=True):
@@ -316,6 +319,19 @@ class Pinned(Message, frozen=True):
 
     bytes: int
     refused: str
+
+
+class Compared(Message, frozen=True):
+    """Worker -> agent, before `Placed`: what the device holds of a replica was compared with what was sent there.
+
+    `mended`: blocks that differed until they were copied again; `differing`: (file, offset in the file, bytes) of what
+    differs for good: no `Placed` follows.
+    """
+
+    replica: int
+    bytes: int
+    mended: int
+    differing: list[tuple[int, int, int]]
 
 
 class Placed(Message, frozen=True):
@@ -462,7 +478,7 @@ KINDS: tuple[type[Message], ...] = (
     Run, Cancel, Tokens, Step, Progress,
     Boot, Booted, Place, Landed, Placed, Drop, Dropped, Failed, Beat,
     Arrive, Prompted, Gone, Attach, Rejected, Catalog, Ask, Answer, News,
-    Copied, Hasten, Punched, Pinned,
+    Copied, Hasten, Punched, Pinned, Compared,
 )  # fmt: skip
 KIND: dict[type[Message], int] = {kind: number for number, kind in enumerate(KINDS, start=1)}
 

@@ -230,7 +230,7 @@ class Metrics:
         self._bytes.child(node, link).inc(self._new(total, "bytes", node, link))
 
     def verified(self, node: str, totals: Mapping[str, int]) -> None:
-        """`totals`: bytes, and differing blocks by tier (`dram`, `disk`), since the agent's start."""
+        """`totals`: bytes, and differing blocks by tier (`device`, `dram`, `disk`), since the agent's start."""
         for name, total in totals.items():
             child = self._verified.child(node) if name == "bytes" else self._differing.child(node, name)
             child.inc(self._new(total, "verified", node, name))

@@ -244,6 +244,8 @@ class Agent:
         match wire.decode(frame.header.kind, frame.body):
             case wire.Placed() as message:
                 self._store.placed(message)
+            case wire.Compared() as message:
+                self._store.compared(message)
             case wire.Copied(replica, nbytes):
                 self._store.copied(replica, nbytes)
             case wire.Dropped(replica):

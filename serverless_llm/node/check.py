@@ -27,11 +27,13 @@ class Tally:
 
     Attributes:
         bytes: hashed.
+        device: copies of blocks that differed from what was sent to a device.
         dram: blocks that differed, and no more when they were read again.
         disk: blocks that differed when they were read again, too.
     """
 
     bytes: int = 0
+    device: int = 0
     dram: int = 0
     disk: int = 0
 

@@ -17,6 +17,7 @@ from serverless_llm import wire
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
 from serverless_llm.errors import CapacityError, CheckpointError, InvariantError
+from serverless_llm.loader import digest
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
@@ -136,7 +137,7 @@ class Placing:
         while not self._complete.empty():
             placement = self._placements.get(self._complete.get())
             if placement is not None and not placement.active:
-                answers.append(self._activate(placement))
+                answers += self._completed(placement)
         return answers
 
     def drop(self, replica: int) -> list[int]:
@@ -169,7 +170,7 @@ class Placing:
         task = (
             self._uploader.mapping(order.checkpoint, sizes, progress)
             if view
-            else self._uploader.upload(sizes, progress, read if order.ring else None)
+            else self._uploader.upload(sizes, progress, read if order.ring else None, _due(order, sizes))
         )
         task.priority = priority
         return task
@@ -197,6 +198,15 @@ class Placing:
                 placement.task.add(placement.spans)
         placement.spans = []
 
+    def _completed(self, placement: Placement) -> list[wire.Message]:
+        """Activates a replica whose bytes have arrived, unless they are not what was sent: the agent drops it then."""
+        held = placement.task.held if isinstance(placement.task, Upload) else None
+        if held is None:
+            return [self._activate(placement)]
+        differing = [part[:3] for part in held.differing]
+        compared = wire.Compared(placement.order.replica, held.nbytes, len(held.mended), differing)
+        return [compared] if differing else [compared, self._activate(placement)]
+
     def _activate(self, placement: Placement) -> wire.Message:
         replica, task = placement.order.replica, placement.task
         try:
@@ -222,3 +232,10 @@ class Placing:
             gc.collect()  # a cycle may hold a view
             if not placement.task.close():
                 raise InvariantError(f"replica {placement.order.replica} still refers to the pool: {placement.order}")
+
+
+def _due(order: wire.Place, sizes: list[int]) -> digest.Due | None:
+    """Which blocks' copies are compared; None: no block's."""
+    if order.verify == "off":
+        return None
+    return digest.every if order.verify == "full" else digest.sampled(order.checkpoint, sizes, order.turn)

@@ -222,6 +222,8 @@ class Store:
             ring=replica.load.ringed,
             room=self._pipeline.fits(found),
             online=replica.priority == Priority.ONLINE,
+            verify=order.verify,
+            turn=self._verifier.turn(order.checkpoint),
         )
         self._slot(order.device).send(place)
         if order.verify != "off":
@@ -361,6 +363,24 @@ class Store:
         if not replica.dropping:
             self._tell(wire.LoadFailed(number, message, permanent))
         self._drop(replica)
+
+    def compared(self, message: wire.Compared) -> None:
+        """Its worker has compared the copies on the device with what it was told of."""
+        tally = self._verifier.tally
+        tally.bytes += message.bytes
+        tally.device += message.mended + len(message.differing)
+        replica = self._replicas.get(message.replica)
+        if message.mended:
+            log.warning(
+                "replica %d: %d blocks differed on its device until they were copied again",
+                message.replica,
+                message.mended,
+            )
+        if message.differing and replica is not None and replica.load is not None:
+            blocks = [Landed(*part, 0) for part in message.differing]
+            differing = digest.described(replica.load.manifest.files, blocks)
+            where = f"the memory of device {replica.order.device}"
+            self.failed(message.replica, f"{differing}, are not in {where} what was copied there", permanent=False)
 
     def copied(self, number: int, nbytes: int) -> None:
         """Its worker has copied so many bytes of what it was told of."""

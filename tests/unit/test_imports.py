@@ -41,7 +41,13 @@ PORTABLE = files("serverless_llm/domain.py", "serverless_llm/engine/**/*.py", "l
 PURE = files("serverless_llm/cluster/*.py", "placement/*.py", *(f"loader/{name}.py" for name in PURE_LOADER))
 
 # To what must be there for them to be of use
-BRIDGES = {"fallback.py": "transformers", "vllm_plugin.py": "vllm", "remote.py": "obstore", "hasher.py": "xxhash"}
+BRIDGES = {
+    "fallback.py": "transformers",
+    "vllm_plugin.py": "vllm",
+    "remote.py": "obstore",
+    "hasher.py": "xxhash",
+    "held.py": "xxhash",
+}
 
 
 def name_of(path: Path) -> str:

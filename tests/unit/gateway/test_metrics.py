@@ -93,9 +93,14 @@ def test_bytes_go_on_over_an_agents_restart() -> None:
 
 def test_what_was_verified_and_what_differed() -> None:
     metrics = Metrics()
-    for totals in ({"bytes": 100, "dram": 1, "disk": 0}, {"bytes": 150, "dram": 1, "disk": 2}, {}):
+    for totals in (
+        {"bytes": 100, "device": 3, "dram": 1, "disk": 0},
+        {"bytes": 150, "device": 3, "dram": 1, "disk": 2},
+        {},
+    ):
         metrics.verified("n0", totals)
     assert value(metrics, "serverless_llm_verified_bytes_total", node="n0") == 150
+    assert value(metrics, "serverless_llm_blocks_differing_total", node="n0", tier="device") == 3
     assert value(metrics, "serverless_llm_blocks_differing_total", node="n0", tier="dram") == 1
     assert value(metrics, "serverless_llm_blocks_differing_total", node="n0", tier="disk") == 2
 

@@ -75,9 +75,11 @@ class Agent:
         ring: bool = False,
         room: bool = True,
         online: bool = True,
+        verify: str = "off",
     ) -> None:
         files = [("model.safetensors", len(self.raw))]
-        self.send(wire.Place(replica, "tiny", "c", config or self.config, dtype, 0, files, ring, room, online))
+        config = config or self.config
+        self.send(wire.Place(replica, "tiny", "c", config, dtype, 0, files, ring, room, online, verify))
 
     def land(self, replica: int = 1) -> None:
         """The bytes in two pieces, the second first."""
@@ -128,6 +130,47 @@ def test_a_replica_is_placed_from_pieces_in_any_order(agent: Agent, request: pyt
     assert placed.replica == 1
     assert placed.leased == ("view" in request.node.name)
     agent.until(lambda: not agent.all(wire.Beat)[-1].runnable if agent.all(wire.Beat) else False)
+
+
+@pytest.mark.parametrize("verify", ["sample", "full"])
+def test_copies_are_compared_before_a_replica_serves(agent: Agent, verify: str, request: pytest.FixtureRequest) -> None:
+    agent.place(verify=verify)
+    agent.land()
+    agent.answer(wire.Placed)
+    compared = agent.all(wire.Compared)
+    if "view" in request.node.name:
+        assert compared == []
+        return
+    (one,) = compared
+    assert 0 < one.bytes < len(agent.raw)  # the header is not copied
+    assert (one.replica, one.mended, one.differing) == (1, 0, [])
+    assert [type(message) for _, message in agent.heard].index(wire.Compared) < [
+        type(message) for _, message in agent.heard
+    ].index(wire.Placed)
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_a_bit_flipped_on_the_device_is_copied_again_if_it_can_be(checkpoint: Path, ring: bool) -> None:
+    agent = Agent(checkpoint, "copy")
+    arena = agent._worker._engine.arena
+    agent.place(ring=ring, verify="full")
+    half, start = len(agent.raw) // 2, agent.pool.offset(1)
+    agent.send(wire.Landed(1, [(0, 0, half, start)], False))
+    until(lambda: bool(arena.any()), "the first copies")
+    until(lambda: agent._worker._placing._placements[1].task.done > 0, "their end")
+    place = int(arena.nonzero()[0])
+    arena[place] ^= 1
+    agent.send(wire.Landed(1, [(0, half, len(agent.raw) - half, start + half)], True))
+    compared = agent.answer(wire.Compared)
+    agent.send(wire.Drop(1))
+    agent.answer(wire.Dropped)
+    agent.close()
+    if ring:
+        assert [file for file, _, _ in compared.differing] == [0]
+        assert agent.all(wire.Placed) == []
+    else:
+        assert (compared.mended, compared.differing) == (1, [])
+        assert len(agent.all(wire.Placed)) == 1
 
 
 def test_a_worker_without_work_gives_memory_back(ready: Agent) -> None:
