@@ -170,7 +170,9 @@ def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Op
         chosen += pinned
     cost = sum(c.bring_back_s * reuse(c.idle_s, turn.policy.reuse_half_s) for c in chosen)
     victims = tuple(replica for candidate in chosen for replica in candidate.replicas)
-    return choose.Option(device.id, predicted_s(turn, footprint, device, claim.model.demand > 0)[0], cost, victims)
+    crowd = sum(len(replica.running) for replica in device.replicas.values()), len(_residents(device))
+    start_s, _ = predicted_s(turn, footprint, device, claim.model.demand > 0)
+    return choose.Option(device.id, start_s, cost, victims, crowd)
 
 
 def _dram_victims(

@@ -201,3 +201,26 @@ def test_what_is_to_start_has_not_been_idle() -> None:
     desk.tick(100.0)
     desk.ask(1, "a")
     assert desk.machine.state.replicas[1].idle_since == 100.0
+
+
+def test_models_that_fit_beside_each_other_go_to_different_devices() -> None:
+    desk = Desk(STILL)
+    desk.join(node(devices=2))
+    found = []
+    for number, name in enumerate("abcd"):
+        desk.tell(deploy(name, size=10))
+        found.append(decided(desk.ask(number, name)).device)
+        desk.bring_up(number + 1, found[-1])
+    assert found == [D0, D1, D0, D1]
+
+
+def test_a_model_goes_where_nothing_runs_rather_than_where_less_is() -> None:
+    desk = Desk(STILL)
+    desk.join(node(devices=2))
+    idle(desk, "a", 1, size=10)
+    desk.tell(deploy("b", size=10))
+    assert decided(desk.ask(2, "b")).device == D1
+    desk.bring_up(2, D1)
+    idle(desk, "c", 3, size=10)
+    desk.tell(deploy("d", size=10))
+    assert decided(desk.ask(4, "d")).device == D0

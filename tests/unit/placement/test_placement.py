@@ -129,6 +129,43 @@ def test_the_least_sum_wins_then_the_device_id() -> None:
     assert choose.best([]) is None
 
 
+def test_of_places_that_cost_about_as_much_the_least_crowded_wins() -> None:
+    busy = choose.Option(DeviceId("n0", 0), 1.0, 0.0, (), crowd=(1, 1))
+    full = choose.Option(DeviceId("n0", 1), 1.0, 0.0, (), crowd=(0, 2))
+    roomy = choose.Option(DeviceId("n1", 0), 1.25 * choose.CLOSE, 0.0, (), crowd=(0, 1))
+    assert choose.best([busy, full, roomy]) == full
+    near = replace(roomy, startup_s=choose.CLOSE)
+    assert choose.best([busy, near, full]) == near
+
+
+CROWD = st.tuples(st.integers(0, 2), st.integers(0, 2))
+OPTION = st.builds(
+    choose.Option,
+    st.builds(DeviceId, st.sampled_from(["n0", "n1"]), st.integers(0, 9)),
+    st.sampled_from([0.0, 1.0, 1.04, 1.09, 3.0]),
+    st.sampled_from([0.0, 0.01, 1.0]),
+    st.sampled_from([(), (7,)]),
+    CROWD,
+)
+
+
+@given(st.lists(OPTION, min_size=1, unique_by=lambda option: option.device))
+def test_a_crowd_costs_little_time_and_sends_nobody_away(options: list[choose.Option]) -> None:
+    best = choose.best(options)
+    least = min(options, key=lambda option: (option.cost_s, option.device))
+    assert best is not None
+    if least.victims:
+        assert best == least
+    else:
+        assert not best.victims
+        assert best.cost_s <= choose.CLOSE * least.cost_s
+        assert not [
+            one
+            for one in options
+            if not one.victims and one.cost_s <= choose.CLOSE * least.cost_s and one.crowd < best.crowd
+        ]
+
+
 @pytest.mark.parametrize(
     ("demand", "want"),
     [
