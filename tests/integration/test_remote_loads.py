@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +20,12 @@ import pytest
 
 from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.loader import download, manifest
-from serverless_llm.node.processes import command
+from serverless_llm.loader.announce import announce
+from serverless_llm.loader.disk_tier import DiskTier
+from serverless_llm.node.processes import command, environment
 from tests.range_server import CHUNK, Faults, RangeServer
 from tests.serving import Server, until
+from tests.unit.loader import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -95,3 +102,51 @@ def test_an_answer_comes_before_the_disk_tier_is_whole(server: Server, files: Ra
             assert len(answer(server)) == 4
             assert (source.parent / manifest.REMOTE).exists()
             assert files.sent <= 1.01 * sum(map(len, files.files.values()))
+
+
+LOAD = """
+    import sys
+    from pathlib import Path
+    from serverless_llm.loader import manifest, origin
+    from tests.unit.loader.checkpoints import Node, Told
+    directory = Path(sys.argv[1])
+    node, told, found, where = Node(32), Told(), manifest.build(directory), origin.of(directory)
+    if where is not None:
+        told.load = node.pipeline.load(found, 1, told.landed, told.failures.append, origin=where)
+        told.load.start()
+        while not told.over:
+            node.turn()
+        assert not told.failures, told.failures
+        for number, file in enumerate(found.files):
+            assert node.bytes_of(told, number, file.size) == (Path(sys.argv[2]) / file.name).read_bytes()
+        while (directory.parent / manifest.REMOTE).exists():
+            pass
+"""
+
+
+@pytest.mark.storm
+def test_killed_at_any_time_a_load_leaves_a_tier_that_can_be_gone_on_with(tmp_path: Path) -> None:
+    there = checkpoints.write(tmp_path / "m", checkpoints.random(12, 1), checkpoints.random(12, 2))
+    chance, kills, rounds = random.Random(1), 0, 0
+    with RangeServer({f"m/{path.name}": path.read_bytes() for path in there.iterdir()}) as files:
+        while kills < 50:
+            tier = DiskTier(tmp_path / f"tier{rounds}")
+            with announce(tier, f"{files.url}/m", lambda name, done, total: None) as lease:
+                known, killed = manifest.build(lease.directory).checkpoint, True
+                while killed:
+                    before = files.sent
+                    loading = subprocess.Popen(
+                        [sys.executable, "-c", textwrap.dedent(LOAD), str(lease.directory), str(there)],
+                        env=environment(),
+                    )  # fmt: skip
+                    until(lambda: files.sent > before or loading.poll() is not None, "bytes to come")  # noqa: B023
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        assert loading.wait(chance.uniform(0.0, 0.3)) == 0
+                    loading.kill()
+                    killed = loading.wait() < 0
+                    kills += killed
+                    assert manifest.build(lease.directory).checkpoint == known
+                assert not (lease.directory.parent / manifest.REMOTE).exists()
+                for path in there.iterdir():
+                    assert (lease.directory / path.name).read_bytes() == path.read_bytes()
+            rounds += 1
