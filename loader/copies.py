@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from serverless_llm.loader.dest import Dest
-from serverless_llm.loader.header import Header
+from serverless_llm.loader.header import Header, TensorEntry
 from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.sharing import NOTHING, Lent
 
 
 class Copy(NamedTuple):
@@ -31,14 +32,22 @@ class _Wanted(NamedTuple):
 class Copies:
     """All copies of one checkpoint. `total`: bytes to be written.
 
+    Args:
+        lent: what of it is in files of others.
+
     Raises:
         KeyError: a Dest names a tensor that no header has.
     """
 
-    def __init__(self, headers: Sequence[Header], dests: Iterable[Dest]) -> None:
-        self._entries = [header.tensors for header in headers]
-        self._ends = [[entry.end for entry in header.tensors] for header in headers]
-        starts = {entry.name: entry.start for header in headers for entry in header.tensors}
+    def __init__(self, headers: Sequence[Header], dests: Iterable[Dest], lent: Lent = NOTHING) -> None:
+        self._entries: list[list[TensorEntry]] = [[] for _ in (*headers, *lent.sizes)]
+        for number, header in enumerate(headers):
+            for file, entry in (lent.find(number, entry) for entry in header.tensors):
+                self._entries[file].append(entry)
+        for entries in self._entries[len(headers) :]:
+            entries.sort(key=lambda entry: entry.end)
+        self._ends = [[entry.end for entry in entries] for entries in self._entries]
+        starts = {entry.name: entry.start for entries in self._entries for entry in entries}
         self._wanted: dict[str, list[_Wanted]] = defaultdict(list)
         self.total = 0
         for dest in dests:

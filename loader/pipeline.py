@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from serverless_llm.domain import CheckpointId, ReplicaId
-from serverless_llm.errors import CheckpointError
+from serverless_llm.errors import CapacityError, CheckpointError
 from serverless_llm.loader import division, plan
+from serverless_llm.loader.lending import Lending
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.origin import Origin
 from serverless_llm.loader.plan import Landed, Piece
@@ -20,6 +21,7 @@ from serverless_llm.loader.reader import Batch, Reader, Transfer
 from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.ring import Ring
 from serverless_llm.loader.routes import Route, Routes
+from serverless_llm.loader.sharing import NOTHING, Lent, Loan
 from serverless_llm.loader.toucher import Toucher
 
 AHEAD = 1 << 30  # bytes
@@ -37,6 +39,7 @@ class Load:
     Attributes:
         total, done: bytes to be in DRAM, and in DRAM.
         queue_s: seconds from `Pipeline.load` to the first read; disk_s: from there to the last byte.
+        lent: what of it other checkpoints have.
         disk_bytes, cache_bytes, dram_bytes: where `done` came from, as in `domain.LoadPhases`.
     """
 
@@ -47,6 +50,7 @@ class Load:
     priority: int
     total: int
     begun: float
+    lent: Lent
     done: int = 0
     queue_s: float = 0.0
     disk_s: float = 0.0
@@ -57,6 +61,7 @@ class Load:
     _slots: dict[Piece, int] = field(kw_only=True)
     _route: Route = field(kw_only=True)
     _origin: Origin | None = field(kw_only=True)
+    _borrowed: Sequence[Landed] = field(kw_only=True)
     _ring: Ring | None = None
 
     @property
@@ -136,6 +141,8 @@ class Pipeline:
 
     Attributes:
         disk, remote: the disk, and servers of sources, as finished loads saw them.
+        lending: what loads may borrow.
+        loads: how many have begun: while there are no more, no slot is given to another piece.
     """
 
     def __init__(
@@ -150,6 +157,8 @@ class Pipeline:
     ) -> None:
         self._routes = Routes(pool, reader)
         self.disk, self.remote = self._routes.disk, self._routes.remote
+        self.lending = Lending(tier)
+        self.loads = 0
         self.tier = tier
         self._pool = pool
         self._post = post
@@ -182,6 +191,7 @@ class Pipeline:
         priority: int = 0,
         ring: bool = False,
         origin: Origin | None = None,
+        loan: Loan | None = None,
     ) -> Load:
         """Reserves the checkpoint's slots, leased to `holder` until `release`. `start` the load next.
 
@@ -190,22 +200,32 @@ class Pipeline:
             ring: `holder` copies what it is told of, so that slots may be used again: where there are too few, the
                 headers and what finds free slots stay in the tier, and all else passes through a ring.
             origin: where the files are that are not on the disk; the load closes it at its end.
+            loan: what of it other checkpoints have in the tier, found in this turn of the loop; leased from them, too.
+                The load tells of it as of files that are numbered on from its own.
 
         Raises:
             CapacityError: it does not fit beside what is leased; `fits` tells whether it ever could.
         """
         begun = time.monotonic()
-        pieces = self._pieces(manifest)
-        # Others wait for what has a slot now, and for no more.
-        kept, passing, width = division.divide(self.tier, manifest, pieces, ring, manifest.checkpoint in self._fills)
-        lent = self.tier.lend(manifest.checkpoint, width)
+        self.loads += 1
+        spared = loan.spared if loan else frozenset[Piece]()
+        pieces = [piece for piece in self._pieces(manifest) if piece not in spared]
+        reading = manifest.checkpoint in self._fills  # others wait for what has a slot now, and for no more
+        borrowed = self.lending.borrow(loan, holder) if loan else []
+        try:
+            kept, passing, width = division.divide(self.tier, manifest, pieces, ring, reading)
+            lent = self.tier.lend(manifest.checkpoint, width)
+        except CapacityError:
+            self.lending.repay(holder, begun)
+            raise
         slots = self.tier.reserve(manifest.checkpoint, kept, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
         self.tier.wanted = max(self.tier.wanted, len(pieces))
-        total = manifest.file_bytes
+        total = sum(piece.length for piece in pieces) + sum(span.length for span in borrowed)
         load = Load(
             manifest, holder, on_landed, on_failed, priority, total, begun,
-            _pipeline=self, _slots=slots, _route=self._routes.of(manifest, origin), _origin=origin,
+            Lent(loan.sizes, loan.runs, total) if loan else NOTHING,
+            _pipeline=self, _slots=slots, _route=self._routes.of(manifest, origin), _origin=origin, _borrowed=borrowed,
         )  # fmt: skip
         if passing:
             load._ring = self._rings[holder] = self._ring(load, passing, lent)
@@ -216,7 +236,9 @@ class Pipeline:
         ring = self._rings.pop(holder, None)
         if ring is not None:
             ring.release()
-        self.tier.release(checkpoint, holder, time.monotonic())
+        now = time.monotonic()
+        self.lending.repay(holder, now)
+        self.tier.release(checkpoint, holder, now)
         self._trim()
         self._freed()
 
@@ -224,6 +246,11 @@ class Pipeline:
         """No model names the checkpoint any more: it leaves with its last lease, its memory slot by slot."""
         self.tier.forget(checkpoint)
         self._trim()
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is read, nor was a moment ago."""
+        return not self._fills and not self._rings and time.monotonic() >= self._quiet_at
 
     def discard(self, manifest: Manifest, spans: Iterable[Landed]) -> bool:
         """The bytes of these spans are not to be trusted: the next load reads them again.
@@ -319,6 +346,7 @@ class Pipeline:
             if piece not in missing
         ]
         spans += [span for parts in fill.parts.values() for span in parts] if fill else []
+        spans += load._borrowed
         load.dram_bytes = sum(span.length for span in spans)
         if spans:
             load._tell(spans)

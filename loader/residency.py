@@ -2,7 +2,8 @@
 
 A piece is *reserved* (it owns a slot, its bytes are on their way) or *landed*. A checkpoint is leased by the replicas
 whose tensors are views into it, or that are being loaded from it: neither its slots nor those of an unfinished read
-are ever given to another.
+are ever given to another. Who refers to some tensors only, since those of its own checkpoint are equal to them, leases
+the pieces that have them.
 
 Free slots are *ready* (their memory was taken) or *bare*. To take memory while reading costs more than the reading
 itself, so some ready ones are kept ahead of need, and more are not.
@@ -11,7 +12,7 @@ itself, so some ready ones are kept ahead of need, and more are not.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class Reservation(NamedTuple):
 class _Resident:
     slots: dict[Piece, int] = field(default_factory=dict)
     landed: set[Piece] = field(default_factory=set)
-    holders: set[ReplicaId] = field(default_factory=set)
+    holders: dict[ReplicaId, frozenset[Piece] | None] = field(default_factory=dict)  # what of it; None: all
     reading: bool = False  # a read may still write into slots that have not landed
     doomed: bool = False  # leaves the tier with its last lease
     used: float = 0.0
@@ -41,6 +42,15 @@ class _Resident:
     @property
     def idle(self) -> bool:
         return not self.holders and not self.reading
+
+    def loose(self) -> list[Piece]:
+        """Those with a slot that nothing refers to, in order."""
+        if self.reading:
+            return []
+        held: set[Piece] = set()
+        for pieces in self.holders.values():
+            held.update(self.slots if pieces is None else pieces)
+        return sorted(self.slots.keys() - held)
 
 
 class Tier:
@@ -83,7 +93,7 @@ class Tier:
 
     def room(self, checkpoint: CheckpointId) -> tuple[int, int]:
         """Slots that are free, and those that would be if all idle checkpoints but this one left."""
-        return self._free, self._free + sum(len(one.slots) for _, one in self._victims(checkpoint))
+        return self._free, self._free + sum(len(pieces) for _, pieces in self._victims(checkpoint))
 
     def lend(self, checkpoint: CheckpointId, count: int) -> list[int]:
         """Slots that belong to no piece until they are given back; evicts as `reserve` does, but nothing of
@@ -145,15 +155,16 @@ class Tier:
             self._residents[checkpoint].landed.difference_update(pieces)
             self._settle(checkpoint)
 
-    def lease(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
-        """`holder` may refer to the checkpoint's slots until it is released."""
-        self._residents.setdefault(checkpoint, _Resident()).holders.add(holder)
+    def lease(self, checkpoint: CheckpointId, holder: ReplicaId, pieces: Collection[Piece] | None = None) -> None:
+        """`holder` may refer to the checkpoint's slots until it is released, or to those of some landed pieces."""
+        held = None if pieces is None else frozenset(pieces)
+        self._residents.setdefault(checkpoint, _Resident()).holders[holder] = held
 
     def release(self, checkpoint: CheckpointId, holder: ReplicaId, now: float) -> None:
         """`holder` refers to no slot of the checkpoint any more. Idempotent."""
         resident = self._residents.get(checkpoint)
         if resident is not None and holder in resident.holders:
-            resident.holders.discard(holder)
+            del resident.holders[holder]
             resident.used = now
             self._settle(checkpoint)
 
@@ -167,6 +178,11 @@ class Tier:
         """Those of `pieces` that have not landed."""
         resident = self._residents.get(checkpoint)
         return [piece for piece in pieces if resident is None or piece not in resident.landed]
+
+    def landed(self, checkpoint: CheckpointId) -> dict[Piece, int]:
+        """The slots of the pieces that have landed."""
+        resident = self._residents.get(checkpoint, _Resident())
+        return {piece: resident.slots[piece] for piece in resident.landed}
 
     def residents(self) -> list[tuple[CheckpointId, int]]:
         """(checkpoint, landed bytes), for all that have any."""
@@ -211,16 +227,14 @@ class Tier:
     def _make_room(self, checkpoint: CheckpointId, needed: int) -> int:
         """Evicts until `needed` slots are free; the number of slots evicted."""
         victims = self._victims(checkpoint)
-        available = self._free + sum(len(one.slots) for _, one in victims)
+        available = self._free + sum(len(pieces) for _, pieces in victims)
         if needed > available:
             raise self.short(needed, available)
         evicted = 0
-        for name, one in sorted(victims, key=lambda item: (item[1].used, item[0])):
-            while one.slots and self._free < needed:
-                self._evict_tail(one)
+        for name, pieces in sorted(victims, key=lambda item: (self._residents[item[0]].used, item[0])):
+            while pieces and self._free < needed:  # the last goes first: what is left is read past without a seek
+                self._evict(name, pieces.pop())
                 evicted += 1
-            if not one.slots:
-                del self._residents[name]
         return evicted
 
     def short(self, needed: int, available: int) -> CapacityError:
@@ -231,24 +245,25 @@ class Tier:
             "serve has --dram"
         )
 
-    def _victims(self, checkpoint: CheckpointId) -> list[tuple[CheckpointId, _Resident]]:
-        return [(name, one) for name, one in self._residents.items() if one.idle and name != checkpoint]
+    def _victims(self, checkpoint: CheckpointId) -> list[tuple[CheckpointId, list[Piece]]]:
+        """What the others have that nothing refers to."""
+        return [(name, one.loose()) for name, one in self._residents.items() if name != checkpoint]
 
-    def _evict_tail(self, resident: _Resident) -> None:
-        """The last piece goes first: what is left is a prefix, read past without a seek."""
-        piece = max(resident.slots)
+    def _evict(self, checkpoint: CheckpointId, piece: Piece) -> None:
+        resident = self._residents[checkpoint]
         resident.landed.discard(piece)
         heapq.heappush(self._ready, resident.slots.pop(piece))
+        if not resident.slots:
+            del self._residents[checkpoint]
 
     def _settle(self, checkpoint: CheckpointId) -> None:
-        """Frees what an idle checkpoint need not keep."""
+        """Frees what the checkpoint need not keep."""
         resident = self._residents[checkpoint]
-        if not resident.idle:
-            return
         keep = set() if resident.doomed else resident.landed
-        for piece in [piece for piece in resident.slots if piece not in keep]:
+        for piece in [piece for piece in resident.loose() if piece not in keep]:
             heapq.heappush(self._ready, resident.slots.pop(piece))
-        if not resident.slots:
+            resident.landed.discard(piece)
+        if resident.idle and not resident.slots:
             del self._residents[checkpoint]
 
     def check_invariants(self) -> None:
@@ -264,5 +279,5 @@ class Tier:
         for name, one in self._residents.items():
             if not one.landed <= one.slots.keys():
                 raise InvariantError(f"{name} has landed pieces without a slot")
-            if one.idle and (one.doomed or len(one.landed) < len(one.slots) or not one.slots):
-                raise InvariantError(f"{name} is idle and keeps slots without bytes: {one}")
+            if any(one.doomed or piece not in one.landed for piece in one.loose()) or (one.idle and not one.slots):
+                raise InvariantError(f"{name} keeps slots without bytes that nothing refers to: {one}")

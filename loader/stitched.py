@@ -26,12 +26,14 @@ class Stitched:
     """Every file is one range into which its slots are mapped, read-only.
 
     Attributes:
+        sizes: of the files.
         ranges: of each file.
         headers: by file, of those parsed so far.
         shown: the offset in the pool of every slot that is mapped.
     """
 
     def __init__(self, sizes: Sequence[int], slot_bytes: int, alignment: int, pool_fd: int) -> None:
+        self.sizes = list(sizes)
         self.ranges = [Range(-(-size // slot_bytes) * slot_bytes, alignment) for size in sizes]
         self.headers: dict[int, Header] = {}
         self.shown: dict[Slot, int] = {}

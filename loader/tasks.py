@@ -21,6 +21,7 @@ from serverless_llm.loader.header import Header
 from serverless_llm.loader.held import Held
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.sharing import Lent
 from serverless_llm.loader.stitched import Slot, Stitched
 from serverless_llm.loader.views import view
 from serverless_llm.loader.ways import HERE, Arrival
@@ -51,9 +52,10 @@ class Task:
         priority: its parts go before those of higher numbers; may be changed at any time.
     """
 
-    def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress) -> None:
+    def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress, lent: Lent) -> None:
         self._uploader = uploader
         self._sizes = tuple(sizes)
+        self._lent = lent
         self._on_progress = on_progress
         self._heads: list[list[Landed]] = [[] for _ in sizes]  # spans of files whose header is not known yet
         self._headers: dict[int, Header] = {}  # by file
@@ -130,7 +132,7 @@ class Task:
 
     def _note(self, spans: Iterable[Landed]) -> None:
         for span in spans:
-            if span.file not in self._headers:
+            if span.file < len(self._sizes) and span.file not in self._headers:
                 self._heads[span.file].append(span)
 
     def _parse(self, number: int, size: int) -> bool:
@@ -158,13 +160,17 @@ class Mapping(Task):
     """
 
     def __init__(
-        self, uploader: Uploader, checkpoint: CheckpointId, sizes: Sequence[int], on_progress: Progress
+        self, uploader: Uploader, checkpoint: CheckpointId, sizes: Sequence[int], on_progress: Progress, lent: Lent
     ) -> None:
-        super().__init__(uploader, sizes, on_progress)
-        self.total = sum(sizes)
+        super().__init__(uploader, sizes, on_progress, lent)
+        self.total = lent.total or sum(sizes)
         self._checkpoint = checkpoint
+        shown = [*sizes, *lent.sizes]
         kept = uploader.kept.take(checkpoint)
-        self._stitched = kept or Stitched(sizes, uploader.slot_bytes, uploader.alignment, uploader.pool_fd)
+        if kept is not None and kept.sizes != shown:  # it borrowed from others
+            uploader.discard(kept)
+            kept = None
+        self._stitched = kept or Stitched(shown, uploader.slot_bytes, uploader.alignment, uploader.pool_fd)
         self._headers = self._stitched.headers
         self._cold: set[Slot] = set()  # slots whose page faults are to be taken
 
@@ -173,7 +179,8 @@ class Mapping(Task):
         spans = sorted(Landed(*span) for span in spans)
         self._note(spans)
         cold = self._stitched.show(spans)
-        self._uploader.kept.handed(self._checkpoint, (self._stitched.shown[slot] for slot in cold))
+        own = (slot for slot in cold if slot[0] < len(self._sizes))
+        self._uploader.kept.handed(self._checkpoint, (self._stitched.shown[slot] for slot in own))
         self._cold |= cold
         for span in self._joined(spans):
             self._uploader.put(self, span)
@@ -187,9 +194,10 @@ class Mapping(Task):
         headers = self.headers()
         assert headers is not None
         return {
-            entry.name: view(self._stitched.ranges[number].buffer, entry)
+            entry.name: view(self._stitched.ranges[file].buffer, there)
             for number, one in enumerate(headers)
             for entry in one.tensors
+            for file, there in (self._lent.find(number, entry),)
         }
 
     def close(self) -> bool:
@@ -241,10 +249,11 @@ class Upload(Task):
         uploader: Uploader,
         sizes: Sequence[int],
         on_progress: Progress,
-        on_read: Read | None = None,
-        due: Due | None = None,
+        on_read: Read | None,
+        due: Due | None,
+        lent: Lent,
     ) -> None:
-        super().__init__(uploader, sizes, on_progress)
+        super().__init__(uploader, sizes, on_progress, lent)
         self._on_read = on_read
         self._due = due
         self._uncompared = 0  # bytes of copies
@@ -274,7 +283,7 @@ class Upload(Task):
         assert headers is not None
         assert self._waiting is not None
         self._arena = arena
-        self._copies = Copies(headers, dests)
+        self._copies = Copies(headers, dests, self._lent)
         self.total = self._copies.total
         assert self.total
         if self._due:

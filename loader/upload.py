@@ -19,6 +19,7 @@ from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.pinned import Order, Pinned
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import HUGE_PAGE, MAX_SLOT, slot_size
+from serverless_llm.loader.sharing import NOTHING, Lent
 from serverless_llm.loader.source import PAGE
 from serverless_llm.loader.stitched import Kept, Stitched
 from serverless_llm.loader.tasks import Mapping, Progress, Read, Task, Upload
@@ -84,15 +85,28 @@ class Uploader:
         """Of a range that shows slots: huge pages want their own size."""
         return HUGE_PAGE if self.slot_bytes >= HUGE_PAGE else PAGE
 
-    def mapping(self, checkpoint: CheckpointId, sizes: Sequence[int], on_progress: Progress) -> Mapping:
-        """View mode: a checkpoint with files of these sizes, in the mapping kept of it if there is one."""
-        return Mapping(self, checkpoint, sizes, on_progress)
+    def mapping(
+        self, checkpoint: CheckpointId, sizes: Sequence[int], on_progress: Progress, lent: Lent = NOTHING
+    ) -> Mapping:
+        """View mode: a checkpoint with files of these sizes, in the mapping kept of it if there is one.
+
+        `lent`: what of it is in files of others.
+        """
+        return Mapping(self, checkpoint, sizes, on_progress, lent)
 
     def upload(
-        self, sizes: Sequence[int], on_progress: Progress, on_read: Read | None = None, due: Due | None = None
+        self,
+        sizes: Sequence[int],
+        on_progress: Progress,
+        on_read: Read | None = None,
+        due: Due | None = None,
+        lent: Lent = NOTHING,
     ) -> Upload:
-        """Copy mode: a checkpoint with files of these sizes. `due`: which blocks' copies are compared."""
-        return Upload(self, sizes, on_progress, on_read, due)
+        """Copy mode: a checkpoint with files of these sizes; `lent` as for `mapping`.
+
+        `due`: which blocks' copies are compared.
+        """
+        return Upload(self, sizes, on_progress, on_read, due, lent)
 
     def close(self) -> None:
         """Drops what is queued and ends the thread."""

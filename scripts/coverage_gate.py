@@ -27,6 +27,7 @@ COMPLETE = (
     "loader/pinned.py",
     "loader/plan.py",
     "loader/residency.py",
+    "loader/sharing.py",
     "loader/turns.py",
 )
 EXCUSE = re.compile(r"#\s*pragma:\s*no (cover|branch)(?P<reason>.*)$")

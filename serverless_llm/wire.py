@@ -291,6 +291,9 @@ class Place(Message, frozen=True):
     online: bool = True
     verify: str = "off"
     turn: int = 0
+    lenders: list[int] = []  # bytes of other checkpoints' files, numbered on from these, that have a part of it
+    runs: list[tuple[int, int, int, int, int]] = []  # that part, as in `sharing.Run`
+    total: int = 0  # bytes that land where there is such a part
 
 
 class Landed(Message, frozen=True):

@@ -60,6 +60,11 @@ class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Where the agent keeps the digests of checkpoints."""
         return Path(self.state_dir) / "agents" / f"{self.node}.digests"
 
+    @property
+    def tensors(self) -> Path:
+        """Where it keeps those of their tensors."""
+        return Path(self.state_dir) / "agents" / f"{self.node}.tensors"
+
 
 def local_agents(config: Config) -> tuple[AgentOptions, ...]:
     """The agents that a head with this configuration keeps on its own machine."""

@@ -21,6 +21,7 @@ from serverless_llm.loader import digest
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.sharing import Lent, Run
 from serverless_llm.loader.tasks import Mapping, Upload
 from serverless_llm.loader.upload import Uploader
 from serverless_llm.loader.ways import ByCpu, ByCuda, Way
@@ -157,6 +158,7 @@ class Placing:
 
     def _task(self, order: wire.Place, view: bool, priority: Priority) -> Mapping | Upload:
         sizes = [size for _, size in order.files]
+        lent = Lent(order.lenders, [Run(*run) for run in order.runs], order.total)
 
         def progress(done: int, total: int) -> None:
             if done == total:
@@ -168,9 +170,9 @@ class Placing:
             os.eventfd_write(self.wakeup, 1)
 
         task = (
-            self._uploader.mapping(order.checkpoint, sizes, progress)
+            self._uploader.mapping(order.checkpoint, sizes, progress, lent)
             if view
-            else self._uploader.upload(sizes, progress, read if order.ring else None, _due(order, sizes))
+            else self._uploader.upload(sizes, progress, read if order.ring else None, _due(order, sizes), lent)
         )
         task.priority = priority
         return task

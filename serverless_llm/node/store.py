@@ -25,9 +25,11 @@ from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
+from serverless_llm.loader.sharing import Loan
 from serverless_llm.node.check import Check, Tally, Verdicts
 from serverless_llm.node.manifests import Manifests
 from serverless_llm.node.options import AgentOptions
+from serverless_llm.node.sharing import Sharing
 from serverless_llm.node.slot import Slot
 from serverless_llm.node.threads import apart
 from serverless_llm.node.verifier import Verifier
@@ -96,6 +98,7 @@ class Store:
         self._manifests = Manifests()
         self._replicas: dict[int, Replica] = {}
         self._verifier = Verifier(self._pool, options.digests, loop.call_soon_threadsafe)
+        self._sharing = Sharing(self._pool, self._pipeline, options.tensors, self._settled)
 
     @property
     def pool_fd(self) -> int:
@@ -107,6 +110,7 @@ class Store:
             self._stop(replica)
         idle = self._pipeline.close()
         self._verifier.close()
+        self._sharing.close()
         if self._reader.close() and idle:
             self._pool.close()
 
@@ -150,6 +154,7 @@ class Store:
     def forget(self, checkpoint: str) -> None:
         self._pipeline.forget(checkpoint)
         self._manifests.forget(checkpoint)
+        self._sharing.forget(checkpoint)
 
     def _punched(self, offset: int) -> None:
         """Of a device's way to the pool's memory, that slot's is another's now."""
@@ -202,6 +207,7 @@ class Store:
         try:
             found = await self._manifests.of(order.source, order.checkpoint, dict(self._tier.residents()))
             known = await self._verifier.digests(found) if order.verify != "off" else None
+            await self._sharing.meet(found)
             if found.directory.name == CHECKPOINT:  # all else is on a disk as a whole; a look at it may never end
                 replica.origin = await apart(lambda: origin.of(found.directory))
             replica.load = await self._reserve(replica, found)
@@ -221,6 +227,9 @@ class Store:
             files=[(file.name, file.size) for file in found.files],
             ring=replica.load.ringed,
             room=self._pipeline.fits(found),
+            lenders=list(replica.load.lent.sizes),
+            runs=[(*run,) for run in replica.load.lent.runs],
+            total=replica.load.lent.total,
             online=replica.priority == Priority.ONLINE,
             verify=order.verify,
             turn=self._verifier.turn(order.checkpoint),
@@ -256,11 +265,22 @@ class Store:
                 replica.turn = None
 
     def _load(self, replica: Replica, found: Manifest) -> Load:
-        """Reserves what the replica needs.
+        """Reserves what the replica needs. What is verified, or comes from a server, is read whatever others
+        have.
 
         Raises:
             CapacityError: as `Pipeline.load`.
         """
+        plain = replica.order.verify == "off" and replica.origin is None
+        loan = self._sharing.loan(found) if plain else None
+        try:
+            return self._load_with(replica, found, loan)
+        except CapacityError:
+            if loan is None:
+                raise
+            return self._load_with(replica, found, None)  # what lends must stay; alone there may be room
+
+    def _load_with(self, replica: Replica, found: Manifest, loan: Loan | None) -> Load:
         order = replica.order
         return self._pipeline.load(
             found,
@@ -270,7 +290,12 @@ class Store:
             replica.priority,
             ring=self._copies(order.device),
             origin=replica.origin,
+            loan=loan,
         )
+
+    def _settled(self) -> bool:
+        """No replica is on its way."""
+        return all(replica.ready or replica.dropping for replica in self._replicas.values())
 
     def _copies(self, device: int) -> bool:
         return self._options.devices[device].weights == "copy"
@@ -334,6 +359,7 @@ class Store:
         if replica is None or replica.dropping or replica.load is None:
             return
         replica.ready, replica.check = True, None
+        self._sharing.learn()
         load, now = replica.load, time.monotonic()
         if not message.leased:
             self._pipeline.release(replica.order.checkpoint, message.replica)

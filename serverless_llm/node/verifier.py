@@ -14,7 +14,7 @@ from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.node.check import Check, Post, Tally, Verdicts
-from serverless_llm.node.digests import DigestStore, sizes_of
+from serverless_llm.node.digests import BLOCKS, DigestStore, sizes_of
 from serverless_llm.node.threads import apart
 
 
@@ -27,7 +27,7 @@ class Verifier:
 
     def __init__(self, pool: Pool, directory: Path, post: Post) -> None:
         self._hasher = Hasher(pool)
-        self._store = DigestStore(directory)
+        self._store = DigestStore(directory, BLOCKS)
         self._post = post
         self._starts = Counter[str]()  # by checkpoint: each compares another sample
         self._first = random.randrange(digest.SAMPLE)  # else the samples of short-lived agents would be alike

@@ -14,6 +14,7 @@ from serverless_llm.loader.residency import Tier
 
 SLOTS = 8
 SIZES = {"a": 1, "b": 3, "c": 5, "d": 8, "e": 9}  # pieces; the last can never fit
+BORROWER = 8  # the first of the holders that lease some pieces only
 checkpoints = st.sampled_from(sorted(SIZES))
 
 
@@ -41,14 +42,24 @@ class Residency(RuleBasedStateMachine):
         try:
             reservation = self.tier.reserve(checkpoint, wanted, self.now)
         except CapacityError:
-            busy = {name for name, _ in self.views} | self.reading.keys()
-            assert sum(SIZES[name] for name in busy | {checkpoint}) + sum(map(len, self.lent)) > SLOTS
+            busy = {name for name, holder in self.views if holder < BORROWER} | self.reading.keys() | {checkpoint}
+            lent = {(name, piece) for (name, _), slots in self.views.items() if name not in busy for piece in slots}
+            assert sum(SIZES[name] for name in busy) + len(lent) + sum(map(len, self.lent)) > SLOTS
             return
         assert list(reservation.slots) == wanted
         for piece in reservation.missing:
             self.reading.setdefault(checkpoint, {})[piece] = reservation.slots[piece]
         self.tier.lease(checkpoint, holder)
         self.views[checkpoint, holder] = reservation.slots
+
+    @rule(data=st.data(), checkpoint=checkpoints, holder=st.integers(BORROWER, BORROWER + 1))
+    def borrow(self, data: st.DataObject, checkpoint: str, holder: int) -> None:
+        """A replica of another checkpoint refers to some of what has landed."""
+        landed = self.tier.landed(checkpoint)
+        if landed and (checkpoint, holder) not in self.views:
+            some = data.draw(st.sets(st.sampled_from(sorted(landed)), min_size=1))
+            self.tier.lease(checkpoint, holder, some)
+            self.views[checkpoint, holder] = {piece: landed[piece] for piece in some}
 
     @precondition(lambda self: self.reading)
     @rule(data=st.data())

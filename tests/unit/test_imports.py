@@ -21,7 +21,7 @@ IMPURE = {
     "torch", "numpy", "asyncio", "socket", "threading", "multiprocessing", "subprocess", "random", "secrets", "time",
     "datetime", "uuid", "concurrent", "selectors", "signal",
 }  # fmt: skip
-PURE_LOADER = ("digest", "division", "header", "manifest", "pinned", "plan", "residency", "turns")
+PURE_LOADER = ("digest", "division", "header", "manifest", "pinned", "plan", "residency", "sharing", "turns")
 
 
 def files(*patterns: str) -> list[Path]:

@@ -186,3 +186,34 @@ def test_invariants_see_each_fault(spoil: Callable[[Tier], object], why: str) ->
     spoil(tier)
     with pytest.raises(InvariantError, match=why):
         tier.check_invariants()
+
+
+def test_who_refers_to_some_pieces_keeps_those_alone() -> None:
+    tier = Tier(4, 10)
+    filled(tier, "a", 3, now=0)
+    tier.lease("a", 9, pieces(3)[1:2])
+    slots = tier.landed("a")
+    assert slots == {piece: number for number, piece in enumerate(pieces(3))}
+    assert tier.room("b") == (1, 3)
+    assert tier.reserve("b", pieces(3), now=1).evicted == 2
+    assert tier.landed("a") == {pieces(3)[1]: slots[pieces(3)[1]]}
+    tier.check_invariants()
+    tier.abort("b")
+    with pytest.raises(CapacityError):
+        tier.reserve("c", pieces(4), now=2)
+    tier.release("a", 9, now=3)
+    assert tier.residents() == [("a", 10)]
+    assert tier.reserve("c", pieces(4), now=4).evicted == 1
+
+
+def test_what_is_forgotten_leaves_but_for_what_others_refer_to() -> None:
+    tier = Tier(4, 10)
+    filled(tier, "a", 3, now=0)
+    tier.lease("a", 9, pieces(3)[:1])
+    tier.forget("a")
+    assert tier.residents() == [("a", 10)]
+    assert len(tier.free_slots) == 3
+    tier.check_invariants()
+    tier.release("a", 9, now=1)
+    assert tier.residents() == []
+    assert tier.landed("a") == {}

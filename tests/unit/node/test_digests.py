@@ -14,7 +14,7 @@ import pytest
 from serverless_llm.loader import manifest
 from serverless_llm.loader.digest import Digests, Key, count
 from serverless_llm.loader.manifest import Manifest
-from serverless_llm.node.digests import SUFFIX, UNFINISHED, DigestStore, sizes_of
+from serverless_llm.node.digests import BLOCKS, SUFFIX, UNFINISHED, DigestStore, sizes_of
 from tests.unit.loader.checkpoints import random, write
 
 
@@ -28,18 +28,18 @@ def digests(source: Manifest) -> Digests:
 
 
 def test_what_is_kept_is_known_to_the_next_agent(tmp_path: Path, source: Manifest) -> None:
-    store = DigestStore(tmp_path / "n0.digests")
+    store = DigestStore(tmp_path / "n0.digests", BLOCKS)
     assert store.read(source) is None
     assert store.known == set()
     store.write(source, digests(source))
     assert store.known == {source.checkpoint}
-    later = DigestStore(tmp_path / "n0.digests")
+    later = DigestStore(tmp_path / "n0.digests", BLOCKS)
     assert later.known == {source.checkpoint}
     assert later.read(source) == digests(source)
 
 
 def test_those_used_last_stay(tmp_path: Path, source: Manifest) -> None:
-    store = DigestStore(tmp_path / "n0.digests", most=2)
+    store = DigestStore(tmp_path / "n0.digests", BLOCKS, most=2)
     sources = [dataclasses.replace(source, checkpoint=name) for name in "abc"]
     for second, one in enumerate(sources[:2]):
         store.write(one, digests(one))
@@ -53,10 +53,11 @@ def test_those_used_last_stay(tmp_path: Path, source: Manifest) -> None:
 def test_what_is_damaged_is_thrown_away_with_a_word(
     tmp_path: Path, source: Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = DigestStore(tmp_path)
+    store = DigestStore(tmp_path, BLOCKS)
     store.write(source, digests(source))
     path = tmp_path / f"{source.checkpoint}{SUFFIX}"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert store.read(source) is None
     assert f"{path} is damaged and thrown away" in caplog.text
     assert not path.exists()
@@ -67,7 +68,7 @@ def test_a_disk_that_takes_or_gives_nothing_costs_the_digests_only(
     tmp_path: Path, source: Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    store = DigestStore(tmp_path / "file" / "n0.digests")
+    store = DigestStore(tmp_path / "file" / "n0.digests", BLOCKS)
     store.write(source, digests(source))
     assert store.known == set()
     assert store.read(source) is None
@@ -79,14 +80,14 @@ import os, signal, sys
 from pathlib import Path
 from serverless_llm.loader import manifest
 from serverless_llm.loader.digest import Key
-from serverless_llm.node.digests import DigestStore
+from serverless_llm.node.digests import BLOCKS, DigestStore
 source = manifest.build(Path(sys.argv[1]))
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[3] == "fsync":
     os.fsync = die
 else:
     Path.rename = die
-DigestStore(Path(sys.argv[2])).write(source, {Key(0, number): b"8" * 16 for number in range(3)})
+DigestStore(Path(sys.argv[2]), BLOCKS).write(source, {Key(0, number): b"8" * 16 for number in range(3)})
 """
 
 
@@ -96,10 +97,10 @@ def test_an_agent_that_is_killed_while_it_writes_leaves_what_was_there(
     tmp_path: Path, source: Manifest, step: str
 ) -> None:
     folder = tmp_path / "n0.digests"
-    DigestStore(folder).write(source, digests(source))
+    DigestStore(folder, BLOCKS).write(source, digests(source))
     command = [sys.executable, "-c", WRITER, str(source.directory), str(folder), step]
     assert subprocess.run(command, env=os.environ | {"PYTHONPATH": "."}, check=False).returncode == -signal.SIGKILL
     assert sorted(path.suffix for path in folder.iterdir()) == [SUFFIX, UNFINISHED]
-    store = DigestStore(folder)
+    store = DigestStore(folder, BLOCKS)
     assert [path.suffix for path in folder.iterdir()] == [SUFFIX]
     assert store.read(source) == digests(source)
