@@ -88,7 +88,8 @@ def test_nobody_is_told_to_install_another_project() -> None:
     texts = {path.name: path.read_text() for path in (*PAGES, *(ROOT / "serverless_llm").rglob("*.py"))}
     assert [name for name, text in texts.items() if "serverless-llm[" in text] == []
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = {name for text in texts.values() for name in re.findall(r"pip install '([\w-]+>=[\d.]+)'", text)}
+    requirement = re.compile(r"""(?:pip install '|extra\(")([\w-]+>=[\d.]+)""")
+    named = {name for text in texts.values() for name in requirement.findall(text)}
     assert named == {*extras["hub"], *extras["transformers"]}  # by the errors of what is not there
 
 
