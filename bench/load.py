@@ -267,6 +267,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=MOST_ROUNDS, help="at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pages", action="store_true", help="a row for each kind of pool pages, set up on the machine")
+    parser.add_argument("--device", help="cuda: only how fast a GPU is filled, from disk and from DRAM")
     parser.add_argument("--smoke", action="store_true", help="two rounds with a tiny model")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -275,6 +276,8 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     demand_quiet(arguments.smoke)
+    if arguments.device:
+        return on_device(arguments)
     found: list[dict[str, Any]] = []
     judged: list[str] = []
     extra: dict[str, Any] = {}
@@ -300,13 +303,34 @@ def main() -> int:
         )
         entries, lines = BUSY[case](one, other, 1 if arguments.smoke else FEWEST_ROUNDS)
         found, judged = found + entries, judged + lines
-    for entry in found:
-        limit = "" if entry["ratio_to_limit"] is None else f"{entry['ratio_to_limit']:.2f} of the limit"
-        print(f"{entry['case']:8} {entry['subject']:22} {entry['metric']:20} {entry['median']:10.2f} {limit}")
-    print(*judged, sep="\n")
+    show(found, judged)
     if arguments.json:
         write_results(arguments.json, "load", vars(arguments), found, verdicts=judged, **extra)
     return 0
+
+
+def on_device(arguments: argparse.Namespace) -> int:
+    """Everything of one device; what is known is written after every shape."""
+    from bench import load_device
+
+    found: list[dict[str, Any]] = []
+    judged: list[str] = []
+    timelines: dict[str, Any] = {}
+    shapes = [(checkpoints.SMOKE_SHAPE, checkpoints.SMOKE_LAYERS)] if arguments.smoke else []
+    rounds = 2 if arguments.smoke else min(load_device.ROUNDS, arguments.rounds)
+    for entries, lines, parts in load_device.run(arguments.device, arguments.checkpoints, rounds, shapes):
+        found, judged, timelines = found + entries, judged + lines, timelines | parts
+        show(entries, lines)
+        if arguments.json:
+            write_results(arguments.json, "load", vars(arguments), found, verdicts=judged, timelines=timelines)
+    return 0
+
+
+def show(found: Sequence[dict[str, Any]], judged: Sequence[str]) -> None:
+    for entry in found:
+        limit = "" if entry["ratio_to_limit"] is None else f"{entry['ratio_to_limit']:.2f} of the limit"
+        print(f"{entry['case']:8} {entry['subject']:22} {entry['metric']:20} {entry['median']:10.2f} {limit}")
+    print(*judged, sep="\n", flush=True)
 
 
 def as_json(one: Round) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# What only a machine with CUDA can show: the gpu tests, cold starts of an 8B model, the soak. Needs no network.
+# What only a machine with CUDA can show: the gpu tests, how fast a GPU is filled, cold starts of an 8B model, the soak.
+# Needs no network.
 #
-#   scripts/gpu.sh [tests|cold-start|soak ...]     these parts, or all of them; one that fails does not stop the others
-#   scripts/gpu.sh wheels                          fetches what bench/gpu-wheels.txt lists, on a machine with a network
+#   scripts/gpu.sh [tests|load|cold-start|soak ...]  these parts, or all; one that fails does not stop the others
+#   scripts/gpu.sh wheels                            fetches what bench/gpu-wheels.txt lists, on a machine with a network
 #
 # The machine brings Python 3.12, torch, triton, transformers, aiohttp, click, jinja2, tokenizers, prometheus-client,
 # pytest and hypothesis; the few packages that it may lack come as wheels in .gpu-wheels/.
 #
 #   OUT=bench/results   where results go       PYTHON=python3   which Python has torch
-#   LIMIT=570           seconds for each part  SCRATCH=/tmp     room for a checkpoint of 16 GB
+#   LIMIT=570           seconds for each part  SCRATCH=/tmp     room for checkpoints of 1 to 64 GB
 
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -68,6 +69,10 @@ part() {
 run() {
     case $1 in
         tests) part tests "$PYTHON" -m pytest -m gpu tests/gpu tests/unit/loader ;;
+        load)
+            part load "$PYTHON" -m bench.load --device cuda \
+                --checkpoints "$SCRATCH/serverless-llm-checkpoints" --json "$OUT/load-$name.json"
+            ;;
         cold-start)
             part cold-start "$PYTHON" -m bench.cold_start --device cuda --minutes 5 \
                 --checkpoints "$SCRATCH/serverless-llm-checkpoints" --json "$OUT/cold_start-$name.json"
@@ -77,7 +82,7 @@ run() {
                 --json "$OUT/soak-$name.json"
             ;;
         *)
-            echo "gpu.sh: no part is called $1; there are tests, cold-start, soak and wheels" >&2
+            echo "gpu.sh: no part is called $1; there are tests, load, cold-start, soak and wheels" >&2
             exit 2
             ;;
     esac
@@ -87,6 +92,6 @@ run() {
 install || { echo "gpu.sh: packages are missing; run scripts/gpu.sh wheels where there is a network" >&2; exit 1; }
 name=$(gpu) || { echo "gpu.sh: $PYTHON sees no CUDA device" >&2; exit 1; }
 mkdir -p "$OUT"
-[ $# -gt 0 ] || set -- tests cold-start soak
+[ $# -gt 0 ] || set -- tests load cold-start soak
 for wanted in "$@"; do run "$wanted"; done
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
