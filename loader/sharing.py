@@ -171,12 +171,12 @@ def loan(
 
 
 def own_bytes(checkpoints: Collection[Known]) -> dict[CheckpointId, int]:
-    """Each one's bytes but for its tensors of at least `LEAST` bytes that another has, too."""
+    """Each one's bytes but for the tensors that another has, too."""
     owners = Counter(digest for known in checkpoints for digest in set(known.digests))
     own = {}
     for known in checkpoints:
         pairs = zip(tensors(known.files), known.digests, strict=True)
-        shared = sum(entry.nbytes for (_, entry), digest in pairs if entry.nbytes >= LEAST and owners[digest] > 1)
+        shared = sum(entry.nbytes for (_, entry), digest in pairs if owners[digest] > 1)
         own[known.checkpoint] = sum(file.size for file in known.files) - shared
     return own
 

@@ -74,6 +74,7 @@ class Heartbeat(Message, frozen=True):
     link_bytes: dict[str, int]  # link -> bytes moved since the agent's start
     digests: list[str] = []  # checkpoints whose digests are known
     verified: dict[str, int] = {}  # as in `check.Tally`
+    own: dict[str, int] = {}  # checkpoint -> bytes that no other here has, as far as their tensors' digests are known
 
 
 class StartLoad(Message, frozen=True):

@@ -25,8 +25,8 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
     or a demo checkpoint."""
     from serverless_llm.errors import CheckpointError, RequestError
 
-    row, start, known, here = _deployed(model, state_dir)
-    value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start, "digests": known}
+    row, start, known, own, here = _deployed(model, state_dir)
+    value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start, "digests": known, "own_bytes": own}
     source = row["source"] if row else resolve(model, served=True)
     try:
         value["checkpoint"] = checkpoint(source, row["dtype"] if row else "auto") if here else _elsewhere(source)
@@ -51,12 +51,14 @@ class Deployed(NamedTuple):
         row: the model as the server shows it.
         start: the estimate of its start.
         digests: the nodes that know those of its checkpoint.
+        own: the bytes that no other checkpoint has, by the nodes that know them.
         here: its files are on this machine.
     """
 
     row: dict[str, Any] | None
     start: dict[str, float] | None
     digests: list[str]
+    own: dict[str, int]
     here: bool
 
 
@@ -67,10 +69,13 @@ def _deployed(model: str, state_dir: Path | None) -> Deployed:
     except (Unreachable, Refusal) as error:
         if not is_source(model) or (isinstance(error, Refusal) and error.status != 404):
             raise
-        return Deployed(None, None, [], True)
+        return Deployed(None, None, [], {}, True)
     nodes = server.call("GET", "/admin/status")["nodes"]
     start = None if row["state"] == "failed" else _estimate(nodes, row)
-    return Deployed(row, start, [one["node"] for one in nodes if row["checkpoint"] in one["digests"]], server.local)
+    checkpoint = row["checkpoint"]
+    known = [one["node"] for one in nodes if checkpoint in one["digests"]]
+    own = {one["node"]: one["own_bytes"][checkpoint] for one in nodes if checkpoint in one["own_bytes"]}
+    return Deployed(row, start, known, own, server.local)
 
 
 def _estimate(nodes: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, float] | None:
@@ -127,6 +132,8 @@ def _print(value: dict[str, Any]) -> None:
     rows = [("status", "not deployed")]
     if value["deployed"]:
         rows = _of_deployed(value["deployed"], value["estimate"], value["digests"])
+    if value["own_bytes"]:
+        rows.append(("own bytes", ", ".join(f"{size(own)} on {node}" for node, own in value["own_bytes"].items())))
     rows += _of_checkpoint(value["checkpoint"])
     width = max(len(name) for name, _ in rows)
     click.echo(value["model"])

@@ -196,6 +196,7 @@ class Agent:
                     link_bytes=self._store.link_bytes(),
                     digests=self._store.digests(),
                     verified=dataclasses.asdict(self._store.tally),
+                    own=self._store.own_bytes(),
                 )
             )
 

@@ -91,6 +91,7 @@ def _node(node: Node, peer: Peer) -> dict[str, Any]:
         "link_bytes": peer.link_bytes,
         "digests": peer.digests,
         "verified": peer.verified,
+        "own_bytes": peer.own_bytes,
         "devices": [_device(device, peer) for device in node.devices.values()],
     }
 

@@ -68,6 +68,11 @@ class Peer:
         """As in `check.Tally`."""
         return self.beat.verified if self.beat else {}
 
+    @property
+    def own_bytes(self) -> dict[str, int]:
+        """Of checkpoints, what no other of the node has."""
+        return self.beat.own if self.beat else {}
+
 
 def quoted(message: wire.Message) -> dict[str, object]:
     """A message as a JSON object, fields by name."""

@@ -180,6 +180,10 @@ class Store:
         """The checkpoints whose digests are known."""
         return self._verifier.known()
 
+    def own_bytes(self) -> dict[str, int]:
+        """As of `Sharing`."""
+        return self._sharing.own_bytes()
+
     @property
     def tally(self) -> Tally:
         return self._verifier.tally

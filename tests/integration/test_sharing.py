@@ -86,6 +86,9 @@ def test_a_fine_tune_reads_what_is_its_own(base: Path, tuned: Path, tmp_path: Pa
         assert read_bytes(server) - before <= 0.11 * size
         both = until(lambda: (now := used(server)) > alone and now, "a heartbeat")
         assert both - alone <= 0.11 * size
+        (node,) = server.status()["nodes"]
+        own = node["own_bytes"][server.get("/admin/models/tuned")["checkpoint"]]
+        assert 0 < own <= both - alone
 
         server.put("/admin/models/base", {}, "DELETE")
         until(lambda: used(server) < both, "what only the base had to leave")

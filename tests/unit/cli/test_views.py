@@ -29,7 +29,7 @@ DEVICE = {
 }  # fmt: skip
 NODE = {
     "node": "node0", "state": "up", "dram": 8_000_000_000, "dram_used": 1_000_000_000, "bandwidth": {"disk": 1e9},
-    "overhead_s": 0.02, "digests": [],
+    "overhead_s": 0.02, "digests": [], "own_bytes": {},
     "resident": [{"checkpoint": "c", "bytes": 1_000_000_000}], "devices": [DEVICE],
 }  # fmt: skip
 TRAFFIC = {
@@ -76,6 +76,15 @@ def test_show_tells_of_what_is_verified_and_whether_it_can_be(cli: CommandLine, 
     busy.answers["GET", "/admin/status"] = (200, status | {"nodes": nodes})
     assert "verify        sample; digests known on node0\n" in cli("show", "m").out
     assert json.loads(cli("show", "m", "--json").out)["digests"] == ["node0"]
+
+
+def test_show_tells_what_no_other_model_has(cli: CommandLine, busy: Scripted) -> None:
+    assert "own bytes" not in cli("show", "m").out
+    _, status = busy.answers["GET", "/admin/status"]
+    nodes = [NODE | {"own_bytes": {"b": 1, "c": 6_300_000}}, NODE | {"node": "node1"}]
+    busy.answers["GET", "/admin/status"] = (200, status | {"nodes": nodes})
+    assert "own bytes     6.3 MB on node0\n" in cli("show", "m").out
+    assert json.loads(cli("show", "m", "--json").out)["own_bytes"] == {"node0": 6_300_000}
 
 
 def test_show_estimates_the_copy_to_a_device(cli: CommandLine, busy: Scripted) -> None:
