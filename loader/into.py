@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from serverless_llm.loader import manifest
-from serverless_llm.loader.library import Device, iterate
+from serverless_llm.loader.library import Device, iterate, local
 
 SHOWN = 4  # names of a kind in a message; arbitrary
 
@@ -22,11 +22,12 @@ def load_into(
     """Gives a module the tensors of a Hugging Face directory.
 
     They become its parameters and buffers: nothing is initialised first, and on the CPU nothing is copied, but for
-    tensors of another type than the module's. Parameters that were one stay one. Buffers that are in no checkpoint are
-    made on `device`, where the module is one of transformers, which knows how.
+    tensors of another type than the module's. Parameters that were one stay one, and so do buffers. Those buffers that
+    are in no checkpoint are made on `device`, where the module is one of transformers, which knows how.
 
     Args:
         module: on any device; of those on the meta device nothing was ever in memory.
+        directory: or its URL, which is brought into the disk tier (docs/remote.md).
         device: where the module is to be. Of what is on the meta device, parameters that no checkpoint has stay there.
 
     Returns:
@@ -38,18 +39,15 @@ def load_into(
         CheckpointError: as `iterate`.
     """
     wanted = module.state_dict(keep_vars=True)
-    missing, unexpected = _compare(module, wanted, Path(directory), strict)
+    with local(directory) as path:
+        missing, unexpected = _compare(module, wanted, path, strict)
+        state = {name: tensor.to(wanted[name].dtype) for name, tensor in iterate(path, device) if name in wanted}
     twins = _twins(module)
-    state = {name: tensor.to(wanted[name].dtype) for name, tensor in iterate(directory, device) if name in wanted}
     rest = {name: parameter for name, parameter in module.named_parameters() if name in missing}
     state |= {name: parameter.detach().to(device) for name, parameter in rest.items() if not parameter.is_meta}
-    for names in twins:
-        kept = next((name for name in names if name in state), None)
-        if kept is not None:
-            state |= {name: state[kept] for name in names}
     module.load_state_dict(state, strict=False, assign=True)
     for names in twins:
-        _tie(module, names)
+        _tie(module, sorted(names, key=lambda name: name not in state))
     _make_buffers(module, torch.device(device))
     return missing, unexpected
 
@@ -70,7 +68,7 @@ def _compare(
             "from_pretrained(None, config=..., state_dict=...) of the model's class what load_checkpoint returns"
         )
     for name, buffer in module.named_buffers():
-        if buffer.is_meta and name not in given and not hasattr(module, "initialize_weights"):
+        if buffer.is_meta and name not in given | tied and not hasattr(module, "initialize_weights"):
             raise RuntimeError(f"buffer {name} is on the meta device, and no checkpoint has it")
     return set(missing), unexpected
 
@@ -82,29 +80,32 @@ def _some(names: Collection[str]) -> str:
 
 
 def _twins(module: torch.nn.Module) -> list[list[str]]:
-    """Names of one parameter, where it has several."""
+    """Names of one parameter or buffer, where it has several."""
     names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
+    both = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    for name, tensor in chain(*both):
+        names[id(tensor)].append(name)
     return [several for several in names.values() if len(several) > 1]
 
 
 def _tie(module: torch.nn.Module, names: list[str]) -> None:
-    """Makes all of them the first one's parameter."""
-    shared = module.get_parameter(names[0])
-    for name in names[1:]:
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, shared)
+    """Makes all of them the first one's parameter or buffer."""
+    places = [name.rpartition(".") for name in names]
+    holders = [(module.get_submodule(parent), leaf) for parent, _, leaf in places]
+    shared = getattr(*holders[0])
+    for holder, leaf in holders[1:]:
+        setattr(holder, leaf, shared)
 
 
 def _make_buffers(module: torch.nn.Module, device: torch.device) -> None:
     """Buffers that are in no checkpoint: those that are real move, those on the meta device are made."""
-    made = False
+    moved: dict[torch.Tensor, torch.Tensor] = {}  # those that are one stay one
     for child in module.modules():
-        for leaf, buffer in child.named_buffers(recurse=False):
-            made |= buffer.is_meta
-            child._buffers[leaf] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-    if made:
+        for leaf, buffer in child.named_buffers(recurse=False, remove_duplicate=False):
+            if buffer not in moved:
+                moved[buffer] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            child._buffers[leaf] = moved[buffer]
+    if any(buffer.is_meta for buffer in moved):
         for tensor in chain(module.parameters(), module.state_dict(keep_vars=True).values()):
             tensor._is_hf_initialized = True  # transformers leaves these as they are
         module.initialize_weights()  # type: ignore[operator]  # of transformers' PreTrainedModel

@@ -133,7 +133,7 @@ def load_checkpoint(directory: str | os.PathLike[str], device: Device = "cpu") -
         landed[file.name] = _allocate(_pages(file.size) or PAGE)
         return landed[file.name]
 
-    with _local(directory, memory_for) as path:
+    with local(directory, memory_for) as path:
         return {name: one for file in manifest.weights(path) for name, one in _load(file, home, landed).items()}
 
 
@@ -206,12 +206,12 @@ async def iterate_async(
 def _opened(source: str | os.PathLike[str]) -> tuple[ExitStack, list[FileEntry]]:
     """A checkpoint's files, and what keeps them there."""
     with ExitStack() as held:
-        files = manifest.weights(held.enter_context(_local(source)))
+        files = manifest.weights(held.enter_context(local(source)))
         return held.pop_all(), files
 
 
 @contextmanager
-def _local(source: str | os.PathLike[str], memory_for: disk_tier.Placed = lambda file: None) -> Iterator[Path]:
+def local(source: str | os.PathLike[str], memory_for: disk_tier.Placed = lambda file: None) -> Iterator[Path]:
     """The directory of a checkpoint; that of a URL is brought up to date, and stays meanwhile."""
     if not is_url(source):
         if not stat.S_ISDIR(os.stat(source).st_mode):  # noqa: PTH116  # the error names what the caller named

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from serverless_llm.loader import manifest
-from serverless_llm.loader.library import Device, iterate
+from serverless_llm.loader.library import Device, iterate, local
 from serverless_llm.loader.views import shape_of
 
 
@@ -21,6 +21,7 @@ def load_slices(
     Every file is read once, in groups as `iterate` does, and each device is sent its own part of a tensor only.
 
     Args:
+        directory: or its URL, which is brought into the disk tier (docs/remote.md).
         split: along which dimension a tensor of this name is cut into equal parts; None: every device gets all of it.
 
     Returns:
@@ -32,14 +33,15 @@ def load_slices(
     """
     if not devices:
         raise ValueError("there is no device to load slices for")
-    dims = _dims(Path(directory), split, len(devices))
     homes = [torch.device(device) for device in devices]
     slices: list[dict[str, torch.Tensor]] = [{} for _ in devices]
-    for name, tensor in iterate(directory):
-        dim = dims[name]
-        parts = [tensor] * len(homes) if dim is None else tensor.chunk(len(homes), dim)
-        for mine, part, home in zip(slices, parts, homes, strict=True):
-            mine[name] = part.to(home, copy=True, memory_format=torch.contiguous_format)
+    with local(directory) as path:
+        dims = _dims(path, split, len(devices))
+        for name, tensor in iterate(path):
+            dim = dims[name]
+            parts = [tensor] * len(homes) if dim is None else tensor.chunk(len(homes), dim)
+            for mine, part, home in zip(slices, parts, homes, strict=True):
+                mine[name] = part.to(home, copy=True, memory_format=torch.contiguous_format)
     return slices
 
 

@@ -18,7 +18,17 @@ import pytest
 import torch
 
 from serverless_llm.errors import CapacityError, CheckpointError, ConfigurationError, TransientError
-from serverless_llm.loader import disk_tier, download, iterate, iterate_async, library, load_checkpoint, remote
+from serverless_llm.loader import (
+    disk_tier,
+    download,
+    iterate,
+    iterate_async,
+    library,
+    load_checkpoint,
+    load_into,
+    load_slices,
+    remote,
+)
 from serverless_llm.loader.disk_tier import DiskTier, Lease, hold
 from serverless_llm.node.processes import environment
 from tests.range_server import CHUNK, Faults, RangeServer
@@ -316,4 +326,21 @@ def test_the_library_loads_urls(server: RangeServer, tmp_path: Path, monkeypatch
         return [name async for name, _ in iterate_async(url)]
 
     assert [name for name, _ in iterate(url)] == asyncio.run(names()) == list(there)
+    (first,) = load_slices(url, ["cpu"], lambda name: None)
+    assert all(torch.equal(first[name], tensor) for name, tensor in there.items())
+    module = torch.nn.ModuleList([torch.nn.ParameterList([torch.empty_like(tensor) for tensor in there.values()])])
+    assert load_into(module, url) == (set(), [])
+    assert all(torch.equal(parameter, there[name]) for name, parameter in module.named_parameters())
     assert server.gets == []
+
+
+def test_what_is_iterated_stays_and_no_longer(server: RangeServer) -> None:
+    url, home = f"{server.url}/a", disk_tier.tier()
+    iterate(url)  # and never begun
+    closed, begun = iterate(url), iterate(url)
+    closed.close()  # type: ignore[attr-defined]  # a generator
+    next(begun)
+    (whole,) = [place for place in home.root.glob("*/*") if not place.suffix]
+    assert not disk_tier._leaves(whole)
+    del begun
+    assert disk_tier._leaves(whole)

@@ -64,6 +64,39 @@ def test_parameters_that_are_one_stay_one(tmp_path: Path, name: str) -> None:
     assert torch.equal(model.embed.weight, weight)
 
 
+class Shared(torch.nn.Module):
+    """One buffer under six names, the first of which no checkpoint has; and one that none has under any name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        scale, angles = torch.zeros(3), torch.zeros(2)
+        for name in ("a", "b", "c"):
+            child = torch.nn.Module()
+            child.register_buffer("scale", scale, persistent=name != "a")
+            child.register_buffer("again", scale)
+            child.register_buffer("angles", angles, persistent=False)
+            self.add_module(name, child)
+
+    def initialize_weights(self) -> None:
+        """As transformers' models have it."""
+        self.get_buffer("a.angles").copy_(torch.arange(2.0))
+
+
+@pytest.mark.parametrize("name", ["b.scale", "c.again"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_buffers_that_are_one_stay_one(tmp_path: Path, name: str, device: str) -> None:
+    with torch.device(device):
+        model = Shared()
+    scale = torch.randn(3)
+    assert load_into(model, directory_of(tmp_path, {name: scale})) == (set(), [])
+    found = [child.get_buffer(leaf) for child in model.children() for leaf in ("scale", "again")]
+    assert torch.equal(found[0], scale)
+    assert all(one is found[0] for one in found)
+    angles = [child.get_buffer("angles") for child in model.children()]
+    assert all(one is angles[0] for one in angles)
+    assert torch.equal(angles[0], torch.arange(2.0) if device == "meta" else torch.zeros(2))
+
+
 def test_on_the_cpu_nothing_is_copied_but_for_another_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: dict[str, torch.Tensor] = {}
 
