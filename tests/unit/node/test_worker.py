@@ -271,8 +271,8 @@ def test_an_empty_cancel_and_a_newer_head_end_everything(ready: Agent) -> None:
 
 
 def test_only_the_newest_epoch_of_a_sequence_runs(ready: Agent) -> None:
-    ready.run(1, epoch=2, gateway=1, tokens=30)
-    ready.run(1, epoch=1, gateway=2, tokens=30)
+    ready.run(1, epoch=2, gateway=1, tokens=1500)
+    ready.run(1, epoch=1, gateway=2, tokens=1500)
     ready.until(lambda: len(ready.said(1)) > 3)
     ready.run(1, epoch=3, gateway=3, tokens=6)
     ready.until(lambda: ready.finished(1))
