@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -129,6 +129,21 @@ class Service:
 
     def processes(self) -> list[psutil.Process]:
         return self._server.processes()
+
+    def sample_url(self, url: str, environ: Mapping[str, str]) -> Sample:
+        """One load of what a URL holds, deployed by the command line in `environ`, of an empty disk tier.
+
+        The server was started in an environment with the same variables of its store.
+        """
+        self.empty()
+        state = str(self._server.state)
+        subprocess.run(
+            [sys.executable, "-m", "serverless_llm", "deploy", MODEL, url, "--state-dir", state],
+            cwd=ROOT, env=environ, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        found = self._load()
+        self.empty()
+        return found
 
     def _load(self) -> Sample:
         processes = self.processes()

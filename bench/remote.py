@@ -3,8 +3,9 @@
 A server of its own sends by `sendfile` from its page cache, from a network namespace behind a link of 1 or 10 Gb/s
 (root and iproute2 are needed; without them loopback is the link, and nothing is promised), as a web server and as an
 S3-compatible bucket. `ours-library`: `load_checkpoint(URL)`, until all tensors are in memory and all bytes synced in
-the disk tier; `ours-pull`: the disk tier alone; each in a fresh process with an empty tier. The limit, measured in
-every round: curl, which drops the bytes. `ours-resumed`: a pull, killed when half was sent, and another.
+the disk tier; `ours-pull`: the disk tier alone; each in a fresh process with an empty tier. `ours-service`: a running
+server with its pool resident, from the order to the replica that could serve; the disk tier fills behind. The limit,
+measured in every round: curl, which drops the bytes. `ours-resumed`: a pull, killed when half was sent, and another.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 from bench import checkpoints
 from bench.common import FEWEST_ROUNDS, MOST_ROUNDS, ROOT, demand_quiet, interval, precise, row, write_results
-from bench.load_subjects import prepare
+from bench.load_subjects import Service, prepare
 from bench.network import Link, LinkMissing
 from tests.serving import until
 
@@ -35,7 +36,8 @@ HALF = 0.5
 LEAST, MOST_READ, MOST_AGAIN = 0.95, 1.01, 0.55
 SLACK = 0.03  # by which the lower end of a ratio's interval may lie below what is promised
 WAYS = {"ours-library": "load", "ours-pull": "pull"}
-RESUMED = "ours-resumed"
+SERVICE, RESUMED = "ours-service", "ours-resumed"
+SUBJECTS = (SERVICE, *WAYS)
 
 
 class Case(NamedTuple):
@@ -83,7 +85,7 @@ def shares(rounds: Sequence[Round], subject: str) -> list[float]:
 
 def rows(case: str, rounds: Sequence[Round], nbytes: int) -> list[dict[str, Any]]:
     found = []
-    for subject in WAYS:
+    for subject in SUBJECTS:
         samples = [one.samples[subject] for one in rounds]
         rates = [nbytes / one.seconds / 1e9 for one in samples]
         found += [
@@ -99,7 +101,7 @@ def rows(case: str, rounds: Sequence[Round], nbytes: int) -> list[dict[str, Any]
 def verdicts(case: str, rounds: Sequence[Round]) -> list[str]:
     """What is promised, what was measured."""
     found = []
-    for subject in WAYS:
+    for subject in SUBJECTS:
         ratios = shares(rounds, subject)
         low, middle = interval(ratios)[0], row(case, subject, "", "", ratios)["median"]
         met = middle >= LEAST and low >= LEAST - SLACK
@@ -117,22 +119,25 @@ def _bound(what: str, values: Sequence[float], most: float) -> str:
 
 
 class Starts:
-    """Starts from one URL, each in a process of its own."""
+    """Starts from one URL: of a server, and each in a process of its own."""
 
-    def __init__(self, link: Link, url: str, directory: Path) -> None:
+    def __init__(self, link: Link, url: str, directory: Path, service: Service) -> None:
         self._link = link
+        self._service = service
         self._url = url.format(link.address)
         self._files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors"))
         self.nbytes = sum(path.stat().st_size for path in self._files)
 
     def round(self, rng: random.Random) -> Round:
         curl, again, samples = 0.0, 0.0, {}
-        for name in rng.sample(["curl", *WAYS, RESUMED], len(WAYS) + 2):
+        for name in rng.sample(["curl", *SUBJECTS, RESUMED], len(SUBJECTS) + 2):
             prepare("warm", self._files)
             if name == "curl":
                 curl = self._curl()
             elif name == RESUMED:
                 again = self._resumed()
+            elif name == SERVICE:
+                samples[name] = self._served()
             else:
                 samples[name] = self._sample(WAYS[name])
         return Round(curl, samples, again)
@@ -148,6 +153,12 @@ class Starts:
             before = self._link.sent()
             done = subprocess.run(self._command(way), cwd=ROOT, env=environ, stdout=subprocess.PIPE, check=True)
             return Sample(**json.loads(done.stdout), read=(self._link.sent() - before) / self.nbytes)
+
+    def _served(self) -> Sample:
+        with self._fresh() as environ:
+            before = self._link.sent()
+            one = self._service.sample_url(self._url, environ)
+            return Sample(one.seconds, one.cpu_s, read=(self._link.sent() - before) / self.nbytes)
 
     def _resumed(self) -> float:
         with self._fresh() as environ:
@@ -170,18 +181,18 @@ class Starts:
         try:
             yield os.environ | self._link.environment | {"XDG_CACHE_HOME": scratch, "PYTHONPATH": str(ROOT)}
         finally:
-            shutil.rmtree(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)  # a server may still write to it
 
 
 def measure(name: str, arguments: argparse.Namespace) -> tuple[str, list[Round], int]:
     """The case as it could be measured, its rounds until all is precise, the checkpoint's bytes."""
     case = CASES[name]
     directory = checkpoints.checkpoint(arguments.checkpoints, *(SMOKE if arguments.smoke else case.shape))
-    fewest, most = (2, 2) if arguments.smoke else (min(FEWEST_ROUNDS, arguments.rounds), arguments.rounds)
+    fewest, most = (1, 1) if arguments.smoke else (min(FEWEST_ROUNDS, arguments.rounds), arguments.rounds)
     rng, done = random.Random(arguments.seed), list[Round]()
-    with linked(directory, case.rate) as (link, shown):
-        starts = Starts(link, case.url, directory)
-        while len(done) < most and not (len(done) >= fewest and all(precise(shares(done, one)) for one in WAYS)):
+    with linked(directory, case.rate) as (link, shown), served(directory, link) as service:
+        starts = Starts(link, case.url, directory, service)
+        while len(done) < most and not (len(done) >= fewest and all(precise(shares(done, one)) for one in SUBJECTS)):
             done.append(starts.round(rng))
             rates = {subject: sample.seconds for subject, sample in done[-1].samples.items()} | {"curl": done[-1].curl}
             told = ", ".join(f"{subject} {starts.nbytes / took / 1e9:.2f}" for subject, took in rates.items())
@@ -201,20 +212,33 @@ def linked(directory: Path, rate: int) -> Iterator[tuple[Link, str]]:
             yield link, " (loopback)"
 
 
+@contextmanager
+def served(directory: Path, link: Link) -> Iterator[Service]:
+    """A server that knows the link's store, with as much in its pool's memory as the checkpoint takes."""
+    before = dict(os.environ)
+    os.environ.update(link.environment)
+    try:
+        with Service(directory) as service:
+            yield service
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--checkpoints", type=Path, default=checkpoints.default_folder(), help="where they are kept")
     parser.add_argument("--rounds", type=int, default=MOST_ROUNDS, help="at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="two rounds with a tiny model")
+    parser.add_argument("--smoke", action="store_true", help="one round of two cases with a tiny model")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     demand_quiet(arguments.smoke)
     found: list[dict[str, Any]] = []
     judged: list[str] = []
     kept: dict[str, Any] = {}
-    for name in arguments.cases:
+    for name in arguments.cases[-2:] if arguments.smoke else arguments.cases:
         case, rounds, nbytes = measure(name, arguments)
         found += rows(case, rounds, nbytes)
         judged += verdicts(case, rounds) if case == name else []
