@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CapacityError, CheckpointError
 from serverless_llm.loader import division, plan
+from serverless_llm.loader.ahead import Ahead
 from serverless_llm.loader.lending import Lending
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.origin import Origin
@@ -22,95 +23,11 @@ from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.ring import Ring
 from serverless_llm.loader.routes import Route, Routes
 from serverless_llm.loader.sharing import NOTHING, Lent, Loan
-from serverless_llm.loader.toucher import Toucher
+from serverless_llm.loader.waiting import Load
 
 AHEAD = 1 << 30  # bytes
 PAUSE = 2.0  # seconds, in which a model that was loaded has its first tokens
 Post = Callable[[Callable[[], None]], object]  # loop.call_soon_threadsafe
-
-
-@dataclass(eq=False, slots=True)
-class Load:
-    """One replica's wait for a checkpoint, made by `Pipeline.load`.
-
-    `on_landed(spans, last)` is called with every span once, in any order; `last`: all bytes are there.
-    `on_failed(error)` ends it instead; only a `TransientError` is worth another try. Neither is called after `cancel`.
-
-    Attributes:
-        total, done: bytes to be in DRAM, and in DRAM.
-        queue_s: seconds from `Pipeline.load` to the first read; disk_s: from there to the last byte.
-        lent: what of it other checkpoints have.
-        disk_bytes, cache_bytes, dram_bytes: where `done` came from, as in `domain.LoadPhases`.
-    """
-
-    manifest: Manifest
-    holder: ReplicaId
-    on_landed: Callable[[Sequence[Landed], bool], None]
-    on_failed: Callable[[CheckpointError], None]
-    priority: int
-    total: int
-    begun: float
-    lent: Lent
-    done: int = 0
-    queue_s: float = 0.0
-    disk_s: float = 0.0
-    disk_bytes: int = 0
-    cache_bytes: int = 0
-    dram_bytes: int = 0
-    _pipeline: Pipeline = field(kw_only=True)
-    _slots: dict[Piece, int] = field(kw_only=True)
-    _route: Route = field(kw_only=True)
-    _origin: Origin | None = field(kw_only=True)
-    _borrowed: Sequence[Landed] = field(kw_only=True)
-    _ring: Ring | None = None
-
-    @property
-    def ringed(self) -> bool:
-        """Not all of it is in DRAM at once: who copies it says so by `copied`."""
-        return self._ring is not None
-
-    def start(self) -> None:
-        """Tells of the spans that are there, at once, and of the others as they land."""
-        self._pipeline._join(self)
-        if self._ring:
-            self._ring.turn()
-
-    def copied(self, nbytes: int) -> None:
-        """The device has copied so many bytes of the spans it was told of, in that order."""
-        if self._ring:
-            self._ring.copied(nbytes)
-
-    def hasten(self, priority: int) -> None:
-        """Its bytes go before those of higher numbers from now on."""
-        self.priority = priority
-        self._pipeline._rank(self.manifest.checkpoint)
-        if self._ring:
-            self._ring.hasten(priority)
-
-    def cancel(self) -> None:
-        """Stops reading unless others wait for the same. The lease stays until `Pipeline.release`. Idempotent."""
-        if self._ring:
-            self._ring.cancel()
-        self._pipeline._leave(self)
-        self._part()
-
-    def _tell(self, spans: Sequence[Landed]) -> None:
-        self.done += sum(span.length for span in spans)
-        if self._ring:
-            self._ring.show(spans)
-        if self.done == self.total:
-            self._part()
-        self.on_landed(spans, self.done == self.total)
-
-    def _part(self) -> None:
-        """It asks its server for nothing more."""
-        if self._origin is not None:
-            self._origin.close()
-
-    def _forward(self, batch: Batch) -> None:
-        self.disk_bytes += batch.disk_bytes
-        self.cache_bytes += batch.cache_bytes
-        self._tell(batch.landed)
 
 
 @dataclass(eq=False, slots=True)
@@ -162,16 +79,12 @@ class Pipeline:
         self.tier = tier
         self._pool = pool
         self._post = post
-        self._pause = pause
         self._freed = freed
         self._fills: dict[CheckpointId, _Fill] = {}
         self._rings: dict[ReplicaId, Ring] = {}
-        self._trimming = False  # a slot is being made ready, or `_trim` is posted
-        self._quiet_at = 0.0  # monotonic seconds
-        self._closed = False
-        self._toucher = Toucher(pool)
+        self._ahead = Ahead(pool, tier, post, pause, lambda: not self._fills)
         self.tier.wanted = ahead // pool.slot_bytes
-        self._trim()
+        self._ahead.trim()
 
     @property
     def settling(self) -> bool:
@@ -239,18 +152,18 @@ class Pipeline:
         now = time.monotonic()
         self.lending.repay(holder, now)
         self.tier.release(checkpoint, holder, now)
-        self._trim()
+        self._ahead.trim()
         self._freed()
 
     def forget(self, checkpoint: CheckpointId) -> None:
         """No model names the checkpoint any more: it leaves with its last lease, its memory slot by slot."""
         self.tier.forget(checkpoint)
-        self._trim()
+        self._ahead.trim()
 
     @property
     def quiet(self) -> bool:
         """Nothing is read, nor was a moment ago."""
-        return not self._fills and not self._rings and time.monotonic() >= self._quiet_at
+        return not self._fills and not self._rings and self._ahead.rested
 
     def discard(self, manifest: Manifest, spans: Iterable[Landed]) -> bool:
         """The bytes of these spans are not to be trusted: the next load reads them again.
@@ -268,28 +181,8 @@ class Pipeline:
         Returns:
             False when a server keeps a read waiting: it may still write to the pool.
         """
-        self._closed = True
-        self._toucher.close()
+        self._ahead.close()
         return self._routes.close()
-
-    def _trim(self) -> None:
-        """Takes or gives back the memory of one slot, and so on until the tier has as much as it wants, or there is no
-        more: then the next load begins anew."""
-        if self._trimming or self._closed:
-            return
-        if (slot := self.tier.shrink()) is not None:
-            self._trimming = True
-            self._pool.punch([slot])  # one in a turn of the loop: many gigabytes take seconds
-            self._post(lambda: self._trimmed(True))
-        elif not self._fills and (slot := self.tier.grow()) is not None:
-            self._trimming = True
-            delay = max(0.0, self._quiet_at - time.monotonic())
-            self._toucher.touch(slot, delay, lambda room: self._post(lambda: self._trimmed(room)))
-
-    def _trimmed(self, more: bool) -> None:
-        self._trimming = False
-        if more:
-            self._trim()
 
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
@@ -300,7 +193,7 @@ class Pipeline:
         route = load._route
 
         def told(batch: Batch) -> None:
-            self._quiet_at = time.monotonic() + self._pause
+            self._ahead.rest()
             route.link.observe(route.crossed(batch.disk_bytes, batch.cache_bytes), 0.0)  # its time is the device's, too
             if batch.error is not None:
                 self._distrust(load.manifest.checkpoint, load._slots.keys())
@@ -319,12 +212,12 @@ class Pipeline:
 
     def _given_back(self, slots: Sequence[int]) -> None:
         self.tier.give_back(slots)
-        self._trim()
+        self._ahead.trim()
         self._freed()
 
     def _join(self, load: Load) -> None:
         checkpoint = load.manifest.checkpoint
-        self._quiet_at = time.monotonic() + self._pause  # also where no byte is to be read
+        self._ahead.rest()  # also where no byte is to be read
         fill = self._fills.get(checkpoint)
         if fill is not None and fill.cancelled:
             fill.loads.append(load)
@@ -374,7 +267,7 @@ class Pipeline:
             fill.distrusted.update(pieces)
             return False
         self.tier.discard(checkpoint, pieces)
-        self._trim()
+        self._ahead.trim()
         return True
 
     def _leave(self, load: Load) -> None:
@@ -390,7 +283,7 @@ class Pipeline:
     def _news(self, checkpoint: CheckpointId, batch: Batch) -> None:
         """One batch of a fill, on the owner's thread."""
         fill = self._fills[checkpoint]
-        self._quiet_at = time.monotonic() + self._pause
+        self._ahead.rest()
         if batch.error is None:
             self._land(checkpoint, fill, batch)
         if batch.last:
@@ -406,7 +299,7 @@ class Pipeline:
             self._forward(fill, batch)
         elif batch.last:
             self._after_cancel(checkpoint, fill)
-        self._trim()
+        self._ahead.trim()
         if batch.last:
             self._freed()
 

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from serverless_llm import wire
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
@@ -19,63 +18,27 @@ from serverless_llm.loader import digest, origin
 from serverless_llm.loader.download import CHECKPOINT
 from serverless_llm.loader.link import Link, Priority
 from serverless_llm.loader.manifest import Manifest
-from serverless_llm.loader.origin import Origin
-from serverless_llm.loader.pipeline import Load, Pipeline
+from serverless_llm.loader.pipeline import Pipeline
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.sharing import Loan
-from serverless_llm.node.check import Check, Tally, Verdicts
+from serverless_llm.loader.waiting import Load
+from serverless_llm.node.check import Check, Tally
 from serverless_llm.node.manifests import Manifests
 from serverless_llm.node.options import AgentOptions
+from serverless_llm.node.replica import Replica
 from serverless_llm.node.sharing import Sharing
 from serverless_llm.node.slot import Slot
 from serverless_llm.node.threads import apart
+from serverless_llm.node.verification import Verification
 from serverless_llm.node.verifier import Verifier
 
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.1  # at most one report in this time
 PROGRESS_SHARE = 0.05  # ... unless this share of the bytes has landed since
-DIFFERS = (
-    "%s, are not what they were at the first load, read twice; restore the file, or, if it is right, touch it, and "
-    "deploy it again"
-)
-
-
-@dataclass(slots=True, eq=False)
-class Replica:
-    """One replica's stay on a device. Times are monotonic seconds.
-
-    Attributes:
-        task: reads the manifest and finds room; done before anything else begins.
-        turn: resolved when there may be room; None while it does not wait for that.
-        origin: where bytes are that are not on the disk, if there are any.
-        load: its wait for bytes, from its reservation on.
-        check: what its bytes pass before its worker is told of them; None where they are not verified, or no more.
-        done: bytes that its worker was told of.
-        ready: its worker serves it.
-        dropping: its worker was told to drop it.
-        leaving: the head waits for `Unloaded`.
-    """
-
-    order: wire.StartLoad
-    began: float
-    priority: Priority
-    task: asyncio.Task[None] | None = None
-    turn: asyncio.Future[None] | None = None
-    origin: Origin | None = None
-    load: Load | None = None
-    check: Check | None = None
-    done: int = 0
-    reserved: float = 0.0
-    landed: float = 0.0
-    told: float = 0.0
-    told_bytes: int = 0
-    ready: bool = False
-    dropping: bool = False
-    leaving: bool = False
 
 
 class Store:
@@ -304,37 +267,16 @@ class Store:
     def _copies(self, device: int) -> bool:
         return self._options.devices[device].weights == "copy"
 
-    # --- its verification ---
-
     def _check(self, replica: Replica, found: Manifest, known: digest.Digests | None) -> Check:
-        assert replica.load is not None
-        verdicts = Verdicts(
+        return Verification(
+            self._verifier,
+            self._pipeline,
+            found,
+            replica,
+            load=lambda: self._load(replica, found),
             passed=lambda spans, last: self._landed(replica, spans, last),
-            learned=lambda digests: self._verifier.learned(found, digests),
-            again=lambda blocks: self._read_again(replica, found, blocks),
-            failed=lambda blocks: self._differs(replica, found, blocks),
-        )
-        return self._verifier.check(found, known, replica.order.verify == "sample", verdicts, replica.load.ringed)
-
-    def _read_again(self, replica: Replica, found: Manifest, blocks: Sequence[Landed]) -> None:
-        """Memory may be at fault: what differs is read once more before the disk is said to be."""
-        assert replica.load is not None
-        differing = digest.described(found.files, blocks)
-        log.warning("%s, differ from the first load and are read again", differing)
-        if not self._pipeline.discard(found, blocks) or replica.load.ringed:
-            self._verifier.suspect(found.checkpoint, blocks)
-            self.failed(
-                replica.order.replica,
-                f"{differing}, differ from the first load: the next start reads them again",
-                permanent=False,
-            )
-            return
-        replica.load = self._load(replica, found)
-        replica.load.start()
-
-    def _differs(self, replica: Replica, found: Manifest, blocks: Sequence[Landed]) -> None:
-        self._pipeline.discard(found, blocks)
-        self.failed(replica.order.replica, DIFFERS % digest.described(found.files, blocks), permanent=True)
+            failed=lambda message, permanent: self.failed(replica.order.replica, message, permanent),
+        ).check(known)
 
     def _arrived(self, replica: Replica, spans: Sequence[Landed], last: bool) -> None:
         if replica.check is None:

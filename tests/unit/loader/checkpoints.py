@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import manifest
 from serverless_llm.loader.manifest import Manifest
-from serverless_llm.loader.pipeline import Load, Pipeline
+from serverless_llm.loader.pipeline import Pipeline
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
+from serverless_llm.loader.waiting import Load
 
 
 def write(directory: Path, *shards: dict[str, torch.Tensor]) -> Path:
@@ -72,7 +73,7 @@ class Node:
     def settle(self) -> list[int]:
         """Turns until no slot's memory is to be taken or given back; the pool's memory after each."""
         memory = [self.pool.memory]
-        while self.pipeline._trimming:
+        while self.pipeline._ahead._trimming:
             self.turn()
             memory.append(self.pool.memory)
         return memory

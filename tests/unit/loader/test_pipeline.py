@@ -249,7 +249,7 @@ def test_memory_is_taken_ahead_of_need_and_kept_for_the_largest(tmp_path: Path) 
         check(node, source, node.fetch(source))
         node.settle()
         node.pipeline.release(source.checkpoint, 1)
-        assert not node.pipeline._trimming  # nothing is free that was not
+        assert not node.pipeline._ahead._trimming  # nothing is free that was not
     largest = node.tier.wanted << 20
     assert largest > sources[1].file_bytes
     assert node.pool.memory > sources[0].file_bytes + sources[1].file_bytes
@@ -274,9 +274,9 @@ def test_none_is_taken_while_bytes_are_read(tmp_path: Path, slow: Node) -> None:
     told = slow.load(checkpoint(tmp_path, 2))
     told.load.start()
     slow.pipeline.forget("nobody")
-    taking = slow.pipeline._trimming
+    taking = slow.pipeline._ahead._trimming
     slow.finish(told)
-    assert (taking, slow.pipeline._trimming) == (False, True)
+    assert (taking, slow.pipeline._ahead._trimming) == (False, True)
 
 
 def test_none_is_taken_soon_after_bytes_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,9 +294,9 @@ def test_none_is_taken_soon_after_bytes_were_found_in_memory(tmp_path: Path, mon
     monkeypatch.setattr(Toucher, "touch", lambda _toucher, _slot, delay, _done: delays.append(delay))
     source = checkpoint(tmp_path, 2)
     node.fetch(source)
-    node.pipeline._quiet_at = 0.0  # an hour later
+    node.pipeline._ahead._quiet_at = 0.0  # an hour later
     node.fetch(source, 2)
-    node.pipeline._trimmed(True)  # the first slot is touched
+    node.pipeline._ahead._trimmed(True)  # the first slot is touched
     assert [3500 < delay <= 3600 for delay in delays] == [True, True]
     node.close()
 

@@ -14,8 +14,8 @@ from serverless_llm.loader import digest, manifest
 from serverless_llm.loader.digest import BLOCK, Digests, Due, Key
 from serverless_llm.loader.hasher import Hasher
 from serverless_llm.loader.manifest import Manifest
-from serverless_llm.loader.pipeline import Load
 from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.waiting import Load
 from serverless_llm.node.check import IN_A_TURN, Check, Tally, Verdicts
 from serverless_llm.node.digests import sizes_of
 from tests.unit.loader.checkpoints import Node, random, write
