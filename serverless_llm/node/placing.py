@@ -217,11 +217,13 @@ class Placing:
             else:
                 leased = self._engine.activate(replica)
         except (CheckpointError, CapacityError) as error:
-            return self._failed(placement, error)
-        placement.active = True
-        if not leased:
-            self._close(placement)
-        return wire.Placed(replica, time.monotonic() - placement.last, leased)
+            refused = type(error)(str(error))  # the frames of that one refer to the tensors
+        else:
+            placement.active = True
+            if not leased:
+                self._close(placement)
+            return wire.Placed(replica, time.monotonic() - placement.last, leased)
+        return self._failed(placement, refused)
 
     def _failed(self, placement: Placement, error: CheckpointError | CapacityError) -> wire.Message:
         self.drop(placement.order.replica)
