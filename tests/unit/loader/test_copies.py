@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serverless_llm.loader.copies import Copies
+from serverless_llm.loader.copies import Copies, Copy
 from serverless_llm.loader.dest import Dest
 from serverless_llm.loader.header import Header, TensorEntry
 from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.sharing import Lent, Run
 
 HEAD = 5
 HEADER = Header(
@@ -45,3 +46,15 @@ def test_every_byte_arrives(cuts: set[int], file: int) -> None:
     assert arena[40:42] == content[7:9]
     assert arena[10:12] == content[6:8]
     assert arena.count(0) == 50 - 12
+
+
+def test_what_is_lent_is_copied_from_where_it_lies() -> None:
+    """In another order there, one of them twice; the first stays."""
+    tensors = [TensorEntry(name, "U8", (4,), 9 + 4 * number, 13 + 4 * number) for number, name in enumerate("abcd")]
+    lent = Lent([50], [Run(0, 13, 17, 1, 30), Run(0, 17, 21, 1, 20), Run(0, 21, 25, 1, 30)], 1)
+    dests = [Dest(name, 0, 4, 100 * number) for number, name in enumerate("abcd")]
+    copies = Copies([Header(tuple(tensors), {}, 9)], dests, lent)
+    assert copies.total == 16
+    assert list(copies.of(Landed(0, 0, 25, 1000))) == [Copy(1009, 0, 4)]
+    assert list(copies.of(Landed(1, 18, 5, 2000))) == [Copy(2002, 200, 3)]
+    assert list(copies.of(Landed(1, 23, 10, 3000))) == [Copy(3000, 203, 1), Copy(3007, 100, 3), Copy(3007, 300, 3)]

@@ -92,12 +92,20 @@ def test_views_are_of_the_lender_where_it_has_them(
     assert node.tier.used_bytes <= (6 + 2) << 20  # the lender has two files
     node.pipeline.release(borrower.checkpoint, 2)
     alone = node.fetch(borrower)  # from DRAM and disk, with a mapping of its own
-    mapping = uploader.mapping(borrower.checkpoint, sizes, lambda *report: news.put(report))
+    other = Uploader(node.pool.fd, node.pool.capacity)
+    mapping = other.mapping(borrower.checkpoint, sizes, lambda *report: news.put(report))
     mapping.add(alone.spans)
     while (report := news.get(timeout=30))[0] != report[1]:
         pass
     assert all(same(mapping.tensors()[name], one) for name, one in tensors(borrower).items())
     assert mapping.close()
+    mapping = other.mapping(borrower.checkpoint, sizes, lambda *report: news.put(report), told.load.lent)
+    mapping.add(told.spans)  # nothing was evicted
+    while (report := news.get(timeout=30))[0] != report[1]:
+        pass
+    assert all(same(mapping.tensors()[name], one) for name, one in tensors(borrower).items())
+    assert mapping.close()
+    other.close()
 
 
 @pytest.mark.parametrize("ring", [False, True])

@@ -83,6 +83,13 @@ def test_who_has_most_lends_so_that_runs_are_long() -> None:
     assert loan.sizes == [70]
 
 
+def test_what_the_borrower_has_not_gives_no_lender_a_lead() -> None:
+    tensors = [("x", 20), ("y", 20)]
+    loan = lend(known("b", tensors), known("some", [*tensors[1:], ("more", 90)]), known("all", tensors))
+    assert loan is not None
+    assert loan.held().keys() == {"all"}
+
+
 def test_equal_tensors_of_the_borrower_come_from_one_place() -> None:
     loan = lend(known("b", [("x", 20), ("own", 1), ("x", 20)]), known("a", [("x", 20)]))
     assert loan is not None
