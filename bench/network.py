@@ -89,9 +89,9 @@ class Link:
         self._port = int(self._server.stdout.readline())
 
     def _disconnect(self) -> None:
-        """The devices go with the namespace."""
-        if self._rate:
-            subprocess.run(["ip", "netns", "delete", self._name], stderr=subprocess.DEVNULL, check=False)
+        """The devices first: the namespace takes its time, and the next link has the same names."""
+        for what in ("link", "netns") if self._rate else ():
+            subprocess.run(["ip", what, "delete", self._name], stderr=subprocess.DEVNULL, check=False)
 
 
 def _ip(*arguments: str) -> None:
