@@ -9,6 +9,8 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 from bench.common import ROOT
 
 BURST_S = 0.01  # of the rate, at once: more than the kernel's timer takes to look again
@@ -64,6 +66,10 @@ class Link:
             "AWS_ENDPOINT_URL": f"http://{self.address}", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "here",
             "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "NO_PROXY": "*", "no_proxy": "*",
         }  # fmt: skip
+
+    @property
+    def server(self) -> psutil.Process:
+        return psutil.Process(self._server.pid)
 
     def sent(self) -> int:
         """Bytes of bodies that the server has sent."""

@@ -54,9 +54,12 @@ class Sender(socketserver.StreamRequestHandler):
             pass
 
     def _answer(self) -> bool:
-        head = b"".join(iter(self.rfile.readline, b"\r\n"))
-        if not head:
-            return False
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            line = self.rfile.readline()
+            if not line:
+                return False
+            head += line
         method, target = head.split(b"\r\n", 1)[0].decode().split()[:2]
         url = urlsplit(target)
         path = self.server.folder / url.path.rsplit("/", 1)[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from bench import remote
 from bench.network import PLAIN, Link, LinkMissing
 from bench.remote import Round, Sample
 from serverless_llm.loader.remote import Remote
+from tests.serving import until
 
 
 def made_up(seconds: float = 4.0, read: float = 1.0, again: float = 0.52) -> list[Round]:
@@ -67,6 +69,19 @@ def test_the_server_answers_ranges_as_the_loader_asks(link: Link, monkeypatch: p
         assert answer.read() == expected
     with pytest.raises(urllib.error.HTTPError, match="404"):
         PLAIN.open(f"http://{link.address}/model/none")
+
+
+@pytest.mark.slow
+def test_a_client_that_goes_leaves_no_thread_behind(link: Link) -> None:
+    def threads() -> int:
+        return link.server.num_threads()
+
+    host, port = link.address.split(":")
+    before = threads()
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"GET /model/config.json HTTP/1.1\r\nHo")
+        until(lambda: threads() > before, "a thread for the client")
+    until(lambda: threads() == before, "its end")
 
 
 def test_a_link_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
