@@ -24,6 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REMOTE = ".serverless-llm-remote"  # beside a directory of which only headers and texts are here
 CONFIG = "config.json"
+OTHERS = {".gguf": "GGUF", "adapter_model.safetensors": "an adapter (LoRA)"}
 MAX_INDEX = 100_000_000  # bytes; an arbitrary bound on memory
 MAX_CONFIG = 1 << 20  # bytes; workers are sent it in one frame
 TEXTS = (  # what gateways read beside the weights
@@ -204,6 +205,11 @@ def choose(names: list[str], directory: str) -> str:
             f"{directory} has weights only as {', '.join(pickles[:3])}: not opened, since unpickling runs code; "
             "convert them to safetensors"
         )
+    for suffix, what in OTHERS.items():
+        if any(name.endswith(suffix) for name in names):
+            raise CheckpointError(
+                f"{directory} holds {what}, which is not served: safetensors of a whole model are needed"
+            )
     raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
 
 

@@ -7,7 +7,6 @@ stand there. Everything raises ConfigurationError and nothing else.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 import msgspec
 
-from serverless_llm.errors import ConfigurationError
+from serverless_llm.errors import ConfigurationError, did_you_mean
 from serverless_llm.loader.headroom import available_memory
 from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, parse_size, size
 from serverless_llm.surroundings import PREFIX, default_state_dir, search_path
@@ -31,6 +30,7 @@ KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 KINDS |= {"array": "a list", "object": "a mapping", "null": "nothing"}  # as msgspec names them
 EXPECTED = re.compile(rf"Expected `({'|'.join(KINDS)})(?: \| null)?`, got `({'|'.join(KINDS)})`$")
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
+LEAST_RATE = 100e3  # bytes per second; less is a unit forgotten
 LEAST_BODY = 1 << 10  # bytes; less holds no conversation
 
 
@@ -197,7 +197,7 @@ def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Given]:
         raise ConfigurationError(f"{path}: {_plain(error)}") from None
     if not isinstance(raw, dict | None):
         raise ConfigurationError(f"{path}: a mapping of options is needed")
-    _check_keys(raw or {}, Config, str(path))
+    _check_keys(raw or {}, Config, f"{path}: ")
     values = {name: Given(value, f"{path}: {name}") for name, value in (raw or {}).items() if value is not None}
     return {name: one._replace(value=_expanded(one, environ)) for name, one in values.items()}
 
@@ -236,7 +236,7 @@ def expand(value: Any, environ: Mapping[str, str]) -> Any:
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Given]:
     names = [name for name in environ if name.startswith(PREFIX) and name not in CLIENT_VARIABLES]
     values = {name.removeprefix(PREFIX).lower(): Given(environ[name], name) for name in names if environ[name]}
-    _check_keys(values, Config, "environment", lambda key: PREFIX + key.upper())
+    _check_keys(values, Config, "environment: ", lambda key: PREFIX + key.upper())
     return values
 
 
@@ -245,8 +245,8 @@ def _check_keys(
 ) -> None:
     for key in values:
         if key not in kind.__struct_fields__:
-            near = difflib.get_close_matches(str(key), kind.__struct_fields__, n=1, cutoff=0.0)
-            raise ConfigurationError(f"{where}: unknown key {show(str(key))!r}; did you mean {show(near[0])!r}?")
+            near = did_you_mean(show(str(key)), [show(name) for name in kind.__struct_fields__])
+            raise ConfigurationError(f"{where}unknown key {show(str(key))!r}{near}")
 
 
 # --- from texts to values ---
@@ -323,11 +323,19 @@ def _derived(values: dict[str, Any], where: Mapping[str, str], gpus: int, memory
 
 def _limits(value: object, memory: int) -> dict[str, float]:
     pairs = parse_pairs(value)
-    _check_keys(pairs, Limits, "limits")
-    return {link: parse_rate(rate) for link, rate in pairs.items()}
+    _check_keys(pairs, Limits, "")
+    rates = {link: parse_rate(rate) for link, rate in pairs.items()}
+    for link, rate in rates.items():
+        if 0 < rate < LEAST_RATE:
+            raise ConfigurationError(
+                f"{link}: {rate:g} bytes a second is less than 100 KB/s; write 500MB/s, or 0 for none"
+            )
+    return rates
 
 
 def _models(value: object, memory: int) -> dict[str, ModelEntry]:
+    if isinstance(value, list) and not all("=" in str(one) for one in value):
+        raise ConfigurationError("a mapping is needed, a line for each model: `name: source`")
     return {str(name): _model(str(name), entry) for name, entry in parse_pairs(value).items()}
 
 
@@ -337,7 +345,7 @@ def _model(name: str, entry: object) -> ModelEntry:
     fields = {"source": entry} if isinstance(entry, str) else entry
     if not isinstance(fields, dict):
         raise ConfigurationError(f"{name}: a source, or a mapping with one, is needed")
-    _check_keys(fields, ModelEntry, name)
+    _check_keys(fields, ModelEntry, f"{name}: ")
     given = {key: value for key, value in fields.items() if value is not None}
     if "keep_alive" in given:
         given["keep_alive"] = parse_duration(given["keep_alive"])

@@ -18,6 +18,7 @@ from serverless_llm.cli.options import COUNT
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.demo.shapes import SHAPES, TensorShape, shape_of, tensors_of
 from serverless_llm.demo.tokenizer import write_configs, write_json, write_tokenizer
+from serverless_llm.errors import CapacityError
 from serverless_llm.loader import header
 from serverless_llm.quantities import size
 
@@ -117,7 +118,8 @@ def make_checkpoint(
 
     Weights are normal around 0 with the shape's `initializer_range`, norms have scale 1. The same arguments give the
     same bytes. The directory appears whole or not at all. Raises ValueError for an unknown shape or dtype or an
-    impossible number of layers or shards, and FileExistsError if `directory` is there and not empty.
+    impossible number of layers or shards, FileExistsError if `directory` is there and not empty, and CapacityError if
+    there is no room for it.
     """
     shape = shape_of(like, layers)
     if dtype not in VALUE_BYTES:
@@ -127,6 +129,9 @@ def make_checkpoint(
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not an empty directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(_size(one, dtype) for group in groups for one in group), shutil.disk_usage(directory.parent).free
+    if needed > free:
+        raise CapacityError(f"{directory} needs {size(needed)}, {size(free)} are free there")
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:

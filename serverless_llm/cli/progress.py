@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Self
 
 import click
 
 from serverless_llm.cli.hub import Told
 from serverless_llm.quantities import size
+
+SILENT = 1.0  # seconds in which most models start
+LOOK_AGAIN = 0.3
 
 
 @contextlib.contextmanager
@@ -29,6 +33,41 @@ def _lines() -> Told:
             click.echo(f"{name}: {size(total)}", err=True)
 
     return told
+
+
+class Waiting:
+    """Tells on a terminal, after a second, what an answer waits for, until it begins.
+
+    `look` says what; a ClickException of it ends the telling: it is for whoever waits, who meets it too.
+    """
+
+    def __init__(self, look: Callable[[], str], shown: bool) -> None:
+        self._look = look
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tell, daemon=True) if shown else None
+
+    def __enter__(self) -> Self:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Wipes what is shown. Idempotent."""
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+
+    def _tell(self) -> None:
+        from rich.console import Console
+
+        if self._over.wait(SILENT):
+            return
+        with contextlib.suppress(click.ClickException), Console(stderr=True).status(self._look()) as status:
+            while not self._over.wait(LOOK_AGAIN):
+                status.update(self._look())
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -19,6 +19,7 @@ from serverless_llm.cli.main import CONFIGURATION
 from serverless_llm.cli.models import deployed
 from serverless_llm.cli.options import COUNT
 from serverless_llm.cli.output import as_json, say
+from serverless_llm.cli.progress import Waiting
 from serverless_llm.cli.sources import demos, is_source, name_of, resolve
 from serverless_llm.errors import ConfigurationError, did_you_mean
 from serverless_llm.surroundings import PREFIX
@@ -71,7 +72,9 @@ def run(
     with _server(model, state_dir, quiet) as (server, name):
         body |= {"model": name, "stream": True, "stream_options": {"include_usage": True}}
         path = "/v1/completions" if raw else "/v1/chat/completions"
-        answer = _take(server.stream(path, body), began, sys.stdout if not as_json else io.StringIO())
+        with Waiting(lambda: _standing(server, name), shown=sys.stderr.isatty() and not quiet) as waiting:
+            sink = sys.stdout if not as_json else io.StringIO()
+            answer = _take(server.stream(path, body), began, sink, waiting.end)
     value = {"model": name, "text": answer.text, "first_token_s": answer.first}
     say(value | {"usage": answer.usage, "metrics": answer.metrics}, "", as_json)
     if not quiet and not as_json:
@@ -226,8 +229,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _take(events: Iterator[dict[str, Any]], began: float, sink: TextIO) -> Answer:
-    """Writes the deltas to `sink` as they come."""
+def _standing(server: Server, name: str) -> str:
+    """What the model does now."""
+    row = server.call("GET", model_path(name))
+    loading = row["state"] == "loading"
+    return f"{name}: {row['state']}" + (f" {row['progress']:.0%}" if loading else ", no text yet")
+
+
+def _take(
+    events: Iterator[dict[str, Any]], began: float, sink: TextIO, beginning: Callable[[], None] = lambda: None
+) -> Answer:
+    """Writes the deltas to `sink` as they come; calls `beginning` before the first."""
     first = None
     usage: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
@@ -239,13 +251,16 @@ def _take(events: Iterator[dict[str, Any]], began: float, sink: TextIO) -> Answe
             for choice in event["choices"]:
                 text = choice.get("text") or (choice.get("delta") or {}).get("content")
                 if text:
-                    first = first or time.monotonic()
+                    if first is None:
+                        first = time.monotonic()
+                        beginning()
                     parts.append(text)
                     sink.write(text)
                     sink.flush()
     finally:
         if parts:
             sink.write("\n")
+            sink.flush()
     return Answer("".join(parts), None if first is None else first - began, usage, metrics)
 
 

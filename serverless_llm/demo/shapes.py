@@ -301,8 +301,9 @@ def shape_of(like: str, layers: int | None = None) -> Shape:
     Raises ValueError, naming the nearest names, if there is no such shape, and if there would be no layer.
     """
     if like not in SHAPES:
-        near = difflib.get_close_matches(like.lower(), SHAPES, n=3, cutoff=0.4) or sorted(SHAPES)
-        raise ValueError(f"no shape is called {like!r}; the nearest: {', '.join(near)}")
+        near = difflib.get_close_matches(like.lower(), SHAPES, n=3, cutoff=0.4)
+        names = f"the nearest: {', '.join(near)}" if near else f"there are {', '.join(sorted(SHAPES))}"
+        raise ValueError(f"no shape is called {like!r}; {names}")
     if layers is not None and layers < 1:
         raise ValueError(f"a model needs at least one layer, not {layers}")
     return SHAPES[like] | ({} if layers is None else {"num_hidden_layers": layers})

@@ -316,6 +316,7 @@ class TextPool:
                 *[sys.executable, "-m", "serverless_llm.gateway.text_process", *limits],
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the head, which then stops this one
                 env=os.environ | {"PYTHONPATH": path, "RAYON_NUM_THREADS": "1"},
             )
         )

@@ -73,7 +73,6 @@ def main(arguments: list[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the head decides when to stop
     sys.stdout.buffer.write(LENGTH.pack(0))  # ready
     sys.stdout.buffer.flush()
     serve(sys.stdin.buffer, sys.stdout.buffer, seconds, TextCache(cache))

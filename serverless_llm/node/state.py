@@ -64,7 +64,7 @@ def lock(path: Path, who: str) -> int:
     except BlockingIOError:
         pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise OccupiedError(f"{who} (pid {pid}) already uses {path.parent}") from None
+        raise OccupiedError(f"{who} (pid {pid}) already uses {path.parent}; stop it, or use another one") from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

@@ -67,7 +67,10 @@ def describe(config: Mapping[str, Any]) -> Description:
     architecture = native(config)
     if architecture is None:
         names = ", ".join(one.name for one in NATIVE)
-        raise CheckpointError(f"config.json: architectures {config.get('architectures')!r} is not served, only {names}")
+        asked = config.get("architectures")
+        raise CheckpointError(
+            f"config.json: architectures {asked!r} is not served, only {names}, and most decoders of transformers"
+        )
     if config.get("model_type", architecture.model_type) != architecture.model_type:
         raise CheckpointError(
             f"config.json: model_type {config['model_type']!r} is not that of {architecture.name}, which is "

@@ -23,7 +23,7 @@ LATER = {  # no YAML, or judged below in another form
 }  # fmt: skip
 OF_THE_MACHINE = {  # which no schema knows
     "dram: 100TB", "dram: 1000", "dram: 99999999999999999999TB", "{devices: 'cuda:1', device_memory: 1000}",
-    "api_key: ${env.NOWHERE}",
+    "api_key: ${env.NOWHERE}", "limits: {disk: 500}",
 }  # fmt: skip
 EXAMPLE = """
 port: 8000
@@ -35,7 +35,7 @@ keep_alive: 5m
 hold: 1h30m
 drain: 0
 orphan_grace: -1
-limits: {disk: 500MB/s, upload: 1000}
+limits: {disk: 500MB/s, upload: 1000000}
 model_roots: [/models]
 hosts: a.example,b.example
 api_key: ${env.MY_KEY}

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from serverless_llm.cli import make_checkpoint as module
 from serverless_llm.cli.make_checkpoint import make_checkpoint, make_checkpoint_command
 from serverless_llm.demo.shapes import SHAPES, shape_of, tensors_of
 from serverless_llm.engine.config import ModelConfig
+from serverless_llm.errors import CapacityError
 
 TINY = [name for name in SHAPES if name.startswith("tiny-")]
 
@@ -200,6 +202,13 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(module, "write_tokenizer", full)
     with pytest.raises(OSError, match="No space"):
+        make_checkpoint("tiny-llama", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_disk_cannot_hold_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 20, 1 << 20, 1000))
+    with pytest.raises(CapacityError, match=r"out needs .* [KM]B, 1.0 KB are free there"):
         make_checkpoint("tiny-llama", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

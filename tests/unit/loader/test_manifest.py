@@ -88,6 +88,17 @@ def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
         manifest.build(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "what"), [("model.Q4_K_M.gguf", "GGUF"), ("adapter_model.safetensors", "an adapter (LoRA)")]
+)
+def test_weights_of_another_kind_are_named(tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        manifest.build(tmp_path)
+    why = "which is not served: safetensors of a whole model are needed"
+    assert str(caught.value) == f"{tmp_path} holds {what}, {why}"
+
+
 def test_a_directory_without_weights_or_none_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         manifest.build(tmp_path)
