@@ -90,7 +90,8 @@ class Link:
     def _serve(self) -> None:
         inside = ["ip", "netns", "exec", self._name] if self._rate else []
         command = [*inside, sys.executable, "-m", "bench.sendfile_server", str(self._directory), self._far]
-        self._server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        environ = os.environ | {"PYTHONPATH": str(ROOT)}
+        self._server = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
         assert self._server.stdout is not None
         self._port = int(self._server.stdout.readline())
 

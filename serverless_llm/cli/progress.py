@@ -15,6 +15,7 @@ from serverless_llm.quantities import size
 
 SILENT = 1.0  # seconds in which most models start
 LOOK_AGAIN = 0.3
+LONGEST = 0.2
 
 
 @contextlib.contextmanager
@@ -55,10 +56,10 @@ class Waiting:
         self.end()
 
     def end(self) -> None:
-        """Wipes what is shown. Idempotent."""
+        """Wipes what is shown, unless a look takes longer than whoever has an answer should wait. Idempotent."""
         self._over.set()
         if self._thread:
-            self._thread.join()
+            self._thread.join(LONGEST)
 
     def _tell(self) -> None:
         from rich.console import Console
