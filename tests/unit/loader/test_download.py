@@ -82,12 +82,15 @@ def test_what_is_wanted_in_memory_is_there_whatever_came_before(server: RangeSer
         with pytest.raises(TransientError, match="500"):
             bring(source, tmp_path, memory={"model.safetensors": wanted})
         with (tmp_path / download.RECORD).open("a") as record:
-            record.write("1 1048000 1048111\n")  # as of no page's length; of zeros, which the memory must have
+            record.write("1 1048000 1048111\n")  # as of no page's length
+        with (tmp_path / download.CHECKPOINT / "model.safetensors").open("r+b") as file:
+            file.seek(1048000)
+            file.write(b"\7" * 111)  # which the memory must have
         server.faults.fails_after = None
         wanted[:] = bytes(1 << 20)
         came = bring(source, tmp_path, memory={"model.safetensors": wanted})
     expected = bytearray(server.files["m/model.safetensors"])
-    expected[1048000:1048111] = bytes(111)
+    expected[1048000:1048111] = b"\7" * 111
     assert came == wanted == expected
 
 
