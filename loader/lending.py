@@ -24,7 +24,7 @@ class Lending:
         homeless = self._tier.homeless(borrower.checkpoint, plan.pieces(borrower.files, (), slot_bytes))
         if not homeless:
             return None
-        landed = {known.checkpoint: self._tier.landed(known.checkpoint) for known in lenders}
+        landed = {known.checkpoint: self._tier.lendable(known.checkpoint) for known in lenders}
         return sharing.loan(borrower, lenders, landed, homeless, slot_bytes)
 
     def borrow(self, loan: Loan, holder: ReplicaId) -> list[Landed]:

@@ -196,7 +196,8 @@ class Pipeline:
             self._ahead.rest()
             route.link.observe(route.crossed(batch.disk_bytes, batch.cache_bytes), 0.0)  # its time is the device's, too
             if batch.error is not None:
-                self._distrust(load.manifest.checkpoint, load._slots.keys())
+                checkpoint = load.manifest.checkpoint
+                self._distrust(checkpoint, load._slots.keys() - self.tier.borrowed(checkpoint))
                 load.cancel()
                 load.on_failed(batch.error)
                 return

@@ -43,6 +43,11 @@ class _Resident:
     def idle(self) -> bool:
         return not self.holders and not self.reading
 
+    @property
+    def borrowed(self) -> set[Piece]:
+        """Those that replicas of other checkpoints refer to."""
+        return {piece for pieces in self.holders.values() if pieces is not None for piece in pieces}
+
     def loose(self) -> list[Piece]:
         """Those with a slot that nothing refers to, in order."""
         if self.reading:
@@ -141,12 +146,13 @@ class Tier:
     def abort(self, checkpoint: CheckpointId, discard: bool = False) -> None:
         """The reading ended early, and its last read has returned: what has not landed loses its slots.
 
-        `discard`: the landed bytes are not to be trusted either. Slots go with the last lease.
+        `discard`: the landed bytes are not to be trusted either, but for what others borrowed: that came before, and
+        is not to be read again beneath them. Slots go with the last lease.
         """
         resident = self._residents[checkpoint]
         resident.reading = False
         if discard:
-            resident.landed.clear()
+            resident.landed &= resident.borrowed
         self._settle(checkpoint)
 
     def discard(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> None:
@@ -183,6 +189,15 @@ class Tier:
         """The slots of the pieces that have landed."""
         resident = self._residents.get(checkpoint, _Resident())
         return {piece: resident.slots[piece] for piece in resident.landed}
+
+    def borrowed(self, checkpoint: CheckpointId) -> set[Piece]:
+        """What replicas of other checkpoints refer to."""
+        return self._residents.get(checkpoint, _Resident()).borrowed
+
+    def lendable(self, checkpoint: CheckpointId) -> set[Piece]:
+        """The pieces that have landed; none while it is read: an error may yet say that what came is not it."""
+        resident = self._residents.get(checkpoint, _Resident())
+        return set() if resident.reading else resident.landed
 
     def residents(self) -> list[tuple[CheckpointId, int]]:
         """(checkpoint, landed bytes), for all that have any."""

@@ -77,7 +77,13 @@ class Residency(RuleBasedStateMachine):
     def abort(self, data: st.DataObject, discard: bool) -> None:
         checkpoint = data.draw(st.sampled_from(sorted(self.reading)))
         del self.reading[checkpoint]
+        before = self.tier.landed(checkpoint).keys()
+        borrowed = self.tier.borrowed(checkpoint)
         self.tier.abort(checkpoint, discard)
+        if discard:
+            assert self.tier.landed(checkpoint).keys() <= before & borrowed
+        for (name, holder), slots in self.views.items():  # no load reads into them
+            assert name != checkpoint or holder < BORROWER or before & slots.keys() <= self.tier.landed(name).keys()
 
     @rule(data=st.data(), checkpoint=checkpoints)
     def discard(self, data: st.DataObject, checkpoint: str) -> None:

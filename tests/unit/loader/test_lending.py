@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -172,3 +173,56 @@ def test_a_load_that_finds_no_room_holds_nothing_of_the_lender(node: Node, pair:
         node.pipeline.load(borrower, 2, told.landed, told.failures.append, loan=loan)
     assert node.tier.holders(lender.checkpoint) == frozenset()
     node.tier.give_back(taken)
+
+
+def evict(node: Node, slots: int, kept: int = 0) -> None:
+    """So many slots go to nobody; `kept` of them are not given back."""
+    taken = node.tier.lend("other", len(node.tier.free_slots) + slots)
+    node.tier.give_back(taken[kept:])
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_beneath_who_borrowed_nothing_is_read_again_after_a_failure(node: Node, tmp_path: Path, ring: bool) -> None:
+    common = random(4, 1, count=4)
+    lender = manifest.build(write(tmp_path / "a", common, random(3, 3)))
+    told = borrow(node, lender, manifest.build(write(tmp_path / "b", random(0.5, 2) | common)), Told())
+    told.load.start()
+    node.finish(told)
+    before = {span: bytes(node.pool.range(span.pool_offset, span.length)) for span in told.spans}
+    taken = len(node.tier.free_slots) + 1 if ring else 0
+    evict(node, 3, kept=taken)
+    paths = [file.path for file in lender.files]
+    times = [path.stat().st_mtime_ns for path in paths]
+    os.utime(paths[1], ns=(0, 0))
+    failed = node.load(lender, 3, told=Device(node.pool) if ring else Told())
+    failed.load.start()
+    node.finish(failed)
+    assert (len(failed.failures), failed.load.ringed) == (1, ring)
+    node.pipeline.release(lender.checkpoint, 3)
+    while node.tier.lent > taken:
+        node.turn()
+    paths[0].write_bytes(bytes(paths[0].stat().st_size))
+    for path, time in zip(paths, times, strict=True):
+        os.utime(path, ns=(time, time))
+    again = node.load(lender, 4, told=Device(node.pool) if ring else Told())
+    again.load.start()
+    while not again.over:
+        if isinstance(again, Device) and again.waiting:
+            again.copy(again.waiting)
+        else:
+            node.turn()
+    assert not again.failures
+    assert {span: bytes(node.pool.range(span.pool_offset, span.length)) for span in told.spans} == before
+
+
+def test_what_is_being_read_is_not_lent_since_the_read_may_fail(node: Node, pair: tuple[Manifest, Manifest]) -> None:
+    lender, borrower = pair
+    node.fetch(lender)
+    node.pipeline.release(lender.checkpoint, 1)
+    evict(node, 1)
+    assert node.pipeline.lending.find(known(borrower), [known(lender)]) is not None
+    told = node.load(lender)
+    assert node.pipeline.lending.find(known(borrower), [known(lender)]) is None
+    told.load.start()
+    node.finish(told)
+    assert node.pipeline.lending.find(known(borrower), [known(lender)]) is not None

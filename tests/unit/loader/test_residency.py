@@ -113,6 +113,25 @@ def test_abort_waits_for_the_last_lease() -> None:
     assert tier.residents() == []
 
 
+def test_abort_trusts_what_others_borrowed() -> None:
+    tier = Tier(4, 10)
+    assert (tier.borrowed("a"), tier.lendable("a")) == (set(), set())
+    filled(tier, "a", 2, now=0)
+    assert tier.lendable("a") == {*pieces(2)}
+    tier.lease("a", 9, pieces(3)[1:])  # the last has not landed
+    tier.lease("a", 1)
+    assert tier.borrowed("a") == {*pieces(3)[1:]}
+    tier.reserve("a", pieces(4), 1)
+    assert tier.lendable("a") == set()
+    tier.abort("a", discard=True)
+    assert tier.lendable("a") == {pieces(2)[1]}
+    assert tier.reserve("a", pieces(4), 2).missing == [pieces(1)[0], *pieces(4)[2:]]
+    tier.abort("a", discard=True)
+    tier.release("a", 9, 3)
+    tier.release("a", 1, 3)
+    assert tier.residents() == [("a", 10)]
+
+
 def test_forget_waits_for_leases_and_reads_and_is_taken_back() -> None:
     tier = Tier(2, 10)
     tier.forget("nobody")
