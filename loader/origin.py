@@ -42,9 +42,11 @@ class Origin:
         self._source = Remote(url, SILENCE)
         self._filling: Filling | None = None
         self._behind: Behind | None = None
-        self._began = self._closed = False
+        self._closed = False
         self._users = 0  # files that are open and may be read from the disk
-        self._lock = threading.Lock()  # guards all of these
+        self._lock = threading.Lock()  # guards all of these; never held while the disk is waited for
+        self._began = False
+        self._beginning = threading.Lock()  # guards `_began`; taken before `_lock`
 
     def sources(self, manifest: Manifest) -> list[Source]:
         """The files of weights, as a reader wants them."""
@@ -58,10 +60,11 @@ class Origin:
 
     def enter(self) -> bool:
         """Whether the disk tier may be read until `leave`."""
-        with self._lock:
+        with self._beginning:
             if not self._began and not self._closed:
                 self._began = True
                 self._begin()
+        with self._lock:
             if self._behind is None:
                 return False
             self._users += 1
@@ -74,12 +77,15 @@ class Origin:
 
     def _begin(self) -> None:
         try:
-            self._filling = Filling(self._directory, self._source, self._listed)
-            self._behind = Behind(self._filling)
+            filling = Filling(self._directory, self._source, self._listed)
         except BlockingIOError:
             log.info("%s: another process fills the disk tier", self.url)
         except OSError as error:
             log.warning("%s: what comes is not kept on the disk: %s", self.url, error)
+        else:
+            with self._lock:
+                self._filling, self._behind = filling, Behind(filling)
+                self._let_go()  # it may have been closed meanwhile
 
     def _let_go(self) -> None:
         """Another process may use or remove what is in the disk tier, once all is written. Caller holds `_lock`."""

@@ -276,6 +276,29 @@ def test_a_disk_that_takes_nothing_fails_no_load(
         os.close(taken)
 
 
+def test_a_load_that_is_cancelled_waits_for_no_disk(server: RangeServer, lease: Lease, node: Node) -> None:
+    found = manifest.build(lease.directory)
+    partial = lease.directory.parent.with_suffix(disk_tier.PARTIAL)
+    partial.mkdir()
+    os.mkfifo(partial / download.RECORD)  # which nobody reads to its end while it is open here
+    told = begin(node, found)
+    with (partial / download.RECORD).open("w"):
+        (partial / download.RECORD).unlink()
+        cancelling = threading.Thread(target=told.load.cancel)
+        cancelling.start()
+        cancelling.join(5)
+        waits = cancelling.is_alive()
+    cancelling.join()
+    assert not waits
+    while node.pipeline._fills:
+        node.turn()
+    node.pipeline.release(found.checkpoint, 1)
+    until(lambda: not writers(), "its writer to end")
+    lock = disk_tier.lock_of(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert lock is not None
+    os.close(lock)
+
+
 def test_a_version_that_was_half_put_in_place_is_finished(
     server: RangeServer, tier: DiskTier, lease: Lease, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
