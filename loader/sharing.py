@@ -23,6 +23,7 @@ from serverless_llm.loader.plan import Piece
 LEAST = 1 << 20  # bytes of a tensor that is worth a digest; smaller ones beside it get theirs, too
 DIGEST = 32  # bytes, blake3: checkpoints are not trusted
 SEAL = 16
+DEAR = 2  # bytes that stay pinned with lenders for each byte spared, at most
 MOST = 4096  # runs of one loan, which must go into a message; equal tensors mostly follow one another
 FORMAT = "serverless-llm tensors 1 blake3"
 
@@ -92,6 +93,12 @@ class Loan(NamedTuple):
             held[span.checkpoint].add(span.home)
         return held
 
+    @property
+    def dear(self) -> bool:
+        """Whether it would keep so much of the lenders in DRAM that reading is cheaper."""
+        pinned = sum(piece.length for pieces in self.held().values() for piece in pieces)
+        return pinned > DEAR * sum(piece.length for piece in self.spared)
+
 
 class Lent(NamedTuple):
     """A loan as the borrower's worker is told of it.
@@ -134,7 +141,7 @@ def loan(
     homeless: Iterable[Piece],
     slot_bytes: int,
 ) -> Loan | None:
-    """What the borrower need not read; None where that is nothing.
+    """What the borrower need not read; None where that is nothing, or too little for what would be leased for it.
 
     Args:
         landed: the pieces of each lender that are in the pool.
@@ -167,7 +174,8 @@ def loan(
         for (checkpoint, file, size), number in numbers.items()
         for offset, length in _spans([run for run in runs if run.lender == number], slot_bytes)
     ]
-    return Loan([size for _, _, size in files], runs, spans, spared)
+    found = Loan([size for _, _, size in files], runs, spans, spared)
+    return None if found.dear else found
 
 
 def own_bytes(checkpoints: Collection[Known]) -> dict[CheckpointId, int]:

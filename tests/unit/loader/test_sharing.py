@@ -16,6 +16,13 @@ from serverless_llm.loader.sharing import NOTHING, Known, Lent, Loan, Run
 
 SLOT = 10
 MB = 1 << 20
+DEAR = sharing.DEAR
+
+
+@pytest.fixture(autouse=True)
+def _whatever_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors here are hardly larger than slots."""
+    monkeypatch.setattr(sharing, "DEAR", 1 << 20)
 
 
 def known(name: str, *files: list[tuple[str, int]], head: int = 3) -> Known:
@@ -104,6 +111,17 @@ def test_a_loan_that_makes_no_message_is_none(monkeypatch: pytest.MonkeyPatch) -
     assert lend(known("b", tensors), lender) is not None
     monkeypatch.setattr(sharing, "MOST", 1)
     assert lend(known("b", tensors), lender) is None
+
+
+@pytest.mark.parametrize(("gap", "lent"), [(3, True), (4, False)])
+def test_what_pins_more_than_twice_what_it_spares_is_no_loan(
+    monkeypatch: pytest.MonkeyPatch, gap: int, lent: bool
+) -> None:
+    """20 bytes are in four slots of the lender, or one more of them in a fifth: the last one, of that byte."""
+    monkeypatch.setattr(sharing, "DEAR", DEAR)
+    lender = known("a", [("x", 10), ("", 12), ("y", 5), ("", gap), ("z", 5)], head=5)
+    loan = lend(known("b", [("x", 10), ("y", 5), ("z", 5)], head=10), lender)
+    assert (loan is not None) == lent
 
 
 names = st.sampled_from("abcdefgh")
