@@ -23,12 +23,11 @@ from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
-from serverless_llm.loader.sharing import Loan
-from serverless_llm.loader.waiting import Load
 from serverless_llm.node.check import Check, Tally
 from serverless_llm.node.manifests import Manifests
 from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.replica import Replica
+from serverless_llm.node.room import Room
 from serverless_llm.node.sharing import Sharing
 from serverless_llm.node.slot import Slot
 from serverless_llm.node.threads import apart
@@ -55,13 +54,14 @@ class Store:
         self._reader = Reader(self._pool, rate=options.disk_rate)
         self._tier = Tier(self._pool.slots, self._pool.slot_bytes)
         self._pipeline = Pipeline(
-            self._pool, self._tier, self._reader, loop.call_soon_threadsafe, freed=self._look_again
+            self._pool, self._tier, self._reader, loop.call_soon_threadsafe, freed=lambda: self._room.look_again()
         )
         self._upload = Link()
         self._manifests = Manifests()
         self._replicas: dict[int, Replica] = {}
         self._verifier = Verifier(self._pool, options.digests, loop.call_soon_threadsafe)
         self._sharing = Sharing(self._pool, self._pipeline, options.tensors, self._settled)
+        self._room = Room(self._pipeline, self._sharing, self._replicas, self._copies, self._arrived, self.failed)
 
     @property
     def pool_fd(self) -> int:
@@ -177,12 +177,12 @@ class Store:
             await self._sharing.meet(found)
             if found.directory.name == CHECKPOINT:  # all else is on a disk as a whole; a look at it may never end
                 replica.origin = await apart(lambda: origin.of(found.directory))
-            replica.load = await self._reserve(replica, found)
+            replica.load = await self._room.reserve(replica, found)
         except CheckpointError as error:
             self.failed(order.replica, str(error), not isinstance(error, TransientError))
             return
         except CapacityError as error:
-            self.failed(order.replica, str(error), permanent=not self._pipeline.fits(found, self._copies(order.device)))
+            self.failed(order.replica, str(error), permanent=not self._room.fits(replica, found))
             return
         place = wire.Place(
             replica=order.replica,
@@ -206,60 +206,6 @@ class Store:
             replica.check = self._check(replica, found, known)
         replica.load.start()
 
-    async def _reserve(self, replica: Replica, found: Manifest) -> Load:
-        """Waits for room as long as others are to give some back.
-
-        Raises:
-            CapacityError: there is none, and will not be.
-        """
-        while True:
-            replica.reserved = time.monotonic()
-            try:
-                return self._load(replica, found)
-            except CapacityError:
-                under_way = any(one.load and (one.dropping or not one.ready) for one in self._replicas.values())
-                returning = under_way or self._pipeline.settling
-                if not returning or not self._pipeline.fits(found, self._copies(replica.order.device)):
-                    raise
-            replica.turn = asyncio.get_running_loop().create_future()
-            await replica.turn
-
-    def _look_again(self) -> None:
-        """There may be room: those who wait for it try again, the most urgent first, in the order of their starts."""
-        for replica in sorted(self._replicas.values(), key=lambda one: one.priority):
-            if replica.turn is not None:
-                replica.turn.set_result(None)
-                replica.turn = None
-
-    def _load(self, replica: Replica, found: Manifest) -> Load:
-        """Reserves what the replica needs. What is verified, or comes from a server, is read whatever others
-        have.
-
-        Raises:
-            CapacityError: as `Pipeline.load`.
-        """
-        plain = replica.order.verify == "off" and replica.origin is None
-        loan = self._sharing.loan(found) if plain else None
-        try:
-            return self._load_with(replica, found, loan)
-        except CapacityError:
-            if loan is None:
-                raise
-            return self._load_with(replica, found, None)  # what lends must stay; alone there may be room
-
-    def _load_with(self, replica: Replica, found: Manifest, loan: Loan | None) -> Load:
-        order = replica.order
-        return self._pipeline.load(
-            found,
-            order.replica,
-            lambda spans, last: self._arrived(replica, spans, last),
-            lambda error: self.failed(order.replica, str(error), not isinstance(error, TransientError)),
-            replica.priority,
-            ring=self._copies(order.device),
-            origin=replica.origin,
-            loan=loan,
-        )
-
     def _settled(self) -> bool:
         """No replica is on its way."""
         return all(replica.ready or replica.dropping for replica in self._replicas.values())
@@ -273,7 +219,7 @@ class Store:
             self._pipeline,
             found,
             replica,
-            load=lambda: self._load(replica, found),
+            load=lambda: self._room.load(replica, found),
             passed=lambda spans, last: self._landed(replica, spans, last),
             failed=lambda message, permanent: self.failed(replica.order.replica, message, permanent),
         ).check(known)
@@ -311,7 +257,7 @@ class Store:
             self._pipeline.release(replica.order.checkpoint, message.replica)
         # Beside a slower disk the uploader mostly waits: only a load from DRAM shows what it can do.
         self._upload.observe(load.total, message.upload_s if load.dram_bytes == load.total else 0.0)
-        self._look_again()
+        self._room.look_again()
         self._tell(
             wire.ReplicaReady(
                 replica=message.replica,
