@@ -24,6 +24,7 @@ from serverless_llm.loader.source import Opened, Source
 from serverless_llm.loader.staging import Staging
 
 SILENCE = timedelta(seconds=3)  # times `remote.TRIES`, it is less than a load may go without progress
+LONGEST = 20 * SILENCE  # of one answer: a server that drips is never silent, and its reads cannot be ended
 CHUNK = 256 << 10  # bytes that are handed on at a time, at least: what a crash loses of each range
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Origin:
         self._directory = directory
         self._listed = files
         self._files = {file.name: (number, file) for number, file in enumerate(files)}
-        self._source = Remote(url, SILENCE)
+        self._source = Remote(url, SILENCE, LONGEST)
         self._filling: Filling | None = None
         self._behind: Behind | None = None
         self._closed = False

@@ -94,16 +94,20 @@ class _Read:
 class Reader:
     """`threads` threads (0: as many as are best), and one that watches them; they end with `close`.
 
-    `rate`: cap in bytes per second, 0: none. `staged`: read through `Staging`; None: where it pays.
+    `rate`: cap in bytes per second, 0: none. `staged`: read through `Staging`; None: where it pays. `stuck_s`: seconds
+    after which a read counts as stuck, 0: those of a disk.
 
     Attributes:
         call_bytes: most bytes of one call of the transfers to come.
     """
 
-    def __init__(self, pool: Pool, threads: int = 0, rate: float = 0.0, staged: bool | None = None) -> None:
+    def __init__(
+        self, pool: Pool, threads: int = 0, rate: float = 0.0, staged: bool | None = None, stuck_s: float = 0.0
+    ) -> None:
         self.rate = rate
         self._pool = pool
         self._pacer = Pacer(rate)
+        self._stuck_s = stuck_s or STUCK_S
         self._staged = pays(pool.pages) and not rate if staged is None else staged
         self.call_bytes = plan.paced(rate, STAGED_CALL_BYTES if self._staged else CALL_BYTES)
         self._queue: list[Transfer] = []
@@ -177,17 +181,17 @@ class Reader:
     def _watch(self) -> None:
         with self._wake:
             while not self._closed:
-                late = time.monotonic() - STUCK_S
+                late = time.monotonic() - self._stuck_s
                 for read in [read for read in self._reads if not read.stuck and read.began < late]:
                     self._give_up(read)
-                self._wake.wait(STUCK_S / 4 if self._queue else None)
+                self._wake.wait(self._stuck_s / 4 if self._queue else None)
 
     def _give_up(self, read: _Read) -> None:
         """Has another thread read for others. Caller holds `_wake`."""
         first = read.call[0] if read.call else Piece(0, 0, 0)
         path = read.transfer.files[first.file].path
         if not read.transfer._told:
-            log.warning("%s: a read at byte %d has not returned for %.1f s", path, first.offset, STUCK_S)
+            log.warning("%s: a read at byte %d has not returned for %.1f s", path, first.offset, self._stuck_s)
         read.stuck = read.transfer._told = True
         if self._surplus() < 0:
             self._hire()

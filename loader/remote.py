@@ -33,6 +33,7 @@ PLAIN = ("http", "https")
 MOST_FILES = 10_000  # below a prefix, and of weights; an arbitrary bound on requests and memory
 ASKED_AT_ONCE = 16
 SILENCE = timedelta(seconds=30)
+LONGEST = timedelta(days=1)
 TRIES = 3  # of a range that breaks off without a byte; each is obstore's, which tries errors of the server again
 RETRY: RetryConfig = {"max_retries": 4}
 DIGESTS = {"sha256": 64, "md5": 32}  # names in an object's metadata -> hexadecimal digits
@@ -83,14 +84,18 @@ def checked(url: str) -> str:
 class Remote:
     """One checkpoint's directory on a server. Its methods may be called from any thread."""
 
-    def __init__(self, url: str, silence: timedelta = SILENCE) -> None:
-        """`silence`: in which a server sends nothing at all, until it counts as gone.
+    def __init__(self, url: str, silence: timedelta = SILENCE, longest: timedelta = LONGEST) -> None:
+        """
+        Args:
+            silence: in which a server sends nothing at all, until it counts as gone.
+            longest: of one answer, which is broken off then; the next one goes on at its byte.
 
         Raises:
             CheckpointError: no source has such a URL.
             ConfigurationError: obstore is missing, or its variables are wrong.
         """
         self._silence = silence
+        self._longest = longest
         self.url = checked(url)
         self._lists = urlsplit(self.url).scheme in LISTING
         self._obstore = extra("obstore>=0.12", "sources behind a URL", "exceptions", "store")
@@ -102,7 +107,7 @@ class Remote:
 
     def _open(self) -> ObjectStore:
         scheme = urlsplit(self.url).scheme
-        client: ClientConfig = {"timeout": timedelta(days=1), "read_timeout": self._silence}
+        client: ClientConfig = {"timeout": self._longest, "read_timeout": self._silence}
         allowed = os.environ.get(f"{LISTING[scheme]}_ALLOW_HTTP") if self._lists else str(scheme == "http")
         client["allow_http"] = str(allowed).lower() == "true"
         stores = self._obstore.store

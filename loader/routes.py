@@ -15,6 +15,7 @@ from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.source import Source, SourceFile
 
 FIRST_RATE = 40e6  # bytes per second of a server that nothing is known of; a slower one is told of soon enough
+STUCK_S = 30.0  # a link of 10 Mb/s brings the first calls of all connections in less; a silent server is told of before
 CALL_BYTES = 8 << 20  # of a server; a longer range gains nothing
 
 
@@ -60,6 +61,6 @@ class Routes:
     def _asker(self) -> Reader:
         """Reads from servers, in calls of what their link moves in a moment."""
         if self._network is None:
-            self._network = Reader(self._pool, CONNECTIONS, staged=False)
+            self._network = Reader(self._pool, CONNECTIONS, staged=False, stuck_s=STUCK_S)
         self._network.call_bytes = plan.paced(self.remote.bandwidth or FIRST_RATE, CALL_BYTES)
         return self._network

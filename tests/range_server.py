@@ -6,6 +6,7 @@ The same files are there over plain HTTP (`url`) and as an S3-compatible bucket 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import re
@@ -31,6 +32,7 @@ class Faults:
         fails_after: bytes of bodies that are sent in all; then every answer is 500.
         resets: answers that break off after `reset_after` bytes.
         budget: bytes of bodies that are sent in all; then everything hangs.
+        drip: seconds between the bytes of a body, each of which comes alone; 0: none.
         shift: what Content-Range is off by.
         extra, missing: bytes that a body has more or fewer than were asked for.
         whole: ranges are not known: each answer is the whole file.
@@ -43,6 +45,7 @@ class Faults:
     resets: int = 0
     reset_after: int = 0
     budget: int | None = None
+    drip: float = 0.0
     shift: int = 0
     extra: int = 0
     missing: int = 0
@@ -87,6 +90,10 @@ class RangeServer:
 
     async def _release(self, _: web.Application) -> None:
         self._released.set()
+
+    async def _released_within(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._released.wait(), seconds)
 
     @property
     def url(self) -> str:
@@ -162,13 +169,16 @@ class RangeServer:
         if faults.resets:
             faults.resets -= 1
             cut = faults.reset_after
-        for at in range(0, cut, CHUNK):
-            part = body[at : min(at + CHUNK, cut)]
+        step = 1 if faults.drip else CHUNK
+        for at in range(0, cut, step):
+            part = body[at : min(at + step, cut)]
             if faults.budget is not None and self.sent + len(part) > faults.budget:
                 await self._released.wait()
                 return
             self.sent += len(part)
             await response.write(part)
+            if faults.drip:
+                await self._released_within(faults.drip)
         if cut < len(body) and request.transport is not None:
             request.transport.abort()
 

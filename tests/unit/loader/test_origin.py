@@ -7,13 +7,24 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import announce as announcing
-from serverless_llm.loader import behind, disk_tier, download, load_checkpoint, load_file, manifest, origin, remote
+from serverless_llm.loader import (
+    behind,
+    disk_tier,
+    download,
+    load_checkpoint,
+    load_file,
+    manifest,
+    origin,
+    reader,
+    remote,
+)
 from serverless_llm.loader.disk_tier import DiskTier, Lease
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.repack import repack
@@ -229,6 +240,18 @@ def test_connections_that_break_off_are_replaced(server: RangeServer, lease: Lea
     assert server.sent <= found.file_bytes + 3 * (400_000 - origin.CHUNK)
     until(lambda: whole(lease.directory), "the disk tier to be whole")
     assert held(lease.directory) == server.files
+
+
+def test_a_server_that_drips_keeps_no_reads(
+    server: RangeServer, lease: Lease, node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(origin, "LONGEST", timedelta(milliseconds=50))
+    monkeypatch.setattr(reader, "STUCK_S", 0.001)  # of a disk
+    server.faults.drip = 0.01
+    (failure,) = fetch(node, manifest.build(lease.directory)).failures
+    assert isinstance(failure, TransientError)
+    assert f"{server.url}/m/model-0000" in str(failure)
+    assert "has not returned" not in caplog.text
 
 
 @pytest.mark.parametrize("removed", [False, True])
