@@ -13,9 +13,10 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import header
 from serverless_llm.loader.disk_tier import (
     HEADS,
@@ -28,7 +29,7 @@ from serverless_llm.loader.disk_tier import (
     version_of,
 )  # fmt: skip
 from serverless_llm.loader.download import CHECKPOINT, Told, sync
-from serverless_llm.loader.manifest import REMOTE
+from serverless_llm.loader.manifest import CONFIG, MAX_CONFIG, MAX_INDEX, REMOTE
 from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile
 
 SUFFIX = ".safetensors"
@@ -46,7 +47,7 @@ def announce(tier: DiskTier, url: str, told: Told, needed: Sequence[str] = ()) -
     Raises:
         CheckpointError: there is no such checkpoint.
         TransientError: the server or the disk fails.
-        CapacityError: as `DiskTier.bring`.
+        CapacityError: what is read now is larger than the tier, or as `DiskTier.bring`.
         ConfigurationError: obstore is missing, or a variable is wrong.
     """
     source = Remote(url)
@@ -99,29 +100,32 @@ def _announced(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], plac
 
 def _fetch(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: Path) -> None:
     try:
-        _write(source, files, heads)
-    except CheckpointError:
+        _write(tier, source, files, heads)
+    except (CheckpointError, CapacityError):
         tier.discard(heads)
         raise
     for path in (heads / REMOTE, heads, *{(heads / CHECKPOINT / file.name).parent for file in files}):
         sync(path)
 
 
-def _write(source: Remote, files: Sequence[RemoteFile], heads: Path) -> None:
+def _write(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: Path) -> None:
     directory = heads / CHECKPOINT
 
-    def fetch(file: RemoteFile) -> None:
+    def fetch(file: RemoteFile, nbytes: int) -> None:
         path = directory / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as opened:
-            for chunk in source.read(file, 0, _needed(source, file)):
+            for chunk in source.read(file, 0, nbytes):
                 opened.write(chunk)
             opened.truncate(file.size)
             opened.flush()
             os.fsync(opened.fileno())
 
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-        list(threads.map(fetch, files))
+        needed = list(threads.map(partial(_needed, source), files))
+        with tier.alone():
+            tier.room(f"what deploying {source.url} reads", sum(needed), sum(needed), heads)
+        list(threads.map(fetch, files, needed))
     check_headers(source, directory)
     (heads / URL).write_text(source.url)
     (heads / REMOTE).write_text(json.dumps([source.url, files]))
@@ -130,6 +134,9 @@ def _write(source: Remote, files: Sequence[RemoteFile], heads: Path) -> None:
 def _needed(source: Remote, file: RemoteFile) -> int:
     """Bytes of a file that are read now."""
     if not file.name.endswith(SUFFIX):
+        most = MAX_CONFIG if file.name == CONFIG else MAX_INDEX
+        if file.size > most:
+            raise CheckpointError(f"{source.url}/{file.name} is larger than {most} bytes")
         return file.size
     prefix = b"".join(source.read(file, 0, min(header.PREFIX, file.size)))
     try:
@@ -156,7 +163,7 @@ def announced(directory: Path) -> tuple[str, tuple[RemoteFile, ...]] | None:
     except OSError as error:
         raise TransientError(f"{place / REMOTE}: {error.strerror}") from error
     except (ValueError, TypeError):
-        raise CheckpointError(f"{place / REMOTE} is damaged: deploy its URL again") from None
+        url, files = "", ()
     if version_of(files) != place.name:
-        raise CheckpointError(f"{place / REMOTE} is damaged: deploy its URL again")
+        raise CheckpointError(f"{place / REMOTE} is damaged: serverless-llm pull its URL")
     return url, files

@@ -59,11 +59,12 @@ class Behind:
             self._fill()
         except (ServerlessLLMError, OSError) as error:
             log.warning("%s: what comes is not kept on the disk: %s", self._filling.url, error)
-        with self._wake:
-            self._takes = False
-            self._chunks.clear()
-            self._wake.wait_for(lambda: self._closed)
-        self._filling.close()
+        finally:
+            with self._wake:
+                self._takes = False
+                self._chunks.clear()
+                self._wake.wait_for(lambda: self._closed)
+            self._filling.close()
 
     def _fill(self) -> None:
         begun = False

@@ -171,34 +171,43 @@ class DiskTier:
         total = sum(file.size for file in files)
         missing = total - sum(one.stop - one.start for one in held(partial, files))
         with self.alone():
-            others = self._others(partial)
-            most = self._bound(sum(others.values()) + _nbytes(partial))
-            if total > most:
-                own = "" if self._most else f", {SHARE} of what is free and its own"
-                raise CapacityError(f"{url} has {size(total)}, the disk tier {size(most)} at most{own}: set {VARIABLE}")
-            for place in list(others):
-                if sum(others.values()) + total <= most and missing <= self._disk_free():
-                    break
-                if _leaves(place):
-                    del others[place]
-            used = sum(others.values())
-            if used + total > most:
-                why = f"of the disk tier's {size(most)}, {size(used)} are in use"
-                raise CapacityError(f"{url} has {size(total)}, and {why}: end what uses them, or set {VARIABLE}")
-            if missing > self._disk_free():
-                free = f"{size(self._disk_free())} are free in {self.root}"
-                raise TransientError(f"{url} needs {size(missing)}, and {free}; what came stays for the next try")
+            self.room(url, total, missing, partial)
             prepare(partial, files)
 
-    def _others(self, partial: Path) -> dict[Path, int]:
+    def room(self, what: str, total: int, missing: int, folder: Path) -> None:
+        """Has room for `total` bytes in a folder, of which `missing` are not there yet. Caller is `alone`.
+
+        Raises:
+            CapacityError: they are more than the tier may hold.
+            TransientError: they are more than is free.
+        """
+        others = self._others(folder)
+        most = self._bound(sum(others.values()) + _nbytes(folder))
+        if total > most:
+            own = "" if self._most else f", {SHARE} of what is free and its own"
+            raise CapacityError(f"{what} has {size(total)}, the disk tier {size(most)} at most{own}: set {VARIABLE}")
+        for place in list(others):
+            if sum(others.values()) + total <= most and missing <= self._disk_free():
+                break
+            if _leaves(place):
+                del others[place]
+        used = sum(others.values())
+        if used + total > most:
+            why = f"of the disk tier's {size(most)}, {size(used)} are in use"
+            raise CapacityError(f"{what} has {size(total)}, and {why}: end what uses them, or set {VARIABLE}")
+        if missing > self._disk_free():
+            free = f"{size(self._disk_free())} are free in {self.root}"
+            raise TransientError(f"{what} needs {size(missing)}, and {free}; what came stays for the next try")
+
+    def _others(self, folder: Path) -> dict[Path, int]:
         """Bytes of what else is there, that of the longest unused first, when what serves nobody any more has left."""
         homes = [home for home in self.root.iterdir() if home.is_dir()]
-        places = [place for home in homes for place in _versions(home) if place != partial]
+        places = [place for home in homes for place in _versions(home) if place != folder]
         for place in places:
             if place.suffix == GONE:
                 shutil.rmtree(place, ignore_errors=True)
             elif place.suffix == HEADS or (
-                place.suffix == PARTIAL and place.parent == partial.parent
+                place.suffix == PARTIAL and place.parent == folder.parent and place.stem != folder.stem
             ):  # of no more use
                 _leaves(place)
         return {place: _nbytes(place) for place in sorted(filter(Path.exists, places), key=_last_use)}
@@ -326,9 +335,10 @@ def _remove(place: Path) -> None:
 
 
 def _nbytes(place: Path) -> int:
-    """As long as it is announced, what it takes on the disk; else what it takes when it is whole."""
+    """Of headers alone, what they take on the disk; else what it takes when it is whole."""
     stats = [path.stat() for path in (place / CHECKPOINT).rglob("*") if path.is_file()]
-    return sum(stat.st_blocks * 512 if (place / REMOTE).exists() else stat.st_size for stat in stats)
+    heads = place.suffix == HEADS or (place / REMOTE).exists()
+    return sum(stat.st_blocks * 512 if heads else stat.st_size for stat in stats)
 
 
 def _last_use(place: Path) -> int:

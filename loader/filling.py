@@ -42,8 +42,12 @@ class Filling:
             if lock is not None:
                 os.close(lock)
             raise BlockingIOError("another process brings it")
+        try:
+            self.have = held(self._partial, files)
+        except BaseException:
+            os.close(lock)
+            raise
         self._lock = lock
-        self.have = held(self._partial, files)
 
     def path(self, number: int) -> Path:
         """Where the bytes of `have` are of this file."""

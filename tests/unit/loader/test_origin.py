@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import announce as announcing
 from serverless_llm.loader import (
     behind,
     disk_tier,
     download,
+    filling,
     load_checkpoint,
     load_file,
     manifest,
@@ -157,6 +158,32 @@ def test_what_cannot_be_announced(server: RangeServer, tier: DiskTier) -> None:
         announce(tier, f"{server.url}/m")
 
 
+def test_what_deploying_writes_is_bounded(
+    server: RangeServer, tier: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, config = f"{server.url}/m", server.files["m/config.json"]
+    server.files["m/config.json"] = bytes(manifest.MAX_CONFIG + 1)
+    with pytest.raises(CheckpointError, match=f"{url}/config.json is larger than {manifest.MAX_CONFIG} bytes"):
+        announce(tier, url)
+    server.files |= {"m/config.json": config, "m/tokenizer.json": bytes(20_000)}
+    with pytest.raises(CapacityError, match=f"what deploying {url} reads has .*, the disk tier 10.0 KB at most: set "):
+        announce(DiskTier(tier.root, "10KB"), url)
+    monkeypatch.setattr(announcing, "MAX_INDEX", 19_999)
+    with pytest.raises(CheckpointError, match=f"{url}/tokenizer.json is larger than 19999 bytes"):
+        announce(tier, url)
+    assert not {"m/config.json", "m/tokenizer.json"} & {*server.gets}
+    assert list(tier.root.glob("*/*")) == []
+
+
+def test_deploying_keeps_what_came_of_its_version(server: RangeServer, tier: DiskTier) -> None:
+    server.faults.fails_after = 3_000_000
+    with pytest.raises(TransientError, match="500"):
+        tier.bring(f"{server.url}/m", silent)
+    server.faults.fails_after = None
+    announce(tier, f"{server.url}/m").close()
+    assert sorted(path.suffix for path in tier.root.glob("*/*")) == ["", disk_tier.PARTIAL]
+
+
 def test_what_a_store_tells_digests_of_is_compared_before_it_is_used(
     server: RangeServer, tier: DiskTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +203,7 @@ def test_what_tells_of_the_server_is_not_believed_when_it_is_damaged(lease: Leas
     assert origin.of(lease.directory) is not None
     for text in ("", "[1]", "[1, [[2]]]", json.dumps([url, [["x", *files[0][1:]], *files[1:]]])):
         note.write_text(text)
-        with pytest.raises(CheckpointError, match="is damaged: deploy its URL again"):
+        with pytest.raises(CheckpointError, match="is damaged: serverless-llm pull its URL"):
             origin.of(lease.directory)
     note.unlink()
     assert origin.of(lease.directory) is None
@@ -348,6 +375,33 @@ def test_a_version_that_was_half_put_in_place_is_finished(
     assert (server.sent, told.load.cache_bytes) == (0, found.file_bytes)
     until(lambda: whole(lease.directory), "the disk tier to be whole")
     assert held(lease.directory) == server.files
+
+
+def is_locked(place: Path) -> bool:
+    lock = disk_tier.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def test_a_disk_tier_that_fails_is_locked_no_longer(server: RangeServer, lease: Lease, node: Node) -> None:
+    partial = lease.directory.parent.with_suffix(disk_tier.PARTIAL)
+    (partial / download.RECORD).mkdir(parents=True)
+    found = manifest.build(lease.directory)
+    check(node, found, fetch(node, found), server)
+    assert not is_locked(partial)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_writer_keeps_no_lock(
+    server: RangeServer, lease: Lease, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "sync", lambda path: 1 / 0)
+    found = manifest.build(lease.directory)
+    check(node, found, fetch(node, found), server)
+    until(lambda: not writers(), "its writer to end")
+    partial = lease.directory.parent.with_suffix(disk_tier.PARTIAL)
+    assert not is_locked(partial)
 
 
 def test_abandoned_headers_leave(server: RangeServer, tier: DiskTier) -> None:
