@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from serverless_llm.cli.make_checkpoint import make_checkpoint
 from tests.serving import Server, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.storm  # ten seconds, to learn digests while nothing is loaded
 
 DEVICES = ["--devices", "cpu:1", "--device-memory", "512MiB"]
 CHANGED = "model.layers.1.mlp.down_proj.weight"
@@ -68,7 +68,7 @@ def used(server: Server) -> int:
     return int(node["dram_used"])
 
 
-@pytest.mark.parametrize("weights", ["view", pytest.param("copy", marks=pytest.mark.storm)])
+@pytest.mark.parametrize("weights", ["view", "copy"])
 def test_a_fine_tune_reads_what_is_its_own(base: Path, tuned: Path, tmp_path: Path, weights: str) -> None:
     size, state = bytes_of(tuned), tmp_path / "state"
     with Server(state, *DEVICES, "--weights", weights, "--dram", "256MiB") as server:
