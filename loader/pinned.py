@@ -2,11 +2,12 @@
 
 A registered chunk keeps the memory that it had. When the agent gives a slot's memory back, the slot has new memory at
 its next use, and the device goes on seeing the old one: such a chunk is stale from then on, and nothing is copied
-straight from it before it was unregistered and registered anew.
+straight from it before it was unregistered and registered anew. The old memory is free once it is unregistered.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 CHUNK = 1 << 30  # bytes; registering one takes some tenths of a second
@@ -23,8 +24,8 @@ class Order(NamedTuple):
 class Pinned:
     """The books of one device's registrations; `refused`: why there are no more, "" while there may be.
 
-    `due`, `begin`, `refuse`, `crossed` and `direct` belong to the thread that copies. `punched` belongs to the one
-    that feeds it: what landed in a slot after it was punched is fed after that.
+    `punched` belongs to the thread that feeds the one that copies: what landed in a slot after it was punched is fed
+    after that. All else belongs to the one that copies.
     """
 
     def __init__(self, pool_bytes: int, chunk_bytes: int = CHUNK) -> None:
@@ -49,17 +50,23 @@ class Pinned:
         chunks = set(range(offset // self._chunk_bytes, -(-(offset + length) // self._chunk_bytes)))
         return chunks <= self._registered and chunks.isdisjoint(self._stale)
 
-    def due(self) -> Order | None:
+    def let_go(self) -> Order | None:
+        """The next stale chunk, to be unregistered at any time: the memory beneath it counts beside the pool's."""
+        return self._order(min(self._stale), register=False) if self._stale else None
+
+    def due(self, room: int = sys.maxsize) -> Order | None:
         """What is to be done next, when there is time: stale chunks let go, then the hottest registered.
 
-        What nothing has crossed stays as it is: to register memory is to take it.
+        What nothing has crossed stays as it is: to register memory is to take it. So does all where there is none to
+        be taken: of `room` bytes at most.
         """
         if self._stale:
-            return self._order(min(self._stale), register=False)
+            return self.let_go()
         free = [chunk for chunk, heat in enumerate(self._crossed) if heat and chunk not in self._registered]
         if self.refused or not free:
             return None
-        return self._order(max(free, key=self._crossed.__getitem__), register=True)
+        order = self._order(max(free, key=self._crossed.__getitem__), register=True)
+        return order if order.length <= room else None
 
     def begin(self, order: Order) -> None:
         """To be said before it is done: what is punched meanwhile is stale."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from serverless_llm.domain import CheckpointId
 from serverless_llm.loader import plan
 from serverless_llm.loader.digest import Due
+from serverless_llm.loader.headroom import headroom
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.pinned import Order, Pinned
@@ -23,6 +24,7 @@ from serverless_llm.loader.sharing import NOTHING, Lent
 from serverless_llm.loader.source import PAGE
 from serverless_llm.loader.stitched import Kept, Stitched
 from serverless_llm.loader.tasks import Mapping, Progress, Read, Task, Upload
+from serverless_llm.loader.toucher import MARGIN
 from serverless_llm.loader.turns import Turns
 from serverless_llm.loader.ways import ByCpu, Way
 
@@ -46,7 +48,8 @@ class Uploader:
         way: how parts get to the device, made from the window.
         on_pinned: called from the thread when more or less of the pool is registered with the device, with the bytes
             that are, and with why no more can be, "" otherwise.
-        pause: seconds without a load or a step before any is.
+        pause: seconds without a load or a step before any is; `clock` tells them.
+        room: bytes of memory that are left to this process.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Uploader:
         way: Callable[[Range], Way] = ByCpu,
         on_pinned: Callable[[int, str], None] = lambda nbytes, refused: None,
         pause: float = PAUSE,
+        clock: Callable[[], float] = time.monotonic,
+        room: Callable[[], int] = headroom,
     ) -> None:
         self.pool_fd = pool_fd
         self.slot_bytes = slot_size(pool_bytes)
@@ -66,7 +71,9 @@ class Uploader:
         self.pinned = Pinned(pool_bytes)
         self._on_pinned = on_pinned
         self._pause = pause
-        self._quiet_at = 0.0  # monotonic seconds
+        self._clock = clock
+        self._room = room
+        self._quiet_at = 0.0  # seconds of the clock
         self.pacer = Pacer(rate)
         self._longest = plan.paced(rate, MAX_SLOT)
         self._turns: Turns[Task] = Turns()
@@ -144,7 +151,7 @@ class Uploader:
     def ended(self, task: Task) -> None:
         """It is complete, or closed. Idempotent."""
         self._loading.discard(task)
-        self._quiet_at = time.monotonic() + self._pause
+        self._quiet_at = self._clock() + self._pause
 
     def _run(self) -> None:
         while True:
@@ -152,8 +159,12 @@ class Uploader:
                 busy = self._turns or self._closed or self._flying or self._wake.wait(IDLE if self._leisure() else None)
                 if self._closed:
                     return
+                stale = self.pinned.let_go()
                 longest = min(BESIDE, self._longest) if self.step_due else self._longest
                 turn = self._turns.take(longest) if self._turns else None
+            if stale is not None:
+                self._settle(0)  # parts of what is not stale of it
+                self._pin(stale)
             if turn is not None:
                 self._move(*turn)
             elif busy:
@@ -185,11 +196,13 @@ class Uploader:
 
     def _order(self) -> Order | None:
         """To register memory takes long, and a load or a step would wait for it."""
-        now = time.monotonic()
+        now = self._clock()
         if self._loading or self.step_due:
             self._quiet_at = now + self._pause
             return None
-        return self.pinned.due() if self.way.pins and now >= self._quiet_at else None
+        if not self.way.pins or now < self._quiet_at:
+            return None
+        return self.pinned.due(self._room() - MARGIN)
 
     def _pin(self, order: Order) -> None:
         self.pinned.begin(order)

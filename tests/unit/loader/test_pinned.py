@@ -29,6 +29,18 @@ def test_the_hottest_chunk_is_registered_first_and_cold_ones_never() -> None:
     assert (book.nbytes, book.due()) == (24, None)
 
 
+def test_nothing_is_registered_where_there_is_no_room_for_it_and_all_that_is_stale_is_let_go() -> None:
+    book = Pinned(POOL, CHUNK)
+    book.crossed(0, 4)
+    assert book.due(CHUNK - 1) is None
+    assert book.let_go() is None
+    order = book.due(CHUNK)
+    assert order == Order(0, CHUNK, register=True)
+    book.begin(order)
+    book.punched(0)
+    assert book.due(0) == book.let_go() == Order(0, CHUNK, register=False)
+
+
 def test_only_registered_bytes_go_straight() -> None:
     book = Pinned(POOL, CHUNK)
     book.crossed(16, 4)

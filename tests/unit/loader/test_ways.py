@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import queue
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ from serverless_llm.loader.dest import Dest
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.tasks import Upload
-from serverless_llm.loader.upload import Uploader
+from serverless_llm.loader.toucher import MARGIN
+from serverless_llm.loader.upload import PAUSE, Uploader
 from serverless_llm.loader.ways import TEAM, Arrival, ByCpu, ByCuda, spread
 from tests.unit.loader.checkpoints import Node, random, write
 
@@ -70,10 +72,32 @@ class Engines(ByCpu):
         self.orders.append(("unregister", offset))
 
 
-class Device:
-    """An uploader by such engines, whose news are kept."""
+class Clock:
+    """It stands still, and notes when it is looked at."""
 
-    def __init__(self, node: Node, refusal: str = "", late: bool = False) -> None:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.looks: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def __call__(self) -> float:
+        self.looks.put(None)
+        return self.now
+
+    def looked_at(self) -> None:
+        """Waits until somebody has looked, and done what there was to do, and looked again."""
+        while not self.looks.empty():
+            self.looks.get()
+        for _ in range(2):
+            self.looks.get(timeout=30)
+
+
+class Device:
+    """An uploader by such engines, whose news are kept. `room`: bytes of memory that are left."""
+
+    def __init__(
+        self, node: Node, refusal: str = "", late: bool = False, room: Callable[[], int] = lambda: sys.maxsize
+    ) -> None:
+        self.clock = Clock()
         self.pinned: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self.news: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self.uploader = Uploader(
@@ -81,7 +105,9 @@ class Device:
             node.pool.capacity,
             way=partial(Engines, refusal=refusal, late=late),
             on_pinned=lambda *report: self.pinned.put(report),
-            pause=0,
+            pause=PAUSE,
+            clock=self.clock,
+            room=room,
         )
         way = self.uploader.way
         assert isinstance(way, Engines)
@@ -102,6 +128,14 @@ class Device:
         arena = torch.zeros(source.file_bytes, dtype=torch.uint8)
         upload.start([Dest(entry.name, 0, entry.nbytes, entry.start) for entry in head.tensors], arena)
         return upload, spans[1:]
+
+    def use(self, node: Node, directory: Path) -> None:
+        """Until what was used is registered."""
+        upload, _ = self.upload(node, directory)
+        self.news.get(timeout=30)
+        upload.close()
+        self.clock.now += PAUSE
+        assert self.pinned.get(timeout=30) == (node.pool.capacity, "")
 
 
 @pytest.fixture
@@ -153,9 +187,13 @@ def test_what_was_used_is_registered_when_there_is_time_and_goes_straight_then(n
     while not device.news.empty() or upload.done < upload.total:
         device.news.get(timeout=30)
     assert [device.way.begun.get()[1] for _ in range(3)] == [False] * 3
-    with pytest.raises(queue.Empty):
-        device.pinned.get(timeout=0.3)  # as long as three looks take
+    upload.close()
+    device.clock.looked_at()
+    assert device.pinned.empty()
     device.uploader.step_due = False
+    device.clock.looked_at()
+    assert device.pinned.empty()
+    device.clock.now += PAUSE
     assert device.pinned.get(timeout=30) == (node.pool.capacity, "")
     again, _ = device.upload(node, tmp_path)
     assert device.way.begun.get(timeout=30)[1]
@@ -166,17 +204,63 @@ def test_what_was_used_is_registered_when_there_is_time_and_goes_straight_then(n
     once_more, _ = device.upload(node, tmp_path)
     assert not device.way.begun.get(timeout=30)[1]
     once_more.close()
+    device.uploader.close()
+
+
+def test_what_is_stale_is_let_go_during_a_load_and_beside_steps(node: Node, tmp_path: Path) -> None:
+    device = Device(node)
+    device.use(node, write(tmp_path, random(2.5)))
+    device.uploader.step_due = True
+    upload, others = device.upload(node, tmp_path)
+    device.uploader.punched(0)
+    upload.add(others)
+    assert device.pinned.get(timeout=30) == (0, "")
+    device.clock.looked_at()
+    assert device.pinned.empty()
     upload.close()
     device.uploader.close()
+
+
+def test_no_chunk_is_let_go_before_what_is_copied_from_it_has_left_it(node: Node, tmp_path: Path) -> None:
+    device = Device(node)
+    device.use(node, write(tmp_path, random(2.5)))
+    while not device.way.begun.empty():
+        device.way.begun.get()
+    device.way.late = True
+    upload, others = device.upload(node, tmp_path)
+    parts = [device.way.begun.get(timeout=30)]
+    assert parts[0][0].awaited.wait(30)
+    upload.add(others)
+    parts[0][0].tell()
+    parts += [device.way.begun.get(timeout=30) for _ in others]
+    assert all(direct for _, direct in parts)
+    assert parts[1][0].awaited.wait(30)
+    device.uploader.punched(0)
+    parts[1][0].tell()
+    assert parts[2][0].awaited.wait(30)
+    assert device.way.orders == [("register", 0)]
+    parts[2][0].tell()
+    assert device.pinned.get(timeout=30) == (0, "")
+    upload.close()
+    device.uploader.close()
+
+
+def test_nothing_is_registered_before_there_is_memory_for_it(node: Node, tmp_path: Path) -> None:
+    capacity = node.pool.capacity
+    rooms = iter([0, capacity + MARGIN - 1, capacity + MARGIN])
+    device = Device(node, room=rooms.__next__)
+    device.use(node, write(tmp_path, random(2.5)))
+    device.uploader.close()
+    assert list(rooms) == []
 
 
 def test_nothing_is_registered_during_a_load(node: Node, tmp_path: Path) -> None:
     device = Device(node)
     upload, _ = device.upload(node, write(tmp_path, random(2.5)))
-    device.news.get(timeout=30)
-    with pytest.raises(queue.Empty):
-        device.pinned.get(timeout=0.3)  # as long as three looks take
+    device.clock.looked_at()
+    assert device.pinned.empty()
     upload.close()
+    device.clock.now += PAUSE
     assert device.pinned.get(timeout=30) == (node.pool.capacity, "")
     device.uploader.close()
 
@@ -187,6 +271,7 @@ def test_a_refusal_is_told_once_and_all_goes_through_buffers(node: Node, tmp_pat
         upload, _ = device.upload(node, write(tmp_path, random(2.5)))
         assert not device.way.begun.get(timeout=30)[1]
         upload.close()
+        device.clock.now += PAUSE
         if not device.way.orders:
             assert device.pinned.get(timeout=30) == (0, "not permitted")
     device.uploader.close()
