@@ -106,6 +106,7 @@ def test_an_answer_comes_before_the_disk_tier_is_whole(server: Server, files: Ra
 
 LOAD = """
     import sys
+    import threading
     from pathlib import Path
     from serverless_llm.loader import manifest, origin
     from tests.unit.loader.checkpoints import Node, Told
@@ -119,8 +120,9 @@ LOAD = """
         assert not told.failures, told.failures
         for number, file in enumerate(found.files):
             assert node.bytes_of(told, number, file.size) == (Path(sys.argv[2]) / file.name).read_bytes()
-        while (directory.parent / manifest.REMOTE).exists():
-            pass
+        for thread in threading.enumerate():
+            if thread.name == "behind":
+                thread.join()
 """
 
 

@@ -26,7 +26,7 @@ class Pair:
     """A store and its one worker, which copies. `harm`: flip a bit of the arena as soon as something is there.
 
     Attributes:
-        told: what the head is.
+        ends: how loads ended, as the head is told.
     """
 
     up = True
@@ -34,8 +34,8 @@ class Pair:
     def __init__(self, directory: Path, dram: int, harm: bool) -> None:
         device = DeviceOptions("cpu", 32 * MIB, "copy")
         options = AgentOptions(state_dir=str(directory), node="n", devices=(device,), dram=dram, orphan_grace=5.0)
-        self.told: list[wire.Message] = []
-        self.store = Store(options, self.told.append, lambda _: cast(Slot, self))
+        self.ends: asyncio.Queue[wire.ReplicaReady | wire.LoadFailed] = asyncio.Queue()
+        self.store = Store(options, self._tell, lambda _: cast(Slot, self))
         self.engine = Engine("cpu", device.budget, "copy", 1)
         self.placing = Placing(
             self.engine, wire.Boot(0, 1, "cpu", device.budget, "copy", dram, 1, 0.0), self.store.pool_fd
@@ -63,6 +63,10 @@ class Pair:
                 self.placing.drop(replica)
                 self.store.dropped(replica)
 
+    def _tell(self, message: wire.Message) -> None:
+        if isinstance(message, wire.ReplicaReady | wire.LoadFailed):
+            self.ends.put_nowait(message)
+
     def _flip(self, replica: int) -> None:
         task = self.placing._placements[replica].task
         if self._harm and task.total:
@@ -85,11 +89,7 @@ class Pair:
         found = manifest.build(source)
         self.store.start(wire.StartLoad(1, 0, "m", str(source), found.checkpoint, "auto", 0, True, "full"))
         async with asyncio.timeout(20):
-            while True:
-                for message in self.told:
-                    if isinstance(message, wire.ReplicaReady | wire.LoadFailed):
-                        return message
-                await asyncio.sleep(0.001)
+            return await self.ends.get()
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self.placing.wakeup)
