@@ -6,6 +6,7 @@ with it, and all else out of pinned buffers, into which the CPU copies it first.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +124,11 @@ class ByCuda:  # pragma: no cover - cuda
         with torch.cuda.device(self._device):
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             code = runtime.cudaHostRegister(self._window.address + offset, length, READ_ONLY)
-        return str(torch.cuda.CudaError(int(code))) if int(code) else ""
+            if not int(code):
+                return ""
+            with contextlib.suppress(RuntimeError):  # this thread's next kernel hears of the refusal
+                torch.empty(1, device=self._device).fill_(1)
+        return str(torch.cuda.CudaError(int(code)))
 
     def unregister(self, offset: int) -> None:
         with torch.cuda.device(self._device):

@@ -19,6 +19,7 @@ from serverless_llm.loader.copies import Copy
 from serverless_llm.loader.dest import Dest
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.pool import HUGE_PAGE
 from serverless_llm.loader.tasks import Upload
 from serverless_llm.loader.toucher import MARGIN
 from serverless_llm.loader.upload import PAUSE, Uploader
@@ -317,3 +318,15 @@ def test_copies_arrive_on_a_cuda_device_by_both_ways(node: Node, tmp_path: Path)
                 pytest.skip(f"memory cannot be pinned here: {refused}")
             assert nbytes == node.pool.capacity
     uploader.close()
+
+
+@pytest.mark.gpu
+def test_a_refused_registration_fails_no_later_kernel(node: Node) -> None:
+    window = Range(node.pool.capacity, HUGE_PAGE)
+    window.place(0, node.pool.capacity, node.pool.fd, 0)
+    way = ByCuda(window, torch.device("cuda:0"))
+    if refused := way.register(0, node.pool.capacity):
+        pytest.skip(f"memory cannot be pinned here: {refused}")
+    assert way.register(0, node.pool.capacity)  # it is already
+    assert torch.ones(4, device="cuda").sum() == 4
+    way.unregister(0)
