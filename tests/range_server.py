@@ -38,6 +38,7 @@ class Faults:
         whole: ranges are not known: each answer is the whole file.
         deaf: nor is If-Match.
         etag: what ETags begin with; None: there are none.
+        sent: bytes of bodies of answers that began with these faults.
     """
 
     statuses: dict[str, int] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Faults:
     deaf: bool = False
     etag: str | None = ""
     metadata: dict[str, str] = field(default_factory=dict)
+    sent: int = 0
 
 
 @dataclass
@@ -176,6 +178,7 @@ class RangeServer:
                 await self._released.wait()
                 return
             self.sent += len(part)
+            faults.sent += len(part)
             await response.write(part)
             if faults.drip:
                 await self._released_within(faults.drip)
