@@ -225,6 +225,7 @@ class Pipeline:
             return
         missing = self.tier.missing(checkpoint, load._slots)
         if fill is None and missing:
+            self.tier.read(checkpoint)
             fill = self._fills[checkpoint] = _Fill([], load._route, *self._submit(load, missing))
         if fill is not None:
             fill.loads.append(load)

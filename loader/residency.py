@@ -135,6 +135,10 @@ class Tier:
         resident = self._residents.get(checkpoint)
         return [piece for piece in pieces if resident is None or piece not in resident.slots]
 
+    def read(self, checkpoint: CheckpointId) -> None:
+        """A read of reserved pieces begins: their slots are nobody else's until it has ended, whoever leaves."""
+        self._residents[checkpoint].reading = True
+
     def land(self, checkpoint: CheckpointId, pieces: Iterable[Piece]) -> None:
         """The bytes of these reserved pieces are in their slots."""
         resident = self._residents[checkpoint]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from serverless_llm.errors import CapacityError
 from serverless_llm.loader import manifest, reader
 from serverless_llm.loader.manifest import SINGLE, Manifest
+from serverless_llm.loader.plan import Landed
 from tests.serving import descriptors, until
 from tests.unit.loader.checkpoints import Device, Node, Told, random, write
 
@@ -153,6 +154,26 @@ def _act(node: Node, source: Manifest, holder: int, told: Told, rng: Random) -> 
             check(node, source, told)
         case _ if node.reader._queue or not node.posts.empty() or (isinstance(told, Device) and told.waiting):
             advance(told, node)
+
+
+def test_what_is_read_anew_after_a_cancelled_read_keeps_its_slots(sources: list[Manifest]) -> None:
+    """All had landed, some was not to be trusted, and who joined meanwhile has it read again."""
+    source, node = sources[1], Node(8)
+    first = begin(node, source, 1, False)
+    until(lambda: not node.reader._queue, "all to be read, of which no turn has told yet")
+    assert not node.pipeline.discard(source, [Landed(0, 0, 1, 0)])
+    first.load.cancel()
+    second = begin(node, source, 2, False)
+    fill = node.pipeline._fills[source.checkpoint]
+    while node.pipeline._fills.get(source.checkpoint) is fill:
+        node.turn()
+    release(node, source, 1, first)
+    release(node, source, 2, second)
+    assert len(node.tier.free_slots) == 8 - len(second.load._slots)  # what is being read into is nobody else's
+    settle(node)
+    node.tier.check_invariants()
+    check(node, source, _finished(node, source, False))
+    node.close()
 
 
 def test_a_load_that_failed_reads_and_tells_no_more(sources: list[Manifest]) -> None:

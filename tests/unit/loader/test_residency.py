@@ -90,6 +90,21 @@ def test_a_reload_does_not_evict_itself() -> None:
     assert tier.residents() == [("a", 20)]
 
 
+def test_what_is_read_again_is_given_to_nobody_though_all_leave() -> None:
+    tier = Tier(3, 10)
+    filled(tier, "a", 2, now=0)
+    tier.lease("a", 1)
+    tier.discard("a", pieces(1))
+    tier.read("a")
+    tier.release("a", 1, now=1)
+    assert tier.free_slots == (2,)
+    with pytest.raises(CapacityError):
+        tier.reserve("b", pieces(2), 2)
+    tier.land("a", pieces(1))
+    tier.check_invariants()
+    assert tier.reserve("b", pieces(2), 3).evicted == 1
+
+
 def test_abort_keeps_what_landed() -> None:
     tier = Tier(3, 10)
     tier.reserve("a", pieces(3), 0)
