@@ -28,13 +28,13 @@ from bench import checkpoints
 from bench.common import FEWEST_ROUNDS, MOST_ROUNDS, ROOT, demand_quiet, interval, precise, row, write_results
 from bench.load_subjects import Service, prepare
 from bench.network import Link, LinkMissing
+from bench.verdicts import SLACK
 from tests.serving import until
 
 PATIENCE = 300.0  # seconds for one load
 POLL = 0.005  # seconds between two looks at how much was sent
 HALF = 0.5
 LEAST, MOST_READ, MOST_AGAIN = 0.95, 1.01, 0.55
-SLACK = 0.03  # by which the lower end of a ratio's interval may lie below what is promised
 WAYS = {"ours-library": "load", "ours-pull": "pull"}
 SERVICE, RESUMED = "ours-service", "ours-resumed"
 SUBJECTS = (SERVICE, *WAYS)

@@ -24,6 +24,7 @@ from serverless_llm.loader.disk_tier import (
     DiskTier,
     Lease,
     check_headers,
+    check_names,
     lease_of,
     lock_of,
     version_of,
@@ -59,9 +60,7 @@ def announce(tier: DiskTier, url: str, told: Told, needed: Sequence[str] = ()) -
         if lease is None:
             raise
         return Lease(lease.directory, lease.lock, str(error))
-    absent = [name for name in needed if name not in {file.name for file in files}]
-    if absent:
-        raise CheckpointError(f"{source.url} has no {absent[0]}")
+    check_names(source, files, needed)
     if compared:
         return tier.bring(url, told)
     place = tier.home(source.url) / version_of(files)

@@ -112,9 +112,7 @@ class DiskTier:
             if lease is None:
                 raise
             return Lease(lease.directory, lease.lock, str(error))
-        absent = [name for name in needed if name not in {file.name for file in files}]
-        if absent:
-            raise CheckpointError(f"{source.url} has no {absent[0]}")
+        check_names(source, files, needed)
         whole = self.home(source.url) / version_of(files)
         try:
             return self._whole(source, files, whole, told, memory_for)
@@ -364,6 +362,17 @@ def _check(source: Remote, files: Sequence[RemoteFile], checkpoint: Path) -> Non
             if hashlib.file_digest(opened, algorithm).hexdigest() != wanted:
                 raise CheckpointError(f"{source.url}/{file.name}: what came has another {algorithm} than {wanted}")
     check_headers(source, checkpoint)
+
+
+def check_names(source: Remote, files: Sequence[RemoteFile], needed: Sequence[str]) -> None:
+    """
+    Raises:
+        CheckpointError: one of the names that are needed is none of a file.
+    """
+    there = {file.name for file in files}
+    for name in needed:
+        if name not in there:
+            raise CheckpointError(f"{source.url} has no {name}")
 
 
 def check_headers(source: Remote, checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""What of a checkpoint gets slots of its own in the DRAM tier, and what passes through a ring. Pure."""
+"""What of a checkpoint gets slots of its own in the DRAM tier, and what passes through a ring."""
 
 from __future__ import annotations
 

@@ -6,12 +6,14 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import click
 
-from serverless_llm.cli.hub import Told
 from serverless_llm.quantities import size
+
+if TYPE_CHECKING:
+    from serverless_llm.cli.hub import Told
 
 SILENT = 1.0  # seconds in which most models start
 LOOK_AGAIN = 0.3
