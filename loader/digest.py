@@ -106,8 +106,8 @@ def sampled(checkpoint: CheckpointId, sizes: Sequence[int], start: int) -> Due:
     """
     first = [count(sizes[:number]) for number in range(len(sizes))]
     period = max(1, min(SAMPLE, count(sizes)))
-    turn = crc32(checkpoint.encode()) + start
-    return lambda key: (first[key.file] + key.number + turn) % period == 0
+    shift = crc32(checkpoint.encode()) + start
+    return lambda key: (first[key.file] + key.number + shift) % period == 0
 
 
 def encode(checkpoint: CheckpointId, sizes: Sequence[int], digests: Digests) -> bytes:
@@ -144,5 +144,6 @@ def described(files: Sequence[FileEntry], differing: Collection[Landed]) -> str:
     names = ["the header"] if first.offset < file.data_offset else []
     names += [repr(one.name) for one in file.header.tensors if one.start < stop and one.end > first.offset]
     more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
-    others = f" (and {len(differing) - 1} other blocks)" if len(differing) > 1 else ""
+    rest = len(differing) - 1
+    others = f" (and {rest} other block{'s' if rest > 1 else ''})" if rest else ""
     return f"{file.path}: bytes {first.offset} ... {stop - 1}{others}, in them {', '.join(names[:NAMED] + more)}"

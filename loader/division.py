@@ -1,4 +1,7 @@
-"""What of a checkpoint gets slots of its own in the DRAM tier, and what passes through a ring."""
+"""What of a checkpoint gets slots of its own in the DRAM tier, and what passes through a ring.
+
+No I/O, like the tier's books: `divide` decides by them, and takes back in them slots that a ring needs.
+"""
 
 from __future__ import annotations
 

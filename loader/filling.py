@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from serverless_llm.loader.announce import SUFFIX
+from serverless_llm.errors import TransientError
+from serverless_llm.loader.announce import SUFFIX, announced
 from serverless_llm.loader.disk_tier import PARTIAL, URL, VARIABLE, DiskTier, is_whole, lock_of
 from serverless_llm.loader.download import CHECKPOINT, RECORD, Range, held, missing, sync
 from serverless_llm.loader.remote import Remote, RemoteFile
@@ -99,3 +100,25 @@ class Filling:
         for descriptor in (*self._descriptors.values(), self._record, self._lock):
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+def lacking(directory: Path) -> int:
+    """Bytes of a checkpoint's weights that are on its server alone; 0 where all are in the directory.
+
+    Raises:
+        CheckpointError: as `announce.announced`.
+        TransientError: as there, or what came cannot be read.
+    """
+    found = announced(directory)
+    if found is None:
+        return 0
+    _, files = found
+    place = directory.parent
+    weights = {number for number, file in enumerate(files) if file.name.endswith(SUFFIX)}
+    partial = place.with_name(place.name + PARTIAL)
+    try:
+        there = held(partial, files)
+    except OSError as error:
+        raise TransientError(f"{partial / RECORD}: {error.strerror}") from error
+    came = sum(one.stop - one.start for one in there if one.file in weights)
+    return sum(files[number].size for number in weights) - came

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from serverless_llm.errors import CheckpointError
 
 PREFIX = 8  # bytes before the JSON
+POINTER = b"version "  # how what git has in place of a large file begins; as a length it is over any limit
 METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes of JSON; the reference implementation's limit
 MAX_DIMENSION = 2**63 - 1  # what a tensor library can hold in a signed size
@@ -67,6 +68,8 @@ def data_offset(prefix: bytes, file_size: int) -> int:
     """
     if len(prefix) < PREFIX or file_size < PREFIX:
         raise CheckpointError(f"file of {file_size} bytes is too short for a safetensors header")
+    if prefix.startswith(POINTER):
+        raise CheckpointError("no safetensors file, but git's pointer to one: git lfs pull brings the file itself")
     length = int.from_bytes(prefix[:PREFIX], "little")
     if length > MAX_HEADER:
         raise CheckpointError(

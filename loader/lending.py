@@ -27,6 +27,16 @@ class Lending:
         landed = {known.checkpoint: self._tier.lendable(known.checkpoint) for known in lenders}
         return sharing.loan(borrower, lenders, landed, homeless, slot_bytes)
 
+    def lent_bytes(self, checkpoints: Sequence[Known]) -> dict[CheckpointId, int]:
+        """Of each one, what a load of it would not read, at most; those of which that is nothing are left out."""
+        slot_bytes = self._tier.slot_bytes
+        landed = {known.checkpoint: self._tier.lendable(known.checkpoint) for known in checkpoints}
+        homeless = {
+            known.checkpoint: self._tier.homeless(known.checkpoint, plan.pieces(known.files, (), slot_bytes))
+            for known in checkpoints
+        }
+        return sharing.lent_bytes(checkpoints, landed, homeless, slot_bytes)
+
     def borrow(self, loan: Loan, holder: ReplicaId) -> list[Landed]:
         """Leases it to `holder`; where it is in the pool."""
         held = loan.held()

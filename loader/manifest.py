@@ -210,7 +210,16 @@ def choose(names: list[str], directory: str) -> str:
             raise CheckpointError(
                 f"{directory} holds {what}, which is not served: safetensors of a whole model are needed"
             )
-    raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}{_meant(names, directory)}")
+
+
+def _meant(names: list[str], directory: str) -> str:
+    """Which directory was meant, where this one tells."""
+    if "snapshots" in names:
+        return f"; a hub's cache has them in {directory}/snapshots/COMMIT"
+    if directory.endswith((".safetensors", ".json")):
+        return f"; if it is a file, name its directory: {directory.rpartition('/')[0]}"
+    return ""
 
 
 def object_of(text: str, name: str) -> dict[str, Any]:

@@ -17,15 +17,18 @@ from typing import NamedTuple
 from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
 from serverless_llm.loader import announce
 from serverless_llm.loader.behind import Behind
+from serverless_llm.loader.download import CONNECTIONS
 from serverless_llm.loader.filling import Filling
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.remote import ChangedError, MissingError, Remote, RemoteFile
-from serverless_llm.loader.source import Opened, Source
+from serverless_llm.loader.source import Came, Opened, Source
 from serverless_llm.loader.staging import Staging
 
 SILENCE = timedelta(seconds=3)  # times `remote.TRIES`, it is less than a load may go without progress
-LONGEST = 20 * SILENCE  # of one answer: a server that drips is never silent, and its reads cannot be ended
 CHUNK = 256 << 10  # bytes that are handed on at a time, at least: what a crash loses of each range
+SLOWEST = 100e3  # bytes per second over all connections, of a server that is worth waiting for: what a cap is at least
+LONGEST = timedelta(seconds=CONNECTIONS * CHUNK / SLOWEST)  # of one answer: at that rate it hands on a chunk just so
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +52,9 @@ class Origin:
         self._began = False
         self._beginning = threading.Lock()  # guards `_began`; taken before `_lock`
 
-    def sources(self, manifest: Manifest) -> list[Source]:
-        """The files of weights, as a reader wants them."""
-        return [RemoteSource(self, file.name, file.size) for file in manifest.files]
+    def sources(self, manifest: Manifest, pacer: Pacer) -> list[Source]:
+        """The files of weights, as a reader wants them; what the server is asked for waits for the pacer."""
+        return [RemoteSource(self, file.name, file.size, pacer) for file in manifest.files]
 
     def close(self) -> None:
         """The load is over: files that are open stay so, later ones are read from the server alone. Idempotent."""
@@ -141,6 +144,7 @@ class RemoteSource(NamedTuple):
     origin: Origin
     name: str
     size: int
+    pacer: Pacer
 
     @property
     def path(self) -> str:
@@ -162,27 +166,26 @@ class RemoteOpened:
     def check(self) -> None:
         """Every answer of the server was held against the file that was deployed."""
 
-    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> bool:
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> Came:
         """Fills the buffers with `length` bytes from `offset`.
-
-        Returns:
-            True when all were on the disk.
 
         Raises:
             CheckpointError: as `Origin.ask`, or the disk is damaged.
             TransientError: the server or the disk fails.
         """
         origin, name = self._file.origin, self._file.name
-        asked = False
+        came = Came()
         for start, stop, there in self._parts(offset, offset + length):
             if there:
                 self._read_disk(_cut(buffers, start - offset, stop - offset), start)
+                came += Came(disk=stop - start)
                 continue
-            asked = True
+            came += Came(remote=stop - start)
+            self._file.pacer.wait(stop - start)
             for data in origin.ask(name, start, stop):
                 _copy(data, _cut(buffers, start - offset, start - offset + len(data)))
                 start += len(data)
-        return not asked
+        return came
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         return self._file.origin.parts(self._file.name, start, stop) if self._local else iter([(start, stop, False)])

@@ -23,6 +23,7 @@ from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.ring import Ring
 from serverless_llm.loader.routes import Route, Routes
 from serverless_llm.loader.sharing import NOTHING, Lent, Loan
+from serverless_llm.loader.source import Came
 from serverless_llm.loader.waiting import Load
 
 AHEAD = 1 << 30  # bytes
@@ -46,15 +47,15 @@ class _Fill:
     parts: dict[Piece, list[Landed]] = field(default_factory=dict)
     cancelled: bool = False
     distrusted: set[Piece] = field(default_factory=set)
-    disk_bytes: int = 0
-    cache_bytes: int = 0
+    came: Came = field(default_factory=Came)
 
 
 class Pipeline:
     """Ties the tier's books, the pool and the reader together. `post` runs a callable on the owner's thread.
 
     When nothing was loaded for `pause` seconds, free slots are made ready ahead of need: `ahead` bytes of them, or as
-    many as the largest checkpoint so far had. `freed` is called when others may find room that had none.
+    many as the largest checkpoint so far had. `freed` is called when others may find room that had none. `remote_rate`:
+    cap in bytes per second on what servers of sources send, 0: none.
 
     Attributes:
         disk, remote: the disk, and servers of sources, as finished loads saw them.
@@ -71,8 +72,9 @@ class Pipeline:
         ahead: int = AHEAD,
         pause: float = PAUSE,
         freed: Callable[[], None] = lambda: None,
+        remote_rate: float = 0.0,
     ) -> None:
-        self._routes = Routes(pool, reader)
+        self._routes = Routes(pool, reader, remote_rate)
         self.disk, self.remote = self._routes.disk, self._routes.remote
         self.lending = Lending(tier)
         self.loads = 0
@@ -136,12 +138,12 @@ class Pipeline:
         self.tier.wanted = max(self.tier.wanted, len(pieces))
         total = sum(piece.length for piece in pieces) + sum(span.length for span in borrowed)
         load = Load(
-            manifest, holder, on_landed, on_failed, priority, total, begun,
-            Lent(loan.sizes, loan.runs, total) if loan else NOTHING,
-            _pipeline=self, _slots=slots, _route=self._routes.of(manifest, origin), _origin=origin, _borrowed=borrowed,
+            self, manifest, holder, on_landed, on_failed, priority, total, begun,
+            Lent(loan.sizes, loan.runs, total) if loan else NOTHING, borrowed,
+            slots, self._routes.of(manifest, origin), origin,
         )  # fmt: skip
         if passing:
-            load._ring = self._rings[holder] = self._ring(load, passing, lent)
+            load.ring = self._rings[holder] = self._ring(load, passing, lent)
         return load
 
     def release(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
@@ -190,20 +192,20 @@ class Pipeline:
     # --- what is larger than the room for it ---
 
     def _ring(self, load: Load, pieces: list[Piece], slots: list[int]) -> Ring:
-        route = load._route
+        route = load.route
 
         def told(batch: Batch) -> None:
             self._ahead.rest()
-            route.link.observe(route.crossed(batch.disk_bytes, batch.cache_bytes), 0.0)  # its time is the device's, too
+            self._routes.observe(route, batch.came, 0.0)  # its time is the device's, too
             if batch.error is not None:
                 checkpoint = load.manifest.checkpoint
-                self._distrust(checkpoint, load._slots.keys() - self.tier.borrowed(checkpoint))
+                self._distrust(checkpoint, load.slots.keys() - self.tier.borrowed(checkpoint))
                 load.cancel()
                 load.on_failed(batch.error)
                 return
             load.queue_s = load.queue_s or max(0.0, ring.started - load.begun)
-            load.disk_s = time.monotonic() - load.begun - load.queue_s
-            load._forward(batch)
+            load.read_s = time.monotonic() - load.begun - load.queue_s
+            load.forward(batch)
 
         slot_bytes = self._pool.slot_bytes
         ring = Ring(
@@ -216,35 +218,36 @@ class Pipeline:
         self._ahead.trim()
         self._freed()
 
-    def _join(self, load: Load) -> None:
+    def join(self, load: Load) -> None:
+        """It is told of what is in the tier, and waits for the rest."""
         checkpoint = load.manifest.checkpoint
         self._ahead.rest()  # also where no byte is to be read
         fill = self._fills.get(checkpoint)
         if fill is not None and fill.cancelled:
             fill.loads.append(load)
             return
-        missing = self.tier.missing(checkpoint, load._slots)
+        missing = self.tier.missing(checkpoint, load.slots)
         if fill is None and missing:
             self.tier.read(checkpoint)
-            fill = self._fills[checkpoint] = _Fill([], load._route, *self._submit(load, missing))
+            fill = self._fills[checkpoint] = _Fill([], load.route, *self._submit(load, missing))
         if fill is not None:
             fill.loads.append(load)
-            self._rank(checkpoint)
+            self.rank(checkpoint)
         self._tell_known(load, fill)
 
     def _tell_known(self, load: Load, fill: _Fill | None) -> None:
         """Tells of what is in the tier already."""
-        missing = set(self.tier.missing(load.manifest.checkpoint, load._slots))
+        missing = set(self.tier.missing(load.manifest.checkpoint, load.slots))
         spans = [
             Landed(piece.file, piece.offset, piece.length, self._pool.offset(slot))
-            for piece, slot in load._slots.items()
+            for piece, slot in load.slots.items()
             if piece not in missing
         ]
         spans += [span for parts in fill.parts.values() for span in parts] if fill else []
-        spans += load._borrowed
+        spans += load.borrowed
         load.dram_bytes = sum(span.length for span in spans)
         if spans:
-            load._tell(spans)
+            load.tell(spans)
 
     def _submit(self, load: Load, missing: list[Piece]) -> tuple[Transfer, int]:
         checkpoint = load.manifest.checkpoint
@@ -252,11 +255,11 @@ class Pipeline:
         def deliver(batch: Batch) -> None:
             self._post(lambda: self._news(checkpoint, batch))
 
-        transfer = Transfer(load._route.files, load._slots, missing, deliver, load.priority)
-        load._route.reader.submit(transfer)
+        transfer = Transfer(load.route.files, load.slots, missing, deliver, load.priority)
+        load.route.reader.submit(transfer)
         return transfer, sum(piece.length for piece in missing)
 
-    def _rank(self, checkpoint: CheckpointId) -> None:
+    def rank(self, checkpoint: CheckpointId) -> None:
         """A fill is as urgent as its most urgent load."""
         fill = self._fills.get(checkpoint)
         if fill is not None and fill.loads:
@@ -272,7 +275,12 @@ class Pipeline:
         self._ahead.trim()
         return True
 
-    def _leave(self, load: Load) -> None:
+    def complete(self, load: Load) -> None:
+        """It refers to what has landed for it: others of its checkpoint, with less to borrow, may need more."""
+        self.tier.lease(load.manifest.checkpoint, load.holder, load.slots)
+
+    def leave(self, load: Load) -> None:
+        """It waits no more; what nobody waits for is not read."""
         fill = self._fills.get(load.manifest.checkpoint)
         if fill is None or load not in fill.loads:
             return
@@ -280,7 +288,7 @@ class Pipeline:
         if not fill.loads:
             fill.cancelled = True
             fill.route.reader.cancel(fill.transfer)
-        self._rank(load.manifest.checkpoint)
+        self.rank(load.manifest.checkpoint)
 
     def _news(self, checkpoint: CheckpointId, batch: Batch) -> None:
         """One batch of a fill, on the owner's thread."""
@@ -315,8 +323,7 @@ class Pipeline:
                 whole.append(piece)
                 del fill.parts[piece]
             fill.left -= span.length
-        fill.disk_bytes += batch.disk_bytes
-        fill.cache_bytes += batch.cache_bytes
+        fill.came += batch.came
         self.tier.land(checkpoint, whole)
 
     def _forward(self, fill: _Fill, batch: Batch) -> None:
@@ -324,20 +331,19 @@ class Pipeline:
             self._observe(fill)
         for load in list(fill.loads):
             if load in fill.loads:  # a listener may have cancelled another
-                load._forward(batch)
+                load.forward(batch)
 
     def _observe(self, fill: _Fill) -> None:
-        """The phases of a whole transfer, for its loads and the link."""
+        """The phases of a whole transfer, for its loads and the links."""
         transfer = fill.transfer
-        told = fill.route.reader.rate or not fill.cache_bytes  # a cache tells of the link only if both are capped
-        fill.route.link.observe(fill.route.crossed(fill.disk_bytes, fill.cache_bytes), transfer.busy if told else 0.0)
+        self._routes.observe(fill.route, fill.came, transfer.busy)
         for load in fill.loads:
             load.queue_s = max(0.0, transfer.started - load.begun)
-            load.disk_s = transfer.ended - max(transfer.started, load.begun)
+            load.read_s = transfer.ended - max(transfer.started, load.begun)
 
     def _after_cancel(self, checkpoint: CheckpointId, fill: _Fill) -> None:
         """The last read of a cancelled fill has returned: whoever joined since begins anew with what is missing."""
         if fill.left and not fill.loads:
             self.tier.abort(checkpoint)
         for load in fill.loads:
-            self._join(load)
+            self.join(load)

@@ -25,7 +25,7 @@ from serverless_llm.loader import plan
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
-from serverless_llm.loader.source import PAGE, Opened, Source
+from serverless_llm.loader.source import PAGE, Came, Opened, Source
 from serverless_llm.loader.staging import Staging, pays
 
 CALL_BYTES = 64 << 20  # longer calls gain nothing; shorter ones suffer when a Python thread is busy
@@ -43,14 +43,13 @@ class Batch(NamedTuple):
 
     Attributes:
         landed: spans whose bytes are in the pool.
-        disk_bytes, cache_bytes: where they came from: the device, which may be a server, or memory and disk before it.
+        came: where these bytes were.
         last: nothing of this transfer is in flight or will be: its slots are written no more.
         error: why it ended early; None when all was read, or it was cancelled.
     """
 
     landed: tuple[Landed, ...]
-    disk_bytes: int
-    cache_bytes: int
+    came: Came
     last: bool
     error: CheckpointError | None
 
@@ -232,18 +231,18 @@ class Reader:
         return None
 
     def _read(self, transfer: Transfer, call: tuple[Piece, ...], staging: Staging | None) -> Batch:
-        nothing = Batch((), 0, 0, False, None)
+        nothing = Batch((), Came(), False, None)
         if not call:
             return nothing
         nbytes = sum(span.length for span in call)
         try:
             file = _opened(transfer, call[0].file)
-            cached = file.read(self._buffers(transfer, call), call[0].offset, nbytes, staging)
+            came = file.read(self._buffers(transfer, call), call[0].offset, nbytes, staging)
         except CheckpointError as error:
             # a new error: the traceback of this one would keep the pool's buffers
             return nothing._replace(error=type(error)(str(error)))
         landed = tuple(Landed(span.file, span.offset, span.length, self._place(transfer, span)) for span in call)
-        return Batch(landed, 0 if cached else nbytes, nbytes if cached else 0, False, None)
+        return Batch(landed, came, False, None)
 
     def _conclude(self, transfer: Transfer, batch: Batch) -> None:
         """Delivers the batch. Caller holds the transfer's lock, so that `last` overtakes nothing."""

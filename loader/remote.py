@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
 from serverless_llm.extras import extra
-from serverless_llm.loader import manifest
+from serverless_llm.loader import manifest, refusals
 from serverless_llm.loader.manifest import CONFIG, INDEX, SINGLE, TEXTS
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ SILENCE = timedelta(seconds=30)
 LONGEST = timedelta(days=1)
 TRIES = 3  # of a range that breaks off without a byte; each is obstore's, which tries errors of the server again
 RETRY: RetryConfig = {"max_retries": 4}
+PATIENCE = timedelta(seconds=5)  # with a host that does not answer, or answers with errors: somebody may be at a prompt
 DIGESTS = {"sha256": 64, "md5": 32}  # names in an object's metadata -> hexadecimal digits
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -103,18 +104,21 @@ class Remote:
             self._store = self._open()
         except (self._obstore.exceptions.BaseError, ValueError) as error:
             hint = _CREDENTIALS[urlsplit(self.url).scheme]
-            raise ConfigurationError(f"{self.url}: {_first_line(error)}: {hint}") from error
+            raise ConfigurationError(f"{self.url}: {refusals.first_line(error)}: {hint}") from error
 
     def _open(self) -> ObjectStore:
         scheme = urlsplit(self.url).scheme
-        client: ClientConfig = {"timeout": self._longest, "read_timeout": self._silence}
+        patience = min(PATIENCE, self._silence)
+        client: ClientConfig = {
+            "timeout": self._longest,
+            "read_timeout": self._silence,
+            "connect_timeout": patience,
+        }
         allowed = os.environ.get(f"{LISTING[scheme]}_ALLOW_HTTP") if self._lists else str(scheme == "http")
         client["allow_http"] = str(allowed).lower() == "true"
         stores = self._obstore.store
         opened = stores.from_url if self._lists else stores.HTTPStore.from_url
-        store: ObjectStore = opened(
-            self.url, client_options=client, retry_config={**RETRY, "retry_timeout": self._silence}
-        )
+        store: ObjectStore = opened(self.url, client_options=client, retry_config={**RETRY, "retry_timeout": patience})
         return store
 
     def files(self) -> list[RemoteFile]:
@@ -263,13 +267,20 @@ class Remote:
                 f"{what}: the server answers no ranges of bytes; most do, python's does not"
             ) from error
         except (known.BaseError, ValueError, OSError) as error:
-            why = _first_line(error)
+            why = refusals.first_line(error)
             if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError) or _UNKNOWN.search(why):
                 hint = _CREDENTIALS[urlsplit(self.url).scheme]
                 raise CheckpointError(f"{what} may not be read: {hint}") from error
             if "status code: 404 " in why:
                 raise MissingError(f"{what} is not there") from error
-            raise TransientError(f"{what}: {why}") from error
+            if unreached := refusals.unreached(error):
+                raise TransientError(f"{self._place(error)} cannot be reached: {unreached}") from error
+            raise TransientError(f"{what}: {refusals.reason(error)}") from error
+
+    def _place(self, error: BaseException) -> str:
+        """The URL, and of a store, whose host is in no URL, where it was looked for."""
+        at = refusals.address(error) if self._lists else ""
+        return f"{self.url} (at {at})" if at else self.url
 
 
 class MissingError(CheckpointError):
@@ -293,9 +304,3 @@ _CREDENTIALS = {
 
 def _file(name: str, meta: Any) -> RemoteFile:
     return RemoteFile(name, meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
-
-
-def _first_line(error: BaseException) -> str:
-    """Its reason, without a URL's query, which may be a signature, and without the server's page."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"(status code: \d+ [\w ]+):.*", r"\1", re.sub(r"\?\S*", "", line))

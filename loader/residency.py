@@ -45,7 +45,7 @@ class _Resident:
 
     @property
     def borrowed(self) -> set[Piece]:
-        """Those that replicas of other checkpoints refer to."""
+        """Those that replicas refer to who wait for no more of it."""
         return {piece for pieces in self.holders.values() if pieces is not None for piece in pieces}
 
     def loose(self) -> list[Piece]:
@@ -150,8 +150,8 @@ class Tier:
     def abort(self, checkpoint: CheckpointId, discard: bool = False) -> None:
         """The reading ended early, and its last read has returned: what has not landed loses its slots.
 
-        `discard`: the landed bytes are not to be trusted either, but for what others borrowed: that came before, and
-        is not to be read again beneath them. Slots go with the last lease.
+        `discard`: the landed bytes are not to be trusted either, but for what is `borrowed`: that came before, and is
+        not to be read again beneath who refers to it. Slots go with the last lease.
         """
         resident = self._residents[checkpoint]
         resident.reading = False
@@ -166,9 +166,11 @@ class Tier:
             self._settle(checkpoint)
 
     def lease(self, checkpoint: CheckpointId, holder: ReplicaId, pieces: Collection[Piece] | None = None) -> None:
-        """`holder` may refer to the checkpoint's slots until it is released, or to those of some landed pieces."""
+        """`holder` may refer to the checkpoint's slots until it is released; with `pieces`, only to those of these
+        landed ones from now on."""
         held = None if pieces is None else frozenset(pieces)
         self._residents.setdefault(checkpoint, _Resident()).holders[holder] = held
+        self._settle(checkpoint)
 
     def release(self, checkpoint: CheckpointId, holder: ReplicaId, now: float) -> None:
         """`holder` refers to no slot of the checkpoint any more. Idempotent."""
@@ -195,7 +197,7 @@ class Tier:
         return {piece: resident.slots[piece] for piece in resident.landed}
 
     def borrowed(self, checkpoint: CheckpointId) -> set[Piece]:
-        """What replicas of other checkpoints refer to."""
+        """What replicas refer to who wait for no more of it."""
         return self._residents.get(checkpoint, _Resident()).borrowed
 
     def lendable(self, checkpoint: CheckpointId) -> set[Piece]:

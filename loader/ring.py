@@ -59,7 +59,7 @@ class Ring:
         self._cancelled = self._released = False
         self.started = 0.0
 
-    def turn(self) -> None:
+    def fill(self) -> None:
         """Reads into whatever is free, in parts of some length."""
         while self._left and len(self._ready) >= min(self._part, len(self._left)):
             slots = {self._left.popleft(): self._ready.popleft() for _ in range(min(self._part, len(self._left)))}
@@ -82,7 +82,7 @@ class Ring:
                 if not self._held[slot]:
                     del self._held[slot]
                     self._ready.append(slot)
-        self.turn()
+        self.fill()
 
     def hasten(self, priority: int) -> None:
         """Its bytes go before those of higher numbers from now on."""

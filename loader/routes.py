@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ from serverless_llm.loader.download import CONNECTIONS
 from serverless_llm.loader.link import Link
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.origin import Origin
+from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
-from serverless_llm.loader.source import Source, SourceFile
+from serverless_llm.loader.source import Came, Source, SourceFile
 
 FIRST_RATE = 40e6  # bytes per second of a server that nothing is known of; a slower one is told of soon enough
 STUCK_S = 30.0  # a link of 10 Mb/s brings the first calls of all connections in less; a silent server is told of before
@@ -26,41 +28,51 @@ class Route(NamedTuple):
     link: Link
     files: Sequence[Source]
 
-    def crossed(self, device_bytes: int, cache_bytes: int) -> int:
-        """Bytes that the link is charged with: under a cap those of the page cache, too."""
-        return device_bytes + (cache_bytes if self.reader.rate else 0)
-
 
 class Routes:
     """Those of one pool. Everything runs on the thread that owns the tier.
+
+    `rate`: cap in bytes per second on what servers send, 0: none; that of the disk is the reader's.
 
     Attributes:
         disk, remote: the disk, and servers of sources, as finished loads saw them.
     """
 
-    def __init__(self, pool: Pool, reader: Reader) -> None:
+    def __init__(self, pool: Pool, reader: Reader, rate: float = 0.0) -> None:
         self.disk, self.remote = Link(), Link()
         self._pool = pool
         self._reader = reader
+        self._pacer = Pacer(rate)
         self._network: Reader | None = None  # most nodes need none
 
     def of(self, manifest: Manifest, origin: Origin | None) -> Route:
         """`origin`: where the files are that are not on the disk."""
         if origin is not None:
-            return Route(self._asker(), self.remote, origin.sources(manifest))
+            return Route(self._asker(), self.remote, origin.sources(manifest, self._pacer))
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         return Route(self._reader, self.disk, files)
+
+    def observe(self, route: Route, came: Came, seconds: float) -> None:
+        """What a transfer brought, to each link that it crossed; under a cap the page cache's bytes cross the disk's.
+
+        `seconds` that it was busy, 0 where they tell nothing of a link; nor do they where not all came over its own.
+        """
+        disk = came.disk + (came.cache if self._reader.rate else 0)
+        for link, nbytes in ((self.remote, came.remote), (self.disk, disk)):
+            link.observe(nbytes, seconds if link is route.link and nbytes == came.total else 0.0)
 
     def close(self) -> bool:
         """
         Returns:
             False when a server keeps a read waiting: it may still write to the pool.
         """
+        self._pacer.stop()
         return self._network is None or self._network.close()
 
     def _asker(self) -> Reader:
         """Reads from servers, in calls of what their link moves in a moment."""
         if self._network is None:
             self._network = Reader(self._pool, CONNECTIONS, staged=False, stuck_s=STUCK_S)
-        self._network.call_bytes = plan.paced(self.remote.bandwidth or FIRST_RATE, CALL_BYTES)
+        rate = min(self.remote.bandwidth or FIRST_RATE, self._pacer.rate or math.inf)
+        self._network.call_bytes = plan.paced(rate, CALL_BYTES)
         return self._network

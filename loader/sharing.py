@@ -125,6 +125,14 @@ class Lent(NamedTuple):
 NOTHING = Lent((), (), 0)
 
 
+class Twins(NamedTuple):
+    """`length` tensors of a checkpoint, from the one of number `mine` on, equal to another's from `theirs` on."""
+
+    mine: int
+    theirs: int
+    length: int
+
+
 class _Site(NamedTuple):
     """Where a lender has a tensor; `size` is its file's."""
 
@@ -154,11 +162,7 @@ def loan(
         if digest in sites
     ]
     sizes = [file.size for file in borrower.files]
-    covered = Counter[Piece]()
-    for tensor, _ in equal:
-        for home, length in _homes(tensor, sizes[tensor.file], slot_bytes):
-            covered[home] += length
-    spared = frozenset(piece for piece in homeless if covered[piece] == piece.length)
+    spared = _spared((tensor for tensor, _ in equal), sizes, homeless, slot_bytes)
     used = [
         (tensor, site)
         for tensor, site in equal
@@ -178,9 +182,62 @@ def loan(
     return None if found.dear else found
 
 
+def twins(one: Known, other: Known) -> list[Twins]:
+    """The tensors of `one` that `other` has, too: that of the same name where several are equal, else the first."""
+    names = [entry.name for _, entry in tensors(other.files)]
+    first: dict[bytes, int] = {}
+    exact: dict[tuple[bytes, str], int] = {}
+    for number, (name, digest) in enumerate(zip(names, other.digests, strict=True)):
+        first.setdefault(digest, number)
+        exact[digest, name] = number
+    found: list[Twins] = []
+    for mine, ((_, entry), digest) in enumerate(zip(tensors(one.files), one.digests, strict=True)):
+        if digest not in first:
+            continue
+        theirs = exact.get((digest, entry.name), first[digest])
+        last = found[-1] if found else None
+        if last and (last.mine + last.length, last.theirs + last.length) == (mine, theirs):
+            found[-1] = last._replace(length=last.length + 1)
+        else:
+            found.append(Twins(mine, theirs, 1))
+    return found
+
+
+def lent_bytes(
+    checkpoints: Collection[Known],
+    landed: Mapping[CheckpointId, Collection[Piece]],
+    homeless: Mapping[CheckpointId, Collection[Piece]],
+    slot_bytes: int,
+) -> dict[CheckpointId, int]:
+    """Of each one with homeless pieces, bytes of those that a loan could spare; it may find them too dear.
+
+    Args:
+        landed: the pieces of each that are in the pool.
+        homeless: the pieces of each that have no slot.
+    """
+    common = {digest for digest, count in _owners(checkpoints).items() if count > 1}
+    there: dict[bytes, set[CheckpointId]] = defaultdict(set)
+    for known in checkpoints:
+        for digest, _, _ in _offered(known, landed[known.checkpoint], common, slot_bytes):
+            there[digest].add(known.checkpoint)
+    lent = {}
+    for known in checkpoints:
+        pairs = zip(tensors(known.files), known.digests, strict=True)
+        equal = (
+            Piece(file, entry.start, entry.nbytes)
+            for (file, entry), digest in pairs
+            if there.get(digest, set()) - {known.checkpoint}
+        )
+        sizes = [file.size for file in known.files]
+        spared = _spared(equal, sizes, homeless[known.checkpoint], slot_bytes)
+        if spared:
+            lent[known.checkpoint] = sum(piece.length for piece in spared)
+    return lent
+
+
 def own_bytes(checkpoints: Collection[Known]) -> dict[CheckpointId, int]:
     """Each one's bytes but for the tensors that another has, too."""
-    owners = Counter(digest for known in checkpoints for digest in set(known.digests))
+    owners = _owners(checkpoints)
     own = {}
     for known in checkpoints:
         pairs = zip(tensors(known.files), known.digests, strict=True)
@@ -241,6 +298,34 @@ def _seal(body: bytes) -> bytes:
     return blake2b(body, digest_size=SEAL).digest()
 
 
+def _owners(checkpoints: Iterable[Known]) -> Counter[bytes]:
+    """How many of them have each tensor."""
+    return Counter(digest for known in checkpoints for digest in set(known.digests))
+
+
+def _spared(
+    equal: Iterable[Piece], sizes: Sequence[int], homeless: Iterable[Piece], slot_bytes: int
+) -> frozenset[Piece]:
+    """The homeless pieces all of whose bytes are in these tensors of files of these sizes."""
+    covered = Counter[Piece]()
+    for tensor in equal:
+        for home, length in _homes(tensor, sizes[tensor.file], slot_bytes):
+            covered[home] += length
+    return frozenset(piece for piece in homeless if covered[piece] == piece.length)
+
+
+def _offered(
+    known: Known, there: Collection[Piece], wanted: Collection[bytes], slot_bytes: int
+) -> Iterator[tuple[bytes, int, TensorEntry]]:
+    """The wanted tensors of a checkpoint that are whole in these pieces, with their digests and files."""
+    for (file, entry), digest in zip(tensors(known.files), known.digests, strict=True):
+        if digest not in wanted:
+            continue
+        homes = _homes(Piece(file, entry.start, entry.nbytes), known.files[file].size, slot_bytes)
+        if homes and all(home in there for home, _ in homes):
+            yield digest, file, entry
+
+
 def _sites(
     wanted: Collection[bytes],
     lenders: Iterable[Known],
@@ -250,15 +335,10 @@ def _sites(
     """Where these digests' tensors are in the pool: with whom has most of them, so that runs are long."""
     offers = []
     for known in lenders:
-        there, offer, nbytes = landed[known.checkpoint], {}, 0
-        for (file, entry), digest in zip(tensors(known.files), known.digests, strict=True):
-            if digest not in wanted:
-                continue
-            size = known.files[file].size
-            homes = _homes(Piece(file, entry.start, entry.nbytes), size, slot_bytes)
-            if homes and all(home in there for home, _ in homes):
-                offer[digest] = _Site(known.checkpoint, file, size, entry.start)
-                nbytes += entry.nbytes
+        offer, nbytes = {}, 0
+        for digest, file, entry in _offered(known, landed[known.checkpoint], wanted, slot_bytes):
+            offer[digest] = _Site(known.checkpoint, file, known.files[file].size, entry.start)
+            nbytes += entry.nbytes
         offers.append((nbytes, known.checkpoint, offer))
     found: dict[bytes, _Site] = {}
     for _, _, offer in sorted(offers, key=lambda offer: offer[:2]):

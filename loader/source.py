@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -23,11 +24,27 @@ _LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
+@dataclass(frozen=True, slots=True)
+class Came:
+    """Bytes by where they were: with a server, on a disk, in the page cache."""
+
+    remote: int = 0
+    disk: int = 0
+    cache: int = 0
+
+    def __add__(self, other: Came) -> Came:
+        return Came(self.remote + other.remote, self.disk + other.disk, self.cache + other.cache)
+
+    @property
+    def total(self) -> int:
+        return self.remote + self.disk + self.cache
+
+
 class Opened(Protocol):
     """One file of a checkpoint while it is read, by any thread; as `OpenFile` says."""
 
     def check(self) -> None: ...
-    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> bool: ...
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> Came: ...
     def close(self) -> None: ...
 
 
@@ -85,14 +102,11 @@ class OpenFile:
         if (stat.st_size, stat.st_mtime_ns) != (self.source.size, self.source.mtime_ns):
             raise CheckpointError(f"{self.source.path} was changed after its header was read: deploy or load it again")
 
-    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> bool:
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: Staging | None = None) -> Came:
         """Fills the buffers with `length` bytes from `offset`, a multiple of the page size.
 
         The buffers are page-aligned and hold at least `length` bytes rounded up to pages. So does `staging`, through
         which the device is read where it is given.
-
-        Returns:
-            True when the bytes came from the page cache.
 
         Raises:
             TransientError: the device fails.
@@ -100,12 +114,12 @@ class OpenFile:
         """
         try:
             if self._read_cached(buffers, offset, length):
-                return True
+                return Came(cache=length)
             self._read_device(buffers, offset, length, staging)
         except OSError as error:
             where = f"bytes {offset} to {offset + length}"
             raise TransientError(f"{self.source.path}, {where}: {error.strerror}") from error
-        return False
+        return Came(disk=length)
 
     def close(self) -> None:
         for descriptor in (self._buffered, self._direct):

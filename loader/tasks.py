@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,13 +17,13 @@ from serverless_llm.loader import header, plan
 from serverless_llm.loader.copies import Copies
 from serverless_llm.loader.dest import Dest
 from serverless_llm.loader.digest import Due
-from serverless_llm.loader.header import Header
-from serverless_llm.loader.held import Held
+from serverless_llm.loader.header import Header, TensorEntry
+from serverless_llm.loader.held import Copied, Held
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.sharing import Lent
 from serverless_llm.loader.stitched import Slot, Stitched
-from serverless_llm.loader.views import view
+from serverless_llm.loader.views import TORCH_DTYPES, misaligned, view
 from serverless_llm.loader.ways import HERE, Arrival
 
 if TYPE_CHECKING:
@@ -41,6 +41,14 @@ class Flight(NamedTuple):
     arrival: Arrival
 
 
+class Stored(NamedTuple):
+    """A tensor in a mapping: the number of the file that has it, the tensor there, and that file's bytes."""
+
+    file: int
+    entry: TensorEntry
+    buffer: Any
+
+
 class Task:
     """What `Mapping` and `Upload` share: a checkpoint's spans on their way to the device.
 
@@ -50,6 +58,7 @@ class Task:
         done, total: bytes; a task is ready when they are equal, which is told by exactly one `on_progress`. What is
             compared counts once more.
         priority: its parts go before those of higher numbers; may be changed at any time.
+        held: what is compared, and was found; None where nothing is.
     """
 
     def __init__(self, uploader: Uploader, sizes: Sequence[int], on_progress: Progress, lent: Lent) -> None:
@@ -62,6 +71,7 @@ class Task:
         self._flights: deque[Flight] = deque()
         self._busy = threading.Lock()  # held while the uploader's thread touches memory for this task, or _flights
         self.priority = Priority.ONLINE
+        self.held: Held | None = None
         self.closed = False
         self.done = 0
         self.total = 0
@@ -85,6 +95,10 @@ class Task:
                 self._flights.append(self._begin(part))
             return not self.closed
 
+    def crosses(self, part: Landed) -> int:
+        """Bytes of it that cross the link."""
+        return part.length
+
     @property
     def arrived(self) -> bool:
         """Whether the oldest flight has."""
@@ -103,7 +117,7 @@ class Task:
             self._flights.popleft()
             self.done += flight.moved
             if self.done == self.total:
-                self.total += self._more()
+                self.total += self._compare()
         if flight.moved and self.done == self.total:
             self._uploader.ended(self)
         self._tell(flight)
@@ -116,9 +130,13 @@ class Task:
         """Does the work, or begins it."""
         raise NotImplementedError
 
-    def _more(self) -> int:
-        """Queues what can only be done when all else is; returns its bytes."""
-        return 0
+    def _compare(self) -> int:
+        """Queues what is to be compared, now that all has arrived; returns its bytes."""
+        if self.held is None:
+            return 0
+        for part in self.held.noted:
+            self._uploader.put(self, part)
+        return self.held.owed
 
     def _stop(self) -> None:
         """When it returns the uploader's thread touches nothing of this task any more."""
@@ -185,20 +203,27 @@ class Mapping(Task):
         for span in self._joined(spans):
             self._uploader.put(self, span)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors, once everything is there: views into the pool; those misaligned to their item size are copies.
+    def tensors(self, but: Container[str] = ()) -> dict[str, torch.Tensor]:
+        """All tensors but these, once everything is there: views into the pool; of misaligned ones, copies.
 
         Raises:
             CheckpointError: a dtype or a shape that torch has not.
         """
+        return {one.entry.name: view(one.buffer, one.entry) for one in self.stored() if one.entry.name not in but}
+
+    def misaligned(self, but: Container[str]) -> dict[str, torch.Tensor]:
+        """Room for copies of those, but these, that cannot be viewed; once everything is there."""
+        entries = [one.entry for one in self.stored() if one.entry.name not in but and misaligned(one.entry)]
+        return {entry.name: torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype]) for entry in entries}
+
+    def stored(self) -> Iterator[Stored]:
+        """All tensors, once everything is there."""
         headers = self.headers()
         assert headers is not None
-        return {
-            entry.name: view(self._stitched.ranges[file].buffer, there)
-            for number, one in enumerate(headers)
-            for entry in one.tensors
-            for file, there in (self._lent.find(number, entry),)
-        }
+        for number, one in enumerate(headers):
+            for entry in one.tensors:
+                file, there = self._lent.find(number, entry)
+                yield Stored(file, there, self._stitched.ranges[file].buffer)
 
     def close(self) -> bool:
         """Gives up the mapping; it is kept if it is complete. True: nothing refers to the pool any more. False: a
@@ -238,11 +263,7 @@ class Mapping(Task):
 
 
 class Upload(Task):
-    """Copy mode: bytes go to their Dests as they land.
-
-    Attributes:
-        held: what was found when the copies were compared; None where they are not.
-    """
+    """Copy mode: bytes go to their Dests as they land."""
 
     def __init__(
         self,
@@ -256,8 +277,7 @@ class Upload(Task):
         super().__init__(uploader, sizes, on_progress, lent)
         self._on_read = on_read
         self._due = due
-        self._uncompared = 0  # bytes of copies
-        self.held: Held | None = None
+        self._copied: Copied | None = None
         self._read_bytes = 0
         self._waiting: list[Landed] | None = []  # until `start` tells where they go
         self._copies: Copies | None = None
@@ -274,7 +294,7 @@ class Upload(Task):
             self._uploader.put(self, span)
 
     def start(self, dests: Iterable[Dest], arena: torch.Tensor) -> None:
-        """Where the bytes go; `headers` must be there.
+        """Where the bytes go; `headers` must be there. Without `dests` no progress is told of.
 
         Args:
             arena: [bytes] uint8, contiguous, on a CPU or CUDA device.
@@ -285,11 +305,10 @@ class Upload(Task):
         self._arena = arena
         self._copies = Copies(headers, dests, self._lent)
         self.total = self._copies.total
-        assert self.total
         if self._due:
             pool = torch.frombuffer(self._uploader.window.buffer, dtype=torch.uint8)
             again = self._on_read is None
-            self.held = Held(self._copies, pool, arena, self._sizes, self._due, again)
+            self.held = self._copied = Copied(self._copies, pool, arena, self._sizes, self._due, again)
         waiting, self._waiting = self._waiting, None
         for span in waiting:
             self._uploader.put(self, span)
@@ -298,11 +317,15 @@ class Upload(Task):
         """Gives up the upload; when it returns the arena is not written any more. Idempotent."""
         self._stop()
 
+    def crosses(self, part: Landed) -> int:
+        assert self._copies is not None
+        return sum(copy.length for copy in self._copies.of(part))
+
     def _begin(self, part: Landed) -> Flight:
-        if self.held:
-            if part in self.held.noted:  # such parts fit any turn: they come whole
-                return Flight(0, self.held.compare(part), HERE)
-            self._uncompared += self.held.note(part)
+        if self._copied:
+            if part in self._copied.noted:  # such parts fit any turn: they come whole
+                return Flight(0, self._copied.compare(part), HERE)
+            self._copied.note(part)
         assert self._copies is not None
         copies = list(self._copies.of(part))
         pinned = self._uploader.pinned
@@ -310,12 +333,6 @@ class Upload(Task):
         direct = pinned.direct(part.pool_offset, part.length)
         arrival = self._uploader.way.begin(part, copies, self._arena, direct)
         return Flight(part.length, sum(copy.length for copy in copies), arrival)
-
-    def _more(self) -> int:
-        for part in list(self.held.noted) if self.held else ():
-            self._uploader.put(self, part)
-        more, self._uncompared = self._uncompared, 0
-        return more
 
     def _tell(self, flight: Flight) -> None:
         self._read_bytes += flight.read

@@ -10,9 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from collections.abc import Mapping as Map
+
+import torch
 
 from serverless_llm.domain import CheckpointId
 from serverless_llm.loader import plan
+from serverless_llm.loader.converted import Conversion
 from serverless_llm.loader.digest import Due
 from serverless_llm.loader.headroom import headroom
 from serverless_llm.loader.memory import Range
@@ -40,6 +44,7 @@ class Uploader:
 
     Attributes:
         step_due: the device computes, or is about to. Set by its owner, at any time.
+        longest: bytes of a part.
 
     Args:
         pool_fd: the pool's memfd; the caller may close it after the last `mapping`.
@@ -75,7 +80,7 @@ class Uploader:
         self._room = room
         self._quiet_at = 0.0  # seconds of the clock
         self.pacer = Pacer(rate)
-        self._longest = plan.paced(rate, MAX_SLOT)
+        self.longest = plan.paced(rate, MAX_SLOT)
         self._turns: Turns[Task] = Turns()
         self._flying: deque[Task] = deque()  # by their flights, in order
         self._loading: set[Task] = set()
@@ -114,6 +119,12 @@ class Uploader:
         `due`: which blocks' copies are compared.
         """
         return Upload(self, sizes, on_progress, on_read, due, lent)
+
+    def conversion(
+        self, mapping: Mapping, targets: Map[str, torch.Tensor], on_progress: Progress, due: Due | None = None
+    ) -> Conversion:
+        """What of a complete mapping the device holds otherwise: see `Converted`."""
+        return Conversion(self, mapping.stored(), targets, on_progress, due)
 
     def close(self) -> None:
         """Drops what is queued and ends the thread."""
@@ -160,7 +171,7 @@ class Uploader:
                 if self._closed:
                     return
                 stale = self.pinned.let_go()
-                longest = min(BESIDE, self._longest) if self.step_due else self._longest
+                longest = min(BESIDE, self.longest) if self.step_due else self.longest
                 turn = self._turns.take(longest) if self._turns else None
             if stale is not None:
                 self._settle(0)  # parts of what is not stale of it
@@ -176,7 +187,8 @@ class Uploader:
 
     def _move(self, task: Task, part: Landed) -> None:
         self._settle(FLYING - 1)
-        self.pacer.wait(part.length)
+        if self.pacer.rate:
+            self.pacer.wait(task.crosses(part))
         began = time.monotonic()
         if task.step(part):
             self._flying.append(task)

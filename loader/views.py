@@ -43,6 +43,12 @@ def view(buffer: Any, entry: TensorEntry, base: int = 0) -> torch.Tensor:
     return raw.view(dtype).view(shape)
 
 
+def misaligned(entry: TensorEntry) -> bool:
+    """Whether it cannot be viewed in its file, which begins at an aligned address."""
+    dtype = TORCH_DTYPES.get(entry.dtype)
+    return dtype is not None and entry.nbytes > 0 and entry.start % dtype.itemsize > 0
+
+
 def shape_of(entry: TensorEntry) -> tuple[int, ...]:
     """The tensor's shape: torch counts pairs of 4-bit numbers, a header counts numbers.
 

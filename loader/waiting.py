@@ -15,6 +15,7 @@ from serverless_llm.loader.reader import Batch
 from serverless_llm.loader.ring import Ring
 from serverless_llm.loader.routes import Route
 from serverless_llm.loader.sharing import Lent
+from serverless_llm.loader.source import Came
 
 if TYPE_CHECKING:
     from serverless_llm.loader.pipeline import Pipeline
@@ -29,11 +30,13 @@ class Load:
 
     Attributes:
         total, done: bytes to be in DRAM, and in DRAM.
-        queue_s: seconds from `Pipeline.load` to the first read; disk_s: from there to the last byte.
-        lent: what of it other checkpoints have.
-        disk_bytes, cache_bytes, dram_bytes: where `done` came from, as in `domain.LoadPhases`.
+        lent: what of it other checkpoints have; borrowed: the same as spans.
+        slots: of its own pieces; what has none passes through `ring`.
+        queue_s: seconds from `Pipeline.load` to the first read; read_s: from there to the last byte.
+        came: where those of `done` were that the DRAM tier lacked; dram_bytes: those that it had.
     """
 
+    pipeline: Pipeline
     manifest: Manifest
     holder: ReplicaId
     on_landed: Callable[[Sequence[Landed], bool], None]
@@ -42,63 +45,63 @@ class Load:
     total: int
     begun: float
     lent: Lent
+    borrowed: Sequence[Landed]
+    slots: dict[Piece, int]
+    route: Route
+    origin: Origin | None
+    ring: Ring | None = None
     done: int = 0
     queue_s: float = 0.0
-    disk_s: float = 0.0
-    disk_bytes: int = 0
-    cache_bytes: int = 0
+    read_s: float = 0.0
+    came: Came = field(default_factory=Came)
     dram_bytes: int = 0
-    _pipeline: Pipeline = field(kw_only=True)
-    _slots: dict[Piece, int] = field(kw_only=True)
-    _route: Route = field(kw_only=True)
-    _origin: Origin | None = field(kw_only=True)
-    _borrowed: Sequence[Landed] = field(kw_only=True)
-    _ring: Ring | None = None
 
     @property
     def ringed(self) -> bool:
         """Not all of it is in DRAM at once: who copies it says so by `copied`."""
-        return self._ring is not None
+        return self.ring is not None
 
     def start(self) -> None:
         """Tells of the spans that are there, at once, and of the others as they land."""
-        self._pipeline._join(self)
-        if self._ring:
-            self._ring.turn()
+        self.pipeline.join(self)
+        if self.ring:
+            self.ring.fill()
 
     def copied(self, nbytes: int) -> None:
         """The device has copied so many bytes of the spans it was told of, in that order."""
-        if self._ring:
-            self._ring.copied(nbytes)
+        if self.ring:
+            self.ring.copied(nbytes)
 
     def hasten(self, priority: int) -> None:
         """Its bytes go before those of higher numbers from now on."""
         self.priority = priority
-        self._pipeline._rank(self.manifest.checkpoint)
-        if self._ring:
-            self._ring.hasten(priority)
+        self.pipeline.rank(self.manifest.checkpoint)
+        if self.ring:
+            self.ring.hasten(priority)
 
     def cancel(self) -> None:
         """Stops reading unless others wait for the same. The lease stays until `Pipeline.release`. Idempotent."""
-        if self._ring:
-            self._ring.cancel()
-        self._pipeline._leave(self)
+        if self.ring:
+            self.ring.cancel()
+        self.pipeline.leave(self)
         self._part()
 
-    def _tell(self, spans: Sequence[Landed]) -> None:
+    def tell(self, spans: Sequence[Landed]) -> None:
+        """These have landed for it."""
         self.done += sum(span.length for span in spans)
-        if self._ring:
-            self._ring.show(spans)
+        if self.ring:
+            self.ring.show(spans)
         if self.done == self.total:
             self._part()
+            self.pipeline.complete(self)
         self.on_landed(spans, self.done == self.total)
 
     def _part(self) -> None:
         """It asks its server for nothing more."""
-        if self._origin is not None:
-            self._origin.close()
+        if self.origin is not None:
+            self.origin.close()
 
-    def _forward(self, batch: Batch) -> None:
-        self.disk_bytes += batch.disk_bytes
-        self.cache_bytes += batch.cache_bytes
-        self._tell(batch.landed)
+    def forward(self, batch: Batch) -> None:
+        """These have been read for it."""
+        self.came += batch.came
+        self.tell(batch.landed)

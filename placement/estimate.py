@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class Links:
     """What was learned of one node: bytes per second of its links, and seconds that a start takes beside its bytes."""
 
+    remote: float
     disk: float
     upload: float
     overhead_s: float
@@ -20,22 +21,26 @@ class Start:
 
     Attributes:
         queued: what other starts still have to read over the node's disk link.
-        missing: of this checkpoint's files, what the node's DRAM does not hold.
+        missing: of this checkpoint's files, what the node's DRAM does not hold and a disk of it does.
         upload: what crosses to the device; 0 where weights are views into DRAM.
+        remote_queued, remote_missing: as the first two, of what only a server has.
     """
 
     queued: int
     missing: int
     upload: int
+    remote_queued: int = 0
+    remote_missing: int = 0
 
 
 def startup_s(start: Start, links: Links) -> float:
-    """Seconds until the replica serves. Disk and upload overlap, so that only the slower one counts in full.
+    """Seconds until the replica serves. Network, disk and upload overlap, so that only the slowest counts in full.
 
-    A start with nothing to read does not wait for the disk link.
+    A start with nothing to read over a link does not wait for it.
     """
+    remote_s = (start.remote_queued + start.remote_missing) / links.remote if start.remote_missing else 0.0
     disk_s = (start.queued + start.missing) / links.disk if start.missing else 0.0
-    return max(disk_s, start.upload / links.upload) + links.overhead_s
+    return max(remote_s, disk_s, start.upload / links.upload) + links.overhead_s
 
 
 def reuse(idle_s: float, half_s: float) -> float:

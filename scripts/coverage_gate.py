@@ -20,9 +20,12 @@ SOURCES = ("serverless_llm", "loader", "placement", "kernels")
 COMPLETE = (
     "serverless_llm/cluster/*.py",
     "placement/*.py",
+    "loader/copies.py",
     "loader/digest.py",
     "loader/division.py",
     "loader/header.py",
+    "loader/lending.py",
+    "loader/link.py",
     "loader/manifest.py",
     "loader/pinned.py",
     "loader/plan.py",

@@ -17,8 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.common import RESULTS, commit
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "bench" / "results" / "mutation.json"
+RESULT = RESULTS / "mutation.json"
 TARGET = 0.9
 NOT_MUTATED = [
     "code outside of functions: tables, constants, defaults of dataclass fields",
@@ -38,7 +40,8 @@ Survivor = dict[str, Any]
 
 def main() -> int:
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {"modules": {}}
-    result = {"tool": f"mutmut {version('mutmut')}", **summary(measured(), judgements(before))}
+    tool = {"tool": f"mutmut {version('mutmut')}", "commit": commit()}
+    result = {**tool, **summary(measured(), judgements(before))}
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for name, counts in [*result["modules"].items(), ("total", result["total"])]:
         print(f"{name:36} {counts['run']:5}/{counts['mutants']:<5} {counts['score']:6.1%} {counts['survived']:4}")

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -29,14 +29,22 @@ DEVICES = re.compile(r"(cpu|cuda)(?::([1-9][0-9]{0,5}))?")
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 KINDS |= {"array": "a list", "object": "a mapping", "null": "nothing"}  # as msgspec names them
 EXPECTED = re.compile(rf"Expected `({'|'.join(KINDS)})(?: \| null)?`, got `({'|'.join(KINDS)})`$")
+T = TypeVar("T")
 LEAST_MEMORY = 1 << 20  # bytes; less holds nothing
 LEAST_RATE = 100e3  # bytes per second; less is a unit forgotten
 LEAST_BODY = 1 << 10  # bytes; less holds no conversation
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rate caps of a node's links in bytes per second; 0: none."""
+    """Rate caps of a node's links in bytes per second; 0: none.
 
+    Attributes:
+        remote: what servers of sources send to it.
+        disk: what it reads from its disks.
+        upload: what it copies to each of its devices.
+    """
+
+    remote: float = 0.0
     disk: float = 0.0
     upload: float = 0.0
 
@@ -75,7 +83,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         device_memory: bytes for weights and KV of one CPU device; of CUDA devices too, None: nearly all there is.
         weights: on CPU devices, `view` (tensors are views into DRAM) or `copy` (a private arena).
         dram: capacity of one node's DRAM tier.
-        limits: caps on what a node's links move, for operators and tests: `disk`, `upload`.
+        limits: caps on what a node's links move, for operators and tests: `remote`, `disk`, `upload`.
         threads: compute threads of one CPU device; by default an equal share of the cores, one of three or more left to
             the gateway.
         keep_alive: how long an unused model stays on its device, unless its spec says otherwise.
@@ -171,15 +179,24 @@ def load(
     Raises:
         ConfigurationError: names the flag, variable or key at fault.
     """
+    given = _given(flags, environ, path)
+    given.setdefault("state_dir", Given(str(default_state_dir(environ)), "state_dir"))
+    return _checked(given, count_gpus(environ), available_memory() if memory is None else memory)
+
+
+def place(name: str, flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None = None) -> str:
+    """Where `load` has an option from, for messages about it."""
+    return _given(flags, environ, path).get(name, Given(None, name)).where
+
+
+def _given(flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None) -> dict[str, Given]:
     named = path or (Path(environ[f"{PREFIX}CONFIG"]) if environ.get(f"{PREFIX}CONFIG") else None)
     file = named or next((place for place in search_path(environ) if place.is_file()), None)
-    given = {
+    return {
         **(_from_file(file, environ) if file else {}),
         **_from_environ(environ),
         **{name: Given(value, flag(name)) for name, value in flags.items() if value is not None},
     }
-    given.setdefault("state_dir", Given(str(default_state_dir(environ)), "state_dir"))
-    return _checked(given, count_gpus(environ), available_memory() if memory is None else memory)
 
 
 def flag(name: str) -> str:
@@ -205,6 +222,8 @@ def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Given]:
 def _plain(error: Exception) -> str:
     """What is wrong with a file, without the text around it, which may be a secret."""
     mark = getattr(error, "problem_mark", None)
+    if isinstance(error, UnicodeDecodeError):
+        return "no text in UTF-8"
     if mark is None:
         return getattr(error, "strerror", None) or str(error)
     said = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
@@ -266,11 +285,15 @@ def _checked(given: Mapping[str, Given], gpus: int, memory: int) -> Config:
 
 def _typed(given: Given, kind: Any, parse: Parser | None, memory: int) -> Any:
     """The value as its option wants it."""
-    try:
-        value = parse(given.value, memory) if parse else given.value
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{given.where}: {error}") from None
+    value = _parsed(lambda value: parse(value, memory), given.value, given.where) if parse else given.value
     return _converted(Given(value, given.where), kind)
+
+
+def _parsed(parse: Callable[[Any], T], value: object, where: str) -> T:
+    try:
+        return parse(value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
 
 
 def _converted(given: Given, kind: Any) -> Any:
@@ -324,7 +347,7 @@ def _derived(values: dict[str, Any], where: Mapping[str, str], gpus: int, memory
 def _limits(value: object, memory: int) -> dict[str, float]:
     pairs = parse_pairs(value)
     _check_keys(pairs, Limits, "")
-    rates = {link: parse_rate(rate) for link, rate in pairs.items()}
+    rates = {link: _parsed(parse_rate, rate, link) for link, rate in pairs.items()}
     for link, rate in rates.items():
         if 0 < rate < LEAST_RATE:
             raise ConfigurationError(
@@ -348,7 +371,7 @@ def _model(name: str, entry: object) -> ModelEntry:
     _check_keys(fields, ModelEntry, f"{name}: ")
     given = {key: value for key, value in fields.items() if value is not None}
     if "keep_alive" in given:
-        given["keep_alive"] = parse_duration(given["keep_alive"])
+        given["keep_alive"] = _parsed(parse_duration, given["keep_alive"], f"{name}.keep_alive")
     entry_: ModelEntry = _converted(Given(given, name), ModelEntry)
     return entry_
 

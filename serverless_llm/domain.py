@@ -85,6 +85,8 @@ class Footprint:
         kv_window_bytes: of these, bytes of layers that see a window, given back once it has passed.
         kv_window_blocks: blocks that such layers hold at most.
         context: most tokens of a sequence.
+        remote_bytes: of `file_bytes`, those that only a server had when the checkpoint was deployed; with fewer it is
+            the same.
     """
 
     checkpoint: CheckpointId
@@ -94,6 +96,7 @@ class Footprint:
     context: int
     kv_window_bytes: int = 0
     kv_window_blocks: int = 0
+    remote_bytes: int = field(default=0, compare=False)
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of KV that a sequence of `tokens` tokens holds."""
@@ -157,9 +160,18 @@ class LoadPhases:
     disk_bytes: int = 0  # read from storage
     cache_bytes: int = 0  # read from the page cache
     dram_bytes: int = 0  # found in the DRAM tier
+    remote_s: float = 0.0  # network -> DRAM, and, at the same time, what a disk had of it; then `disk_s` is 0
+    remote_bytes: int = 0  # sent by a server
+
+    @property
+    def read_bytes(self) -> int:
+        """All that were not in DRAM."""
+        return self.remote_bytes + self.disk_bytes + self.cache_bytes
 
     @property
     def source(self) -> Tier:
+        if self.remote_bytes:
+            return Tier.REMOTE
         return Tier.DISK if self.disk_bytes + self.cache_bytes else Tier.DRAM
 
 
@@ -186,7 +198,7 @@ class NodeSpec:
     node: NodeId
     dram: int
     devices: tuple[DeviceSpec, ...]
-    bandwidth: dict[str, float] = field(default_factory=dict)  # link ("disk", "upload") -> learned so far
+    bandwidth: dict[str, float] = field(default_factory=dict)  # link ("remote", "disk", "upload") -> learned so far
 
 
 FOREVER = math.inf

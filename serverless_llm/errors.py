@@ -17,6 +17,7 @@ import difflib
 from collections.abc import Iterable
 from itertools import islice
 
+NEAR = 0.7  # of 1: two letters of three are alike in names that have little to do with one another
 LONGEST_COMPARED = 100  # characters of a name
 MOST_COMPARED = 100  # names. Both bound for how long whoever asks may hold up others: some milliseconds
 
@@ -24,7 +25,7 @@ MOST_COMPARED = 100  # names. Both bound for how long whoever asks may hold up o
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'x'?`, or nothing where no known name is near."""
     short = (one for one in known if len(one) <= LONGEST_COMPARED) if len(name) <= LONGEST_COMPARED else ()
-    near = difflib.get_close_matches(name, islice(short, MOST_COMPARED), n=1)
+    near = difflib.get_close_matches(name, islice(short, MOST_COMPARED), n=1, cutoff=NEAR)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

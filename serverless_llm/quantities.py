@@ -58,7 +58,12 @@ def parse_pairs(value: object) -> dict[str, Any]:
     bad = [part for part in parts if "=" not in str(part)]
     if bad:
         raise ConfigurationError(f"{bad[0]!r} is not of the form name=value")
-    return {name.strip(): text.strip() for name, _, text in (str(part).partition("=") for part in parts)}
+    pairs: dict[str, Any] = {}
+    for name, _, text in (str(part).partition("=") for part in parts):
+        if name.strip() in pairs:
+            raise ConfigurationError(f"{name.strip()!r} is given twice")
+        pairs[name.strip()] = text.strip()
+    return pairs
 
 
 def size(count: float) -> str:

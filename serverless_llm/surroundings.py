@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,15 +11,25 @@ PREFIX = "SERVERLESS_LLM_"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
+def _home(environ: Mapping[str, str]) -> Path:
+    """This user's directory, where HOME does not tell as the system knows it; `/` of a user whom nobody knows."""
+    if environ.get("HOME"):
+        return Path(environ["HOME"])
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return Path("/")
+
+
 def search_path(environ: Mapping[str, str]) -> list[Path]:
     """The files of which the first that exists is read."""
-    home = Path(environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "/")) / ".config")
+    home = Path(environ.get("XDG_CONFIG_HOME") or _home(environ) / ".config")
     name = "serverless-llm"
     return [Path(f"{name}.yaml"), home / name / f"{name}.yaml", Path("/etc") / name / f"{name}.yaml"]
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    home = Path(environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/")) / ".local" / "state")
+    home = Path(environ.get("XDG_STATE_HOME") or _home(environ) / ".local" / "state")
     return home / "serverless-llm"
 
 
@@ -28,7 +40,7 @@ def state_dir(environ: Mapping[str, str]) -> Path:
 
 def cache_dir(environ: Mapping[str, str]) -> Path:
     """What can be had again."""
-    home = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/")) / ".cache")
+    home = Path(environ.get("XDG_CACHE_HOME") or _home(environ) / ".cache")
     return home / "serverless-llm"
 
 

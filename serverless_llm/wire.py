@@ -57,6 +57,7 @@ class Hello(Message, frozen=True):
     resident: list[tuple[str, int]]  # DRAM tier: checkpoint, bytes
     bandwidth: dict[str, float]
     limits: dict[str, float] = {}  # link -> its cap in bytes per second
+    shared: list[tuple[int, int, int]] = []  # extents of devices: replica, number, bytes
 
 
 class Welcome(Message, frozen=True):
@@ -75,6 +76,8 @@ class Heartbeat(Message, frozen=True):
     digests: list[str] = []  # checkpoints whose digests are known
     verified: dict[str, int] = {}  # as in `check.Tally`
     own: dict[str, int] = {}  # checkpoint -> bytes that no other here has, as far as their tensors' digests are known
+    lent: dict[str, int] = {}  # checkpoint -> bytes that a load would not read now, since others here have them
+    away: dict[str, int] = {}  # checkpoint -> bytes that no disk here has, of those that loads read from servers
 
 
 class StartLoad(Message, frozen=True):
@@ -123,7 +126,7 @@ class LoadProgress(Message, frozen=True):
 
 
 class ReplicaReady(Message, frozen=True):
-    """Fields as in `domain.LoadPhases`."""
+    """Fields as in `domain.LoadPhases`; `shared`: as in `events.ReplicaReady`."""
 
     replica: int
     queue_s: float
@@ -133,6 +136,9 @@ class ReplicaReady(Message, frozen=True):
     disk_bytes: int
     cache_bytes: int
     dram_bytes: int
+    remote_s: float = 0.0
+    remote_bytes: int = 0
+    shared: list[tuple[int, int, int]] = []
 
 
 class LoadFailed(Message, frozen=True):
@@ -277,7 +283,7 @@ class Place(Message, frozen=True):
 
     `ring`: the pieces' slots are used again as soon as the worker has copied them, which it tells by `Copied`.
     `room`: an otherwise empty DRAM tier would hold all of them at once. `online`: somebody waits for it.
-    `verify`: `off`, `sample` or `full`, for what the worker copies; `turn`: of the sample, as in `digest.sampled`.
+    `verify`: `off`, `sample` or `full`, for what the worker copies; `sample`: which, as `start` of `digest.sampled`.
     """
 
     replica: int
@@ -291,10 +297,11 @@ class Place(Message, frozen=True):
     room: bool = True
     online: bool = True
     verify: str = "off"
-    turn: int = 0
+    sample: int = 0
     lenders: list[int] = []  # bytes of other checkpoints' files, numbered on from these, that have a part of it
     runs: list[tuple[int, int, int, int, int]] = []  # that part, as in `sharing.Run`
     total: int = 0  # bytes that land where there is such a part
+    twins: list[tuple[int, int, int, int]] = []  # replicas there with equal tensors, as of `sharing.twins`
 
 
 class Landed(Message, frozen=True):
@@ -339,11 +346,15 @@ class Compared(Message, frozen=True):
 
 
 class Placed(Message, frozen=True):
-    """Worker -> agent: the replica serves. `leased`: its tensors are views into the pool until it is dropped."""
+    """Worker -> agent: the replica serves. `leased`: its tensors are views into the pool until it is dropped.
+
+    `shared`: as in `ReplicaReady`.
+    """
 
     replica: int
     upload_s: float
     leased: bool
+    shared: list[tuple[int, int, int]] = []
 
 
 class Drop(Message, frozen=True):
@@ -445,6 +456,7 @@ class ModelInfo(Message, frozen=True):
     running: int
     min_replicas: int = 0
     verify: str = "off"
+    remote_bytes: int = 0  # of `bytes`, those that only a server has
 
 
 class Catalog(Message, frozen=True):

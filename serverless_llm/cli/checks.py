@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from serverless_llm.cli.client import read_head
+from serverless_llm.cli.client import orphans, read_head
 from serverless_llm.config import Config, count_gpus, parse_devices
 from serverless_llm.loader import hugefile, pool
 from serverless_llm.loader.headroom import available_memory
+from serverless_llm.node.state import is_model
 from serverless_llm.quantities import size
 
 OK, WARNING, FAILURE = "ok", "warn", "fail"
@@ -67,6 +68,9 @@ def state_directory(settings: Config) -> Finding:
     present = next(place for place in (folder, *folder.parents) if place.exists())
     if not os.access(present, os.W_OK | os.X_OK) or not present.is_dir():
         return Finding("state", FAILURE, f"{present} cannot be written: choose another --state-dir", str(folder))
+    if is_model(folder):
+        text = f"{folder} holds a model, not a server's state: choose another --state-dir"
+        return Finding("state", FAILURE, text, str(folder))
     if folder.exists() and folder.stat().st_mode & 0o077:
         return Finding("state", WARNING, f"{folder} is open to others, and holds keys: chmod 700 {folder}", str(folder))
     return Finding("state", OK, str(folder), str(folder))
@@ -86,6 +90,12 @@ def address(settings: Config) -> Finding:
             probe.bind(place)
     except OSError as error:
         return Finding("server", FAILURE, f"none runs, and none could listen on {where}: {error.strerror}; see --port")
+    if left := orphans(settings.state_dir):
+        pids = ", ".join(map(str, left))
+        why = (
+            f"none runs, but agents of a killed one hold their memory for up to {settings.orphan_grace:g} s: pid {pids}"
+        )
+        return Finding("server", WARNING, f"{why}; serve takes them over")
     return Finding("server", OK, f"none runs; {where} is free")
 
 

@@ -25,7 +25,9 @@ LOOK_SECONDS = 30.0  # for what the server has only to look up; one that is stop
 
 
 of_state_dir = click.option(
-    "--state-dir", type=click.Path(path_type=Path), help="Of the server to talk to, if it is not this user's own."
+    "--state-dir",
+    type=click.Path(path_type=Path, readable=False),  # `nobody` says more of one that is not
+    help="Of the server to talk to, if it is not this user's own.",
 )
 
 
@@ -111,9 +113,9 @@ class Server:
         headers = {"Content-Type": "application/json", "Connection": "close"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
+        content = None if body is None else _encoded(body)
         try:
             connection = kind(parts.hostname or "", parts.port, timeout=seconds)
-            content = None if body is None else json.dumps(body)
             connection.request(method, parts.path.rstrip("/") + path, content, headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
@@ -145,6 +147,20 @@ class Server:
         return f"no server answers at {self.url} ({error}){hint}"
 
 
+def _encoded(body: Any) -> bytes:
+    """As JSON. Bytes that the locale could not read, which Python keeps as halves of surrogates, are bytes again.
+
+    Raises:
+        click.UsageError: they are not UTF-8.
+    """
+    content = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"the prompt, name or path that was given is not UTF-8: {error.reason}") from None
+    return content
+
+
 def _event(event: dict[str, Any]) -> dict[str, Any]:
     if "error" in event:
         raise Refusal(0, event["error"]["message"], event["error"].get("code") or "")
@@ -157,12 +173,12 @@ def _refusal(status: int, text: bytes) -> Refusal:
         hint = f"; the command line takes it from {PREFIX}API_KEY" if status == 401 else ""
         return Refusal(status, error["message"] + hint, error.get("code") or "")
     except (ValueError, KeyError, TypeError):
-        return Refusal(status, f"HTTP {status}: {text[:200].decode(errors='replace')}")
+        return Refusal(status, f"HTTP {status} of something that is no serverless-llm server")
 
 
 def model_path(name: str) -> str:
     """The admin route of a model."""
-    return f"/admin/models/{urllib.parse.quote(name, safe='')}"
+    return f"/admin/models/{urllib.parse.quote(name, safe='', errors='surrogateescape')}"
 
 
 def find(given: Path | None = None) -> Server:
@@ -191,7 +207,20 @@ def _named(url: str, key: str | None) -> Server:
         valid = False
     if not valid:
         raise ConfigurationError(f"{PREFIX}URL: {url!r} is not of the form http://host:port")
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise ConfigurationError(f"{PREFIX}URL: {url!r} is what OpenAI clients take; here it ends before the /v1")
     return Server(url.rstrip("/"), key, parts.hostname in LOOPBACK)
+
+
+def demand_local(given: Path | None) -> None:
+    """
+    Raises:
+        click.UsageError: no state directory is given, and the environment names a server on another machine.
+        ConfigurationError: it names none.
+    """
+    url = os.environ.get(f"{PREFIX}URL")
+    if given is None and url and not _named(url, None).local:
+        raise click.UsageError(f"{PREFIX}URL names {url}; for a server of this machine give --state-dir")
 
 
 def local_state_dir(given: Path | None) -> Path:
@@ -200,22 +229,43 @@ def local_state_dir(given: Path | None) -> Path:
     Raises:
         click.UsageError: the environment names a server on another one.
         ConfigurationError: it names none.
+        Unreachable: this user may not read it.
     """
-    url = os.environ.get(f"{PREFIX}URL")
-    if given is None and url and not _named(url, None).local:
-        raise click.UsageError(f"{PREFIX}URL names {url}; for a server of this machine give --state-dir")
-    return given or state_dir(os.environ)
+    demand_local(given)
+    folder = given or state_dir(os.environ)
+    if _is_shut(folder):
+        raise nobody(folder)
+    return folder
 
 
 def nobody(folder: Path) -> Unreachable:
     """No head lives in this state directory; agents of a dead one may, for a while."""
+    if _is_shut(folder):
+        return Unreachable(
+            f"{folder} may not be read by this user, but by {_owner(folder)}: whether a server runs there is not "
+            f"known; {PREFIX}URL and {PREFIX}API_KEY reach one without it"
+        )
+    left = orphans(folder)
+    note = f", though {len(left)} agent(s) of a killed one still wait for a new one" if left else ""
+    return Unreachable(f"no server is running (looked in {folder}){note}; start one: serverless-llm serve")
+
+
+def _is_shut(folder: Path) -> bool:
+    return os.access(folder, os.F_OK) and not os.access(folder, os.R_OK | os.X_OK)
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return folder.owner()
+    except KeyError:  # nobody has a name for it
+        return f"user {folder.stat().st_uid}"
+
+
+def orphans(folder: Path) -> list[int]:
+    """The pids of the agents that live on a state directory."""
     from serverless_llm.node.state import holder
 
-    if os.access(folder, os.F_OK) and not os.access(folder, os.R_OK | os.X_OK):
-        return Unreachable(f"{folder} may not be read by this user: whether a server runs there is not known")
-    orphans = sum(holder(lock) is not None for lock in (folder / "agents").glob("*.lock"))
-    note = f", though {orphans} agent(s) of a killed one still wait for a new one" if orphans else ""
-    return Unreachable(f"no server is running (looked in {folder}){note}; start one: serverless-llm serve")
+    return [pid for lock in sorted((folder / "agents").glob("*.lock")) if (pid := holder(lock)) is not None]
 
 
 def read_head(folder: Path) -> dict[str, Any] | None:

@@ -21,22 +21,28 @@ UNKNOWN = 1 << 62  # bytes of a GPU whose memory is not known: nothing is said n
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes per second. `disk` by the number of the file system's device; `device` of the first GPU, if any."""
+    """Bytes per second. `disk` by the number of the file system's device; `device` of the first GPU, if any; `remote`
+    as a running server learned it."""
 
     disk: dict[int, float]
     memcpy: float
     device: float | None
+    remote: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A model's cold start without its prompt's own work, in seconds; `error`: why it cannot be served."""
+    """A model's cold start without its prompt's own work, in seconds; `error`: why it cannot be served.
+
+    `from_remote_s`: the next one, while its server has bytes that no disk here has; None where none are lacking.
+    """
 
     name: str
     source: str
     bytes: int = 0
     from_disk_s: float | None = None
     from_dram_s: float | None = None
+    from_remote_s: float | None = None
     error: str = ""
 
 
@@ -58,7 +64,12 @@ class Diagnosis:
             "ok": not self.problems,
             "problems": self.problems,
             "checks": [asdict(one) for one in self.findings],
-            "rates": {"disk": max(rates.disk.values(), default=None), "memcpy": rates.memcpy, "device": rates.device},
+            "rates": {
+                "remote": rates.remote,
+                "disk": max(rates.disk.values(), default=None),
+                "memcpy": rates.memcpy,
+                "device": rates.device,
+            },
             "models": [asdict(one) for one in self.forecasts],
         }
 
@@ -69,13 +80,15 @@ def diagnose(settings: Config) -> Diagnosis:
 
     status, problem = running(settings)
     failed: dict[str, Any] = {}
-    overhead_s = Policy().overhead_s
+    overhead_s, learned = Policy().overhead_s, None
     if status:
+        learned = max((node["bandwidth"].get("remote", 0.0) for node in status["nodes"]), default=0.0) or None
         overhead_s = min((node["overhead_s"] for node in status["nodes"]), default=overhead_s)  # as it learned it
         settings = as_it_runs(settings, status)
         failed = {row["name"]: row for row in status["models"] if row["state"] == "failed"}
     models = {name: directory_of(source) for name, source in deployed(settings).items()}
     measured, rates = measure(settings, list(models.values()))
+    rates = replace(rates, remote=learned)
     forecasts = [
         Forecast(name, str(path), failed[name]["bytes"], error=failed[name]["error"])
         if name in failed
@@ -252,10 +265,12 @@ def forecast(name: str, path: Path, settings: Config, rates: Rates, overhead_s: 
         return Forecast(name, str(path), needs.file_bytes, error=f"{why} with {size(settings.dram)} of DRAM")
     disk = min(rates.disk.get(path.stat().st_dev, policy.disk_bps), settings.limits.disk or math.inf)
     upload = min(rates.device or rates.memcpy, settings.limits.upload or math.inf)
-    links = estimate.Links(disk, upload, overhead_s)
-    moved = 0 if view else needs.weight_bytes
+    remote = min(rates.remote or policy.remote_bps, settings.limits.remote or math.inf)
+    links = estimate.Links(remote, disk, upload, overhead_s)
+    moved, away = 0 if view else needs.weight_bytes, needs.remote_bytes
     cold, warm = (estimate.startup_s(estimate.Start(0, missing, moved), links) for missing in (needs.file_bytes, 0))
-    return Forecast(name, str(path), needs.file_bytes, cold, warm)
+    first = estimate.startup_s(estimate.Start(0, needs.file_bytes - away, moved, 0, away), links) if away else None
+    return Forecast(name, str(path), needs.file_bytes, cold, warm, first)
 
 
 def directory_of(source: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,15 +28,18 @@ def doctor(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     Takes some seconds; writes at most one file of 256 MiB, in the state directory, and removes it. Ends with 1 and the
     reasons where something would not work, with 78 where the configuration is bad.
     """
+    from serverless_llm.cli.client import demand_local, local_state_dir
     from serverless_llm.cli.diagnosis import diagnose
     from serverless_llm.config import load
 
-    diagnosis = diagnose(load({"state_dir": state_dir}, os.environ, config))
+    demand_local(state_dir)
+    settings = load({"state_dir": state_dir}, os.environ, config)
+    local_state_dir(settings.state_dir)
+    diagnosis = diagnose(settings)
     say(diagnosis.as_json(), text_of(diagnosis), as_json)
     if diagnosis.forecasts and not as_json:
         click.echo()
-        rows = [(one.name, size(one.bytes), *_times(one)) for one in diagnosis.forecasts]
-        show(("MODEL", "SIZE", "FROM DISK", "FROM DRAM"), rows)
+        table(diagnosis.forecasts)
     if diagnosis.problems:
         raise click.ClickException("would not work: " + "; ".join(diagnosis.problems))
 
@@ -48,7 +52,15 @@ def text_of(diagnosis: Diagnosis) -> str:
     return "\n".join(f"{words[one.level]}  {one.name:{width}}  {one.text}" for one in diagnosis.findings)
 
 
-def _times(one: Forecast) -> tuple[str, str]:
+def table(forecasts: Sequence[Forecast]) -> None:
+    """A line for each model, with how long the next start takes from a network only where one has something of it."""
+    away = any(one.from_remote_s is not None for one in forecasts)
+    rows = [(one.name, size(one.bytes), *_times(one)[not away :]) for one in forecasts]
+    show(("MODEL", "SIZE", *["FROM NETWORK"] * away, "FROM DISK", "FROM DRAM"), rows)
+
+
+def _times(one: Forecast) -> tuple[str, str, str]:
     if one.from_disk_s is None or one.from_dram_s is None:
-        return "cannot be served", ""
-    return seconds(one.from_disk_s), seconds(one.from_dram_s)
+        return "", "cannot be served", ""
+    network = "-" if one.from_remote_s is None else seconds(one.from_remote_s)
+    return network, seconds(one.from_disk_s), seconds(one.from_dram_s)

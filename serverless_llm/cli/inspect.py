@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import click
 
 from serverless_llm.cli import completion
-from serverless_llm.cli.client import Refusal, Unreachable, find, model_path, of_state_dir
-from serverless_llm.cli.models import state, until
+from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir
+from serverless_llm.cli.models import deployed, state, until
 from serverless_llm.cli.output import as_json, printable, seconds
 from serverless_llm.cli.sources import is_source, resolve
 from serverless_llm.quantities import size
@@ -65,10 +65,12 @@ class Deployed(NamedTuple):
 def _deployed(model: str, state_dir: Path | None) -> Deployed:
     try:
         server = find(state_dir)
-        row: dict[str, Any] = server.call("GET", model_path(model))
-    except (Unreachable, Refusal) as error:
-        if not is_source(model) or (isinstance(error, Refusal) and error.status != 404):
+        row = _row(server, model)
+    except Unreachable:
+        if not is_source(model):
             raise
+        row = None
+    if row is None:
         return Deployed(None, None, [], {}, True)
     nodes = server.call("GET", "/admin/status")["nodes"]
     start = None if row["state"] == "failed" else _estimate(nodes, row)
@@ -76,6 +78,18 @@ def _deployed(model: str, state_dir: Path | None) -> Deployed:
     known = [one["node"] for one in nodes if checkpoint in one["digests"]]
     own = {one["node"]: one["own_bytes"][checkpoint] for one in nodes if checkpoint in one["own_bytes"]}
     return Deployed(row, start, known, own, server.local)
+
+
+def _row(server: Server, model: str) -> dict[str, Any] | None:
+    """The model as the server shows it, by its name or its source; None of a source that is not deployed."""
+    try:
+        row: dict[str, Any] = server.call("GET", model_path(model))
+    except Refusal as error:
+        if not is_source(model) or error.status != 404:
+            raise
+        source = resolve(model, served=True) if server.local else model
+        return next((row for row in deployed(server) if row["source"] == source), None)
+    return row
 
 
 def _estimate(nodes: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, float] | None:
@@ -86,12 +100,20 @@ def _estimate(nodes: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, flo
     policy, times = Policy(), []
     for node in nodes:
         held = {one["checkpoint"]: one["bytes"] for one in node["resident"]}
-        missing = max(0, row["bytes"] - held.get(row["checkpoint"], 0))
+        lent = node["lent_bytes"].get(row["checkpoint"], 0) if row["verify"] == "off" else 0
+        missing = max(0, row["bytes"] - held.get(row["checkpoint"], 0) - lent)
         known = node["bandwidth"]
-        links = Links(known.get("disk", policy.disk_bps), known.get("upload", policy.upload_bps), node["overhead_s"])
+        remote = min(missing, row["remote_bytes"])
+        links = Links(
+            known.get("remote", policy.remote_bps),
+            known.get("disk", policy.disk_bps),
+            known.get("upload", policy.upload_bps),
+            node["overhead_s"],
+        )
         for device in node["devices"]:
             upload = 0 if device["weights"] == "view" else row["bytes"]
-            times.append((startup_s(Start(0, missing, upload), links), startup_s(Start(0, 0, upload), links)))
+            start = Start(0, missing - remote, upload, 0, remote)
+            times.append((startup_s(start, links), startup_s(Start(0, 0, upload), links)))
     return {"start_s": min(times)[0], "from_dram_s": min(times)[1]} if times else None
 
 
@@ -142,7 +164,7 @@ def _print(value: dict[str, Any]) -> None:
 
 
 def _of_deployed(row: dict[str, Any], start: dict[str, float] | None, digests: list[str]) -> list[tuple[str, str]]:
-    rows = [("status", state(row)), ("tier", row["tier"]), ("dtype", row["dtype"])]
+    rows = [("name", row["name"]), ("status", state(row)), ("tier", row["tier"]), ("dtype", row["dtype"])]
     if row["devices"]:
         rows += [("device", ", ".join(row["devices"])), ("until", until(row))]
     if start:

@@ -129,4 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return CONFIGURATION if isinstance(error, ConfigurationError) else FAILURE
     except OSError as error:
         click.echo(f"Error: {error}", err=True)
+        _give_up_output()
         return FAILURE
+
+
+def _give_up_output() -> None:
+    """What standard output did not take is not tried again at exit, where Python would tell of it once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

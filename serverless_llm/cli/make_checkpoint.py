@@ -133,7 +133,10 @@ def make_checkpoint(
     if needed > free:
         raise CapacityError(f"{directory} needs {size(needed)}, {size(free)} are free there")
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from error
     try:
         _write_weights(partial, groups, dtype, RandomValues(seed, shape["initializer_range"], dtype))
         write_configs(partial, shape | {"torch_dtype": dtype})

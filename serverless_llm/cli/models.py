@@ -12,9 +12,9 @@ import click
 
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, find, model_path, of_state_dir
-from serverless_llm.cli.options import ANY_COUNT, COUNT, TIME
+from serverless_llm.cli.options import ANY_COUNT, COUNT, SOURCE, TIME
 from serverless_llm.cli.output import as_json, say, show
-from serverless_llm.cli.sources import check_name, name_of, resolve
+from serverless_llm.cli.sources import check_name, name_of, resolve, same
 from serverless_llm.quantities import size
 
 
@@ -36,7 +36,7 @@ def elsewhere(source: str) -> str:
 
 @click.command()
 @click.argument("name", shell_complete=completion.models_and_sources)
-@click.argument("source", required=False, shell_complete=completion.sources)
+@click.argument("source", type=SOURCE, required=False, shell_complete=completion.sources)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Served precision.")
 @click.option("--keep-alive", type=TIME, help="How long it stays on its device unused: 5m, 0, or -1 for ever.")
 @click.option("--min-replicas", type=ANY_COUNT, help="Replicas that stay loaded.")
@@ -60,13 +60,21 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     """
     if source is not None:
         check_name(name, "'NAME'")
+    if options["max_replicas"] is not None and (options["min_replicas"] or 0) > options["max_replicas"]:
+        raise click.UsageError("--min-replicas is more than --max-replicas")
     server = find(state_dir)
     spec = spec_of(source or name, server.local, **options)
-    name = name if source else name_of(name)
-    replaces = is_deployed(server, name)
+    given, name = source is not None, name if source else name_of(name)
+    former = source_of(server, name)
+    if former is not None and not given and not same(former, spec["source"]):
+        raise click.ClickException(
+            f"{name!r} is deployed from {former}: name what is to be replaced (serverless-llm deploy {name} SOURCE), "
+            "or give this one a name of its own"
+        )
     answer = server.call("PUT", model_path(name), spec)
-    if replaces:
-        click.echo(f"{name} was deployed already and is replaced; what was not given is at its default", err=True)
+    if former is not None:
+        was = "" if former == spec["source"] else f" from {former}"
+        click.echo(f"{name} was deployed already{was} and is replaced; what was not given is at its default", err=True)
     if not answer.get("chat", True):
         click.echo(f"{name} has no chat template: chats are refused; /v1/completions and run --raw work", err=True)
     if answer.get("error"):
@@ -74,14 +82,14 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     say(answer, f"{name}: {server.public or server.url}/models/{urllib.parse.quote(name)}/v1", as_json)
 
 
-def is_deployed(server: Server, name: str) -> bool:
+def source_of(server: Server, name: str) -> str | None:
+    """Where a model is deployed from; None of one that is not."""
     try:
-        server.call("GET", model_path(name))
+        return str(server.call("GET", model_path(name))["source"])
     except Refusal as refusal:
         if refusal.status != 404:
             raise
-        return False
-    return True
+        return None
 
 
 @click.command()

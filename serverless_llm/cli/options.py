@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -16,11 +16,11 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # click before 8.2 k
         self._parse = parse
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from serverless_llm.errors import ConfigurationError
+        from serverless_llm.errors import ServerlessLLMError
 
         try:
             self._parse(value)
-        except ConfigurationError as error:
+        except ServerlessLLMError as error:
             self.fail(str(error), param, ctx)
         return value
 
@@ -58,10 +58,33 @@ def _devices(value: str) -> None:
     parse_devices(value)
 
 
+def _source(value: str) -> None:
+    from serverless_llm.loader import remote
+
+    if remote.is_url(value):
+        remote.checked(value)
+
+
+def pairs(given: Iterable[str], hint: str) -> dict[str, str]:
+    """What a flag that may be given again and again says, as name -> text.
+
+    Raises:
+        click.BadParameter: a name is there twice; `hint` names the flag.
+    """
+    from serverless_llm.errors import ConfigurationError
+    from serverless_llm.quantities import parse_pairs
+
+    try:
+        return parse_pairs(given)
+    except ConfigurationError as error:
+        raise click.BadParameter(str(error), param_hint=hint) from None
+
+
 TIME = Quantity("time", _time)
 SHARE = Quantity("size", _share)
 SIZE = Quantity("size", _size)
 LIMIT = Quantity("link=rate", _limit)
 DEVICES = Quantity("kind:n", _devices)
+SOURCE = Quantity("source", _source)
 COUNT = click.IntRange(min=1)
 ANY_COUNT = click.IntRange(min=0)

@@ -11,7 +11,8 @@ import click
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 GAP = "  "
-LEAST_COLUMN = 3  # characters that are left of a column, however narrow the terminal
+LEAST_COLUMN = 12  # characters to which a column is cut before the last ones are left out; enough to tell names apart
+MOST_COLUMN = 60  # characters of a column that all rows have; what is longer moves the rest of its own row
 
 
 def say(value: dict[str, Any], text: str, as_json: bool) -> None:
@@ -24,21 +25,33 @@ def say(value: dict[str, Any], text: str, as_json: bool) -> None:
 
 def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table with aligned columns, whole in a pipe, no wider than the terminal on one."""
-    lines = [[printable(text) for text in line] for line in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    room = None
     if sys.stdout.isatty():
         import shutil
 
-        widths = fitted(widths, shutil.get_terminal_size().columns)
-    for line in lines:
-        cells = (shortened(text, width).ljust(width) for text, width in zip(line, widths, strict=True))
-        click.echo(GAP.join(cells).rstrip())
+        room = shutil.get_terminal_size().columns
+    for line in table(header, rows, room):
+        click.echo(line)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], room: int | None = None) -> list[str]:
+    """Its lines, of at most `room` characters; None: as many as they need."""
+    lines = [[printable(text) for text in line] for line in (header, *rows)]
+    lengths = [[len(line[column]) for line in lines] for column in range(len(header))]
+    if room is None:
+        widths = [max(length for length in column if length <= MOST_COLUMN) for column in lengths]
+        return [GAP.join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    widths = fitted([max(column) for column in lengths], room)
+    return [GAP.join(map(str.ljust, map(shortened, line, widths), widths)).rstrip() for line in lines]
 
 
 def fitted(widths: Sequence[int], room: int) -> list[int]:
-    """The widths, the widest made narrower until there is room for all."""
-    narrow, room = list(widths), room - len(GAP) * (len(widths) - 1)
-    while sum(narrow) > room and max(narrow) > LEAST_COLUMN:
+    """The widths of the first columns, the widest made narrower until there is room for them; of all, if it can be."""
+    kept = len(widths)
+    while kept > 1 and sum(min(width, LEAST_COLUMN) + len(GAP) for width in widths[:kept]) - len(GAP) > room:
+        kept -= 1
+    narrow, room = list(widths[:kept]), max(1, room - len(GAP) * (kept - 1))
+    while sum(narrow) > room:
         narrow[narrow.index(max(narrow))] -= 1
     return narrow
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from serverless_llm.cli.options import SOURCE
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.quantities import size
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", metavar="OWNER/NAME[@REVISION]|URL")
+@click.argument("source", type=SOURCE, metavar="OWNER/NAME[@REVISION]|URL")
 @as_json
 def pull(source: str, as_json: bool) -> None:
     """Bring a model of the Hugging Face hub, or of a URL, to this machine, and print its directory.

@@ -17,7 +17,7 @@ from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir, read_head
 from serverless_llm.cli.main import CONFIGURATION
 from serverless_llm.cli.models import deployed
-from serverless_llm.cli.options import COUNT
+from serverless_llm.cli.options import COUNT, SOURCE
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.progress import Waiting
 from serverless_llm.cli.sources import demos, is_source, name_of, resolve
@@ -32,6 +32,7 @@ STOP_SECONDS = 15.0
 POLL = 0.01
 PHASES = {
     "load_queue_ms": "queue",
+    "load_remote_ms": "network -> DRAM",
     "load_disk_ms": "disk -> DRAM",
     "load_upload_ms": "DRAM -> device",
     "prefill_ms": "prefill",
@@ -48,10 +49,10 @@ class Answer(NamedTuple):
 
 
 @click.command()
-@click.argument("model", shell_complete=completion.models_and_sources)
+@click.argument("model", type=SOURCE, shell_complete=completion.models_and_sources)
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=COUNT, help="Most tokens of the answer.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token every time.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 takes the likeliest token every time.")
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the model's chat template.")
 @click.option("--quiet", "-q", is_flag=True, help="No phases on standard error.")
@@ -72,7 +73,7 @@ def run(
     with _server(model, state_dir, quiet) as (server, name):
         body |= {"model": name, "stream": True, "stream_options": {"include_usage": True}}
         path = "/v1/completions" if raw else "/v1/chat/completions"
-        with Waiting(lambda: _standing(server, name), shown=sys.stderr.isatty() and not quiet) as waiting:
+        with Waiting(lambda: standing(server, name), shown=sys.stderr.isatty() and not quiet) as waiting:
             sink = sys.stdout if not as_json else io.StringIO()
             answer = _take(server.stream(path, body), began, sink, waiting.end)
     value = {"model": name, "text": answer.text, "first_token_s": answer.first}
@@ -229,11 +230,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _standing(server: Server, name: str) -> str:
+def standing(server: Server, name: str) -> str:
     """What the model does now."""
     row = server.call("GET", model_path(name))
-    loading = row["state"] == "loading"
-    return f"{name}: {row['state']}" + (f" {row['progress']:.0%}" if loading else ", no text yet")
+    if row["state"] == "loading":
+        return f"{name}: loading {row['progress']:.0%}"
+    problems = server.call("GET", "/admin/status")["problems"] if row["state"] == "unloaded" else ()
+    return f"{name}: {row['state']}, {problems[0] if problems else 'no text yet'}"
 
 
 def _take(
@@ -273,7 +276,9 @@ def phases(answer: Answer) -> str:
     cold = {name: value for name, value in metrics.items() if name.startswith("cold_start")}
     if cold.get("cold_start_ms"):
         inner = cold.get("cold_start_phases") or {}
-        shown = ", ".join(f"{word} {inner[name]:.1f} ms" for name, word in PHASES.items() if name in inner)
+        idle = "load_disk_ms" if inner.get("load_remote_ms") else "load_remote_ms"  # a start has one of them
+        known = {name: word for name, word in PHASES.items() if name in inner and name != idle}
+        shown = ", ".join(f"{word} {inner[name]:.1f} ms" for name, word in known.items())
         parts.append(f"cold start {cold['cold_start_ms']:.0f} ms" + (f": {shown}" if shown else ""))
     elif metrics:
         parts.append("warm")

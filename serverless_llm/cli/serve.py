@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
+import stat
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serverless_llm.cli import sources
-from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, SHARE, TIME
+from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, SHARE, TIME, pairs
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.surroundings import LOOPBACK
 
 if TYPE_CHECKING:
     from serverless_llm.config import Config
+
+
+OWN = re.compile(r"(agents|logs|lock|agent-token|api-key|head\.json|serve\.log|state\.db.*)(\.tmp)?$")
 
 
 @click.command()
@@ -35,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--device-memory", type=SHARE, help="Weights and KV of one device: 2GiB, 20%.")
 @click.option("--weights", type=click.Choice(["view", "copy"]), help="On CPU devices: views into DRAM, or an arena.")
 @click.option("--dram", type=SHARE, help="DRAM tier of one node: 8GiB, 50%.")
-@click.option("--limit", "limits", type=LIMIT, multiple=True, help="Rate cap: disk=20MB/s, upload=1GB/s.")
+@click.option("--limit", "limits", type=LIMIT, multiple=True, help="Rate cap: remote=50MB/s, disk=1GB/s, upload=5GB/s.")
 @click.option("--threads", type=COUNT, help="Compute threads of one CPU device.")
 @click.option("--keep-alive", type=TIME, help="How long an unused model stays on its device.  [default: 5m]")
 @click.option("--hold", type=TIME, help="How long an answer that does not stream waits for a start.")
@@ -66,18 +71,22 @@ def serve(
         click.echo(json.dumps(schema(), indent=2))
         return
     from serverless_llm.cli.log import logged
-    from serverless_llm.config import count_gpus, load
+    from serverless_llm.config import count_gpus, load, place
 
-    settings = sourced(load(settled(flags), os.environ, config))
+    given = settled(flags)
+    where = place("models", given, os.environ, config)
+    settings = sourced(load(given, os.environ, config), where)
     demand_gpus(settings, count_gpus(os.environ))
     with following(die_with, settings.state_dir), logged(made(settings.state_dir), verbose):
-        status = _run(settings, as_json)
+        status = _run(settings, where, as_json)
     click.get_current_context().exit(status)
 
 
 def settled(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, models with absolute sources."""
     given = {name: value for name, value in flags.items() if value not in (None, ())}
+    if "limits" in given:
+        given["limits"] = pairs(given["limits"], "'--limit'")
     if "models" in given:
         given["models"] = sources.named(given["models"])
         for name in given["models"]:
@@ -103,8 +112,12 @@ def following(parent: int | None, folder: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def sourced(settings: Config) -> Config:
-    """With a directory as the source of every model; what is meant as one is left to the server to judge."""
+def sourced(settings: Config, where: str = "models") -> Config:
+    """With a directory as the source of every model; what is meant as one is left to the server to judge.
+
+    Args:
+        where: the models were given, for messages.
+    """
     from msgspec.structs import replace
 
     from serverless_llm.loader.remote import is_url
@@ -112,8 +125,19 @@ def sourced(settings: Config) -> Config:
     models = {}
     for name, entry in settings.models.items():
         known = entry.source in sources.demos() or sources.HUB_ID.fullmatch(entry.source) or is_url(entry.source)
-        models[name] = replace(entry, source=sources.resolve(entry.source, served=True)) if known else entry
+        models[name] = replace(entry, source=_resolved(entry.source, f"{where}: {name}")) if known else entry
     return replace(settings, models=models)
+
+
+def _resolved(source: str, where: str) -> str:
+    from serverless_llm.errors import CheckpointError, ConfigurationError
+
+    try:
+        return sources.resolve(source, served=True)
+    except click.UsageError as error:
+        raise ConfigurationError(f"{where}: {error.message}") from error
+    except (CheckpointError, ConfigurationError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def demand_gpus(settings: Config, there: int) -> None:
@@ -130,20 +154,35 @@ def made(state_dir: Path) -> Path:
     """The folder of the logs, in a state directory that nobody else may read.
 
     Raises:
-        ConfigurationError: it cannot be made.
+        ConfigurationError: it cannot be made, takes no log, or is a model's.
     """
     from serverless_llm.errors import ConfigurationError
+    from serverless_llm.node.state import is_model
 
+    if is_model(state_dir):
+        raise ConfigurationError(f"state_dir: {state_dir} holds a model, not a server's state: choose another one")
     folder = state_dir / "logs"
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        shut(state_dir)
         folder.mkdir(exist_ok=True, mode=0o700)
+        (folder / "head.log").open("ab").close()
     except OSError as error:
         raise ConfigurationError(f"state_dir: {error.filename or state_dir}: {error.strerror}") from error
     return folder
 
 
-def _run(settings: Config, as_json: bool) -> int:
+def shut(state_dir: Path) -> None:
+    """Closes to others what may have been made open to them: a directory of this user's, for a server's state alone."""
+    found = state_dir.stat()
+    shared = found.st_mode & stat.S_ISVTX or found.st_uid != os.geteuid()
+    if shared or not found.st_mode & 0o077:
+        return
+    if all(OWN.match(path.name) for path in state_dir.iterdir()):
+        state_dir.chmod(0o700)
+
+
+def _run(settings: Config, where: str, as_json: bool) -> int:
     """Serves until a signal; the exit status."""
     import uvloop
 
@@ -153,7 +192,7 @@ def _run(settings: Config, as_json: bool) -> int:
     key = settings.state_dir / "api-key" if made_key else None
 
     async def main() -> int:
-        return await Server(settings).run(partial(announce, host=settings.host, key=key, as_json=as_json))
+        return await Server(settings, where).run(partial(announce, host=settings.host, key=key, as_json=as_json))
 
     return uvloop.run(main())
 
@@ -162,4 +201,8 @@ def announce(url: str, host: str, key: Path | None, as_json: bool) -> None:
     """`host`: what was asked for; `key`: the file of the key that was made because none was given."""
     everywhere = f"\nit listens on every address of this machine ({host})" if host in {"0.0.0.0", "::"} else ""
     hint = f"\nclients need the key in {key}" if key else ""
-    say({"url": url, "pid": os.getpid()}, f"serverless-llm serves on {url}{hint}{everywhere}", as_json)
+    say(
+        {"url": url, "pid": os.getpid()},
+        f"serverless-llm serves on {url}{hint}{everywhere}\ndashboard: {url}/",
+        as_json,
+    )

@@ -53,12 +53,16 @@ SAMPLE_SECONDS = 1.0  # between two looks at what agents reported
 class Server:
     """One server on one state directory.
 
+    Args:
+        models: where the models of the configuration were given, for messages.
+
     Raises:
         ConfigurationError: the state directory is in use or newer, the address is taken, a model is refused.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, models: str = "models") -> None:
         self._config = config
+        self._models = models
         self._tls = tls_context(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
         self._state = state.State(config.state_dir)
         self._text = TextPool()
@@ -142,7 +146,7 @@ class Server:
         try:
             await self._head.restore(wanted)
         except RequestError as error:
-            raise ConfigurationError(f"models: {error.message}") from error
+            raise ConfigurationError(f"{self._models}: {error.message}") from error
 
     async def _sample(self) -> None:
         """Metrics that agents and workers report and no event carries."""
@@ -178,9 +182,10 @@ class Server:
         """Reads keys and certificate anew; what cannot be read leaves the old ones in force."""
         config = self._config
         try:
-            self._gateway.set_keys(read_keys(config))
+            found = read_keys(config)
             if self._tls and config.tls_cert and config.tls_key:
                 load_certificate(self._tls, config.tls_cert, config.tls_key)
+            self._gateway.set_keys(found)
         except ConfigurationError as error:
             log.error("not read anew: %s", error)  # noqa: TRY400 - a message for the operator, not a trace
         else:
@@ -248,13 +253,15 @@ def read_keys(config: Config) -> tuple[Key, ...]:
     """The keys of the file and of the configuration; off loopback one is made where there is none.
 
     Raises:
-        ConfigurationError: the file of keys is unusable.
+        ConfigurationError: the file of keys, or that of the key that was made, is unusable.
     """
     listed = keys.read(config.keys_file, os.environ) if config.keys_file else ()
     single = (config.api_key or "").strip()  # no client can send white space around it
     if not single and not listed and config.host not in LOOPBACK:
         single = state.secret(config.state_dir / "api-key")
-    return (*listed, keys.full(single)) if single else listed
+    found = (*listed, keys.full(single)) if single else listed
+    assert found or config.host in LOOPBACK  # without one, whoever sends a local Host may do all
+    return found
 
 
 def deploy_body(entry: ModelEntry) -> bytes:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import click
+
+from serverless_llm.cli.options import pairs
 
 _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 HUB_ID = re.compile(rf"(?![^@]*(?:--|\.git(?:@|$)))(?!.*\.\.){_PART}/{_PART}(?:@\w[\w./-]*)?")  # what hubs can name
@@ -108,6 +111,16 @@ def name_of(source: str) -> str:
     return name
 
 
+def same(one: str, other: str) -> bool:
+    """Whether two directories are one, or versions of what one hub's id or one URL names."""
+    from serverless_llm.loader.download import CHECKPOINT
+
+    first, second = (Path(os.path.realpath(path)) for path in (one, other))
+    if first.name == second.name == CHECKPOINT:
+        return first.parents[1] == second.parents[1]
+    return first == second or (first.parent == second.parent and first.parent.name == "snapshots")
+
+
 def check_name(name: str, hint: str) -> None:
     """
     Raises:
@@ -121,7 +134,5 @@ def check_name(name: str, hint: str) -> None:
 
 def named(given: tuple[str, ...]) -> dict[str, str]:
     """Models of `NAME=SOURCE` or bare sources, as name -> absolute directory."""
-    from serverless_llm.quantities import parse_pairs
-
-    pairs = [text if "=" in text else f"{name_of(text)}={text}" for text in given]
-    return {name: resolve(source, served=True) for name, source in parse_pairs(pairs).items()}
+    texts = [text if "=" in text else f"{name_of(text)}={text}" for text in given]
+    return {name: resolve(source, served=True) for name, source in pairs(texts, "'--model'").items()}

@@ -12,7 +12,7 @@ import click
 
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, of_state_dir
 from serverless_llm.cli.models import state, until
-from serverless_llm.cli.output import as_json, printable, show
+from serverless_llm.cli.output import as_json, printable, show, table
 from serverless_llm.quantities import size
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _watch(server: Server, interval: float) -> None:
     with Live(console=Console(), screen=True, auto_refresh=False) as live:
         while True:
             try:
-                live.update(_screen(look(server)), refresh=True)
+                live.update(_screen(look(server), live.console.width), refresh=True)
             except (Unreachable, Refusal) as error:
                 if isinstance(error, Refusal) and error.status < 500:
                     raise
@@ -107,15 +107,12 @@ def _watch(server: Server, interval: float) -> None:
             time.sleep(interval)
 
 
-def _screen(seen: dict[str, Any]) -> RenderableType:
+def _screen(seen: dict[str, Any], width: int) -> RenderableType:
     from rich.console import Group
-    from rich.table import Table as Grid
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(headline(seen), style="bold"), *map(Text, map(printable, seen["problems"]))]
+    parts = [Text(headline(seen), style="bold"), *map(Text, map(printable, seen["problems"]))]
     for header, rows in tables(seen):
-        grid = Grid(*header, box=None, header_style="dim", pad_edge=False)
-        for row in rows:
-            grid.add_row(*map(Text, map(printable, row)))
-        parts += [Text(), grid]
+        names, *lines = table(header, rows, width)
+        parts += [Text(), Text(names, style="dim", no_wrap=True), *(Text(line, no_wrap=True) for line in lines)]
     return Group(*parts)

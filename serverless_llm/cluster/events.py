@@ -166,8 +166,11 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady:
+    """It serves. `shared`: extents of its device that another replica brought: number, bytes, which replica."""
+
     replica: ReplicaId
     phases: LoadPhases
+    shared: tuple[tuple[int, int, ReplicaId], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +192,17 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class HeldReplica:
-    """A replica that an agent already holds when it joins (after a head's restart) or reports."""
+    """A replica that an agent already holds when it joins (after a head's restart) or reports.
+
+    `shared`: extents of its device that others may refer to, too: number, bytes.
+    """
 
     replica: ReplicaId
     device: DeviceId
     model: ModelName
     checkpoint: CheckpointId
     dtype: str
+    shared: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +220,20 @@ class NodeLost:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Every second: what the node holds. `replicas`: of each worker that is up, its incarnation and replicas."""
+    """Every second: what the node holds.
+
+    Attributes:
+        workers: of each that is up, its incarnation and replicas.
+        lent: of checkpoints, what a load would not read, since others that are resident have it, too.
+        away: of checkpoints that loads here read from servers, bytes that no disk has yet.
+    """
 
     node: NodeId
     workers: tuple[tuple[DeviceId, int, tuple[ReplicaId, ...]], ...]
     resident: tuple[tuple[CheckpointId, int], ...]
     bandwidth: tuple[tuple[str, float], ...]
+    lent: tuple[tuple[CheckpointId, int], ...] = ()
+    away: tuple[tuple[CheckpointId, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from serverless_llm.cluster.ledger import Ledger
@@ -66,7 +67,8 @@ def _ledgers_equal_residencies(state: State) -> Iterator[object]:
             for device in node.devices.values():
                 held = [replica for replica in device.replicas.values() if replica.state in states]
                 ledger = device.planned if states is PLANNED else device.actual
-                if ledger.held != {replica.id: (1, replica.grant) for replica in held}:
+                charges = Counter(charge for replica in held for charge in replica.charges)
+                if ledger.held != {key: (count, size) for (key, size), count in charges.items()}:
                     yield device, ledger
                 for replica in held if device.view else ():
                     pins[replica.checkpoint] = pins.get(replica.checkpoint, 0) + 1

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+
+Charge = tuple[Hashable, int]  # a key, and its bytes
+
+
+def extent(number: int, size: int) -> Charge:
+    """What of a device several replicas may refer to."""
+    return ("extent", number), size
 
 
 @dataclass(slots=True)
@@ -31,6 +39,11 @@ class Ledger:
         else:
             self.used -= held
 
-    def missing(self, key: Hashable, size: int) -> int:
-        """Bytes that must be freed before `key` can be added; 0 or less where there is room."""
-        return (0 if key in self.held else size) - self.free
+    def missing(self, *charges: Charge) -> int:
+        """Bytes that must be freed before these can be added; 0 or less where there is room."""
+        return sum(0 if key in self.held else size for key, size in charges) - self.free
+
+    def freed(self, charges: Iterable[Charge]) -> int:
+        """Bytes that are free when these holders, and no others, have let go."""
+        leaving = Counter(key for key, _ in charges)
+        return sum(self.held[key][1] for key, count in leaving.items() if self.held[key][0] == count)

@@ -28,12 +28,16 @@ def deploy(turn: Turn, event: Deploy) -> None:
             reject_outdated(turn, sequence)
         _retire(turn, model, "rollover")
         model.revision = _revision(turn)
+    if model.spec.keep_alive != event.spec.keep_alive:  # else what the last request wished stays
+        for replica in model.present():
+            replica.keep_alive = event.spec.keep_alive
     model.spec, model.footprint = event.spec, event.footprint
     forgive(turn, model)
     model.error = impossible(turn, model)
     for replica in model.present()[event.spec.max_replicas :]:
         send_off(turn, replica, "unload")
     turn.touch(name)
+    turn.room = True
 
 
 def delete(turn: Turn, event: Delete) -> None:

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from serverless_llm.cluster.commands import Cancel, DropNode, Forget, Unload
-from serverless_llm.cluster.events import Drain, Heartbeat, NodeJoined, NodeLost, Progress, WorkerLost, WorkerUp
-from serverless_llm.cluster.ledger import Ledger
+from serverless_llm.cluster.events import (
+    Drain,
+    Heartbeat,
+    HeldReplica,
+    NodeJoined,
+    NodeLost,
+    Progress,
+    WorkerLost,
+    WorkerUp,
+)
+from serverless_llm.cluster.ledger import Ledger, extent
 from serverless_llm.cluster.poison import charge
 from serverless_llm.cluster.replicas import enter, leave, send_off, vanish
 from serverless_llm.cluster.sequences import mentioned, recall
@@ -42,7 +51,7 @@ def joined(turn: Turn, event: NodeJoined) -> None:
         turn.device(device_id).incarnation = incarnation
     turn.state.next_replica = max([turn.state.next_replica, *(held.replica + 1 for held in event.held)])
     for held in event.held:
-        _adopt(turn, held.replica, held.device, turn.state.models.get(held.model), (held.checkpoint, held.dtype))
+        _adopt(turn, held, turn.state.models.get(held.model))
     turn.arm("silent", node.spec.node, turn.policy.silent_after)
     for name in turn.state.models:
         turn.touch(name)
@@ -90,7 +99,7 @@ def heartbeat(turn: Turn, event: Heartbeat) -> None:
     if node is None or node.state is not NodeState.UP:
         return
     node.heard = turn.now
-    node.resident = dict(event.resident)
+    node.resident, node.lent, node.away = dict(event.resident), dict(event.lent), dict(event.away)
     node.bandwidth.update(event.bandwidth)
     reported = {device: (incarnation, replicas) for device, incarnation, replicas in event.workers}
     for device in node.devices.values():
@@ -269,11 +278,10 @@ def _tidy(turn: Turn, node: Node) -> None:
             turn.emit(Forget(node.spec.node, checkpoint))
 
 
-def _adopt(
-    turn: Turn, replica_id: ReplicaId, device_id: DeviceId, model: Model | None, served: tuple[CheckpointId, str]
-) -> None:
+def _adopt(turn: Turn, held: HeldReplica, model: Model | None) -> None:
     """A replica that outlived its head serves on, if a model still wants just that and the ledgers have room."""
-    device = turn.device(device_id)
+    replica_id, device_id, device = held.replica, held.device, turn.device(held.device)
+    served = held.checkpoint, held.dtype
     wanted = model is not None and (model.footprint.checkpoint, model.spec.dtype) == served
     if model is None or not wanted or not device.open or replica_id in turn.state.replicas:
         turn.emit(Unload(replica_id, device_id))
@@ -295,12 +303,13 @@ def _adopt(
         model.spec.keep_alive,
         ready_at=turn.now,
         idle_since=turn.now,
+        shared=tuple(extent(*one) for one in held.shared),
     )
     node = turn.state.nodes[device_id.node]
-    no_dram = device.view and node.planned_dram.missing(replica.checkpoint, model.footprint.file_bytes) > 0
+    no_dram = device.view and node.planned_dram.missing((replica.checkpoint, model.footprint.file_bytes)) > 0
     present = model.present()
     unwanted = len(present) >= model.spec.max_replicas or any(other.device == device_id for other in present)
-    if unwanted or replica.grant > device.planned.free or no_dram:
+    if unwanted or device.planned.missing(*replica.charges) > 0 or no_dram:
         turn.emit(Unload(replica_id, device_id))
     else:
         enter(turn, replica)

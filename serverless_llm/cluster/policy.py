@@ -76,7 +76,9 @@ class Policy:
     # A replica is promised KV for one sequence of this length, of at most this share of the device.
     kv_floor_tokens: int = 2048
     kv_floor_share: float = 0.1
-    # Until a node has reported or finished a load: a modest NVMe drive, a modest PCIe link, a round trip and a mapping.
+    # Until a node has reported or finished a load: a gigabit of network, a modest NVMe drive, a modest PCIe link, a
+    # round trip and a mapping.
+    remote_bps: float = 1.25e8
     disk_bps: float = 1e9
     upload_bps: float = 5e9
     overhead_s: float = 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from serverless_llm.cluster.commands import (
     Decided,
     Evicted,
@@ -14,6 +16,7 @@ from serverless_llm.cluster.commands import (
 )
 from serverless_llm.cluster.events import LoadFailed, LoadProgress, Refused, ReplicaReady, Reserved, Unloaded
 from serverless_llm.cluster.failures import fail, forgive
+from serverless_llm.cluster.ledger import Charge, Ledger, extent
 from serverless_llm.cluster.sequences import end_trial, recall, requeue
 from serverless_llm.cluster.state import ACTUAL, PLANNED, STARTING, Device, Node, Replica
 from serverless_llm.cluster.transitions import REPLICA, ReplicaState, move
@@ -39,12 +42,12 @@ def shift(turn: Turn, replica: Replica, cause: str) -> None:
         (ACTUAL, device.actual, node.actual_dram),
     ):
         if before in states and replica.state not in states:
-            ledger.remove(replica.id)
+            _discharge(ledger, replica)
             if device.view:
                 dram.remove(replica.checkpoint)
             turn.room = True
         elif before not in states and replica.state in states:
-            ledger.add(replica.id, replica.grant)
+            _charge(ledger, replica)
             if device.view:
                 dram.add(replica.checkpoint, replica.footprint.file_bytes)
 
@@ -59,7 +62,7 @@ def enter(turn: Turn, replica: Replica) -> None:
     ledgers = [(device.planned, node.planned_dram)]
     ledgers += [(device.actual, node.actual_dram)] if replica.state in ACTUAL else []
     for ledger, dram in ledgers:
-        ledger.add(replica.id, replica.grant)
+        _charge(ledger, replica)
         if device.view:
             dram.add(replica.checkpoint, replica.footprint.file_bytes)
     turn.touch(replica.model)
@@ -183,6 +186,7 @@ def ready(turn: Turn, event: ReplicaReady) -> None:
     if replica.state is not ReplicaState.LOADING:
         return
     shift(turn, replica, "ready")
+    _share(turn.device(replica.device), replica, event.shared)
     turn.disarm("replica", replica.id)
     replica.ready_at = replica.idle_since = turn.now
     replica.phases = event.phases
@@ -207,6 +211,38 @@ def unloaded(turn: Turn, event: Unloaded) -> None:
     replica = turn.state.replicas.get(event.replica)
     if replica is not None and replica.state is ReplicaState.UNLOADING:
         leave(turn, replica, "unloaded")
+
+
+def _share(device: Device, replica: Replica, shared: tuple[tuple[int, int, ReplicaId], ...]) -> None:
+    """Extents that others brought are theirs and its own from now on: the ledgers count them once."""
+    extents: dict[ReplicaId, list[Charge]] = defaultdict(list)
+    for number, size, lender in shared:
+        for name in (lender, replica.id):
+            extents[name].append(extent(number, size))
+    for name, parts in extents.items():
+        if name in device.replicas:
+            _split(device, device.replicas[name], parts)
+
+
+def _split(device: Device, replica: Replica, extents: list[Charge]) -> None:
+    ledgers = [
+        ledger for states, ledger in ((PLANNED, device.planned), (ACTUAL, device.actual)) if replica.state in states
+    ]
+    for ledger in ledgers:
+        _discharge(ledger, replica)
+    replica.shared = tuple(dict.fromkeys([*replica.shared, *extents]))
+    for ledger in ledgers:
+        _charge(ledger, replica)
+
+
+def _charge(ledger: Ledger, replica: Replica) -> None:
+    for charge in replica.charges:
+        ledger.add(*charge)
+
+
+def _discharge(ledger: Ledger, replica: Replica) -> None:
+    for key, _ in replica.charges:
+        ledger.remove(key)
 
 
 # --- deadlines ---
@@ -297,7 +333,7 @@ def _load_overdue(turn: Turn, replica: Replica) -> None:
 
 
 def _has_room(device: Device, node: Node, replica: Replica) -> bool:
-    dram = device.view and node.actual_dram.missing(replica.checkpoint, replica.footprint.file_bytes) > 0
+    dram = device.view and node.actual_dram.missing((replica.checkpoint, replica.footprint.file_bytes)) > 0
     return replica.grant <= device.actual.free - device.shortfall and not dram
 
 

@@ -13,8 +13,10 @@ and, where k models wait for the same place, k times that: they get it in the or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from serverless_llm.cluster.failures import reject_waiters
 from serverless_llm.cluster.poison import isolate
@@ -109,13 +111,14 @@ def wanted(turn: Turn, model: Model) -> scale.Want:
     )
 
 
-def predicted_s(turn: Turn, footprint: Footprint, device: Device, online: bool) -> tuple[float, float]:
+def predicted_s(turn: Turn, model: Model, device: Device) -> tuple[float, float]:
     """Seconds that a start takes on `device`, and how many of them its bytes take."""
-    node = turn.state.nodes[device.id.node]
-    remaining = _remaining(node, footprint.checkpoint, online)
-    known = node.resident.get(footprint.checkpoint, 0)
-    missing = remaining.pop(footprint.checkpoint, max(0, footprint.file_bytes - known))
-    begin = Start(sum(remaining.values()), missing, 0 if device.view else footprint.weight_bytes)
+    node, footprint = turn.state.nodes[device.id.node], model.footprint
+    remaining = _remaining(node, footprint.checkpoint, model.demand > 0)
+    known = node.held(footprint.checkpoint, model.spec.verify)
+    own = remaining.pop(footprint.checkpoint, _missing(node, footprint, known))
+    disk, remote = (sum(column) for column in zip((0, 0), *remaining.values(), strict=True))
+    begin = Start(disk, own.disk, 0 if device.view else footprint.weight_bytes, remote, own.remote)
     links = _links(turn, node)
     total = startup_s(begin, links)
     return total, total - links.overhead_s
@@ -159,8 +162,7 @@ def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Op
         return (in_use or not replica.running) and _leaves_at(turn, claim, replica) <= turn.now
 
     short = footprint.weight_bytes + _floor(turn, claim.model, device) - device.planned.free + device.shortfall
-    residents = _residents(device) if short > 0 else []
-    chosen = evict.victims([_candidate(turn, (r,), r.grant) for r in residents if leaves(r)], short)
+    chosen = _device_victims(turn, device, leaves, short) if short > 0 else ()
     if chosen is None:
         return None
     if device.view:
@@ -171,8 +173,41 @@ def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Op
     cost = sum(c.bring_back_s * reuse(c.idle_s, turn.policy.reuse_half_s) for c in chosen)
     victims = tuple(replica for candidate in chosen for replica in candidate.replicas)
     crowd = sum(len(replica.running) for replica in device.replicas.values()), len(_residents(device))
-    start_s, _ = predicted_s(turn, footprint, device, claim.model.demand > 0)
+    start_s, _ = predicted_s(turn, claim.model, device)
     return choose.Option(device.id, start_s, cost, victims, crowd)
+
+
+def _device_victims(
+    turn: Turn, device: Device, leaves: Callable[[Replica], bool], short: int
+) -> tuple[evict.Candidate, ...] | None:
+    """Who must leave so that so many bytes are free. What replicas share is free when all of them have left."""
+    leaving = [replica for replica in _residents(device) if leaves(replica)]
+    alone = evict.victims(_candidates(turn, device, [(replica,) for replica in leaving]), short)
+    return alone or evict.victims(_candidates(turn, device, _sharers(leaving)), short)
+
+
+def _candidates(turn: Turn, device: Device, groups: list[tuple[Replica, ...]]) -> list[evict.Candidate]:
+    return [
+        _candidate(turn, group, device.planned.freed(charge for replica in group for charge in replica.charges))
+        for group in groups
+    ]
+
+
+def _sharers(replicas: list[Replica]) -> list[tuple[Replica, ...]]:
+    """Those that share extents, directly or through others, together."""
+    holders: dict[Hashable, list[Replica]] = defaultdict(list)
+    for replica in replicas:
+        for key, _ in replica.shared:
+            holders[key].append(replica)
+    left = {replica.id: replica for replica in replicas}
+    groups = []
+    while left:
+        group = [left.pop(next(iter(left)))]
+        for one in group:  # it grows meanwhile
+            for key, _ in one.shared:
+                group += [other for other in holders.pop(key, ()) if left.pop(other.id, None)]
+        groups.append(tuple(group))
+    return groups
 
 
 def _dram_victims(
@@ -183,7 +218,7 @@ def _dram_victims(
     chosen: tuple[evict.Candidate, ...],
 ) -> tuple[evict.Candidate, ...] | None:
     """Who must leave besides `chosen` so that DRAM holds the files: all pins of a checkpoint, or none."""
-    short = node.planned_dram.missing(footprint.checkpoint, footprint.file_bytes)
+    short = node.planned_dram.missing((footprint.checkpoint, footprint.file_bytes))
     if short <= 0:
         return ()
     gone = {replica for candidate in chosen for replica in candidate.replicas}
@@ -231,7 +266,7 @@ def _candidate(turn: Turn, replicas: tuple[Replica, ...], size: int) -> evict.Ca
 
 def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
     model, device = claim.model, turn.device(option.device)
-    seconds, transfer = predicted_s(turn, model.footprint, device, model.demand > 0)
+    seconds, transfer = predicted_s(turn, model, device)
     replica = Replica(
         turn.state.next_replica,
         model.spec.name,
@@ -334,19 +369,38 @@ def _residents(device: Device) -> list[Replica]:
 
 
 def _links(turn: Turn, node: Node) -> Links:
-    disk = node.bandwidth.get("disk", turn.policy.disk_bps)
-    return Links(disk, node.bandwidth.get("upload", turn.policy.upload_bps), node.overhead_s)
+    known, policy = node.bandwidth, turn.policy
+    return Links(
+        known.get("remote", policy.remote_bps),
+        known.get("disk", policy.disk_bps),
+        known.get("upload", policy.upload_bps),
+        node.overhead_s,
+    )
 
 
-def _remaining(node: Node, own: CheckpointId, online: bool) -> dict[CheckpointId, int]:
+class Missing(NamedTuple):
+    """Bytes that a load still reads, by the link that they cross."""
+
+    disk: int
+    remote: int
+
+
+def _missing(node: Node, footprint: Footprint, held: int) -> Missing:
+    """`held`: bytes that are not read; what came to DRAM was written to a disk, too, before what did not."""
+    left = max(0, footprint.file_bytes - held)
+    remote = min(left, node.remote(footprint))
+    return Missing(left - remote, remote)
+
+
+def _remaining(node: Node, own: CheckpointId, online: bool) -> dict[CheckpointId, Missing]:
     """Bytes that starts on this node still read, by checkpoint: replicas of one checkpoint share its reading. An
     `online` start, of `own`, waits for no others that are not."""
-    remaining: dict[CheckpointId, int] = {}
+    remaining: dict[CheckpointId, Missing] = {}
     residents = (replica for device in node.devices.values() for replica in device.replicas.values())
     for replica in residents:
         if replica.state in STARTING and (replica.online or not online or replica.checkpoint == own):
-            held = max(replica.progress_done, node.resident.get(replica.checkpoint, 0))
-            left = max(0, replica.footprint.file_bytes - held)
+            held = max(replica.progress_done, node.held(replica.checkpoint, replica.verify))
+            left = _missing(node, replica.footprint, held)
             remaining[replica.checkpoint] = min(left, remaining.get(replica.checkpoint, left))
     return remaining
 
@@ -355,6 +409,7 @@ def _bring_back_s(turn: Turn, replica: Replica) -> float:
     """Seconds to load it again where it is. Its bytes stay in DRAM when it leaves: view mode has them there."""
     device = turn.device(replica.device)
     node = turn.state.nodes[device.id.node]
-    held = replica.footprint.file_bytes if device.view else node.resident.get(replica.checkpoint, 0)
-    missing = max(0, replica.footprint.file_bytes - held)
-    return startup_s(Start(0, missing, 0 if device.view else replica.footprint.weight_bytes), _links(turn, node))
+    held = replica.footprint.file_bytes if device.view else node.held(replica.checkpoint, replica.verify)
+    missing = _missing(node, replica.footprint, held)
+    upload = 0 if device.view else replica.footprint.weight_bytes
+    return startup_s(Start(0, missing.disk, upload, 0, missing.remote), _links(turn, node))

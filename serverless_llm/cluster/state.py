@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from serverless_llm.cluster.ledger import Ledger
+from serverless_llm.cluster.ledger import Charge, Ledger
 from serverless_llm.cluster.timers import Timers
 from serverless_llm.cluster.transitions import NodeState, ReplicaState, SequenceState
 from serverless_llm.domain import (
@@ -79,7 +79,8 @@ class Replica:
     Attributes:
         revision: of the model that it serves.
         grant: bytes that it takes of the device: weights and KV floor.
-        keep_alive: seconds, as the last sequence wished.
+        shared: of these, extents that another replica there refers to as well, or did.
+        keep_alive: seconds, as the last sequence or, since then, a deploy wished.
         solicited: its load goes on though nobody waits (`min_replicas`, an operator).
         online: somebody waits, or waited, for its load: its bytes go before those of loads that nobody waits for.
         retiring: why it takes no new sequences, empty while it does.
@@ -117,11 +118,17 @@ class Replica:
     retiring: str = ""
     draining_for: ModelName = ""
     absent_since: float | None = None
+    shared: tuple[Charge, ...] = ()
     running: dict[SequenceId, Sequence] = field(default_factory=dict, repr=False)
 
     @property
     def grant(self) -> int:
         return self.footprint.weight_bytes + self.kv_floor
+
+    @property
+    def charges(self) -> list[Charge]:
+        """`grant`, as the ledgers of its device have it: each extent that may have other holders, and the rest."""
+        return [(self.id, self.grant - sum(size for _, size in self.shared)), *self.shared]
 
 
 @dataclass(slots=True, eq=False)
@@ -135,8 +142,8 @@ class Device:
         cause: why the last worker died.
         killing: its worker was told to die.
         drained: an operator wants it empty.
-        planned: grants of the replicas that have a claim, those that leave not counted.
-        actual: grants of the replicas that may hold memory now.
+        planned: grants of the replicas that have a claim, those that leave not counted; what they share counts once.
+        actual: grants of the replicas that may hold memory now, likewise.
         trial: the sequence or the load ("sequence" | "load", id) that has it for itself.
         isolated_at: when the latest trial began.
         court_at: when the next one may, while others want the device.
@@ -193,6 +200,9 @@ class Node:
     Attributes:
         heard: when its last heartbeat came.
         planned_dram, actual_dram: as of a device; each checkpoint that view mode pins counts once.
+        resident: bytes of checkpoints in DRAM.
+        lent: bytes that a load need not read beside those, since other checkpoints that are resident have them.
+        away: of checkpoints that loads here read from servers, bytes that no disk has yet.
         overhead_s: what a start here takes beside moving bytes, learned.
     """
 
@@ -205,7 +215,17 @@ class Node:
     overhead_s: float
     devices: dict[int, Device] = field(default_factory=dict, repr=False)
     resident: dict[CheckpointId, int] = field(default_factory=dict)
+    lent: dict[CheckpointId, int] = field(default_factory=dict)
+    away: dict[CheckpointId, int] = field(default_factory=dict)
     bandwidth: dict[str, float] = field(default_factory=dict)
+
+    def held(self, checkpoint: CheckpointId, verify: str) -> int:
+        """Bytes of a checkpoint that a load would find in DRAM. What is verified is read whole, whatever is lent."""
+        return self.resident.get(checkpoint, 0) + (self.lent.get(checkpoint, 0) if verify == "off" else 0)
+
+    def remote(self, footprint: Footprint) -> int:
+        """Bytes of a checkpoint that only a server has, as far as is known."""
+        return self.away.get(footprint.checkpoint, footprint.remote_bytes)
 
 
 @dataclass(slots=True, eq=False)

@@ -20,6 +20,7 @@ class ModelView:
     Attributes:
         state: `unloaded`, `loading`, `loaded` or `failed`.
         tier: the nearest that holds all of its bytes.
+        remote_bytes: those that only a server has, on the node that has the most.
         progress: of its load, 0 ... 1.
         until: when its replica's keep-alive ends; None while it is used, or without end.
         estimate_s: of a start on the best of the devices, for those who wait; inf where there is none, None where
@@ -28,6 +29,7 @@ class ModelView:
 
     state: str
     tier: Tier
+    remote_bytes: int
     progress: float
     error: str
     devices: tuple[DeviceId, ...]
@@ -41,9 +43,11 @@ def model(state: State, policy: Policy, one: Model, now: float) -> ModelView:
     present = one.present()
     ready = one.ready()
     starting = [replica for replica in present if replica.state in STARTING]
+    remote = min((node.remote(one.footprint) for node in state.nodes.values()), default=one.footprint.remote_bytes)
     return ModelView(
         "loaded" if ready else "loading" if starting else "failed" if one.error else "unloaded",
-        _tier(state, one, ready),
+        _tier(state, one, ready, remote),
+        remote,
         max((_progress(replica) for replica in present), default=0.0),
         one.error,
         tuple(sorted(replica.device for replica in present)),
@@ -54,12 +58,14 @@ def model(state: State, policy: Policy, one: Model, now: float) -> ModelView:
     )
 
 
-def _tier(state: State, one: Model, ready: list[Replica]) -> Tier:
+def _tier(state: State, one: Model, ready: list[Replica], remote: int) -> Tier:
     footprint = one.footprint
     held = (node.resident.get(footprint.checkpoint, 0) for node in state.nodes.values())
     if ready:
         return Tier.DEVICE
-    return Tier.DRAM if max(held, default=0) >= footprint.file_bytes else Tier.DISK
+    if max(held, default=0) >= footprint.file_bytes:
+        return Tier.DRAM
+    return Tier.REMOTE if remote else Tier.DISK
 
 
 def _progress(replica: Replica) -> float:
@@ -78,4 +84,4 @@ def _until(state: State, ready: list[Replica]) -> float | None:
 def _estimate_s(state: State, policy: Policy, one: Model, now: float) -> float:
     turn = Turn(state, policy, now)
     usable = (device for device in state.devices.values() if device.open)
-    return min((predicted_s(turn, one.footprint, device, True)[0] for device in usable), default=math.inf)
+    return min((predicted_s(turn, one, device)[0] for device in usable), default=math.inf)

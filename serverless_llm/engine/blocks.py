@@ -4,10 +4,15 @@ The device is one range of `budget` bytes. Slabs have one size, `slab_size(budge
 high end; a model whose block is larger than a slab takes runs of adjacent slabs. Each model carves its blocks from its
 own spans (a slab or a run). A floor is a number of bytes that others cannot take, not a place: a span goes back as soon
 as its last block is free, so an idle model holds nothing, and its floor is only kept from the others.
+
+Weights lie in numbered extents, one for each buffer. A replica may refer to extents of others that hold the same bytes;
+an extent's bytes are free when the last replica that refers to it is removed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from itertools import pairwise
 from math import gcd
 from typing import NamedTuple
@@ -91,7 +96,10 @@ class Memory:
         self.fresh: list[Range] = []
         self.vacated = False
         self._pools: dict[ReplicaId, _Pool] = {}
-        self._extents: dict[ReplicaId, list[Range]] = {}
+        self._extents: dict[int, Range] = {}
+        self._holders: Counter[int] = Counter()  # of each extent
+        self._referred: dict[ReplicaId, list[int]] = {}  # its extents
+        self._extents_made = 0
         self._pinned: dict[ReplicaId, int] = {}
         self._slabs: list[ReplicaId | None] = [None] * (budget // self.slab)
         self._open = set(range(len(self._slabs)))  # slabs that neither a span nor an extent touches
@@ -99,12 +107,20 @@ class Memory:
     # --- weights ---
 
     def place(
-        self, replica: ReplicaId, extents: list[int], pinned: int, floor: int, block: int, layer: int
+        self,
+        replica: ReplicaId,
+        extents: list[int],
+        pinned: int,
+        floor: int,
+        block: int,
+        layer: int,
+        shared: Collection[int] = (),
     ) -> list[int] | None:
         """Takes a replica in: where each extent begins, or None where it does not fit as things are.
 
-        `extents`: bytes of each buffer stored here; `pinned`: bytes of weights that lie elsewhere and only count;
-        `floor`: bytes of KV promised; `block` and `layer`: bytes of a KV block and of one layer in it.
+        `extents`: bytes of each buffer that it brings; `pinned`: bytes of weights that lie elsewhere and only count;
+        `floor`: bytes of KV promised; `block` and `layer`: bytes of a KV block and of one layer in it; `shared`: the
+        extents of others that it refers to, too.
         """
         if self.free_bytes < sum(aligned(size) for size in extents) + pinned + floor:
             return None
@@ -114,7 +130,11 @@ class Memory:
             if place is None:
                 return None
             placed.append(place)
-        self._extents[replica] = placed
+        made = range(self._extents_made, self._extents_made + len(placed))
+        self._extents_made = made.stop
+        self._extents.update(zip(made, placed, strict=True))
+        self._referred[replica] = [*made, *shared]
+        self._holders.update(self._referred[replica])
         self._pinned[replica] = pinned
         self._pools[replica] = _Pool(block, layer, floor, self.slab, self.budget)
         self._open -= {slab for slab in self._open if any(self._place(slab, 1).overlaps(other) for other in placed)}
@@ -125,11 +145,19 @@ class Memory:
         if self._pools[replica].spans:
             raise InvariantError(f"replica {replica} is removed while it holds {self._pools[replica].slabs} slabs")
         del self._pools[replica], self._pinned[replica]
-        self.vacated = bool(self._extents.pop(replica)) or self.vacated
+        for number in self._referred.pop(replica):
+            self._holders[number] -= 1
+            if not self._holders[number]:
+                del self._holders[number], self._extents[number]
+                self.vacated = True
         stored = self._stored()
         for slab, owner in enumerate(self._slabs):
             if owner is None and not any(self._place(slab, 1).overlaps(other) for other in stored):
                 self._open.add(slab)
+
+    def extents(self, replica: ReplicaId) -> list[int]:
+        """Its extents: those it brought, in their order, and those of others."""
+        return self._referred[replica]
 
     @property
     def free_bytes(self) -> int:
@@ -143,8 +171,7 @@ class Memory:
         return self.budget - self._weights() - sum(pool.floor for pool in self._pools.values())
 
     def _weights(self) -> int:
-        stored = sum(place.size for extents in self._extents.values() for place in extents)
-        return stored + sum(self._pinned.values())
+        return sum(place.size for place in self._extents.values()) + sum(self._pinned.values())
 
     def _gap(self, size: int, placed: list[Range]) -> Range | None:
         """The lowest free range of `size` bytes."""
@@ -157,7 +184,7 @@ class Memory:
         return Range(at, size) if at + size <= self.budget else None
 
     def _stored(self) -> list[Range]:
-        return [place for extents in self._extents.values() for place in extents]
+        return [*self._extents.values()]
 
     def _slab_places(self) -> list[Range]:
         return [span.place for pool in self._pools.values() for span in pool.spans]
@@ -254,6 +281,9 @@ class Memory:
 
     def check_invariants(self) -> None:
         """Raises InvariantError where two owners share bytes or a count is wrong."""
+        holders = Counter(number for held in self._referred.values() for number in held)
+        if holders != self._holders or holders.keys() != self._extents.keys():
+            raise InvariantError(f"{self._extents} are held by {self._referred}, counted {self._holders}")
         taken = sorted([*self._stored(), *self._slab_places()])
         for before, after in pairwise(taken):
             if before.overlaps(after):

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from threading import Thread
-from typing import NamedTuple
 
 import torch
 
@@ -18,6 +17,7 @@ from serverless_llm.domain import FinishReason, ReplicaId, Sampling, SequenceId
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.blocks import Memory
 from serverless_llm.engine.config import Entries, ForeignConfig, ModelConfig, aligned
+from serverless_llm.engine.extents import Extent, Placement, Twins, lent
 from serverless_llm.engine.layers import Tensors
 from serverless_llm.engine.layout import dests, layout, stored_buffers
 from serverless_llm.engine.model import DTYPES, Model
@@ -35,13 +35,6 @@ STEP_S = 0.2  # seconds a step of prefill should take at most, so that the token
 ROWS_LEAST, ROWS_MOST = 32, 512  # tokens of a step; 32 is what `kernels.linear` takes at once
 CUDA_ROWS = 2048
 FIRST_PACE = 5e10  # multiply-adds per second that a CPU is thought to do before the first step was timed
-
-
-class Placement(NamedTuple):
-    """A replica whose weights have their place. `offsets`: tensors in the arena; the others are views elsewhere."""
-
-    config: ModelConfig
-    offsets: dict[str, int]
 
 
 class Engine:
@@ -79,11 +72,16 @@ class Engine:
 
     # --- replicas ---
 
-    def place(self, replica: ReplicaId, model: ModelConfig, entries: Entries, kv_floor: int) -> list[Dest] | None:
+    def place(
+        self, replica: ReplicaId, model: ModelConfig, entries: Entries, kv_floor: int, twins: Twins | None = None
+    ) -> list[Dest] | None:
         """Makes room for a replica's weights and promises it `kv_floor` bytes of KV.
 
-        Returns where an uploader writes the tensors, or None: `activate` then wants the tensors themselves (view
-        mode, and whenever a stored dtype is not the served one, since `activate` converts).
+        A buffer all of whose tensors have `twins` that are one buffer of an active replica is not brought again: both
+        refer to it.
+
+        Returns where an uploader copies the tensors, or None: those of `targets` are written there then, and `activate`
+        wants all others (view mode, and whenever a stored dtype is not the served one).
 
         Raises:
             CheckpointError: the checkpoint is not what its config says.
@@ -95,42 +93,66 @@ class Engine:
         total = model.weight_bytes()
         stored = list(stored_buffers(model, entries, self._weights))
         shapes = model.tensors()
-        sizes = [aligned(model.buffer_bytes(buffer, shapes)) for buffer in stored]
-        places = self._find(replica, model, sizes, total - sum(sizes), kv_floor)
-        offsets = layout(model, stored, places)
-        self._placed[replica] = Placement(model, offsets)
+        sizes = {buffer.tensors: aligned(model.buffer_bytes(buffer, shapes)) for buffer in stored}
+        active = {other: self._placed[other] for other in self._models}
+        extents = lent(model.dtype, sizes, twins or {}, active)
+        own = {tensors: size for tensors, size in sizes.items() if tensors not in extents}
+        shared = [extent.number for extent in extents.values()]
+        pinned = total - sum(sizes.values())
+        places = self._find(replica, model, [*own.values()], pinned, kv_floor, shared)
+        for tensors, number, place in zip(own, self._memory.extents(replica), places, strict=False):
+            extents[tensors] = Extent(number, place, own[tensors])
+        offsets = layout(model, stored, [extents[tensors].offset for tensors in sizes])
+        bound = {
+            name: self._arena.tensor(offset, DTYPES[model.dtype], shapes[name]) for name, offset in offsets.items()
+        }
+        if self._weights == "copy":
+            wide = shapes.keys() - offsets.keys()
+            bound |= {name: torch.empty(shapes[name], dtype=torch.float32, device=self.device) for name in wide}
+        placed = self._placed[replica] = Placement(model, bound, extents)
         whole = len(offsets) == len(shapes)
         if whole and not any(model.needs_conversion(name, entries) for name in shapes):
-            return dests(model, offsets)
+            return dests(model, {name: offsets[name] for name in placed.brought()})
         return None
 
-    def _find(self, replica: ReplicaId, model: ModelConfig, sizes: list[int], pinned: int, floor: int) -> list[int]:
+    def shared(self, replica: ReplicaId) -> list[tuple[int, int, ReplicaId]]:
+        """The extents that it did not bring, as (number, bytes, whose it was)."""
+        return self._placed[replica].shared()
+
+    def _find(
+        self, replica: ReplicaId, model: ModelConfig, sizes: list[int], pinned: int, floor: int, shared: list[int]
+    ) -> list[int]:
         needed = sum(sizes) + pinned + floor
         if needed > self._memory.free_above_floors:
             free = size(self._memory.free_above_floors)
             raise CapacityError(f"weights and KV need {size(needed)}, {free} are free")
         while True:
-            places = self._memory.place(replica, sizes, pinned, floor, model.kv_block_bytes, model.kv_layer_bytes)
+            block, layer = model.kv_block_bytes, model.kv_layer_bytes
+            places = self._memory.place(replica, sizes, pinned, floor, block, layer, shared)
             if places is not None:
                 return places
             # Enough bytes in all: KV above the floors gives way, then any KV that lies where a buffer must.
             if not (self._scheduler.preempt_youngest() or self._scheduler.preempt_youngest(floors=False)):
                 raise CapacityError(f"weights of {size(sum(sizes))} find no gap between those of other models")
 
-    def activate(self, replica: ReplicaId, tensors: Mapping[str, torch.Tensor] | None = None) -> bool:
-        """The replica serves from now on. True: it refers to `tensors` until `drop` (they are views of the pool)."""
-        config, offsets = self._placed[replica]
-        dtype, shapes = DTYPES[config.dtype], config.tensors()
-        bound = {name: self._arena.tensor(offset, dtype, shapes[name]) for name, offset in offsets.items()}
-        given = tensors or {}
-        for name, target in bound.items() if tensors else ():
-            target.copy_(given[name])
-        others = {name: given[name] for name in shapes if name not in bound}
-        if self._weights == "copy":
-            others = {name: tensor.to(self.device, copy=True) for name, tensor in others.items()}
-        self._models[replica] = self._bind(config, bound | others)
-        self._pace[replica] = sum(tensor.numel() for tensor in (bound | others).values()) / FIRST_PACE
-        return bool(others) and self._weights == "view"
+    def targets(self, replica: ReplicaId) -> dict[str, torch.Tensor]:
+        """Where tensors are to be written before `activate`, contiguous and in the served dtype; empty ones, and
+        those that another replica has there, aside.
+        """
+        return {name: tensor for name, tensor in self._placed[replica].brought().items() if tensor.numel()}
+
+    def held(self, replica: ReplicaId) -> dict[str, torch.Tensor]:
+        """Its tensors on the device, whoever brought them."""
+        return self._placed[replica].tensors
+
+    def activate(self, replica: ReplicaId, views: Mapping[str, torch.Tensor] | None = None) -> bool:
+        """The replica serves from now on. True: it refers to `views` until `drop`, for what has no target."""
+        config, bound, _ = self._placed[replica]
+        others = {name: (views or {})[name] for name in config.tensors() if name not in bound}
+        tensors = bound | others
+        self._models[replica] = self._bind(config, tensors)
+        self._pace[replica] = sum(tensor.numel() for tensor in tensors.values()) / FIRST_PACE
+        return bool(others)
 
     def _bind(self, config: ModelConfig, tensors: Tensors) -> AnyModel:
         if isinstance(config, ForeignConfig):

@@ -9,8 +9,6 @@ short texts could not show is looked at beforehand: that nothing but attention c
 another, that the position of a token says all of its place, which keys a mask hides over the whole context, and what
 else attention is given.
 
-Weights are views: those that transformers packs into one tensor already lie so, see `config.ForeignConfig`.
-
 Shape letters as in `engine.model`. In deterministic mode linear layers run on tiles, as native ones do; other products
 that a module may hold, such as those of packed experts, are torch's own, so that the promise is that of its layers.
 """
@@ -18,29 +16,21 @@ that a module may hold, such as those of packed experts, are torch's own, so tha
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
 from collections.abc import Callable
-from collections.abc import Sequence as Several
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
-from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.pytorch_utils import Conv1D
 
 from serverless_llm.domain import BLOCK_TOKENS, Sampling
-from serverless_llm.engine.architectures import foreign
-from serverless_llm.engine.architectures.reader import Reader
 from serverless_llm.engine.arena import Arena
 from serverless_llm.engine.blocks import SLAB_STEP
 from serverless_llm.engine.config import ForeignConfig
+from serverless_llm.engine.foreign_module import bound, tile
 from serverless_llm.engine.kv_groups import View
 from serverless_llm.engine.layers import Tensors
 from serverless_llm.engine.model import DTYPES, StepInput
@@ -49,16 +39,13 @@ from serverless_llm.engine.scheduler import Chunk
 from serverless_llm.engine.sequence import Sequence
 from serverless_llm.errors import CheckpointError
 from serverless_llm.kernels.attention import Scores
-from serverless_llm.kernels.linear import padded, tiled_linear
 
 NAME = "serverless-llm"  # of our attention, to transformers
-os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # there is nothing to wait for, and `InPlace` sees this thread
 # Most that logits may differ from transformers' own, as a part of the greatest: an error of order is far over it, and
 # the rounding of the dtype, with a choice of experts that it turns over, far under.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 ALONE = {"float32": 1e-4, "bfloat16": 0.02}  # likewise, of a token after others, where each sees itself alone
 LONG, SHORT, CUT = 23, 9, 10  # tokens of the two texts that are compared, and where the first is cut in two steps
-COPIED = 64  # of so many bytes of weights transformers may copy one: what it wants in another dtype
 HEARD = {"dropout", "sliding_window", "position_ids", "use_cache"}  # by the mask, by the step, or in training only
 
 Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -191,12 +178,12 @@ class Foreign:
         self._pages = Pages()
         try:
             with warnings.catch_warnings(action="ignore"), torch.inference_mode():
-                self._module = _bound(config, tensors, self._device)
+                self._module = bound(config, tensors, self._device, NAME)
                 self._picks = "logits_to_keep" in inspect.signature(self._module.forward).parameters
                 for module in self._module.modules():
                     module.__dict__["pages"] = self._pages
                     if self.tiled:
-                        _tile(module)
+                        tile(module)
                 self._stand_alone()
                 self._stand_far()
                 self._learn()
@@ -316,96 +303,3 @@ def _cause(error: Exception) -> str:
     told = f"{type(error).__name__}: {error}"
     own = NAME in str(error) or Mask.__name__ in str(error)
     return f"its attention is not one that transformers lets others compute ({told})" if own else told
-
-
-def _tile(module: Any) -> None:
-    """Lets a linear layer run on tiles, where their rows are known not to depend on one another."""
-    if type(module) is torch.nn.Linear:
-        weight_t = module.weight.t()
-    elif type(module) is Conv1D:
-        weight_t = module.weight
-    else:
-        return
-    if weight_t.shape[0] % 4 == 0:
-        module.forward = partial(_on_tiles, weight_t, module.bias)
-
-
-def _on_tiles(weight_t: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    missing = padded(len(rows)) - len(rows)
-    whole = torch.cat((rows, rows.new_zeros(missing, rows.shape[1]))) if missing else rows
-    return tiled_linear(whole.contiguous(), weight_t, bias)[: len(rows)].view(*x.shape[:-1], -1)
-
-
-class InPlace(TorchFunctionMode):
-    """Leaves weights where they are while transformers loads them; of neighbours that it joins it makes a view."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
-        if func is torch.Tensor.to and given.pop("device", None) and not given and len(args) == 1:
-            return args[0]
-        joined = join(*args, **given, new=func is torch.stack) if func in (torch.stack, torch.cat) else None
-        return func(*args, **given) if joined is None else joined
-
-
-def join(tensors: Several[torch.Tensor], dim: int = 0, *, new: bool) -> torch.Tensor | None:
-    """What `torch.cat`, with a `new` dimension `torch.stack`, makes of tensors, as a view; None where there is none."""
-    first = tensors[0]
-    shape, strides = [*map(int, first.shape)], list(first.stride())
-    steps = {after.storage_offset() - before.storage_offset() for before, after in pairwise(tensors)}
-    if len(steps) != 1 or any(_kind(tensor) != _kind(first) for tensor in tensors):
-        return None
-    step = int(steps.pop())
-    if new:
-        shape.insert(dim, len(tensors))
-        strides.insert(dim, step)
-    elif step == shape[dim] * strides[dim]:
-        shape[dim] *= len(tensors)
-    else:
-        return None
-    return first.as_strided(shape, strides) if step > 0 else None
-
-
-def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _bound(config: ForeignConfig, tensors: Tensors, device: torch.device) -> Any:
-    """The module of transformers whose parameters are `tensors` themselves."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    kind = config.values["model_type"]
-    # Which kernels run is for us to say, not for a checkpoint: such a key may name code to download.
-    values = {key: value for key, value in config.values.items() if not key.endswith("_implementation")}
-    settings = CONFIG_MAPPING[kind].from_dict(transformers.PreTrainedConfig._decode_special_floats(values))
-    foreign.check(Reader(settings.to_dict()))  # now with transformers' defaults
-    with InPlace():
-        module, told = getattr(transformers, config.architecture).from_pretrained(
-            None,
-            config=settings,
-            state_dict=dict(tensors),
-            dtype=DTYPES[config.dtype],
-            attn_implementation=NAME,
-            output_loading_info=True,
-        )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for name in sorted(map(str, told[what])):
-            raise CheckpointError(f"tensor {name} is one of the {what.replace('_', ' ')} of {config.architecture}")
-    _refuse_copies(config, module, tensors)
-    for module_buffers in module.modules():
-        for name, buffer in module_buffers.named_buffers(recurse=False):
-            module_buffers._buffers[name] = buffer.to(device)
-    return module.eval()
-
-
-def _refuse_copies(config: ForeignConfig, module: Any, tensors: Tensors) -> None:
-    ours = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
-    copied = {
-        name: parameter.nbytes
-        for name, parameter in module.named_parameters()
-        if parameter.untyped_storage().data_ptr() not in ours
-    }
-    if sum(copied.values()) * COPIED > sum(tensor.nbytes for tensor in tensors.values()):
-        raise CheckpointError(
-            f"{config.architecture}: transformers wants a copy of {next(iter(copied))}, which is not supported"
-        )

@@ -51,7 +51,7 @@ class Access:
         given = request.headers.get("Authorization", "")
         if not self._keys or (path == "/metrics" and self._options.open_metrics and not given):
             _check_local(request.headers, self._hosts)
-            if _scope(path) == "admin" and not is_local(f"//{request.headers['Host']}", ()):
+            if _scope(path) == "admin" and not _is_own(request.headers):
                 raise RequestError(403, "permission_denied", _KEYLESS)
             return None
         key = self._key(given)
@@ -86,6 +86,11 @@ def _check_local(headers: Mapping[str, str], allowed: tuple[str, ...]) -> None:
     embedded = headers.get("Sec-Fetch-Site") == "cross-site" and headers.get("Sec-Fetch-Mode") != "navigate"
     if origin is None and embedded:
         raise RequestError(403, "permission_denied", "a page of another site may not embed what is here")
+
+
+def _is_own(headers: Mapping[str, str]) -> bool:
+    """Whether host and page are this machine's; a page under a further name may be anybody's."""
+    return all(is_local(url, ()) for url in (f"//{headers['Host']}", headers.get("Origin", "//localhost")))
 
 
 def is_local(url: str, allowed: tuple[str, ...]) -> bool:

@@ -67,14 +67,14 @@ def _ms(seconds: float) -> float:
 def phases(choice: Choice) -> dict[str, float]:
     """Of a cold start, in milliseconds, as far as they are known.
 
-    Queue, disk, upload and prefill are together the time to the first token: who came late waited for the rest of
-    the load only, and all that was none of the others was waiting.
+    Queue, remote, disk, upload and prefill are together the time to the first token: who came late waited for the rest
+    of the load only, and all that was none of the others was waiting.
     """
     if not choice.cold:
         return {}
     left = _ms((choice.first or choice.attached) - choice.live.arrived - choice.prefill)
     shown = {name: round(value, 3) for name, value in choice.cold.items()}
-    for name in ("load_upload_ms", "load_disk_ms"):
+    for name in ("load_upload_ms", "load_disk_ms", "load_remote_ms"):
         shown[name] = min(shown[name], left)
         left = round(left - shown[name], 3)
     shown |= {"load_queue_ms": left}

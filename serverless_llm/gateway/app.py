@@ -32,8 +32,7 @@ from serverless_llm.gateway.text import TextPool
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 NAME = r"[A-Za-z0-9][\w.-]*(?:(?:/|%2[Ff])[\w.-]+)?"  # as config.NAME, in a path
-UNLOGGED = ("/health", "/ready", "/metrics")  # asked again and again, by machines
-POLLED = ("/admin/status",)  # by every open dashboard: its refusals are news, its answers are not
+POLLED = ("/health", "/ready", "/metrics", "/admin/status")  # by machines and dashboards: what they are refused is news
 CLIENT_GONE = 499  # no status of HTTP; nobody receives it, but logs tell of it, as nginx's do
 CALLER = web.RequestKey("caller", Key)
 _VALID_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -200,6 +199,7 @@ class Gateway:
             if self._draining:  # by now
                 raise RequestError(503, "overloaded", "the server is stopping", retry_after=5.0)
             parsed = openai.parse(body.decode(raw), chat)
+            del raw  # a stream lives for long
             if "name" in request.match_info:
                 self._named(request.match_info["name"])  # an endpoint that is not there, whatever the body names
             info = self._named(_model_name(request, parsed.model))
@@ -271,7 +271,7 @@ class Gateway:
 
 def _is_routine(path: str, status: int) -> bool:
     """Whether a request like this comes every few seconds and says nothing."""
-    return path in UNLOGGED or (path in POLLED and status == 200)
+    return (path in POLLED and status == 200) or (path, status) == ("/ready", 503)
 
 
 def _abort(request: web.Request) -> None:

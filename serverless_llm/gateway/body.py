@@ -20,12 +20,25 @@ async def read(request: web.Request, seconds: float) -> bytes:
     """
     try:
         async with asyncio.timeout(seconds):
-            return await request.read()
+            return await _whole(request)
     except TimeoutError:
         raise invalid(f"the body did not come within {seconds:g} s") from None
     except web.RequestPayloadError:
         request.content.feed_eof()  # or aiohttp would read what is left, and log what it meets
         raise invalid("the body is not encoded as its headers say") from None
+
+
+async def _whole(request: web.Request) -> bytes:
+    """As `request.read`, which would keep it for as long as the answer takes."""
+    request.content.set_read_chunk_size(request.client_max_size)
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := await request.content.readany():
+        size += len(chunk)
+        if size > request.client_max_size:
+            raise web.HTTPRequestEntityTooLarge(request.client_max_size)
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def decode(raw: bytes) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from array import array
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -81,7 +80,7 @@ class Completions:
             for place, call in enumerate(_calls(live)):
                 if not self._live.awaits(live):
                     return
-                prompt = await self._text.prompt(call)
+                prompt = await self._text.prompt(call, lambda: self._live.awaits(live))
                 for choice in live.choices[place * live.request.n :][: live.request.n]:
                     self._live.prompted(choice, prompt)
         except RequestError as error:
@@ -89,6 +88,8 @@ class Completions:
         except Exception:  # noqa: BLE001  the task's edge: the request must end
             _log.exception("%s: the prompt could not be made", live.request_id)
             live.fail(RequestError(500, "engine_error", "the prompt could not be made"))
+        finally:
+            live.request.forget()
 
     # --- not streaming ---
 
@@ -163,7 +164,6 @@ class Completions:
         assert choice.prompt is not None, "finished without a prompt"
         prompt, generated = len(choice.prompt.ids) // 4, len(choice.log)
         decode = choice.last - choice.first
-        series.prompt.inc(prompt)
         series.prompt_size.observe(prompt)
         series.generated_size.observe(generated)
         series.allowed_size.observe(choice.max_tokens)
@@ -179,11 +179,19 @@ class Completions:
 def _calls(live: LiveRequest) -> Iterator[Call]:
     """What the text processes are asked for, prompt by prompt."""
     info, request = live.info, live.request
-    call = Call(info.name, info.source, info.checkpoint, request.messages, variables=request.variables)
+    call = Call(
+        info.name,
+        info.source,
+        info.checkpoint,
+        request.messages,
+        variables=request.variables,
+        echo=request.echo,
+        context=info.context,
+    )
     if request.chat:
         yield call
     for prompt in request.prompts:
         if isinstance(prompt, str):
             yield msgspec.structs.replace(call, text=prompt)
         else:
-            yield msgspec.structs.replace(call, ids=array("i", prompt).tobytes())
+            yield msgspec.structs.replace(call, ids=prompt.tobytes())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
+
+import msgspec
 
 from serverless_llm.domain import FOREVER
 from serverless_llm.errors import ConfigurationError
@@ -12,13 +15,14 @@ from serverless_llm.gateway.failure import invalid
 from serverless_llm.quantities import LONGEST, parse_duration
 
 Check = Callable[[Any, str], Any]
-Prompt = str | tuple[int, ...]  # a text, or token ids
+Prompt: TypeAlias = "str | array[int]"  # a text, or token ids (int32); Python 3.11 has no `array[int]` at run time
 
 MAX_STOPS = 16  # arbitrary; the official API takes 4
 MAX_STOP = 1024  # characters of one stop string; bounds what a stream holds back
 MAX_PROMPT = 1 << 21  # token ids; over any context
 MAX_PROMPTS = 128  # of one request
 MAX_MESSAGES = 1 << 13  # of one conversation, and text parts of one of them; arbitrary
+MAX_PARTS = 1 << 16  # text parts of one conversation; arbitrary
 MAX_STOP_IDS = MAX_BIASES = 1024  # arbitrary; every frame that starts or moves the sequence carries them
 
 
@@ -77,10 +81,11 @@ NEUTRAL: dict[str, float] = {
 def stop_strings(value: Any, name: str) -> tuple[str, ...]:
     """One string or a list of them."""
     listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not all(isinstance(stop, str) and stop for stop in listed):
+    if not isinstance(listed, list):
         raise invalid(f"{name} must be a string or a list of strings, none of them empty", name)
-    if len(listed) > MAX_STOPS or any(len(stop) > MAX_STOP for stop in listed):
-        raise invalid(f"{name} takes at most {MAX_STOPS} strings of at most {MAX_STOP} characters", name)
+    for stop in _few(listed, MAX_STOPS, name):
+        if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP:
+            raise invalid(f"{name} must be strings of 1 to {MAX_STOP} characters", name)
     return tuple(listed)
 
 
@@ -153,29 +158,21 @@ def variables(value: Any, name: str) -> dict[str, Any]:
     for key in RESERVED:
         if key in value:
             raise invalid(f"{name}.{key} cannot be given", f"{name}.{key}")
-    if not _fits(value):
-        raise invalid(f"{name} holds an integer of more than 64 bits", name)
+    try:
+        msgspec.msgpack.encode(value)  # as it will go to a text process
+    except OverflowError:
+        raise invalid(f"{name} holds an integer of more than 64 bits", name) from None
+    except RecursionError:
+        raise invalid(f"{name} is nested too deeply", name) from None
     return value
 
 
-def _fits(value: Any) -> bool:
-    """Whether msgpack can carry all integers in `value`."""
-    open_values = [value]
-    while open_values:
-        one = open_values.pop()
-        if isinstance(one, dict | list):
-            open_values.extend(one.values() if isinstance(one, dict) else one)
-        elif isinstance(one, int) and not -(2**63) <= one < 2**64:
-            return False
-    return True
-
-
-def prompts(value: Any, name: str) -> tuple[Prompt, ...]:
+def prompts(value: Any, name: str) -> list[Prompt]:
     """A text, token ids, or a list of such."""
     listed = value if isinstance(value, list) and not _are_tokens(value, name) else [value]
     if not listed:
         raise invalid(f"{name} must not be empty", name)
-    return tuple(_prompt(one, name) for one in _few(listed, MAX_PROMPTS, name))
+    return [_prompt(one, name) for one in _few(listed, MAX_PROMPTS, name)]
 
 
 def _are_tokens(value: list[Any], name: str) -> bool:
@@ -187,7 +184,7 @@ def _prompt(value: Any, name: str) -> Prompt:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and _are_tokens(value, name):
-        return tuple(value)
+        return array("i", value)
     raise invalid(f"{name} must be a string, a list of token ids, or a list of such, none of them empty", name)
 
 
@@ -199,7 +196,15 @@ def messages(value: Any, name: str) -> list[dict[str, Any]]:
     """The conversation, as a template reads it: role, content, and the name where one is given."""
     if not isinstance(value, list) or not value:
         raise invalid(f"{name} must be a list with at least one message", name)
-    return [_message(entry, f"{name}[{index}]") for index, entry in enumerate(_few(value, MAX_MESSAGES, name))]
+    parts = sum(map(_parts, _few(value, MAX_MESSAGES, name)))
+    if parts > MAX_PARTS:
+        raise invalid(f"{name} have {parts} text parts, of at most {MAX_PARTS}", name)
+    return [_message(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+
+
+def _parts(message: Any) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    return len(content) if isinstance(content, list) else 0
 
 
 def _message(value: Any, name: str) -> dict[str, Any]:
@@ -223,13 +228,13 @@ def _content(value: Any, name: str) -> str | list[dict[str, str]]:
         return value
     if not isinstance(value, list):
         raise invalid(f"{name} must be a string or a list of text parts", name)
-    return [_part(part, f"{name}[{index}]") for index, part in enumerate(_few(value, MAX_MESSAGES, name))]
+    return [_part(part, name, index) for index, part in enumerate(_few(value, MAX_MESSAGES, name))]
 
 
-def _part(value: Any, name: str) -> dict[str, str]:
+def _part(value: Any, name: str, index: int) -> dict[str, str]:
     if not isinstance(value, dict) or value.get("type") != "text" or not isinstance(value.get("text"), str):
-        raise invalid(f'{name} must be {{"type": "text", "text": "..."}}', name)
+        raise invalid(f'{name}[{index}] must be {{"type": "text", "text": "..."}}', f"{name}[{index}]")
     for key, entry in value.items():
         if key not in ("type", "text") and entry is not None:
-            raise invalid(f"{name}.{key} is not supported", f"{name}.{key}")
+            raise invalid(f"{name}[{index}].{key} is not supported", f"{name}[{index}].{key}")
     return {"type": "text", "text": value["text"]}

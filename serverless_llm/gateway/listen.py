@@ -8,6 +8,7 @@ import resource
 import socket
 import ssl
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ BACKLOG = 1024  # connections that the kernel holds until they are accepted; a b
 PASSIVE = socket.AI_PASSIVE
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # as of ::1, which a name may have although IPv6 is off
 CLOSE_SECONDS = 1.0  # for handlers that still run when the server closes; streams had their time before
+HANDSHAKE_SECONDS = 10.0  # at most, for TLS to begin; a slow link takes a second or two
 RESERVED = 128  # descriptors for all else: agents, text processes, logs, the database
 
 
@@ -50,6 +52,18 @@ class _Full(asyncio.Protocol):
         writable.close()
 
 
+class _Accepted(asyncio.Protocol):
+    """A connection before its first request; over TLS, in its handshake. uvloop drops it where that fails."""
+
+    def __init__(self, door: _Door) -> None:
+        self._door = door
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        connection = self._door.connection(self)
+        transport.set_protocol(connection)
+        connection.connection_made(transport)
+
+
 class _Connection(web.RequestHandler):
     """As aiohttp's, but what is no HTTP gets the error body that everything gets, and no trace in the log."""
 
@@ -75,10 +89,37 @@ class _Door(web.Server):
         )
         self._most = most
 
+        self._accepted: weakref.WeakSet[_Accepted] = weakref.WeakSet()  # nobody is told that a handshake failed
+
     def __call__(self) -> Any:
-        if len(self._connections) >= self._most:
+        if len(self._connections) + len(self._accepted) >= self._most:
             return _Full()
+        accepted = _Accepted(self)
+        self._accepted.add(accepted)
+        return accepted
+
+    def connection(self, accepted: _Accepted) -> _Connection:
+        """Takes the place of what was accepted."""
+        self._accepted.discard(accepted)
         return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Site(web.SockSite):
+    """As aiohttp's, but a TLS handshake has `patience` seconds."""
+
+    def __init__(self, runner: web.AppRunner, sock: socket.socket, tls: ssl.SSLContext | None, patience: float) -> None:
+        super().__init__(runner, sock, ssl_context=tls, backlog=BACKLOG)
+        self._patience = patience
+
+    async def start(self) -> None:
+        await web.BaseSite.start(self)
+        self._server = await asyncio.get_running_loop().create_server(
+            cast(web.Server, self._runner.server),
+            sock=self._sock,
+            ssl=self._ssl_context,
+            backlog=self._backlog,
+            ssl_handshake_timeout=self._patience if self._ssl_context else None,
+        )
 
 
 class Runner(web.AppRunner):
@@ -120,7 +161,7 @@ async def listen(
     """
     try:
         for sock in _bound_to(host, port, options):
-            await web.SockSite(runner, sock, ssl_context=tls, backlog=BACKLOG).start()
+            await _Site(runner, sock, tls, min(options.idle, HANDSHAKE_SECONDS)).start()
             port = sock.getsockname()[1]
     except OSError as error:
         hint = "; choose another --port, 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
@@ -169,12 +210,17 @@ def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
         ConfigurationError: names the file at fault.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    load_certificate(context, certificate, key)
+    _load(context, certificate, key)
     return context
 
 
 def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
-    """New connections of `context` show this certificate. Raises as `tls_context`."""
+    """New connections of `context` show this certificate. Raises as `tls_context`; it shows the former one then."""
+    tls_context(certificate, key)  # a key that does not fit would leave `context` with a certificate and no key
+    _load(context, certificate, key)
+
+
+def _load(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     for name, path, mark in (("tls_cert", certificate, "CERTIFICATE"), ("tls_key", key, "PRIVATE KEY")):
         try:
             text = path.read_text(errors="replace")

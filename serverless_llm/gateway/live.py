@@ -10,6 +10,7 @@ import asyncio
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
@@ -219,23 +220,15 @@ class Choice:
         self.max_tokens = wanted or context - tokens
         if request.min_tokens > self.max_tokens:
             raise invalid(f"min_tokens must be at most {self.max_tokens}, as max_tokens or the context", "min_tokens")
-        if any(token >= prompt.vocabulary_size for token, _ in request.logit_bias):
-            raise invalid(f"logit_bias: token ids are 0 to {prompt.vocabulary_size - 1}", "logit_bias")
+        _check_known("logit_bias", [token for token, _ in request.logit_bias], prompt)
+        _check_known("stop_token_ids", request.stop_token_ids, prompt)
         ends = () if request.ignore_eos else prompt.stop_ids
         self._stop_ids = frozenset((*ends, *request.stop_token_ids))
-        before = () if request.chat else array("i", prompt.ids)[-NEIGHBOURS:]  # a completion goes on with its prompt
-        self._detokeniser = prompt.vocabulary.detokeniser(before)
-        self.prompt = prompt
-        if request.echo:
-            self._echo = self._prompt_text(prompt)
-            self.live.unread_limit += len(self._echo)  # it comes at once, which no client can be too slow for
-
-    def _prompt_text(self, prompt: TokenisedPrompt) -> str:
-        given = self.live.request.prompts[self.index // self.live.request.n]
-        if isinstance(given, str):
-            return given
-        detokeniser = prompt.vocabulary.detokeniser()
-        return detokeniser.feed(array("i", prompt.ids)) + detokeniser.finish()
+        last = b"" if request.chat else prompt.ids[-4 * NEIGHBOURS :]  # a completion goes on with its prompt
+        self._detokeniser = prompt.vocabulary.detokeniser(array("i", last))
+        self.prompt = replace(prompt, text="") if prompt.text else prompt
+        self._echo = prompt.text
+        self.live.unread_limit += len(prompt.text)  # it comes at once, which no client can be too slow for
 
     def run(self, attach: wire.Attach) -> wire.Run:
         """Follow a new owner; the frame that starts or resumes the sequence there."""
@@ -306,6 +299,15 @@ class Choice:
 
 def _nothing() -> None:
     """There is nobody to tell."""
+
+
+def _check_known(name: str, ids: Sequence[int], prompt: TokenisedPrompt) -> None:
+    """
+    Raises:
+        RequestError: 400, the model has no row for one of them.
+    """
+    if max(ids, default=-1) >= prompt.vocabulary_size:
+        raise invalid(f"{name}: token ids are 0 to {prompt.vocabulary_size - 1}", name)
 
 
 def _shaping(sampling: Mapping[str, float], request: CompletionRequest) -> wire.Shaping | None:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serverless_llm.domain import LoadPhases
+from serverless_llm.domain import LoadPhases, Tier
 from serverless_llm.gateway.traffic import Traffic
 
 # vLLM's buckets (vllm/v1/metrics/loggers.py)
@@ -53,7 +53,7 @@ class ServedSeries:
 
 
 _SERVED: dict[str, tuple[type[Counter] | type[Histogram], str, str, tuple[float, ...] | None]] = {
-    "prompt": (Counter, "vllm:prompt_tokens", "Prompt tokens of answered requests.", None),
+    "prompt": (Counter, "vllm:prompt_tokens", "Prompt tokens of sequences that got a token.", None),
     "generated": (Counter, "vllm:generation_tokens", "Generated tokens.", None),
     "first_token": (Histogram, "vllm:time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN),
     "gap": (Histogram, "vllm:inter_token_latency_seconds", "Between two tokens of a stream.", PER_TOKEN),
@@ -75,6 +75,7 @@ _STILL = {
     "vllm:prefix_cache_hits": "Prompt tokens found in a prefix cache: there is none.",
 }
 _STATES = ("unloaded", "loading", "loaded", "failed")
+_REASONS = ("memory", "keep-alive", "unload", "delete", "abandoned", "rollover", "drain")  # of `commands.Evicted`
 _MEMORY = {
     "dram_used_bytes": ("Checkpoints in the DRAM tier.", "node"),
     "dram_budget_bytes": ("What the DRAM tier may hold.", "node"),
@@ -165,6 +166,8 @@ class Metrics:
             "tier",
             of_model=False,
         )
+        for reason in _REASONS:
+            self._evictions.child(reason)
         self._totals: dict[tuple[str, ...], int] = {}
         self.registry.register(_Aliases(self._families))
 
@@ -213,7 +216,13 @@ class Metrics:
     def load_finished(self, model: str, phases: LoadPhases) -> None:
         """A replica is ready."""
         self._cold_starts.child(model, phases.source.value).inc()
-        seconds = {"queue": phases.queue_s, "disk": phases.disk_s, "upload": phases.upload_s, "total": phases.total_s}
+        seconds = {
+            "queue": phases.queue_s,
+            "remote": phases.remote_s,
+            "disk": phases.disk_s,
+            "upload": phases.upload_s,
+            "total": phases.total_s,
+        }
         for phase, value in seconds.items():
             self._load.child(model, phase).observe(value)
 
@@ -277,8 +286,11 @@ class Metrics:
         self._bundles = {key: bundle for key, bundle in self._bundles.items() if key[0] != model}
 
     def deployed(self, models: Collection[str]) -> None:
-        """These have series."""
+        """These have series, and their cold starts are counted from 0: no rate knows of what a series began with."""
         self._gone.difference_update(models)
+        for model in models:
+            for source in (Tier.REMOTE, Tier.DISK, Tier.DRAM):
+                self._cold_starts.child(model, source.value)
 
     def page(self) -> bytes:
         """Prometheus' text format."""

@@ -29,12 +29,13 @@ class CompletionRequest:
         logprobs: None, or how many of the likeliest tokens are told of with each generated one.
         seed: the caller's, or drawn at arrival, so that a resumed sequence goes on with the same one.
         keep_alive: seconds, None: the model's own.
+        choices: of all prompts.
     """
 
     chat: bool
     model: str | None
     messages: list[dict[str, Any]] | None
-    prompts: tuple[fields.Prompt, ...]
+    prompts: list[fields.Prompt]
     n: int
     max_tokens: int | None
     sampling: dict[str, float]
@@ -50,10 +51,14 @@ class CompletionRequest:
     include_usage: bool
     keep_alive: float | None
     variables: dict[str, Any]
+    choices: int
 
-    @property
-    def choices(self) -> int:
-        return self.n * (len(self.prompts) or 1)
+    def forget(self) -> None:
+        """The prompts are made: what they are made of is not kept for as long as the answer takes."""
+        if self.messages is not None:
+            self.messages.clear()
+        self.prompts.clear()
+        self.variables.clear()
 
     @property
     def subject(self) -> str:
@@ -140,13 +145,13 @@ def parse(body: dict[str, Any], chat: bool) -> CompletionRequest:
 
 def _request(given: dict[str, Any], chat: bool) -> CompletionRequest:
     _agree(given, chat)
-    seed = given.get("seed")
+    seed, n, prompts = given.get("seed"), given.get("n", 1), given.get("prompt", [])
     return CompletionRequest(
         chat=chat,
         model=given.get("model"),
         messages=given.get("messages"),
-        prompts=given.get("prompt", ()),
-        n=given.get("n", 1),
+        prompts=prompts,
+        n=n,
         max_tokens=_max_tokens(given, chat),
         sampling={name: given[name] for name in fields.SAMPLING if name in given},
         logit_bias=given.get("logit_bias", ()),
@@ -161,6 +166,7 @@ def _request(given: dict[str, Any], chat: bool) -> CompletionRequest:
         include_usage=given.get("stream_options", False),
         keep_alive=given.get("keep_alive"),
         variables=given.get("chat_template_kwargs", {}),
+        choices=n * (len(prompts) or 1),
     )
 
 

@@ -130,6 +130,8 @@ class LiveRequests:
         if choice.first:
             choice.series.gap.observe(now - choice.last)
         else:
+            assert choice.prompt is not None, "tokens before the prompt"
+            choice.series.prompt.inc(len(choice.prompt.ids) // 4)
             choice.first = now
             choice.prefill = now - choice.attached
             choice.series.first_token.observe(now - choice.live.arrived)

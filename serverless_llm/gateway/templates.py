@@ -34,6 +34,7 @@ MAX_RENDERED = 16 << 20  # characters of one rendered prompt; over any context, 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # a loop over a message's content; only to ask `content is string` is no sign: Qwen3's then drops what is not one
 READS_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[\w.\[\]'\"]*\bcontent\b")
+PROBED = 8  # characters for each token of a context; a text has about four
 FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)  # as templates fail
 EXPANSION = 12  # bytes in memory per byte of tokenizer.json, measured with 32 k and 128 k vocabularies, rounded up
 
@@ -314,16 +315,40 @@ class CheckpointText:
             RequestError: it cannot be made, and why.
         """
         table = token_table(self.tokenizer) if call.table else None
-        chats = self.source is not None
-        return Prompt(self._encoded(call), self.defaults, self.stop_ids, table, self.vocabulary, chats)
+        chats, ids = self.source is not None, self._encoded(call)
+        text = self._decoded(ids) if call.echo and call.ids is not None else ""
+        return Prompt(ids, self.defaults, self.stop_ids, table, self.vocabulary, chats, text)
+
+    def _probe(self, text: str, context: int, param: str) -> None:
+        """Of a text that is far too long its beginning tells so; to tokenise it whole takes seconds, and gigabytes.
+
+        Raises:
+            RequestError: it does not fit; the quarter is more than where it was cut can change.
+        """
+        if not context or len(text) <= 2 * PROBED * context:
+            return
+        tokens = len(self.tokenizer.encode(text[: PROBED * context], add_special_tokens=False))
+        if 4 * tokens > 5 * context:
+            told = f"the first {PROBED * context} characters of the prompt alone have {tokens}"
+            message = f"the context is {context} tokens long; {told}"
+            raise RequestError(400, "context_length_exceeded", message, param)
+
+    def _decoded(self, ids: bytes) -> str:
+        text: str = self.tokenizer.decode(array("i", ids).tolist())
+        if len(text) > MAX_RENDERED:
+            message = f"prompt: its text has more than {MAX_RENDERED} characters"
+            raise RequestError(400, "invalid_request_error", message, "prompt")
+        return text
 
     def _encoded(self, call: Call) -> bytes:
         if call.ids is not None:
             return self._checked(array("i", call.ids), "prompt")
         if call.text is not None:
+            self._probe(call.text, call.context, "prompt")
             return self._checked(array("i", self.encode_text(call.text)), "prompt")
         if call.messages is None:
             self.check()
             return b""
         text = self.render(call.messages, call.variables)
+        self._probe(text, call.context, "messages")
         return self._checked(array("i", self.tokenizer.encode(text, add_special_tokens=False).ids), "messages")

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries to start one
 REAP_SECONDS = 2.0  # for a killed one to be gone; one that reads from a dead mount goes when the mount answers
 MOST_ENDS = 3  # text processes that a checkpoint may end before it is refused for a while
 REFUSED, LONGEST_REFUSED = 10.0, 600.0  # seconds of that, doubled with every further one
+LARGE = 1 << 20  # bytes of a call that takes long where nothing is wrong with the checkpoint; arbitrary
+MOST_LARGE = 16  # of these that run or wait; each holds its prompt, and whoever comes then waits for all of them
 FORGOTTEN = 60.0  # seconds without another after which all is forgotten
 _log = logging.getLogger("serverless_llm.text")
 
@@ -44,7 +47,8 @@ class TextLimits:
 class TokenisedPrompt:
     """A prompt (int32, little endian), what decodes its answer, and the checkpoint's own settings.
 
-    `vocabulary_size`: token ids that its model has rows for. `chats`: there is a chat template.
+    `vocabulary_size`: token ids that its model has rows for. `chats`: there is a chat template. `text`: what it says,
+    where that is asked for.
     """
 
     ids: bytes
@@ -53,6 +57,7 @@ class TokenisedPrompt:
     stop_ids: tuple[int, ...]
     vocabulary_size: int
     chats: bool = True
+    text: str = ""
 
 
 class _Process:
@@ -93,6 +98,13 @@ class _Process:
     async def reaped(self) -> None:
         await self._process.wait()
 
+    async def killed(self) -> bool:
+        """Whether somebody else did it, as the kernel does where memory is short; of one that no longer answers."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REAP_SECONDS):
+                await self.reaped()
+        return self._process.returncode == -signal.SIGKILL
+
 
 class _Suspect:
     """A checkpoint that ended text processes: after some ends it has no call for a while.
@@ -122,18 +134,19 @@ class _Suspect:
         """
         if self.stuck:
             message = f"model {model!r}: the disk that its text files are on does not answer"
-            raise RequestError(503, "engine_error", message, retry_after=REFUSED)
+            raise RequestError(503, "overloaded", message, retry_after=REFUSED)
         left = self._refused_until - _now()
         if left > 0:
             message = f"model {model!r}: its chat template or tokenizer ended {self._ends} text processes"
-            raise RequestError(503, "engine_error", message, retry_after=left)
+            raise RequestError(503, "overloaded", message, retry_after=left)
 
 
 class TextPool:
     """`size` text processes, each replaced when a call kills it; calls wait for a free one in order of arrival.
 
     All checkpoints that ended a process within a minute have at most one together, and one that goes on has none for
-    longer and longer, so that they cannot hold up the others: answers in between change nothing.
+    longer and longer, so that they cannot hold up the others: answers in between change nothing. Large calls have one
+    together with these, and are charged to nobody: they are their callers'. A few of them wait, no more.
     """
 
     def __init__(self, size: int = 2, limits: TextLimits | None = None) -> None:
@@ -146,6 +159,7 @@ class TextPool:
         self._vocabularies: OrderedDict[tuple[str, str], Vocabulary] = OrderedDict()
         self._suspects: dict[tuple[str, str], _Suspect] = {}
         self._turn = asyncio.Lock()  # of the suspects
+        self._large = 0  # calls that run or wait
         self._closed = False
 
     async def start(self) -> None:
@@ -164,23 +178,40 @@ class TextPool:
     def pids(self) -> list[int]:
         return [process.pid for process in self._all]
 
-    async def prompt(self, call: Call) -> TokenisedPrompt:
-        """Render and tokenise.
+    async def prompt(self, call: Call, wanted: Callable[[], bool] = lambda: True) -> TokenisedPrompt:
+        """Render and tokenise; `wanted` is asked again where the call waited for its turn.
 
         Raises:
-            RequestError: the checkpoint's files or the messages are at fault, or a limit was overrun, now or before.
+            RequestError: the checkpoint's files or the messages are at fault, a limit was overrun, now or before, too
+                many large calls wait, or nobody wants this one any longer.
         """
         key = (call.directory, call.checkpoint)
         framed = frame(call)  # what cannot be framed costs no process
-        if self._suspect(key) is None:
+        if self._suspect(key) is None and len(framed) <= LARGE:
             process = await self._acquire()
             if self._suspect(key) is None:
                 return await self._serve(process, key, call, framed)
             self._release(process)  # a call that came before overran meanwhile
-        suspect = self._suspects[key]
-        async with self._turn:
+        large = len(framed) > LARGE
+        if large and self._large >= MOST_LARGE:
+            message = f"{self._large} prompts of more than {LARGE} bytes wait already"
+            raise RequestError(503, "overloaded", message, retry_after=self._limits.seconds)
+        self._large += large
+        try:
+            async with self._turn:
+                return await self._in_turn(key, call, framed, wanted)
+        finally:
+            self._large -= large
+
+    async def _in_turn(
+        self, key: tuple[str, str], call: Call, framed: bytes, wanted: Callable[[], bool]
+    ) -> TokenisedPrompt:
+        if not wanted():
+            raise RequestError(499, "client_gone", "nobody reads this")
+        suspect = self._suspect(key)
+        if suspect is not None:
             suspect.check(call.model)
-            return await self._serve(await self._acquire(), key, call, framed)
+        return await self._serve(await self._acquire(), key, call, framed)
 
     async def check(self, model: str, directory: str, checkpoint: str) -> bool:
         """Load a checkpoint's tokenizer and compile its template, in a text process, for they may be hostile.
@@ -211,8 +242,9 @@ class TextPool:
             raise RequestError(reply.status, reply.code, reply.message, reply.param)
         vocabulary = self._vocabularies.get(key) or known or _vocabulary(reply.table)
         self._remember(key, vocabulary)
+        text = (call.text or reply.text) if call.echo else ""
         stop_ids, size = tuple(reply.stop_ids), reply.vocabulary_size
-        return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, stop_ids, size, reply.chats)
+        return TokenisedPrompt(reply.ids, vocabulary, reply.defaults, stop_ids, size, reply.chats, text)
 
     def _remember(self, key: tuple[str, str], vocabulary: Vocabulary) -> None:
         self._vocabularies[key] = vocabulary
@@ -224,25 +256,45 @@ class TextPool:
         return sum(vocabulary.nbytes for vocabulary in self._vocabularies.values())
 
     async def _call(self, process: _Process, call: Call, framed: bytes) -> Reply:
-        """The answer of an acquired process, which is free again or replaced afterwards."""
+        """The answer of an acquired process, which is free again or replaced afterwards.
+
+        Before a large call it reads the checkpoint, in a time of its own: what fails then is not the prompt's fault.
+        """
+        large, read = len(framed) > LARGE, False
         try:
+            if large:
+                async with asyncio.timeout(self._limits.seconds):
+                    await process.call(frame(Call(call.model, call.directory, call.checkpoint)))
+                read = True
             async with asyncio.timeout(self._limits.seconds):
                 reply = await process.call(framed)
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-            suspect = self._suspects.setdefault((call.directory, call.checkpoint), _Suspect())
-            suspect.ended()
-            self._replace(process, suspect)
-            return self._overrun(call)
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
+            late = isinstance(error, TimeoutError)
+            raise await self._overrun(process, call, len(framed) if read else 0, late) from error
         except BaseException:
             self._replace(process)  # cancelled: what it would still answer belongs to nobody
             raise
         self._release(process)
         return reply
 
-    def _overrun(self, call: Call) -> Fault:
+    async def _overrun(self, process: _Process, call: Call, size: int, late: bool) -> RequestError:
+        """Replaces the process. `size`: of a large call whose checkpoint it had read, 0 of others."""
+        key, killed = (call.directory, call.checkpoint), False
+        try:
+            killed = bool(size) and not late and await process.killed()
+        finally:
+            self._replace(process, key)
         limits = f"{self._limits.seconds:g} s and {self._limits.memory >> 20} MiB"
-        message = f"model {call.model!r}: its chat template or tokenizer ended a text process (limits: {limits})"
-        return Fault(500, "engine_error", message)
+        if not size:
+            self._suspects.setdefault(key, _Suspect()).ended()
+            message = f"model {call.model!r}: its chat template or tokenizer ended a text process (limits: {limits})"
+            return RequestError(500, "engine_error", message)
+        if killed:
+            message = f"model {call.model!r}: the text process was killed beside the prompt; memory may be short"
+            return RequestError(503, "overloaded", message, retry_after=REFUSED)
+        message = f"model {call.model!r}: a prompt of {size} bytes ended a text process (limits: {limits})"
+        param = "prompt" if call.messages is None else "messages"
+        return RequestError(400, "invalid_request_error", message, param)
 
     async def _acquire(self) -> _Process:
         while self._free:
@@ -268,20 +320,21 @@ class TextPool:
                 return
         self._free.append(process)
 
-    def _replace(self, process: _Process, suspect: _Suspect | None = None) -> None:
+    def _replace(self, process: _Process, key: tuple[str, str] | None = None) -> None:
         if not self._closed:
-            self._beside(self._respawn(process, suspect or _Suspect()))
+            self._beside(self._respawn(process, key))
 
     def _beside(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _respawn(self, process: _Process, suspect: _Suspect) -> None:
+    async def _respawn(self, process: _Process, key: tuple[str, str] | None) -> None:
         _log.warning("text process %d is replaced", process.pid)
         await process.stop()
         self._all.discard(process)
         if not process.gone:
+            suspect = self._suspects.setdefault(key, _Suspect()) if key else _Suspect()
             self._beside(self._await_end(process, suspect))
         pause = FIRST_PAUSE
         while not await self._spawned():

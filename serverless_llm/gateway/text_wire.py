@@ -20,6 +20,8 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
         directory: the Hugging Face directory of the checkpoint; with `checkpoint` the key of what is cached.
         table: send the token table, too.
         variables: further variables for the template (`chat_template_kwargs`).
+        echo: send the text of `ids`, too.
+        context: tokens that the model takes; 0: any number.
     """
 
     model: str
@@ -30,6 +32,8 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
     ids: bytes | None = None
     table: bool = False
     variables: dict[str, Any] = {}
+    echo: bool = False
+    context: int = 0
 
 
 class Table(msgspec.Struct, frozen=True, array_like=True):
@@ -53,7 +57,8 @@ class Table(msgspec.Struct, frozen=True, array_like=True):
 class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """A tokenised prompt (int32, little endian) and what its checkpoint's files say about generation.
 
-    `defaults`: of `fields.SAMPLING` what generation_config.json names. `chats`: there is a chat template.
+    `defaults`: of `fields.SAMPLING` what generation_config.json names. `chats`: there is a chat template. `text`: of
+    token ids, where it was asked for.
     """
 
     ids: bytes
@@ -62,6 +67,7 @@ class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=1):
     table: Table | None
     vocabulary_size: int
     chats: bool
+    text: str = ""
 
 
 class Fault(msgspec.Struct, frozen=True, array_like=True, tag=2):

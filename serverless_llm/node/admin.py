@@ -16,7 +16,8 @@ from serverless_llm.demo import tasks
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError, did_you_mean
-from serverless_llm.loader import manifest
+from serverless_llm.loader import filling
+from serverless_llm.node import identity
 from serverless_llm.node.threads import apart
 from serverless_llm.quantities import parse_duration
 
@@ -146,7 +147,7 @@ def footprint(spec: ModelSpec) -> Footprint:
     Raises:
         CheckpointError: it cannot be served.
     """
-    found = manifest.build(Path(spec.source))
+    found = identity.read(Path(spec.source))
     model = ModelConfig.parse(found.config, spec.dtype)
     if spec.context is not None and spec.context > model.context:
         raise CheckpointError(f"context {spec.context} is more than the checkpoint's {model.context}")
@@ -158,6 +159,7 @@ def footprint(spec: ModelSpec) -> Footprint:
         context=spec.context or model.context,
         kv_window_bytes=model.kv_groups.sliding * model.kv_block_bytes,
         kv_window_blocks=model.kv_groups.kept,
+        remote_bytes=filling.lacking(found.directory),
     )
 
 

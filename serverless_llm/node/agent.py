@@ -158,6 +158,7 @@ class Agent:
             devices=self._devices,
             workers=self._workers(),
             replicas=self._store.replicas(),
+            shared=self._store.shared(),
             resident=self._store.resident(),
             bandwidth=self._store.bandwidth,
             limits=self.options.limits,
@@ -197,6 +198,8 @@ class Agent:
                     digests=self._store.digests(),
                     verified=dataclasses.asdict(self._store.tally),
                     own=self._store.own_bytes(),
+                    lent=self._store.lent_bytes(),
+                    away=self._store.away_bytes(),
                 )
             )
 

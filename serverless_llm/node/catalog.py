@@ -60,6 +60,7 @@ def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks
         running=view.running if view else 0,
         min_replicas=spec.min_replicas,
         verify=spec.verify,
+        remote_bytes=view.remote_bytes if view else 0,
     )
 
 
@@ -85,6 +86,7 @@ def _node(node: Node, peer: Peer) -> dict[str, Any]:
         "dram": peer.hello.dram,
         "dram_used": peer.resident_bytes,
         "resident": [{"checkpoint": name, "bytes": size} for name, size in sorted(node.resident.items())],
+        "lent_bytes": node.lent,
         "bandwidth": node.bandwidth,
         "limits": peer.hello.limits,
         "overhead_s": node.overhead_s,
@@ -116,14 +118,14 @@ def _device(device: Device, peer: Peer) -> dict[str, Any]:
         "pinned": {"bytes": worker.pinned if worker else 0, "refused": worker.unpinned if worker else ""},
         "kv_used": used,
         "kv_free": free,
-        "replicas": [_replica(one) for one in device.replicas.values()],
+        "replicas": [_replica(one, device) for one in device.replicas.values()],
         "sequences": [_sequence(one) for replica in device.replicas.values() for one in replica.running.values()],
     }
 
 
 def memory(device: Device, kv_used: int) -> dict[str, int]:
     """What the budget is used for now, in bytes."""
-    weights = sum(one.footprint.weight_bytes for one in device.replicas.values() if one.state in ACTUAL)
+    weights = device.actual.used - sum(one.kv_floor for one in device.replicas.values() if one.state in ACTUAL)
     return {"weights": weights, "kv": kv_used, "free": max(0, device.spec.budget - weights - kv_used)}
 
 
@@ -137,13 +139,15 @@ def _sequence(one: Sequence) -> dict[str, Any]:
     }
 
 
-def _replica(replica: Replica) -> dict[str, Any]:
+def _replica(replica: Replica, device: Device) -> dict[str, Any]:
+    """`shared_bytes`: of `weight_bytes`, those that others on the device have, too, and that count once there."""
     return {
         "replica": replica.id,
         "model": replica.model,
         "state": replica.state.value,
         "bytes": replica.grant,
         "weight_bytes": replica.footprint.weight_bytes,
+        "shared_bytes": sum(size for extent, size in replica.shared if device.actual.held[extent][0] > 1),
         "done": replica.progress_done,
         "total": replica.progress_total,
         "predicted_s": replica.predicted_s,

@@ -15,6 +15,7 @@ from serverless_llm import wire
 from serverless_llm.cluster.machine import Machine
 from serverless_llm.node import state
 from serverless_llm.node.controller import Controller, Observer
+from serverless_llm.node.logs import log_path
 from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.registry import Registry, TextCheck
 from serverless_llm.node.state import HeadAddress, State
@@ -36,6 +37,9 @@ class Head:
         keep_alive: default of a deploy, in seconds.
         roots: directories that sources must lie in; none: anywhere.
         check: of a model's text files, see `Registry`.
+
+    Raises:
+        ConfigurationError: an agent could not write its lock or its log, or the secret of agents cannot be used.
     """
 
     def __init__(
@@ -49,6 +53,9 @@ class Head:
         roots: Sequence[Path] = (),
         check: TextCheck | None = None,
     ) -> None:
+        for options in agents:
+            state.claim(options.lock_path)
+            state.claim(log_path(options))
         self._state = kept
         machine.number_replicas(kept.generation)
         self.controller = Controller(machine, kept.generation, state.agent_token(kept.directory), deliver, observe)

@@ -6,11 +6,12 @@ import asyncio
 import math
 import time
 from collections.abc import Container
+from functools import partial
 from pathlib import Path
 
 from serverless_llm.errors import CheckpointError, TransientError
-from serverless_llm.loader import manifest
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.node import identity
 from serverless_llm.node.threads import apart
 
 SHARED_S = 60.0  # a reading of headers is shared for so long: a dead mount costs a thread a minute, and no more loads
@@ -28,14 +29,14 @@ class Manifests:
         self._known.pop(checkpoint, None)
 
     async def of(self, source: str, checkpoint: str, here: Container[str]) -> Manifest:
-        """The checkpoint's manifest, read again unless it is among those whose bytes are `here`.
+        """The checkpoint's manifest, read again unless it is among those whose bytes are `here`, or written anew.
 
         Raises:
             CheckpointError: it is damaged, or no longer what was deployed.
         """
         self._known = {known: one for known, one in self._known.items() if known in here}
         found = self._known.get(checkpoint)
-        if found is None:
+        if found is None or await apart(partial(identity.written_anew, found)):
             try:
                 found = await asyncio.shield(self._read(source, checkpoint))
             except TransientError:
@@ -61,7 +62,7 @@ class Manifests:
             if key in self._reading and self._reading[key][1] is done:
                 del self._reading[key]
 
-        reading = apart(lambda: manifest.build(Path(source)))
+        reading = apart(lambda: identity.read(Path(source)))
         self._reading[key] = now, reading
         reading.add_done_callback(forget)
         return reading

@@ -107,6 +107,7 @@ def _ready(one: commands.Outcome) -> JSON:
         "predicted_s": round(one.predicted_s, 4),
         "actual_s": round(one.actual_s, 4),
         "queue_s": round(phases.queue_s, 4),
+        "remote_s": round(phases.remote_s, 4),
         "disk_s": round(phases.disk_s, 4),
         "upload_s": round(phases.upload_s, 4),
         "source": phases.source.value,

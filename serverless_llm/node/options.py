@@ -23,7 +23,7 @@ class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         dram: capacity of the DRAM tier, in bytes.
-        disk_rate, upload_rate: caps in bytes per second; 0: none.
+        remote_rate, disk_rate, upload_rate: caps in bytes per second; 0: none.
         threads: compute threads of a CPU device's worker.
         orphan_grace: seconds without a head after which everything is freed; None: never (JSON has no infinity).
         stuck_after: seconds a worker with work may be silent before it is killed (or 20 predicted steps, if more).
@@ -35,6 +35,7 @@ class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dram: int
     disk_rate: float = 0.0
     upload_rate: float = 0.0
+    remote_rate: float = 0.0
     threads: int = 1
     orphan_grace: float | None = 60.0
     stuck_after: float = 10.0
@@ -47,7 +48,7 @@ class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def limits(self) -> dict[str, float]:
         """The caps that there are, by link."""
-        caps = {"disk": self.disk_rate, "upload": self.upload_rate}
+        caps = {"remote": self.remote_rate, "disk": self.disk_rate, "upload": self.upload_rate}
         return {link: cap for link, cap in caps.items() if cap}
 
     @property
@@ -79,6 +80,7 @@ def local_agents(config: Config) -> tuple[AgentOptions, ...]:
             dram=config.dram,
             disk_rate=config.limits.disk,
             upload_rate=config.limits.upload,
+            remote_rate=config.limits.remote,
             threads=config.threads,
             orphan_grace=config.orphan_grace if math.isfinite(config.orphan_grace) else None,
         )

@@ -13,16 +13,20 @@ import queue
 import time
 from dataclasses import dataclass, field
 
+import torch
+
 from serverless_llm import wire
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
+from serverless_llm.engine.extents import Twins
 from serverless_llm.errors import CapacityError, CheckpointError, InvariantError
 from serverless_llm.loader import digest
+from serverless_llm.loader.converted import Conversion
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.sharing import Lent, Run
-from serverless_llm.loader.tasks import Mapping, Upload
+from serverless_llm.loader.tasks import Mapping, Progress, Upload
 from serverless_llm.loader.upload import Uploader
 from serverless_llm.loader.ways import ByCpu, ByCuda, Way
 
@@ -33,21 +37,27 @@ class Placement:
 
     Attributes:
         reserved: the engine has made room for it.
+        conversion: of what cannot be viewed as its files have it; None before all of `task` is there.
+        copies: what of that the engine has no place for, as it lies misaligned in its file.
+        names: of its tensors, in the order of its files, once it is `reserved`.
+        arrived: its own bytes are on the device.
         last: monotonic seconds when its last bytes had landed, 0 before.
         active: it serves.
+        closed: the uploader has nothing to do with it any more.
     """
 
     order: wire.Place
     model: ModelConfig
     task: Mapping | Upload
     spans: list[Landed] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     reserved: bool = False
+    conversion: Conversion | None = None
+    copies: dict[str, torch.Tensor] = field(default_factory=dict)
+    arrived: bool = False
     last: float = 0.0
     active: bool = False
-
-    @property
-    def sizes(self) -> list[int]:
-        return [size for _, size in self.order.files]
+    closed: bool = False
 
 
 class Placing:
@@ -108,6 +118,8 @@ class Placing:
         placement = self._placements.get(replica)
         if placement is not None:
             placement.task.priority = Priority.ONLINE
+            if placement.conversion is not None:
+                placement.conversion.priority = Priority.ONLINE
 
     def landed(self, replica: int, pieces: list[tuple[int, int, int, int]], last: bool) -> wire.Message | None:
         """Bytes of a replica are in the pool."""
@@ -124,7 +136,13 @@ class Placing:
                 self._reserve(placement)
         except (CheckpointError, CapacityError) as error:
             return self._failed(placement, error)
+        if last and placement.arrived:  # what came last is shared with another replica
+            self._tell_complete(replica)
         return None
+
+    def _tell_complete(self, replica: int) -> None:
+        self._complete.put(replica)
+        os.eventfd_write(self.wakeup, 1)
 
     def finished(self) -> list[wire.Message]:
         """Tells what rings may use again and what is pinned; activates the replicas whose bytes have arrived since."""
@@ -138,7 +156,8 @@ class Placing:
         while not self._complete.empty():
             placement = self._placements.get(self._complete.get())
             if placement is not None and not placement.active:
-                answers += self._completed(placement)
+                placement.arrived = True
+                answers += self._completed(placement) if placement.last else []
         return answers
 
     def drop(self, replica: int) -> list[int]:
@@ -160,22 +179,24 @@ class Placing:
         sizes = [size for _, size in order.files]
         lent = Lent(order.lenders, [Run(*run) for run in order.runs], order.total)
 
-        def progress(done: int, total: int) -> None:
-            if done == total:
-                self._complete.put(order.replica)
-                os.eventfd_write(self.wakeup, 1)
-
         def read(nbytes: int) -> None:
             self._read.put((order.replica, nbytes))
             os.eventfd_write(self.wakeup, 1)
 
         task = (
-            self._uploader.mapping(order.checkpoint, sizes, progress, lent)
+            self._uploader.mapping(order.checkpoint, sizes, self._progress(order), lent)
             if view
-            else self._uploader.upload(sizes, progress, read if order.ring else None, _due(order, sizes), lent)
+            else self._uploader.upload(sizes, self._progress(order), read if order.ring else None, _due(order), lent)
         )
         task.priority = priority
         return task
+
+    def _progress(self, order: wire.Place) -> Progress:
+        def progress(done: int, total: int) -> None:
+            if done == total:
+                self._tell_complete(order.replica)
+
+        return progress
 
     def _reserve(self, placement: Placement) -> None:
         """Makes room in the engine as soon as the headers are there."""
@@ -184,11 +205,14 @@ class Placing:
             return
         entries = {one.name: (one.dtype, one.shape) for header in headers for one in header.tensors}
         order = placement.order
-        dests = self._engine.place(order.replica, placement.model, entries, order.kv_floor)
+        placement.names = [one.name for header in headers for one in header.tensors]
+        twins = self._twins(order.twins, placement.names)
+        dests = self._engine.place(order.replica, placement.model, entries, order.kv_floor, twins)
         placement.reserved = True
         if isinstance(placement.task, Upload):
             if dests is not None:
                 placement.task.start(dests, self._engine.arena)
+                placement.arrived = not dests
             elif order.ring:
                 raise (CapacityError if order.room else CheckpointError)(  # or no later load would do
                     f"{order.model} is stored in another type than {order.dtype}, so that all of its files must be in"
@@ -200,20 +224,40 @@ class Placing:
                 placement.task.add(placement.spans)
         placement.spans = []
 
+    def _twins(self, twins: list[tuple[int, int, int, int]], names: list[str]) -> Twins:
+        """As of `wire.Place`, by name, of replicas that are still there."""
+        found: dict[int, dict[str, str]] = {}
+        for lender, mine, theirs, count in twins:
+            other = self._placements.get(lender)
+            if other is not None and other.active:
+                pairs = zip(names[mine : mine + count], other.names[theirs : theirs + count], strict=True)
+                found.setdefault(lender, {}).update(pairs)
+        return found
+
     def _completed(self, placement: Placement) -> list[wire.Message]:
         """Activates a replica whose bytes have arrived, unless they are not what was sent: the agent drops it then."""
-        held = placement.task.held if isinstance(placement.task, Upload) else None
-        if held is None:
+        order, task = placement.order, placement.conversion or placement.task
+        if isinstance(task, Mapping):
+            placement.copies = task.misaligned(self._engine.held(order.replica))
+            if targets := self._engine.targets(order.replica) | placement.copies:
+                placement.conversion = self._uploader.conversion(task, targets, self._progress(order), _due(order))
+                placement.conversion.priority = task.priority
+                return []
+        elif isinstance(task, Conversion):
+            task.close()
+        if task.held is None:
             return [self._activate(placement)]
-        differing = [part[:3] for part in held.differing]
-        compared = wire.Compared(placement.order.replica, held.nbytes, len(held.mended), differing)
+        differing = [part[:3] for part in task.held.differing]
+        compared = wire.Compared(order.replica, task.held.nbytes, len(task.held.mended), differing)
         return [compared] if differing else [compared, self._activate(placement)]
 
     def _activate(self, placement: Placement) -> wire.Message:
         replica, task = placement.order.replica, placement.task
         try:
             if isinstance(task, Mapping):
-                leased = self._engine.activate(replica, task.tensors())
+                copies, placement.copies = placement.copies, {}
+                there = self._engine.held(replica) | copies
+                leased = self._engine.activate(replica, task.tensors(but=there) | copies)  # views in no variable
             else:
                 leased = self._engine.activate(replica)
         except (CheckpointError, CapacityError) as error:
@@ -222,7 +266,7 @@ class Placing:
             placement.active = True
             if not leased:
                 self._close(placement)
-            return wire.Placed(replica, time.monotonic() - placement.last, leased)
+            return wire.Placed(replica, time.monotonic() - placement.last, leased, self._engine.shared(replica))
         return self._failed(placement, refused)
 
     def _failed(self, placement: Placement, error: CheckpointError | CapacityError) -> wire.Message:
@@ -230,16 +274,22 @@ class Placing:
         return wire.Failed(placement.order.replica, str(error), isinstance(error, CheckpointError))
 
     def _close(self, placement: Placement) -> None:
+        if placement.closed:
+            return
+        if placement.conversion is not None:
+            placement.conversion.close()
         if isinstance(placement.task, Upload):
             placement.task.close()
         elif not placement.task.close():
             gc.collect()  # a cycle may hold a view
             if not placement.task.close():
                 raise InvariantError(f"replica {placement.order.replica} still refers to the pool: {placement.order}")
+        placement.closed = True
 
 
-def _due(order: wire.Place, sizes: list[int]) -> digest.Due | None:
-    """Which blocks' copies are compared; None: no block's."""
+def _due(order: wire.Place) -> digest.Due | None:
+    """Which blocks are compared on the device; None: none."""
     if order.verify == "off":
         return None
-    return digest.every if order.verify == "full" else digest.sampled(order.checkpoint, sizes, order.turn)
+    sizes = [size for _, size in order.files]
+    return digest.every if order.verify == "full" else digest.sampled(order.checkpoint, sizes, order.sample)

@@ -125,9 +125,14 @@ class Registry:
             why = str(error) or type(error).__name__
         async with self._changing:
             if self._entries.get(spec.name) is former:  # else it was deployed anew, or deleted, meanwhile
+                if footprint is not None:
+                    try:
+                        self._keep(spec.name, await self._hold(spec))
+                    except RequestError as error:
+                        log.warning(BROKEN, spec.name, error.message, spec.name)
+                        why, footprint = error.message, None
                 self._entries[spec.name] = Entry(spec, model.created, why)
                 if footprint is not None:
-                    await self._hold(spec)
                     self._controller.handle(events.Deploy(spec, footprint))
 
     async def look(self) -> None:
@@ -197,19 +202,35 @@ class Registry:
         async with self._changing:
             old = self._entries.get(name)
             created = old.created if old else int(time.time())
-            await self._write(self._state.save, Deployed(spec, created))
-            await self._hold(spec)
+            lease = await self._hold(spec)  # first: where it fails nothing changes
+            try:
+                await self._write(self._state.save, Deployed(spec, created))
+            except BaseException:
+                if lease is not None:
+                    lease.close()
+                raise
+            self._keep(name, lease)
             self._entries[name] = Entry(spec, created)
             self._controller.handle(events.Deploy(spec, footprint))
         self._publish()
         return chats
 
-    async def _hold(self, spec: ModelSpec) -> None:
+    async def _hold(self, spec: ModelSpec) -> disk_tier.Lease | None:
+        """
+        Raises:
+            RequestError: 503, it lies in a disk tier whose lock cannot be had.
+        """
+        try:
+            return await asyncio.to_thread(disk_tier.hold, Path(spec.source))
+        except OSError as error:
+            message = f"{spec.source} cannot be kept on the disk tier: {error.strerror}"
+            raise RequestError(503, "overloaded", message, retry_after=WRITE_AGAIN) from error
+
+    def _keep(self, name: str, lease: disk_tier.Lease | None) -> None:
         """What is deployed from the disk tier stays there."""
-        lease = await asyncio.to_thread(disk_tier.hold, Path(spec.source))
-        self._release(spec.name)
+        self._release(name)
         if lease is not None:
-            self._leases[spec.name] = lease
+            self._leases[name] = lease
 
     def _release(self, name: str) -> None:
         if lease := self._leases.pop(name, None):

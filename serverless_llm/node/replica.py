@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serverless_llm import wire
 from serverless_llm.loader.link import Priority
@@ -18,7 +18,7 @@ class Replica:
 
     Attributes:
         task: reads the manifest and finds room; done before anything else begins.
-        turn: resolved when there may be room; None while it does not wait for that.
+        room: resolved when there may be some; None while it does not wait for that.
         origin: where bytes are that are not on the disk, if there are any.
         load: its wait for bytes, from its reservation on.
         check: what its bytes pass before its worker is told of them; None where they are not verified, or no more.
@@ -26,13 +26,14 @@ class Replica:
         ready: its worker serves it.
         dropping: its worker was told to drop it.
         leaving: the head waits for `Unloaded`.
+        shared: bytes of extents of its device that others refer to, or did, by their numbers.
     """
 
     order: wire.StartLoad
     began: float
     priority: Priority
     task: asyncio.Task[None] | None = None
-    turn: asyncio.Future[None] | None = None
+    room: asyncio.Future[None] | None = None
     origin: Origin | None = None
     load: Load | None = None
     check: Check | None = None
@@ -44,3 +45,4 @@ class Replica:
     ready: bool = False
     dropping: bool = False
     leaving: bool = False
+    shared: dict[int, int] = field(default_factory=dict)

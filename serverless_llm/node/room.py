@@ -57,15 +57,15 @@ class Room:
                 returning = under_way or self._pipeline.settling
                 if not returning or not self.fits(replica, found):
                     raise
-            replica.turn = asyncio.get_running_loop().create_future()
-            await replica.turn
+            replica.room = asyncio.get_running_loop().create_future()
+            await replica.room
 
     def look_again(self) -> None:
         """There may be room: those who wait for it try again, the most urgent first, in the order of their starts."""
         for replica in sorted(self._replicas.values(), key=lambda one: one.priority):
-            if replica.turn is not None:
-                replica.turn.set_result(None)
-                replica.turn = None
+            if replica.room is not None:
+                replica.room.set_result(None)
+                replica.room = None
 
     def fits(self, replica: Replica, found: Manifest) -> bool:
         """Whether there would be room if it were the only one."""

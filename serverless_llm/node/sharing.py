@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,8 @@ class Sharing:
         self._hashing = threading.Lock()  # held while the pool is read
         self._closed = False
         self._own: dict[str, int] = {}
+        self._lent: dict[str, int] = {}
+        self._lent_of: object = None  # as the tier was
 
     async def meet(self, found: Manifest) -> None:
         """The checkpoint is to be loaded: finds its digests, or notes that they are to be learned."""
@@ -78,9 +80,29 @@ class Sharing:
         others = [one for one in self._known.values() if one is not mine]
         return self._pipeline.lending.find(mine, others) if mine and others else None
 
+    def twins(self, checkpoint: str, others: Mapping[int, str]) -> list[tuple[int, int, int, int]]:
+        """The replicas of `others`, each with its checkpoint, that have tensors of this one: as of `sharing.twins`.
+
+        Of so many runs only that a message bears them.
+        """
+        mine, found = self._known.get(checkpoint), list[tuple[int, int, int, int]]()
+        for replica, other in others.items():
+            if mine and other in self._known and len(found) < sharing.MOST:
+                found += [(replica, *run) for run in sharing.twins(mine, self._known[other])]
+        return found[: sharing.MOST]
+
     def own_bytes(self) -> dict[str, int]:
         """Of each checkpoint with known digests, the bytes that no other of them has."""
         return self._own
+
+    def lent_bytes(self) -> dict[str, int]:
+        """Of checkpoints with known digests, bytes that a load would not read now: others have them in DRAM."""
+        if self._pipeline.settling:  # it would be another with every piece
+            return self._lent
+        now = self._pipeline.tier.residents()
+        if now != self._lent_of:
+            self._lent, self._lent_of = self._pipeline.lending.lent_bytes([*self._known.values()]), now
+        return self._lent
 
     def learn(self) -> None:
         """Learns what is whole in DRAM, as soon as nothing is loaded. Returns at once."""
@@ -106,6 +128,7 @@ class Sharing:
 
     def _compare(self) -> None:
         self._own = sharing.own_bytes(self._known.values())
+        self._lent_of = None
 
     async def _learn(self) -> None:
         while True:

@@ -75,8 +75,8 @@ def _done(start: Start, unix_ahead: float) -> dict[str, Any]:
         "began": unix_ahead + start.ready_at - outcome.actual_s,
         "seconds": outcome.actual_s + (start.prefill_s or 0.0),
         "predicted_s": outcome.predicted_s,
-        "done": phases.disk_bytes + phases.cache_bytes,
-        "total": phases.disk_bytes + phases.cache_bytes + phases.dram_bytes,
+        "done": phases.read_bytes,
+        "total": phases.read_bytes + phases.dram_bytes,
         "source": phases.source.value,
         "phases": _phases(phases, outcome.actual_s) | {"prefill_s": start.prefill_s},
     }
@@ -84,5 +84,5 @@ def _done(start: Start, unix_ahead: float) -> dict[str, Any]:
 
 def _phases(phases: LoadPhases, actual_s: float) -> dict[str, float | None]:
     """Where the seconds up to readiness went: all that was neither reading nor uploading was waiting."""
-    waited = max(0.0, actual_s - phases.disk_s - phases.upload_s)
-    return {"queue_s": waited, "disk_s": phases.disk_s, "upload_s": phases.upload_s}
+    waited = max(0.0, actual_s - phases.remote_s - phases.disk_s - phases.upload_s)
+    return {"queue_s": waited, "remote_s": phases.remote_s, "disk_s": phases.disk_s, "upload_s": phases.upload_s}

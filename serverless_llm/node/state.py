@@ -92,23 +92,52 @@ def agent_token(directory: Path) -> str:
 
 
 def secret(path: Path) -> str:
-    """The secret that a state directory keeps at `path`, made at first use (mode 0600)."""
+    """The secret that a state directory keeps at `path`, made at first use (mode 0600).
+
+    Raises:
+        ConfigurationError: it cannot be made or read, or there is nothing in it.
+    """
     with _usable(path):
         if not path.exists():
-            scratch = path.with_suffix(".tmp")  # renamed when it is whole: a full disk leaves no empty secret
+            scratch = path.with_suffix(".tmp")  # renamed when it is whole on the disk: no secret is ever empty
             with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 file.write(secrets.token_urlsafe(32))
+                file.flush()
+                os.fsync(file.fileno())
             scratch.rename(path)
-        return path.read_text().strip()
+        text = path.read_text().strip()
+    if not text:
+        raise ConfigurationError(f"{path} is empty; remove it, and a new secret is made")
+    return text
+
+
+def is_model(directory: Path) -> bool:
+    """Whether it holds a checkpoint, and nothing of a server, which would mix its files with them."""
+    return any(directory.glob("*.safetensors")) and not (directory / "state.db").exists()
+
+
+def claim(path: Path) -> None:
+    """Makes sure that this process, and so those that it starts, can write a file, which is made where there is none.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    with _usable(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def write_head(directory: Path, address: HeadAddress) -> None:
-    """Publishes where this head listens; replaced as a whole, so that agents never read a half."""
+    """Publishes where this head listens; replaced as a whole, so that agents never read a half.
+
+    Raises:
+        ConfigurationError: the directory takes no file.
+    """
     path = directory / "head.json"
     scratch = path.with_suffix(".tmp")
-    scratch.touch(0o600)
-    scratch.write_bytes(msgspec.json.encode(address))
-    scratch.rename(path)
+    with _usable(path):
+        scratch.touch(0o600)
+        scratch.write_bytes(msgspec.json.encode(address))
+        scratch.rename(path)
 
 
 def read_head(directory: Path) -> HeadAddress | None:

@@ -23,6 +23,7 @@ from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
+from serverless_llm.node.away import Away
 from serverless_llm.node.check import Check, Tally
 from serverless_llm.node.manifests import Manifests
 from serverless_llm.node.options import AgentOptions
@@ -54,10 +55,16 @@ class Store:
         self._reader = Reader(self._pool, rate=options.disk_rate)
         self._tier = Tier(self._pool.slots, self._pool.slot_bytes)
         self._pipeline = Pipeline(
-            self._pool, self._tier, self._reader, loop.call_soon_threadsafe, freed=lambda: self._room.look_again()
+            self._pool,
+            self._tier,
+            self._reader,
+            loop.call_soon_threadsafe,
+            freed=lambda: self._room.look_again(),
+            remote_rate=options.remote_rate,
         )
         self._upload = Link()
         self._manifests = Manifests()
+        self._away = Away()
         self._replicas: dict[int, Replica] = {}
         self._verifier = Verifier(self._pool, options.digests, loop.call_soon_threadsafe)
         self._sharing = Sharing(self._pool, self._pipeline, options.tensors, self._settled)
@@ -71,6 +78,7 @@ class Store:
         """After all workers have ended."""
         for replica in self._replicas.values():
             self._stop(replica)
+        self._away.close()
         idle = self._pipeline.close()
         self._verifier.close()
         self._sharing.close()
@@ -118,6 +126,7 @@ class Store:
         self._pipeline.forget(checkpoint)
         self._manifests.forget(checkpoint)
         self._sharing.forget(checkpoint)
+        self._away.forget(checkpoint)
 
     def _punched(self, offset: int) -> None:
         """Of a device's way to the pool's memory, that slot's is another's now."""
@@ -131,6 +140,10 @@ class Store:
         """Those that serve, as in `wire.Hello`."""
         orders = [replica.order for replica in self._replicas.values() if replica.ready and not replica.dropping]
         return [(order.replica, order.device, order.model, order.checkpoint, order.dtype) for order in orders]
+
+    def shared(self) -> list[tuple[int, int, int]]:
+        """Extents of devices, as in `wire.Hello`."""
+        return [(number, *extent) for number, replica in self._replicas.items() for extent in replica.shared.items()]
 
     def on_device(self, device: int) -> list[int]:
         """All that are there, those on their way in or out too."""
@@ -146,6 +159,14 @@ class Store:
     def own_bytes(self) -> dict[str, int]:
         """As of `Sharing`."""
         return self._sharing.own_bytes()
+
+    def lent_bytes(self) -> dict[str, int]:
+        """As of `Sharing`."""
+        return self._sharing.lent_bytes()
+
+    def away_bytes(self) -> dict[str, int]:
+        """As of `Away`."""
+        return self._away.bytes()
 
     @property
     def tally(self) -> Tally:
@@ -177,6 +198,7 @@ class Store:
             await self._sharing.meet(found)
             if found.directory.name == CHECKPOINT:  # all else is on a disk as a whole; a look at it may never end
                 replica.origin = await apart(lambda: origin.of(found.directory))
+                self._away.watch(order.checkpoint, found.directory)
             replica.load = await self._room.reserve(replica, found)
         except CheckpointError as error:
             self.failed(order.replica, str(error), not isinstance(error, TransientError))
@@ -199,7 +221,8 @@ class Store:
             total=replica.load.lent.total,
             online=replica.priority == Priority.ONLINE,
             verify=order.verify,
-            turn=self._verifier.turn(order.checkpoint),
+            sample=self._verifier.sample(order.checkpoint),
+            twins=self._twins(replica),
         )
         self._slot(order.device).send(place)
         if order.verify != "off":
@@ -209,6 +232,18 @@ class Store:
     def _settled(self) -> bool:
         """No replica is on its way."""
         return all(replica.ready or replica.dropping for replica in self._replicas.values())
+
+    def _twins(self, replica: Replica) -> list[tuple[int, int, int, int]]:
+        """What it has in common with replicas on its device, where that has copies. What is verified is its own."""
+        order = replica.order
+        if order.verify != "off" or replica.origin or not self._copies(order.device):
+            return []
+        others = {
+            number: other.order.checkpoint
+            for number, other in self._replicas.items()
+            if other.ready and not other.dropping and other.order.device == order.device
+        }
+        return self._sharing.twins(order.checkpoint, others)
 
     def _copies(self, device: int) -> bool:
         return self._options.devices[device].weights == "copy"
@@ -251,23 +286,32 @@ class Store:
         if replica is None or replica.dropping or replica.load is None:
             return
         replica.ready, replica.check = True, None
+        for extent, nbytes, lender in message.shared:
+            for one in (replica, self._replicas.get(lender)):
+                if one is not None:
+                    one.shared[extent] = nbytes
         self._sharing.learn()
         load, now = replica.load, time.monotonic()
         if not message.leased:
             self._pipeline.release(replica.order.checkpoint, message.replica)
         # Beside a slower disk the uploader mostly waits: only a load from DRAM shows what it can do.
-        self._upload.observe(load.total, message.upload_s if load.dram_bytes == load.total else 0.0)
+        uploaded = max(0, load.total - sum(nbytes for _, nbytes, _ in message.shared))
+        alone = load.dram_bytes == load.total == uploaded
+        self._upload.observe(uploaded, message.upload_s if alone else 0.0)
         self._room.look_again()
         self._tell(
             wire.ReplicaReady(
                 replica=message.replica,
                 queue_s=replica.reserved - replica.began + load.queue_s,
-                disk_s=load.disk_s,
+                disk_s=0.0 if load.came.remote else load.read_s,
                 upload_s=now - replica.landed,
                 total_s=now - replica.began,
-                disk_bytes=load.disk_bytes,
-                cache_bytes=load.cache_bytes,
+                disk_bytes=load.came.disk,
+                cache_bytes=load.came.cache,
                 dram_bytes=load.dram_bytes,
+                remote_s=load.read_s if load.came.remote else 0.0,
+                remote_bytes=load.came.remote,
+                shared=message.shared,
             )
         )
 
@@ -339,7 +383,7 @@ class Store:
             self._tell(wire.Unloaded(replica.order.replica))
 
     def _stop(self, replica: Replica) -> None:
-        replica.turn = None
+        replica.room = None
         if replica.task is not None and replica.task is not asyncio.current_task():
             replica.task.cancel()
         if replica.load is not None:

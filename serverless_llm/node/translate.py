@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,9 @@ from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, LoadPhases
 
 def joined(hello: wire.Hello) -> events.NodeJoined:
     node = hello.node
+    shared: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for replica, extent, nbytes in hello.shared:
+        shared[replica].append((extent, nbytes))
     return events.NodeJoined(
         node=NodeSpec(
             node=node,
@@ -22,7 +26,7 @@ def joined(hello: wire.Hello) -> events.NodeJoined:
         ),
         workers=tuple((DeviceId(node, one.device), one.incarnation) for one in hello.workers if one.incarnation),
         held=tuple(
-            events.HeldReplica(replica, DeviceId(node, device), model, checkpoint, dtype)
+            events.HeldReplica(replica, DeviceId(node, device), model, checkpoint, dtype, tuple(shared[replica]))
             for replica, device, model, checkpoint, dtype in hello.replicas
         ),
         resident=tuple(hello.resident),
@@ -39,7 +43,9 @@ def _heartbeat(node: NodeId, beat: wire.Heartbeat) -> Iterable[events.Event]:
     workers = tuple(
         (DeviceId(node, one.device), one.incarnation, tuple(one.replicas)) for one in beat.workers if one.incarnation
     )
-    yield events.Heartbeat(node, workers, tuple(beat.resident), tuple(sorted(beat.bandwidth.items())))
+    bandwidth, lent = tuple(sorted(beat.bandwidth.items())), tuple(sorted(beat.lent.items()))
+    away = tuple(sorted(beat.away.items()))
+    yield events.Heartbeat(node, workers, tuple(beat.resident), bandwidth, lent, away)
 
 
 def _step(node: NodeId, step: wire.Step) -> Iterable[events.Event]:
@@ -76,8 +82,10 @@ def _ready(node: NodeId, one: wire.ReplicaReady) -> Iterable[events.Event]:
         disk_bytes=one.disk_bytes,
         cache_bytes=one.cache_bytes,
         dram_bytes=one.dram_bytes,
+        remote_s=one.remote_s,
+        remote_bytes=one.remote_bytes,
     )
-    yield events.ReplicaReady(one.replica, phases)
+    yield events.ReplicaReady(one.replica, phases, tuple(one.shared))
 
 
 def _failed(node: NodeId, one: wire.LoadFailed) -> Iterable[events.Event]:
@@ -177,6 +185,7 @@ def cold(phases: LoadPhases) -> dict[str, float]:
     """The phases of a cold start in milliseconds, as the surface shows them."""
     return {
         "load_queue_ms": 1000 * phases.queue_s,
+        "load_remote_ms": 1000 * phases.remote_s,
         "load_disk_ms": 1000 * phases.disk_s,
         "load_upload_ms": 1000 * phases.upload_s,
         "load_ms": 1000 * phases.total_s,

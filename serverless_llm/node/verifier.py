@@ -42,14 +42,14 @@ class Verifier:
         """Those of a checkpoint; None where the next load learns them."""
         return await apart(lambda: self._store.read(found))
 
-    def turn(self, checkpoint: str) -> int:
+    def sample(self, checkpoint: str) -> int:
         """Which sample the next `check` compares, as `start` of `digest.sampled`."""
         return self._first + self._starts[checkpoint]
 
     def check(self, found: Manifest, known: Digests | None, sample: bool, verdicts: Verdicts, hasty: bool) -> Check:
         """What a replica's bytes pass before its worker is told of them; arguments as of `Check`."""
         sizes, checkpoint = sizes_of(found), found.checkpoint
-        due = digest.sampled(checkpoint, sizes, self.turn(checkpoint)) if sample else digest.every
+        due = digest.sampled(checkpoint, sizes, self.sample(checkpoint)) if sample else digest.every
         self._starts[checkpoint] += 1
         suspect = self._suspects.pop(checkpoint, set())
         return Check(sizes, known, due, self._hasher, self._post, verdicts, self.tally, suspect, hasty)

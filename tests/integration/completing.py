@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import threading
@@ -69,6 +70,13 @@ class Streamed:
         assert self.tail[-1] == "[DONE]"
         assert self.tail[-2]["choices"][0]["finish_reason"] == "length"
         return self.text
+
+    def cut(self) -> bool:
+        """Whether it ended before its time, once it has ended."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            self._read(enough=lambda: False)
+        self.leave()
+        return bool(self.tail[-1] != "[DONE]")
 
     def leave(self) -> None:
         """Hangs up."""

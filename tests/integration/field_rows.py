@@ -197,7 +197,7 @@ ROWS = (
     Row("stop", lambda ask: ask(stop=" ").outcome == ask(stop=["x", "45", " "]).outcome == [("44", "stop")],
         neutral=([], "Z"), wrong=(5, [5]), outside=("", ["x"] * 17)),
     Row("stop_token_ids", lambda ask: ask(stop_token_ids=[32]).outcome == [("44", "stop")], neutral=([],),
-        wrong=("x", ["x"]), outside=([-1], [1 << 31])),
+        wrong=("x", ["x"]), outside=([-1], [5000], [1 << 31])),
     Row("n", lambda ask: ask(n=3).outcome == 3 * ask().outcome, neutral=(1,), wrong=("2", True), outside=(0, 129)),
     Row("best_of", lambda ask: len(ask(n=2, best_of=2).texts) == 2, neutral=(1,), wrong=("x",), outside=(0, 2),
         routes=("text",)),

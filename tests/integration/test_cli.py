@@ -158,9 +158,11 @@ def test_a_second_stop_joins_the_drain_of_which_the_terminal_is_told(tmp_path: P
 
 
 def test_second_signal_ends_at_once(served: Serve) -> None:
-    with streamed(served.url(), 900):
+    with streamed(served.url(), 900) as stream:
         (agent,) = agents(served.state)
         assert served.cli("stop", "--now").returncode == 0
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            stream.read()
     assert served.process.wait(PATIENCE) == 0
     assert not is_alive(agent)
 

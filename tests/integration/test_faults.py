@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from tests.serving import Server, descriptors, until
 pytestmark = pytest.mark.slow
 
 SHM = 64 << 20  # bytes of /dev/shm in a container
-OPTIONS = ("--devices", "cpu:1", "--device-memory", "64MiB", "--dram", "128MiB", "--limit", "disk=3MB/s")
+OPTIONS = ("--devices", "cpu:1", "--device-memory", "64MiB", "--dram", "128MiB", "--limit", "disk=2MB/s")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A checkpoint of three files that takes a third of a second to load."""
+    """A checkpoint of three files that takes half a second to load."""
     return checkpoint(tmp_path / "checkpoint")
 
 
@@ -208,6 +209,23 @@ def test_requests_in_the_moment_of_their_models_expiry(server: Server, source: P
     with ThreadPoolExecutor(3) as clients:
         answers = list(clients.map(lambda _: ask(server, model, max_tokens=4), range(30)))
     assert answers == [expected] * 30
+    assert sum(start["model"] == model for start in server.status()["starts"]) > 1
+
+
+def test_a_client_that_gives_up_sooner_than_a_load_ends_gets_its_answer_by_trying_again(
+    tmp_path: Path, source: Path
+) -> None:
+    """Each try begins where the load has come to meanwhile, though nobody waited in between."""
+    with Server(tmp_path / "state", *OPTIONS[:-1], "disk=500KB/s") as server:
+        deploy(server, "m", source)
+        base_url = f"{server.url}/v1"
+        with openai.OpenAI(base_url=base_url, api_key="none", timeout=0.75, max_retries=0) as hasty:
+            with pytest.raises(openai.APITimeoutError):
+                hasty.completions.create(model="m", prompt="abc", max_tokens=4)
+            answer = hasty.with_options(max_retries=3).completions.create(model="m", prompt="abc", max_tokens=4)
+        assert answer.usage and answer.usage.completion_tokens == 4
+        (start,) = server.status()["starts"]
+        assert start["done"] == sum(file.stat().st_size for file in source.glob("*.safetensors"))
 
 
 def test_a_client_that_goes_away_while_it_loads_leaves_the_load_to_others(

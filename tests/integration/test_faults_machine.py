@@ -33,7 +33,8 @@ def poor(tmp_path_factory: pytest.TempPathFactory, step: Path) -> Iterator[Serve
     surroundings = f'export WALL_CLOCK_STEP={step} PYTHONPATH="{stepped}:$PYTHONPATH"'
     through = ("bash", "-c", f'{surroundings}; exec "$@" 2>/dev/full', "poor")
     (folder / "state" / "logs").mkdir(parents=True)
-    (folder / "state" / "logs" / "agent-node0.log").symlink_to("/dev/full")
+    for name in ("agent-node0.log", "head.log"):
+        (folder / "state" / "logs" / name).symlink_to("/dev/full")
     with Server(folder / "state", *SMALL, "--verbose", through=through) as server:
         deploy(server, "m", checkpoint(folder / "m"))
         assert ask(server, "m")[0] == 200
@@ -75,7 +76,7 @@ def test_a_wall_clock_that_is_stepped_an_hour_ends_nothing_and_delays_nothing(
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
-    with Server(tmp_path / "state", *SMALL) as server:
+    with Server(tmp_path / "state", *SMALL, "--drain", "1h") as server:
         deploy(server, "m", checkpoint(tmp_path / "m"))
         running = Streamed(server, "m", max_tokens=2000).begin()
         assert server.head is not None
@@ -86,7 +87,7 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
         server.head.send_signal(signal.SIGINT)
         assert server.head.wait(PATIENCE) == 128 + signal.SIGINT
         until(lambda: not is_alive(agent), "its agent's end")
-        running.leave()
+        assert running.cut()
 
 
 def refuses(server: Server) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +153,11 @@ def test_prompts_of_a_client_that_went_away_are_not_read(tmp_path: Path, monkeyp
     async def scenario(server: Served) -> None:
         prompt = server.text.prompt
 
-        async def slow(call: Call) -> Any:
+        async def slow(call: Call, wanted: Callable[[], bool]) -> Any:
             read.append(call)
             asking.cancel()
             await server.controller.saw(wire.Gone)
-            return await prompt(call)
+            return await prompt(call, wanted)
 
         monkeypatch.setattr(server.text, "prompt", slow)
         body = {"model": "demo", "prompt": ["a", "b", "c"]}

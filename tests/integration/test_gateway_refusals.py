@@ -13,6 +13,7 @@ import pytest
 import yarl
 
 from serverless_llm import wire
+from serverless_llm.gateway import text
 from serverless_llm.gateway.keys import Key, digest, full
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.text import TextLimits, TextPool
@@ -132,6 +133,8 @@ def test_an_engine_failure_before_any_token_is_a_500(tmp_path: Path, finish: str
         ("/v1/completions", {"model": "demo", "prompt": [5000]}, 400, "invalid_request_error", "prompt"),
         ("/v1/completions", {"model": "demo", "prompt": "x", "logit_bias": {"5000": 1}}, 400, "invalid_request_error",
          "logit_bias"),
+        ("/v1/completions", {"model": "demo", "prompt": "x", "stop_token_ids": [1, 5000]}, 400,
+         "invalid_request_error", "stop_token_ids"),
         ("/v1/completions", {"model": "demo", "prompt": "x", "min_tokens": 17}, 400, "invalid_request_error",
          "min_tokens"),
         ("/v1/completions", {"model": "demo", "prompt": "x" * 5000}, 413, "request_too_large", None),
@@ -312,7 +315,7 @@ def test_a_bug_is_a_500_and_a_traceback_in_the_log(tmp_path: Path, caplog: pytes
 
 def test_a_prompt_that_cannot_be_made_ends_its_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(server: Served) -> None:
-        server.gateway.receive(wire.Catalog([model("demo", tmp_path / "demo", context="none")], True))
+        server.gateway.receive(wire.Catalog([model("demo", tmp_path / "demo", checkpoint=["c0"])], True))
         async with server.chat(stream=True) as response:
             assert (response.status, (await error_of(response))["code"]) == (500, "engine_error")
 
@@ -338,6 +341,7 @@ def test_a_hostile_template_is_its_models_error(tmp_path: Path) -> None:
 
 ENDLESS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
 BACKTRACKING = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+ATTACK = 3.0  # seconds that a text process is given
 PANICKING = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
 
 
@@ -359,9 +363,9 @@ def test_hostile_text_files_delay_no_live_stream(tmp_path: Path, file: str) -> N
             messages = [{"role": "user", "content": "a" * 34 + "!"}]
             hostile = group.create_task(refusal_of(server.chat(model="bad", messages=messages)))
             told = 0
-            while not hostile.done():  # each token arrives before the next, throughout
+            while not hostile.done():  # each token arrives before the next, and before the attack has ended
                 server.controller.tokens(sequence, [66])
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(ATTACK / 2):
                     assert (await anext(seen))["choices"][0]["delta"]["content"] == "B"
                 told += 1
             assert told > 10
@@ -372,7 +376,7 @@ def test_hostile_text_files_delay_no_live_stream(tmp_path: Path, file: str) -> N
             assert [event async for event in seen][-1] == "data: [DONE]"
 
     async def main() -> None:
-        text = TextPool(1, TextLimits(seconds=0.5))
+        text = TextPool(1, TextLimits(seconds=ATTACK))
         async with served(tmp_path, begins, GatewayOptions(), text) as server, asyncio.timeout(20):
             await scenario(server)
 
@@ -415,3 +419,24 @@ async def rest_of(client: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return seen
+
+
+def test_a_large_prompt_whose_client_left_while_it_waited_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "LARGE", 500)
+
+    async def scenario(server: Served) -> None:
+        (process,) = server.text._free
+        async with server.text._turn:
+            messages = [{"role": "user", "content": "x" * 500}]
+            asked = asyncio.create_task(refusal_of(server.chat(messages=messages)))
+            while not server.text._turn._waiters:
+                await asyncio.sleep(0)
+            asked.cancel()
+            await server.controller.saw(wire.Gone)
+        while server.text._large:
+            assert process in server.text._free
+            await asyncio.sleep(0)
+
+    run(tmp_path, begins, scenario)

@@ -78,6 +78,7 @@ def test_headers_wait_for_the_first_token_and_carry_the_phases(tmp_path: Path) -
             assert timing.keys() == {
                 "queue",
                 "load_queue",
+                "load_remote",
                 "load_disk",
                 "load_upload",
                 "load",
@@ -99,6 +100,7 @@ def test_who_comes_during_a_load_waited_for_the_rest_of_it(tmp_path: Path) -> No
         phases = metrics["cold_start_phases"]
         assert phases["load_ms"] == 9e5
         assert phases["load_queue_ms"] == 0
+        assert phases["load_remote_ms"] == 0
         total = phases["load_disk_ms"] + phases["load_upload_ms"] + phases["prefill_ms"]
         assert total == pytest.approx(metrics["cold_start_ms"], abs=0.01)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import tracemalloc
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,7 +14,7 @@ import pytest
 
 from serverless_llm import wire
 from serverless_llm.gateway.options import GatewayOptions
-from tests.integration.scripted import Served, begins, events, run
+from tests.integration.scripted import Served, begins, events, model, run
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +43,29 @@ def test_each_frame_is_an_event_of_its_own(tmp_path: Path) -> None:
             rest = [event async for event in seen]
         assert [event["choices"][0]["delta"] for event in rest[:-1]] == [{"content": "EF"}, {}]
         assert rest[-1] == "data: [DONE]"
+
+    run(tmp_path, begins, scenario)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_stream_holds_the_tokens_of_its_prompt_and_little_else(tmp_path: Path, chat: bool) -> None:
+    count = 200_000
+    given = {"messages": [{"role": "user", "content": "a" * count}]} if chat else {"prompt": [97] * count}
+    body = json.dumps({"model": "demo", "stream": True, **given}).encode()
+
+    async def scenario(server: Served) -> None:
+        server.gateway.receive(wire.Catalog([model("demo", tmp_path / "demo", context=2 * count)], True))
+        async with server.chat(stream=True) as warm:
+            await anext(events(warm))
+        route = "/v1/chat/completions" if chat else "/v1/completions"
+        tracemalloc.start()
+        try:
+            async with server.http.post(route, data=body, headers={"Content-Type": "application/json"}) as response:
+                await anext(events(response))
+                gc.collect()
+                assert tracemalloc.get_traced_memory()[0] < 5 * count  # a token takes 4 bytes
+        finally:
+            tracemalloc.stop()
 
     run(tmp_path, begins, scenario)
 

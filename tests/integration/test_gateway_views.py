@@ -17,6 +17,7 @@ import yarl
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
+from serverless_llm.gateway.keys import full
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.traffic import STEP
@@ -223,6 +224,24 @@ def test_looking_at_the_status_leaves_no_line_unless_it_is_refused(
     lines = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
     assert len(lines) == 1
     assert "status=403" in lines[0]
+
+
+def test_what_is_asked_again_and_again_leaves_no_line_unless_it_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(server: Served) -> None:
+        server.gateway.receive(wire.Catalog([], False))
+        for path, status in (("/health", 200), ("/ready", 503), ("/metrics", 401)):
+            async with server.http.get(path) as response:
+                assert response.status == status
+        async with server.http.get("/metrics", headers={"Authorization": "Bearer secret"}) as response:
+            assert response.status == 200
+
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, silent, scenario, GatewayOptions(keys=(full("secret"),), open_metrics=False))
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "serverless_llm.request"]
+    assert "route=GET /metrics" in line
+    assert "status=401" in line
 
 
 def test_a_line_says_what_was_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import socket
 import ssl
@@ -19,7 +20,7 @@ from aiohttp import ClientSession, ClientSSLError, web
 
 from serverless_llm import wire
 from serverless_llm.errors import ConfigurationError
-from serverless_llm.gateway.listen import RESERVED, Runner, listen, most_connections, tls_context
+from serverless_llm.gateway.listen import RESERVED, Runner, listen, load_certificate, most_connections, tls_context
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.node.processes import environment
 from tests.integration import scripted
@@ -280,3 +281,71 @@ def test_tls(certificate: Path) -> None:
         await runner.cleanup()
 
     uvloop.run(main())
+
+
+def test_a_certificate_that_is_refused_leaves_the_one_in_force(certificate: Path) -> None:
+    async def main() -> None:
+        options = GatewayOptions()
+        runner = Runner(web.Application(), options)
+        await runner.setup()
+        context = tls_context(certificate / "cert.pem", certificate / "key.pem")
+        port = await listen(runner, "localhost", 0, options, context)
+
+        def shaken(name: str) -> bool:
+            """Whether who trusts this certificate alone is shown it."""
+            trusting = ssl.create_default_context(cafile=certificate / name)
+            with socket.create_connection(("localhost", port), 10) as plain:
+                try:
+                    trusting.wrap_socket(plain, server_hostname="localhost").close()
+                except (ssl.SSLError, ConnectionError):
+                    return False
+            return True
+
+        try:
+            with pytest.raises(ConfigurationError, match="KEY_VALUES_MISMATCH"):
+                load_certificate(context, certificate / "other-cert.pem", certificate / "key.pem")
+            assert await asyncio.to_thread(shaken, "cert.pem")
+            load_certificate(context, certificate / "other-cert.pem", certificate / "other.pem")
+            assert await asyncio.to_thread(shaken, "other-cert.pem")
+            assert not await asyncio.to_thread(shaken, "cert.pem")
+        finally:
+            await runner.cleanup()
+
+    uvloop.run(main())
+
+
+@pytest.mark.parametrize("word", [b"", b"GET / HTTP/1.1\r\n\r\n", None], ids=["silent", "plain", "gone"])
+def test_connections_without_a_handshake_count_and_do_not_stay(certificate: Path, word: bytes | None) -> None:
+    async def main() -> None:
+        options = GatewayOptions(connections=2, idle=0.3)
+        runner = Runner(web.Application(), options)
+        await runner.setup()
+        context = tls_context(certificate / "cert.pem", certificate / "key.pem")
+        port = await listen(runner, "localhost", 0, options, context)
+        trusting = ssl.create_default_context(cafile=certificate / "cert.pem")
+        held = [await asyncio.open_connection("localhost", port) for _ in range(2)]
+        try:
+            async with ClientSession() as http, asyncio.timeout(10):
+                async with http.get(f"https://localhost:{port}/", ssl=trusting) as response:
+                    assert response.status == 503
+                for reader, writer in held:
+                    writer.write(word or b"")
+                    if word is None:
+                        writer.transport.abort()
+                    else:
+                        await reader.read()  # until the server ends it
+                        writer.close()
+                while True:
+                    async with http.get(f"https://localhost:{port}/", ssl=trusting) as response:
+                        if response.status == 404:
+                            break
+        finally:
+            for _, writer in held:
+                writer.transport.abort()
+            await runner.cleanup()
+
+    gc.disable()  # what goes by itself only then would count until a rare pass
+    try:
+        uvloop.run(main())
+    finally:
+        gc.enable()

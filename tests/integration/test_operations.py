@@ -273,6 +273,13 @@ def test_keys_and_certificate_are_read_anew_and_a_bad_file_changes_nothing(opera
     operated.process.send_signal(signal.SIGHUP)
     until(lambda: "not read anew" in operated.logs(), "the refusal")
     assert operated.ask("GET", "/v1/models", "later")[0] == 200
+    operated.write_keys("user", "ops", "later")
+    whole = (operated.folder / "cert.pem").read_bytes()
+    (operated.folder / "cert.pem").write_text("half")
+    operated.process.send_signal(signal.SIGHUP)
+    until(lambda: "cert.pem holds no CERTIFICATE" in operated.logs(), "the other refusal")
+    (operated.folder / "cert.pem").write_bytes(whole)
+    assert operated.ask("GET", "/v1/models", "user")[0] == 401  # the keys are as they were, too
 
 
 def test_logs_have_one_line_a_request_and_no_prompt_output_or_key(operated: Operated) -> None:

@@ -75,6 +75,8 @@ def test_a_first_start_reads_from_the_network_once_and_an_interrupted_one_the_re
         source = deploy(server, f"{files.url}/m")
         assert files.sent < sum(map(len, files.files.values())) - 0.99 * weights
         assert server.get("/v1/models/m")["id"] == "m"
+        row = server.get("/admin/models/m")
+        assert (row["tier"], row["remote_bytes"]) == ("remote", weights)
         files.sent = 0
         most = files.faults.budget = round(0.52 * weights)  # and then nothing is on its way any more
         waiting = threads.submit(answer, server)
@@ -83,10 +85,15 @@ def test_a_first_start_reads_from_the_network_once_and_an_interrupted_one_the_re
         files.faults = Faults()  # which counts what is asked for from now on, and not what was on its way to the dead
         tokens = waiting.result(60)
         assert len(tokens) == 4
+        (start,) = [one for one in server.status()["starts"] if one["state"] == "ready"]
+        assert (start["source"], start["phases"]["disk_s"]) == ("remote", 0)
+        assert start["phases"]["remote_s"] > 0
+        until(lambda: server.get("/admin/models/m")["remote_bytes"] == 0, "the agent to see that the disk has all")
         assert 0.45 * weights < files.faults.sent <= 0.55 * weights
         until(lambda: not (source.parent / manifest.REMOTE).exists(), "the disk tier to be whole")
     server.stop()
     server.start()
+    assert server.get("/admin/models/m")["tier"] == "disk"
     assert answer(server) == tokens
     assert {f"m/{path.name}": path.read_bytes() for path in source.iterdir()} == files.files
 

@@ -81,7 +81,7 @@ def test_pull_prints_a_directory_that_holds_the_checkpoint(shell: Shell, server:
     assert held(value["directory"]) == DEMO
     away = shell("pull", "s3://bucket/models/add", AWS_ENDPOINT_URL="http://127.0.0.1:1")
     assert (away.returncode, away.stdout.strip()) == (0, value["directory"])
-    assert "taken from the disk, since s3://bucket/models/add: " in away.stderr
+    assert "taken from the disk, since s3://bucket/models/add (at 127.0.0.1:1) cannot be reached: " in away.stderr
 
 
 def test_a_url_runs_without_a_server_of_models(shell: Shell, server: RangeServer) -> None:
@@ -113,18 +113,19 @@ def test_a_url_is_a_source(server: RangeServer, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("url", "message"),
+    ("url", "status", "message"),
     [
-        ("{}/models/none", "/models/none has neither model.safetensors nor model.safetensors.index.json"),
-        ("ftp://host/m", "ftp://host/m: no source begins with ftp://; there are s3://"),
-        ("{}/models/wordless", "/models/wordless has no tokenizer.json"),
-        ("{}/models/add?x=1", "a source's URL is a directory's, without ? and #"),
+        ("{}/models/none", 1, "/models/none has neither model.safetensors nor model.safetensors.index.json"),
+        ("{}/models/add/model.safetensors", 1, "index.json; if it is a file, name its directory: http://"),
+        ("ftp://host/m", 2, "ftp://host/m: no source begins with ftp://; there are s3://"),
+        ("{}/models/wordless", 1, "/models/wordless has no tokenizer.json"),
+        ("{}/models/add?x=1", 2, "a source's URL is a directory's, without ? and #"),
     ],
 )
-def test_what_cannot_be_pulled(shell: Shell, server: RangeServer, url: str, message: str) -> None:
+def test_what_cannot_be_pulled(shell: Shell, server: RangeServer, url: str, status: int, message: str) -> None:
     server.files |= {f"models/wordless/{name}": DEMO[name] for name in ("config.json", "model.safetensors")}
     refused = shell("pull", url.format(server.url))
-    assert (refused.returncode, refused.stdout) == (1, "")
+    assert (refused.returncode, refused.stdout) == (status, "")
     assert message in refused.stderr
     assert server.gets == []
 

@@ -99,3 +99,60 @@ def test_a_fine_tune_reads_what_is_its_own(base: Path, tuned: Path, tmp_path: Pa
         assert read_bytes(server) - before >= 0.8 * size  # nobody lends any more
         server.put("/admin/models/tuned", {}, "DELETE")
         until(lambda: not used(server), "an empty tier")
+
+
+def private(server: Server) -> int:
+    """Bytes of memory that are the worker's alone."""
+    fields = Path(f"/proc/{server.devices()[0]['worker_pid']}/status").read_text().split()
+    return int(fields[fields.index("RssAnon:") + 1]) * 1024
+
+
+def weights(server: Server) -> tuple[int, dict[str, Any]]:
+    """What weights take of the device, and its replicas by their models."""
+    (device,) = server.devices()
+    return device["memory"]["weights"], {one["model"]: one for one in device["replicas"]}
+
+
+def test_a_device_that_copies_holds_equal_tensors_once(base: Path, tuned: Path, tmp_path: Path) -> None:
+    size, state = bytes_of(tuned), tmp_path / "state"
+    with Server(state, *DEVICES, "--weights", "copy", "--dram", "256MiB") as server:
+        for name, source in (("tuned", tuned), ("base", base)):
+            deploy(server, name, source)
+        expected = {name: ask(server, name) for name in ("tuned", "base")}
+        until(lambda: len(list(state.glob("agents/*.tensors/*.digests"))) == 2, "digests")
+        twice, there = weights(server)
+        whole = there["base"]["weight_bytes"]
+        assert (twice, there["base"]["shared_bytes"], there["tuned"]["shared_bytes"]) == (2 * whole, 0, 0)
+
+        # the second holds what is its own
+        unload(server, "tuned")
+        until(lambda: weights(server)[0] == whole, "the device to hold one")
+        alone, uploaded = private(server), server.status()["nodes"][0]["link_bytes"]["upload"]
+        assert ask(server, "tuned") == expected["tuned"]
+        assert private(server) - alone <= 0.3 * size
+        both, there = weights(server)
+        own = both - whole
+        assert 0 < own <= 0.11 * whole
+        assert [there[name]["shared_bytes"] for name in ("base", "tuned")] == [whole - own] * 2
+        floors = sum(one["bytes"] - whole for one in there.values())
+        assert server.devices()[0]["granted"] == both + floors
+        checkpoint = server.get("/admin/models/tuned")["checkpoint"]
+        node = until(lambda: (node := server.status()["nodes"][0])["own_bytes"] and node, "a heartbeat")
+        for told in (node["own_bytes"][checkpoint], node["link_bytes"]["upload"] - uploaded):
+            assert abs(told - own) <= 0.01 * size  # headers, and padding
+
+        # the first goes, and the second stays what it was; then the other way round
+        for gone, left in (("base", "tuned"), ("tuned", "base")):
+            unload(server, gone)
+            assert weights(server)[0] == whole
+            assert weights(server)[1][left]["shared_bytes"] == 0
+            assert ask(server, left) == expected[left]
+            assert ask(server, gone) == expected[gone]
+            assert weights(server)[0] == both
+
+        # the bytes go with the last
+        full = private(server)
+        for name in expected:
+            unload(server, name)
+        assert weights(server) == (0, {})
+        until(lambda: private(server) <= full - 0.9 * both, "the memory to go back")

@@ -26,6 +26,10 @@ from tests.unit.cluster.driver import World
 
 MODELS = ("a", "b", "c", "d", "e")
 NODES = ("n0", "n1")
+SIZES = {"base": 130 << 20, "head": 40 << 20, "tail": 20 << 20}
+CONTENTS: dict[str, tuple[str, ...]] = {
+    "a": ("base", "head"), "b": ("base", "tail"), "c": ("base", "head", "tail"), "d": ("tail",), "e": ()
+}  # fmt: skip
 ROUGH = Faults(drop=0.03, duplicate=0.05, delay_s=1.5)
 CALM_S = 400.0  # after the last fault every request has ended within this, deadlines of 30 s on the way included
 # Deadlines short enough that many expire in a run; their order stays that of the defaults.
@@ -38,10 +42,16 @@ def build(seed: int, weights: str) -> World:
     world = World(POLICY, seed=seed)
     for name in NODES:
         world.add_node(name, devices=2, budget=GIB, weights=weights, dram=2 * GIB)
+    world.sizes = SIZES
     for number, name in enumerate(MODELS):
         size = (200 + 150 * number) << 20
         world.deploy(
-            name, size=size, max_replicas=1 + number % 2, max_concurrency=3, keep_alive=(0.0, 2.0, 60.0)[number % 3]
+            name,
+            size=size,
+            contents=CONTENTS[name],
+            max_replicas=1 + number % 2,
+            max_concurrency=3,
+            keep_alive=(0.0, 2.0, 60.0)[number % 3],
         )
     return world
 
@@ -62,6 +72,13 @@ def settle(world: World) -> None:
     assert all(device.usable and device.trial is None for device in state.devices.values()), "every worker is in use"
     there = {one for agent in world.agents.values() for worker in agent.workers.values() for one in worker.replicas}
     assert there == set(state.replicas), "the machine knows what the workers hold"
+    for agent in world.agents.values():
+        for worker in agent.workers.values():
+            for name in worker.loading:  # those that are stuck for ever, of a former link
+                worker.extents.pop(name)
+                worker.taken.pop(name)
+            ledger = state.devices[worker.device].actual
+            assert worker.used(SIZES) == ledger.used, "the ledger counts what is shared once, as the worker does"
     ends = Counter(client.end for client in world.clients.values())
     assert not ends[""]
 
@@ -157,7 +174,8 @@ def operate(world: World, model: str, what: str) -> None:
         known = world.machine.state.models.get(model)
         size = (200 + world.chance.randrange(600)) << 20
         spec = {} if known is None else {"min_replicas": 1 - known.spec.min_replicas if model == "a" else 0}
-        world.deploy(model, size=size, checkpoint=f"sha-{model}-{size}", max_concurrency=3, **spec)
+        contents = CONTENTS[model][: world.chance.randrange(3)]
+        world.deploy(model, size=size, checkpoint=f"sha-{model}-{size}", contents=contents, max_concurrency=3, **spec)
     else:
         verbs: dict[str, type[e.Load] | type[e.UnloadModel] | type[e.Delete]]
         verbs = {"load": e.Load, "unload": e.UnloadModel, "delete": e.Delete}

@@ -61,6 +61,13 @@ class Residency(RuleBasedStateMachine):
             self.tier.lease(checkpoint, holder, some)
             self.views[checkpoint, holder] = {piece: landed[piece] for piece in some}
 
+    @rule(checkpoint=checkpoints, holder=st.integers(1, 3))
+    def complete(self, checkpoint: str, holder: int) -> None:
+        """A replica has all that it will refer to."""
+        slots = self.views.get((checkpoint, holder), {})
+        if slots and slots.keys() <= self.tier.landed(checkpoint).keys():
+            self.tier.lease(checkpoint, holder, slots)
+
     @precondition(lambda self: self.reading)
     @rule(data=st.data())
     def land(self, data: st.DataObject) -> None:

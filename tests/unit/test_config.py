@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,18 @@ def test_search_path_begins_here_and_ends_in_etc() -> None:
     assert surroundings.search_path({"XDG_CONFIG_HOME": "/x"})[1] == Path("/x/serverless-llm/serverless-llm.yaml")
 
 
+@pytest.mark.parametrize("environ", [{}, {"HOME": ""}])
+def test_without_home_it_is_the_one_that_the_system_knows(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]
+) -> None:
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    assert surroundings.search_path(environ)[1] == home / ".config/serverless-llm/serverless-llm.yaml"
+    assert surroundings.state_dir(environ) == home / ".local/state/serverless-llm"
+    assert surroundings.cache_dir(environ) == home / ".cache/serverless-llm"
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # as in a container, of a user whom it does not know
+    assert surroundings.state_dir(environ) == Path("/.local/state/serverless-llm")
+
+
 def test_first_file_of_the_search_path_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "serverless-llm.yaml").write_text("port: 9\n")
@@ -81,9 +95,9 @@ def test_secrets_come_from_the_environment(file: Path) -> None:
 
 
 def test_lists_and_pairs_in_the_environment() -> None:
-    read = loaded(SERVERLESS_LLM_HOSTS="a,b", SERVERLESS_LLM_LIMITS="disk=20MB/s,upload=1GB/s")
+    read = loaded(SERVERLESS_LLM_HOSTS="a,b", SERVERLESS_LLM_LIMITS="disk=20MB/s,upload=1GB/s,remote=1MB/s")
     assert read.hosts == ("a", "b")
-    assert read.limits == config.Limits(disk=20e6, upload=1e9)
+    assert read.limits == config.Limits(disk=20e6, upload=1e9, remote=1e6)
 
 
 # --- defaults that depend on the machine ---
@@ -207,6 +221,18 @@ def test_models_in_the_file(file: Path) -> None:
     assert read.models["b"] == config.ModelEntry(source="/y", keep_alive=300.0, context=512, pinned=True, verify="full")
 
 
+def test_models_are_called_as_it_is_written(file: Path) -> None:
+    """YAML 1.1 reads some names as numbers and truth values."""
+    file.write_text("models: {yes: /a, on: /b, 1.10: /c, 0777: /d, 1: /e, null: /f, 2021-01-01: /g, &x 1_0: /h}\n")
+    names = ["yes", "on", "1.10", "0777", "1", "null", "2021-01-01", "1_0"]
+    assert {name: one.source for name, one in loaded(path=file).models.items()} == dict(
+        zip(names, (f"/{letter}" for letter in "abcdefgh"), strict=True)
+    )
+    file.write_text("{nodes: &one 1, models: {a: {source: /x, context: *one}, *one : /y}}\n")
+    read = loaded(path=file).models
+    assert (read["a"].context, read["1"].source) == (1, "/y")
+
+
 def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     read = loaded({"state_dir": Path("state"), "model_roots": ("models",)})
@@ -223,7 +249,7 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("models: {m: {}}", "models", "m: Object missing required field `source`"),
     ("models: {m: {source: /x, context: long}}", "models", "m.context: a whole number is needed, not text"),
     ("models: {m: {source: /x, dtype: int4}}", "models", "m.dtype: must be one of auto, float32, bfloat16"),
-    ("models: {m: {source: /x, keep_alive: soon}}", "models", "'soon' is no duration"),
+    ("models: {m: {source: /x, keep_alive: soon}}", "models", "m.keep_alive: 'soon' is no duration"),
     ("models: {m: [/x]}", "models", "m: a source, or a mapping with one, is needed"),
     ("models: {m: }", "models", "m: a source, or a mapping with one, is needed"),
     ("models: {'a b': /x}", "models", "'a b' is no name of a model"),
@@ -238,6 +264,9 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("{devices: 'cuda:1', device_memory: 1000}", "device_memory", "1.0 KB is less than 1 MiB"),
     ("{port: 1, nodes: 1, port: 2}", "", "line 1, column 21: this key is there already"),
     ("models: {m: &m {source: /x}, n: {<<: *m, source: /y, source: /z}}", "", "column 54: this key is there already"),
+    ("models: {1: /x, '1': /y}", "", "line 1, column 17: this key is there already"),
+    ("models: {~: /x}", "models", "'~' is no name of a model"),
+    ("!!python/name:os.system x: 1", "", "could not determine a constructor"),
     ("port: many", "port", "a whole number is needed, not text"),
     ("port: 70000", "port", "70000 is not between 0 and 65535"),
     ("nodes: 0", "nodes", "0 is not between 1 and"),
@@ -248,10 +277,11 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("devices: 5", "devices", "'5' is neither cpu:N nor cuda:N nor auto"),
     ("drain: soon", "drain", "'soon' is no duration"),
     ("drain: .nan", "drain", "nan is no duration"),
-    ("limits: {disk: 5m/s}", "limits", "is no size"),
+    ("limits: {disk: 5m/s}", "limits", "disk: '5m' is no size"),
     ("limits: {disk: 500}", "limits", "disk: 500 bytes a second is less than 100 KB/s; write 500MB/s, or 0 for none"),
     ("models: [demo-count]", "models", "a mapping is needed, a line for each model: `name: source`"),
     ("pinned: true", "", "unknown key 'pinned'"),
+    ("limits: 'disk=1GB,disk=2GB'", "limits", "'disk' is given twice"),
     ("limits: disk", "limits", "'disk' is not of the form name=value"),
     ("hosts: 5", "hosts", "a list is needed, not a whole number"),
     ("model_roots: [5]", "model_roots[0]", "5 is no path"),
@@ -279,6 +309,7 @@ def test_what_a_mistake_says(file: Path, text: str, place: str, message: str) ->
         ("HOLD", "soon", "'soon' is no duration"),
         ("WEIGHTS", "move", "must be one of view, copy"),
         ("LIMITS", "disk=fast", "'fast' is no size"),
+        ("MODELS", "m=/x, m=/y", "'m' is given twice"),
         ("MODELS", "m", "'m' is not of the form name=value"),
     ],
 )
@@ -300,6 +331,20 @@ def test_what_this_machine_cannot_do_names_the_flag() -> None:
 def test_a_key_without_a_value_is_a_key_that_is_not_there(file: Path) -> None:
     file.write_text("port:\ndram:\nmodels:\n")
     assert loaded(path=file) == loaded()
+
+
+def test_a_file_that_is_no_text_is_named(file: Path) -> None:
+    file.write_text("port: 1", "utf-16")
+    with pytest.raises(ConfigurationError) as raised:
+        loaded(path=file)
+    assert str(raised.value) == f"{file}: no text in UTF-8"
+
+
+def test_an_options_place_is_where_it_was_given(file: Path) -> None:
+    file.write_text("port: 1")
+    environ = {"HOME": "/home/someone", "SERVERLESS_LLM_NODES": "2"}
+    places = [config.place(name, {"hold": "5s"}, environ, file) for name in ("port", "nodes", "hold", "models")]
+    assert places == [f"{file}: port", "SERVERLESS_LLM_NODES", "--hold", "models"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from serverless_llm.errors import did_you_mean
         ("demo-cuont", ["demo-add", "demo-count"], "; did you mean 'demo-count'?"),
         ("other", ["demo-add"], ""),
         ("a" * 1000, ["a" * 999], ""),
-        ("a", ["a" * 101, "ab"], "; did you mean 'ab'?"),
+        ("web_search_options", ["stream_options"], ""),
+        ("aa", ["a" * 101, "ab", "aab"], "; did you mean 'aab'?"),
         ("name", [*map(str, range(errors.MOST_COMPARED)), "names"], ""),
     ],
 )

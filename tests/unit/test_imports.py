@@ -21,7 +21,10 @@ IMPURE = {
     "torch", "numpy", "asyncio", "socket", "threading", "multiprocessing", "subprocess", "random", "secrets", "time",
     "datetime", "uuid", "concurrent", "selectors", "signal",
 }  # fmt: skip
-PURE_LOADER = ("digest", "division", "header", "manifest", "pinned", "plan", "residency", "sharing", "turns")
+PURE_LOADER = (
+    "copies", "digest", "division", "header", "lending", "link", "manifest", "pinned", "plan", "residency", "sharing",
+    "turns",
+)  # fmt: skip
 
 
 def files(*patterns: str) -> list[Path]:
@@ -43,6 +46,7 @@ PURE = files("serverless_llm/cluster/*.py", "placement/*.py", *(f"loader/{name}.
 # To what must be there for them to be of use
 BRIDGES = {
     "fallback.py": "transformers",
+    "foreign_module.py": "transformers",
     "vllm_plugin.py": "vllm",
     "remote.py": "obstore",
     "hasher.py": "xxhash",

@@ -35,13 +35,14 @@ def known(config: Mapping[str, Any]) -> bool:
     """Whether transformers defines the decoder that config.json names.
 
     Raises:
-        CheckpointError: it is not installed.
+        CheckpointError: it is not installed, or a key asks for what would be refused with it, too.
     """
     names, kind = config.get("architectures"), config.get("model_type")
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) and isinstance(kind, str)):
         return False
     if not CAUSAL.fullmatch(names[0]):
         return False
+    check(Reader(config))
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(

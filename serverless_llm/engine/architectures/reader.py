@@ -41,8 +41,7 @@ class Reader:
         value = self.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < most:
-            expected = "a positive integer" if most == MOST else f"an integer from 1 to {most - 1}"
-            raise CheckpointError(f"config.json: {key} must be {expected}, not {value!r}")
+            raise CheckpointError(f"config.json: {key} must be an integer from 1 to {most - 1}, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -52,7 +52,8 @@ function replicaLine() {
   const update = (replica) => {
     say(name, replica.model);
     const running = replica.running ? `, ${replica.running} running` : "";
-    say(doing, `${replica.state}${running}, ${bytes(replica.weight_bytes)}`);
+    const shared = replica.shared_bytes ? `, ${bytes(replica.shared_bytes)} of them shared` : "";
+    say(doing, `${replica.state}${running}, ${bytes(replica.weight_bytes)}${shared}`);
   };
   return { root: el("li", {}, name, " ", doing), update };
 }

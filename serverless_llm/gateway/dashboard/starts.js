@@ -3,7 +3,7 @@
 import { byId, el, put, Rows, say, Stack } from "./dom.js";
 import { clock, seconds } from "./format.js";
 
-const PHASES = ["queue", "disk", "upload", "prefill"];
+const PHASES = ["queue", "remote", "disk", "upload", "prefill"];
 const SHOWN = 12;
 const DOING = { claiming: "waiting for room", reserving: "waiting for room", loading: "loading" };
 

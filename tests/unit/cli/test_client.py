@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -117,13 +118,21 @@ def test_another_process_with_the_number_of_a_dead_head_is_no_server(
     assert read_head(tmp_path) is not None
 
 
+@pytest.mark.parametrize("line", ["ls", "ls --state-dir DIR", "stop --state-dir DIR", "logs", "logs --state-dir DIR"])
 def test_a_state_directory_of_another_user_is_named(
-    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK)
-    outcome = cli("ls")
+    outcome = cli(*line.replace("DIR", str(tmp_path)).split())
     assert outcome.status == 69
-    assert f"{tmp_path} may not be read by this user" in outcome.err
+    assert f"{tmp_path} may not be read by this user, but by {tmp_path.owner()}: " in outcome.err
+    assert outcome.err.endswith("; SERVERLESS_LLM_URL and SERVERLESS_LLM_API_KEY reach one without it\n")
+
+
+def test_an_owner_without_a_name_is_a_number(cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert f"but by user {os.geteuid()}: " in cli("ls").err
 
 
 def test_a_state_directory_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,3 +166,9 @@ def test_a_process_lives_as_long_as_one_of_its_threads() -> None:
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert began(process.pid) is None
+
+
+def test_a_name_of_any_bytes_can_be_asked_for(cli: CommandLine, running: Scripted) -> None:
+    outcome = cli("show", b"a\xff".decode("utf-8", "surrogateescape"))
+    assert outcome.status == 1
+    assert [path for _, path, *_ in running.seen] == ["/admin/models/a%FF"]

@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 
-from serverless_llm.cli import checks, diagnosis, doctor, measure
+from serverless_llm.cli import checks, client, diagnosis, doctor, measure
 from serverless_llm.cli.diagnosis import Rates, forecast
+from serverless_llm.cluster.policy import Policy
 from serverless_llm.config import Config, load
 from serverless_llm.demo import tasks
 from serverless_llm.domain import ModelSpec
+from serverless_llm.loader.announce import announce
+from serverless_llm.loader.disk_tier import DiskTier
 from serverless_llm.loader.manifest import REMOTE
-from serverless_llm.node.state import Deployed, State
+from serverless_llm.node.state import Deployed, State, lock
+from tests.range_server import RangeServer
 from tests.unit.cli.conftest import CommandLine, Scripted
 
 MIB = 1 << 20
@@ -74,6 +78,17 @@ def test_people_read_a_table(cli: CommandLine, tmp_path: Path) -> None:
     assert lines[-1].startswith("demo-add  3.1 MB ")
 
 
+def test_a_table_of_what_comes_from_a_network_has_a_column_more(capsys: pytest.CaptureFixture[str]) -> None:
+    near = diagnosis.Forecast("near", "/near", 2_000_000, 2.0, 0.1)
+    far = diagnosis.Forecast("far", "/far", 3_000_000, 3.0, 0.1, 12.0)
+    doctor.table([near, far, diagnosis.Forecast("bad", "/bad", error="gone")])
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["MODEL", "SIZE", "FROM", "NETWORK", "FROM", "DISK", "FROM", "DRAM"]
+    assert rows[0] == ["near", "2.0", "MB", "-", "2.0", "s", "100", "ms"]
+    assert rows[1] == ["far", "3.0", "MB", "12.0", "s", "3.0", "s", "100", "ms"]
+    assert rows[2][-3:] == ["cannot", "be", "served"]
+
+
 def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     found = diagnosis.Diagnosis((checks.Finding("disk", checks.FAILURE, "gone"),), Rates({}, 1.0, None), ())
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -105,6 +120,28 @@ def test_a_bad_configuration_is_78(cli: CommandLine, monkeypatch: pytest.MonkeyP
     assert cli("doctor").status == 78
 
 
+def test_it_is_of_this_machine(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVERLESS_LLM_URL", "http://elsewhere:8000")
+    outcome = cli("doctor")
+    assert outcome.status == 2
+    assert "SERVERLESS_LLM_URL names http://elsewhere:8000; for a server of this machine give" in outcome.err
+
+
+def test_the_owner_of_a_state_directory_that_the_configuration_names_is_told(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SERVERLESS_LLM_STATE_DIR")
+    shut = tmp_path / "shut"
+    shut.mkdir()
+    (tmp_path / "own.yaml").write_text(f"state_dir: {shut}\n")
+    monkeypatch.setattr(client, "_is_shut", lambda folder: folder == shut)
+    outcome = cli("doctor", "--config", str(tmp_path / "own.yaml"))
+    assert outcome.status == 69
+    assert f"{shut} may not be read by this user" in outcome.err
+    monkeypatch.setattr(client, "_is_shut", lambda folder: folder != shut)
+    assert cli("doctor", "--config", str(tmp_path / "own.yaml")).status == 0
+
+
 def test_a_damaged_database_is_78(cli: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "state.db").write_bytes(b"no database" * 100)
     outcome = cli("doctor")
@@ -120,7 +157,8 @@ def test_a_running_server_is_diagnosed_as_it_runs(cli: CommandLine, tmp_path: Pa
     device = {"kind": "cpu", "budget": 100_000_000, "weights": "view", "device": "node0/0"}
     device |= {"pinned": {"bytes": 0, "refused": "operation not permitted"}}
     node = {"devices": [device, device], "dram": 200_000_000, "overhead_s": 0.02, "limits": {"disk": 1e6}}
-    status = {"models": [row, failed], "nodes": [node, {"devices": [], "overhead_s": 0.03}]}
+    nodes = [node | {"bandwidth": {}}, {"devices": [], "overhead_s": 0.03, "bandwidth": {"remote": 5e6}}]
+    status = {"models": [row, failed], "nodes": nodes}
     server.answers["GET", "/admin/status"] = (200, status)
     (tmp_path / "head.json").write_text(json.dumps({"url": server.url, "generation": 1, "pid": os.getpid()}))
     outcome = cli("doctor")
@@ -129,6 +167,7 @@ def test_a_running_server_is_diagnosed_as_it_runs(cli: CommandLine, tmp_path: Pa
     assert outcome.out.count("operation not permitted: its copies cost a CPU more; ulimit -l unlimited") == 2
     _, _, _, from_disk, _, from_dram, _ = outcome.out.splitlines()[-2].split()
     assert (from_disk, from_dram) == ("3.1", "20")  # with its cap, and what it learned
+    assert json.loads(cli("doctor", "--json").out)["rates"]["remote"] == 5e6
     assert outcome.out.splitlines()[-1].split() == ["big", "614.0", "MB", "cannot", "be", "served"]
     assert "would not work: big: big fits on no device" in outcome.err
     server.answers["GET", "/admin/status"] = (200, {"models": [row], "nodes": []})
@@ -147,6 +186,16 @@ def test_a_running_server_is_told(tmp_path: Path) -> None:
     assert checks.address(configured(tmp_path)).text == f"runs at http://x, pid {os.getpid()}"
 
 
+def test_agents_of_a_killed_server_are_told(tmp_path: Path) -> None:
+    State(tmp_path).close()
+    held = lock(tmp_path / "agents" / "node0.lock", "another agent")
+    told = checks.address(configured(tmp_path))
+    assert told.level == checks.WARNING
+    assert told.text.endswith(f"hold their memory for up to 60 s: pid {os.getpid()}; serve takes them over")
+    os.close(held)
+    assert checks.address(configured(tmp_path)).level == checks.OK
+
+
 def refuse(*_: object, **__: object) -> None:
     raise PermissionError("no namespaces here")
 
@@ -162,6 +211,15 @@ def test_what_costs_speed_is_no_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_state_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert checks.state_directory(configured(tmp_path / "file" / "state")).level == checks.FAILURE
+
+
+def test_a_state_directory_that_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    finding = checks.state_directory(configured(tmp_path))
+    assert finding.level == checks.FAILURE
+    assert "holds a model, not a server's state" in finding.text
+    (tmp_path / "state.db").touch()  # of a server that took it before
+    assert checks.state_directory(configured(tmp_path)).level != checks.FAILURE
 
 
 def test_a_state_directory_open_to_others(tmp_path: Path) -> None:
@@ -233,6 +291,22 @@ def predicted(state: Path, rates: Rates, **flags: Any) -> tuple[float, float]:
     assert told.from_disk_s is not None
     assert told.from_dram_s is not None
     return round(told.from_disk_s, 6), round(told.from_dram_s, 6)
+
+
+def test_what_a_server_has_is_predicted_by_its_link(tmp_path: Path) -> None:
+    source = tasks.checkpoint_dir("demo-add")
+    nbytes = (source / "model.safetensors").stat().st_size
+    with RangeServer({f"m/{path.name}": path.read_bytes() for path in source.iterdir()}) as server:
+        tier = DiskTier(tmp_path / "tier")
+        with announce(tier, f"{server.url}/m", lambda name, done, total: None) as lease:
+            for rates, limits, bps in (
+                (Rates({}, 2e6, None), {}, Policy().remote_bps),
+                (Rates({}, 2e6, None, 4e5), {}, 4e5),
+                (Rates({}, 2e6, None, 4e5), {"remote": "200KB/s"}, 2e5),
+            ):
+                told = forecast("m", lease.directory, configured(tmp_path, limits=limits), rates, 0.05)
+                assert told.from_remote_s == pytest.approx(nbytes / bps + 0.05)
+                assert told.from_disk_s == pytest.approx(nbytes / Policy().disk_bps + 0.05)
 
 
 def test_predictions_are_placements(tmp_path: Path) -> None:

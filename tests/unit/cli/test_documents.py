@@ -56,6 +56,11 @@ def test_every_flag_that_is_told_of_is_there() -> None:
         assert told - there - OF_OTHERS == set()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_has_anybody_install_what_pypi_has_under_our_name(page: Path) -> None:
+    assert not re.search(r"pip install[^\n`]* serverless-llm\b", page.read_text())
+
+
 def block(page: Path, first: str) -> str:
     """The block of code that begins with a line."""
     return textwrap.dedent(

@@ -116,6 +116,16 @@ def test_a_stream_that_is_closed_is_an_empty_one(closed: str, line: str, status:
 
 
 @pytest.mark.slow
+def test_an_output_that_is_full_is_one_line_and_1() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            command("serverless_llm", "completion", "bash"), env=environment() | {"PYTHONUNBUFFERED": ""}, stdout=full,
+            stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, b"Error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.slow
 def test_a_letter_that_the_locale_lacks_costs_no_answer() -> None:
     script = "import sys; from serverless_llm.cli import main; main.cli.main = lambda *_, **__: print('a…b')"
     done = subprocess.run(

@@ -18,7 +18,7 @@ import click
 import pytest
 
 from serverless_llm.cli import models
-from serverless_llm.cli.sources import is_source, name_of, named, resolve
+from serverless_llm.cli.sources import is_source, name_of, named, resolve, same
 from serverless_llm.demo import tasks
 from serverless_llm.quantities import size
 from tests.unit.cli.conftest import CommandLine, Scripted
@@ -90,9 +90,9 @@ def test_an_error_answer_is_shown(cli: CommandLine, running: Scripted) -> None:
     assert (outcome.status, outcome.err) == (1, "Error: no model m\n")
 
 
-def test_an_error_that_is_no_json_is_shown_too(cli: CommandLine, running: Scripted) -> None:
+def test_an_error_that_is_no_json_is_of_somebody_else(cli: CommandLine, running: Scripted) -> None:
     outcome = cli("rm", "m")
-    assert (outcome.status, outcome.err) == (1, "Error: HTTP 404: no such page\n")
+    assert (outcome.status, outcome.err) == (1, "Error: HTTP 404 of something that is no serverless-llm server\n")
 
 
 def test_a_url_without_its_s_is_told(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,34 @@ def test_deploy_over_a_name_says_what_it_replaces(cli: CommandLine, running: Scr
     running.answers["PUT", "/admin/models/m"] = (200, ROW)
     outcome = cli("deploy", "m", "demo-add")
     assert outcome.status == 0
-    assert "m was deployed already and is replaced; what was not given is at its default" in outcome.err
+    assert "m was deployed already from /models/m and is replaced; what was not given is at its default" in outcome.err
+    again = cli("deploy", "m", "/models/m")
+    assert again.status == 2  # nothing is there
+    running.answers["GET", "/admin/models/m"] = (200, ROW | {"source": str(tasks.checkpoint_dir("demo-add"))})
+    assert "m was deployed already and is replaced" in cli("deploy", "m", "demo-add").err
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("/models/a", "/models/a/", True),
+        ("/models/a", "/models/b", False),
+        ("/cache/models--o--n/snapshots/1", "/cache/models--o--n/snapshots/2", True),
+        ("/cache/models--o--n/snapshots/1", "/cache/models--o--m/snapshots/1", False),
+        ("/cache/remote/1/2/checkpoint", "/cache/remote/1/3/checkpoint", True),
+        ("/cache/remote/1/2/checkpoint", "/cache/remote/2/2/checkpoint", False),
+    ],
+)
+def test_versions_of_one_source_are_the_same_source(one: str, other: str, expected: bool) -> None:
+    assert same(one, other) == expected
+
+
+def test_deploy_without_a_name_of_its_own_replaces_nothing_else(cli: CommandLine, running: Scripted) -> None:
+    running.answers["GET", "/admin/models/demo-add"] = (200, ROW)
+    outcome = cli("deploy", "demo-add")
+    assert outcome.status == 1
+    assert "'demo-add' is deployed from /models/m: name what is to be replaced" in outcome.err
+    assert [seen[0] for seen in running.seen] == ["GET"]
 
 
 def test_deploy_where_looking_is_refused(cli: CommandLine, running: Scripted) -> None:

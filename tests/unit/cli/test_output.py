@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from serverless_llm.cli.output import fitted, printable, shortened, show
+from serverless_llm.cli.output import fitted, printable, shortened, show, table
 
 ROWS = [("demo-count", "failed: no such file in a directory\nwith a \x1b[2J name", "node0/0")]
 
@@ -36,7 +36,22 @@ def test_a_table_on_a_terminal_is_no_wider(
 def test_the_widest_column_gives_way() -> None:
     assert fitted([4, 30, 7], 30) == [4, 15, 7]
     assert fitted([4, 30, 7], 100) == [4, 30, 7]
-    assert fitted([9, 9], 1) == [3, 3]
+    assert fitted([9, 9], 1) == [1]
+
+
+def test_the_last_columns_give_way_before_the_others_say_nothing() -> None:
+    models, devices = [10, 8, 8, 6, 7, 7, 7, 5], [7, 4, 8, 3, 6, 9, 30]
+    assert fitted(models, 40) == models[:4]
+    assert fitted(devices, 40) == devices[:5]
+    assert fitted([13, 4, 11, 4, 4, 9], 40) == [13, 4, 11, 4]  # of bench, whose ways end in cold and warm
+    assert fitted(models, 80) == models
+    assert fitted([*models[:2], 300, *models[3:]], 80) == [10, 8, 16, 6, 7, 7, 7, 5]
+
+
+def test_one_long_cell_in_a_pipe_makes_no_other_row_longer() -> None:
+    long = "failed: " + "x" * 300
+    header, short, other = table(("NAME", "STATE", "TIER"), [("a", "loaded", "dram"), ("b", long, "disk")])
+    assert (header, short, other) == ("NAME  STATE   TIER", "a     loaded  dram", f"b     {long}  disk")
 
 
 def test_what_is_cut_says_so() -> None:

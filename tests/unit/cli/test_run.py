@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from serverless_llm.cli import stop
-from serverless_llm.cli.run import Answer, phases
+from serverless_llm.cli.client import Server
+from serverless_llm.cli.run import Answer, phases, standing
 from serverless_llm.cli.stop import STOP
 from serverless_llm.demo import tasks
 from tests.unit.cli.conftest import CommandLine, Scripted, events
@@ -50,6 +51,14 @@ def test_answer_on_stdout_phases_on_stderr(cli: CommandLine, known: Scripted) ->
         "model": "m", "stream": True, "seed": 3, "max_tokens": 2, "messages": [{"role": "user", "content": "43"}],
         "stream_options": {"include_usage": True},
     }  # fmt: skip
+
+
+def test_a_start_from_a_network_says_so() -> None:
+    inner = {"load_queue_ms": 1.0, "load_remote_ms": 9.0, "load_disk_ms": 0.0, "load_upload_ms": 2.0}
+    told = phases(Answer("", None, {}, {"cold_start_ms": 12.0, "cold_start_phases": inner}))
+    assert told.endswith(": queue 1.0 ms, network -> DRAM 9.0 ms, DRAM -> device 2.0 ms")
+    told = phases(Answer("", None, {}, {"cold_start_ms": 12.0, "cold_start_phases": inner | {"load_remote_ms": 0.0}}))
+    assert told.endswith(": queue 1.0 ms, disk -> DRAM 0.0 ms, DRAM -> device 2.0 ms")
 
 
 def test_the_whole_answer_as_json(cli: CommandLine, known: Scripted) -> None:
@@ -91,6 +100,31 @@ def test_a_pipe_without_a_prompt_is_a_usage_error(
     assert outcome.status == 2
     assert f"standard input {message}" in outcome.err
     assert not known.seen
+
+
+def test_bytes_that_the_locale_cannot_read_are_sent_if_they_are_utf_8(cli: CommandLine, known: Scripted) -> None:
+    assert cli("run", "m", b"1 \xc3\xa4".decode("ascii", "surrogateescape"), "-q").status == 0
+    assert known.seen[-1][2]["messages"][0]["content"] == "1 ä"
+    asked = len(known.seen)
+    outcome = cli("run", "m", b"1+\xff".decode("utf-8", "surrogateescape"), "-q")
+    assert outcome.status == 2
+    assert "the prompt, name or path that was given is not UTF-8: invalid start byte" in outcome.err
+    assert CHAT not in [(method, path) for method, path, *_ in known.seen[asked:]]
+
+
+@pytest.mark.parametrize(
+    ("row", "problems", "told"),
+    [
+        ({"state": "unloaded"}, ["node0/0 is not up", "node0/1 is drained"], "m: unloaded, node0/0 is not up"),
+        ({"state": "unloaded"}, [], "m: unloaded, no text yet"),
+        ({"state": "loading", "progress": 0.25}, ["node0/1 is drained"], "m: loading 25%"),
+        ({"state": "loaded"}, ["node0/1 is drained"], "m: loaded, no text yet"),
+    ],
+)
+def test_what_an_answer_waits_for(known: Scripted, row: dict[str, object], problems: list[str], told: str) -> None:
+    known.answers["GET", "/admin/models/m"] = (200, row)
+    known.answers[STATUS] = (200, {"problems": problems})
+    assert standing(Server(known.url), "m") == told
 
 
 def test_no_prompt_on_a_terminal(cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-import yaml
 
+from serverless_llm import strict_yaml
 from serverless_llm.cli.schema import descriptions, schema
 from serverless_llm.config import Config, load
 from serverless_llm.errors import ConfigurationError
@@ -19,11 +19,13 @@ from tests.unit.test_config import MISTAKES
 PUBLISHED = Path(__file__).parents[3] / "docs" / "serverless-llm.schema.json"
 LATER = {  # no YAML, or judged below in another form
     "{port: 1, nodes: 1, port: 2}", "models: {m: &m {source: /x}, n: {<<: *m, source: /y, source: /z}}",
+    "models: {1: /x, '1': /y}", "!!python/name:os.system x: 1",
     "port: [", "port: 2021-99-99", "hosts: &a [*a]", "models: {m: {source: /x, keep_alive: soon}}",
 }  # fmt: skip
 OF_THE_MACHINE = {  # which no schema knows
     "dram: 100TB", "dram: 1000", "dram: 99999999999999999999TB", "{devices: 'cuda:1', device_memory: 1000}",
     "api_key: ${env.NOWHERE}", "limits: {disk: 500}",
+    "limits: 'disk=1GB,disk=2GB'",
 }  # fmt: skip
 EXAMPLE = """
 port: 8000
@@ -35,7 +37,7 @@ keep_alive: 5m
 hold: 1h30m
 drain: 0
 orphan_grace: -1
-limits: {disk: 500MB/s, upload: 1000000}
+limits: {disk: 500MB/s, upload: 1000000, remote: 50MB/s}
 model_roots: [/models]
 hosts: a.example,b.example
 api_key: ${env.MY_KEY}
@@ -68,13 +70,13 @@ def test_an_example_is_valid_to_both(tmp_path: Path) -> None:
     file = tmp_path / "serverless-llm.yaml"
     file.write_text(EXAMPLE)
     assert load({}, {"HOME": "/x", "MY_KEY": "k", "THREADS": "2"}, file, memory=8 << 30).threads == 2
-    assert valid(yaml.safe_load(EXAMPLE))
+    assert valid(strict_yaml.load(EXAMPLE))
     assert valid(None)
 
 
 @pytest.mark.parametrize("text", [text for text, *_ in MISTAKES if text not in LATER | OF_THE_MACHINE])
 def test_a_mistake_is_one_to_both(tmp_path: Path, text: str) -> None:
-    assert not valid(yaml.safe_load(text))
+    assert not valid(strict_yaml.load(text))
 
 
 def test_defaults_of_the_schema_are_those_of_serve() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from serverless_llm import framing, wire
-from serverless_llm.cli.serve import announce
+from serverless_llm.cli.serve import announce, made
 from serverless_llm.cli.server import (
     deploy_body,
     draining,
@@ -28,7 +30,7 @@ from serverless_llm.cluster.events import Delete
 from serverless_llm.config import Config, ModelEntry, load
 from serverless_llm.demo import tasks
 from serverless_llm.domain import DeviceId, LoadPhases
-from serverless_llm.errors import RequestError
+from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway.keys import full
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.node.admin import spec_of
@@ -60,6 +62,12 @@ def test_elsewhere_a_key_is_made_and_kept(tmp_path: Path) -> None:
     assert gateway_options(configured(tmp_path, host="0.0.0.0")).keys == options.keys
 
 
+def test_elsewhere_an_empty_key_opens_nothing(tmp_path: Path) -> None:
+    (tmp_path / "api-key").touch()
+    with pytest.raises(ConfigurationError, match="api-key is empty"):
+        gateway_options(configured(tmp_path, host="0.0.0.0"))
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_given_key_is_taken(tmp_path: Path, host: str) -> None:
     assert gateway_options(configured(tmp_path, host=host, api_key="mine")).keys == (full("mine"),)
@@ -75,6 +83,36 @@ def test_a_file_of_keys_stands_beside_the_one_or_instead(tmp_path: Path) -> None
     both = gateway_options(configured(tmp_path, keys_file=file, api_key="mine")).keys
     assert [key.id for key in both] == ["ada", "default"]
     assert not (tmp_path / "api-key").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "holds", "then"),
+    [
+        (0o755, "", 0o700),
+        (0o750, "state.db", 0o700),
+        (0o705, "state.db", 0o700),
+        (0o755, "notes", 0o755),  # not for this alone
+        (0o755, "state.db notes", 0o755),
+        (0o1777, "state.db", 0o1777),  # as /tmp is
+    ],
+)
+def test_a_state_directory_is_closed_to_others(tmp_path: Path, mode: int, holds: str, then: int) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    for name in holds.split():
+        (folder / name).touch()
+    folder.chmod(mode)
+    assert made(folder) == folder / "logs"
+    assert stat.S_IMODE(folder.stat().st_mode) == then
+
+
+def test_a_state_directory_that_is_another_users_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    made(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
 
 
 def test_model_roots_never_shut_out_the_demos(tmp_path: Path) -> None:
@@ -138,9 +176,11 @@ def test_what_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
     announce("http://127.0.0.1:8000", "0.0.0.0", Path("/state/api-key"), False)
     assert capsys.readouterr().out.splitlines() == [
         "serverless-llm serves on http://127.0.0.1:8000",
+        "dashboard: http://127.0.0.1:8000/",
         "serverless-llm serves on http://127.0.0.1:8000",
         "clients need the key in /state/api-key",
         "it listens on every address of this machine (0.0.0.0)",
+        "dashboard: http://127.0.0.1:8000/",
     ]
 
 

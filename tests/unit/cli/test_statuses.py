@@ -21,6 +21,9 @@ USAGE = [  # a value that cannot be, whichever verb it is given to
     ("serve --limit disk", "Invalid value for '--limit': 'disk' is not of the form name=value"),
     ("serve --limit disk=fast", "Invalid value for '--limit': 'fast' is no size"),
     ("serve --model no-such-model", "'no-such-model' is neither a directory nor one of demo-count"),
+    ("serve --model x=demo-add --model x=demo-count", "Invalid value for '--model': 'x' is given twice"),
+    ("serve --model demo-add --model demo-add=demo-count", "Invalid value for '--model': 'demo-add' is given twice"),
+    ("serve --limit disk=1GB/s --limit disk=2GB/s", "Invalid value for '--limit': 'disk' is given twice"),
     ("serve --model =demo-add", "Invalid value for '--model': '' is no name of a model"),
     ("deploy mine;rm demo-add", "Invalid value for 'NAME': 'mine;rm' is no name of a model: letters, digits"),
     ("rm a//b", "Invalid value for 'NAME': 'a//b' is no name of a model"),
@@ -30,6 +33,10 @@ USAGE = [  # a value that cannot be, whichever verb it is given to
     ("deploy m demo-add --context 0", "Invalid value for '--context'"),
     ("run demo-add x --max-tokens 0", "Invalid value for '--max-tokens'"),
     ("run demo-add x --temperature -1", "Invalid value for '--temperature'"),
+    ("run demo-add x --temperature 9", "Invalid value for '--temperature'"),
+    ("deploy m demo-add --min-replicas 2 --max-replicas 1", "--min-replicas is more than --max-replicas"),
+    ("deploy m s3://user:password@bucket/m", "Invalid value for '[SOURCE]': a URL of bucket has a user or a password"),
+    ("pull ftp://host/model", "no source begins with ftp://; there are s3://, gs://, az://, http://, https://"),
     ("stop --timeout -1", "Invalid value for '--timeout'"),
     ("logs --lines -1", "Invalid value for '--lines'"),
     ("completion tcsh", "Invalid value for '{bash|zsh|fish}'"),
@@ -60,6 +67,7 @@ CONFIGURATION = [
     ("PORT", "many", "serve", "SERVERLESS_LLM_PORT: "),
     ("PROT", "1", "serve", "did you mean 'SERVERLESS_LLM_PORT'?"),
     ("URL", "localhost:8000", "ls", "SERVERLESS_LLM_URL: 'localhost:8000' is not of the form http://host:port"),
+    ("URL", "http://localhost:8000/v1/", "ps", "is what OpenAI clients take; here it ends before the /v1"),
     ("URL", "http://host:port", "ps", "SERVERLESS_LLM_URL: 'http://host:port' is not of the form"),
     ("DRAM", "1000TB", "serve", "SERVERLESS_LLM_DRAM: 1000.0 TB is more than the "),
     ("CUDA_VISIBLE_DEVICES", "", "serve --devices cuda:1", "cuda:1 on a machine where 0 NVIDIA GPU(s) can be seen"),
@@ -76,6 +84,47 @@ def test_what_a_server_cannot_run_with_is_78(
     outcome = cli(*line.split())
     assert outcome.status == 78
     assert message in outcome.err
+
+
+def test_a_log_that_cannot_be_written_is_named(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "logs" / "head.log").mkdir(parents=True)
+    outcome = cli("serve", "--devices", "cpu:1", "--port", "0", "--state-dir", str(tmp_path))
+    assert outcome.status == 78
+    assert outcome.err == f"Error: state_dir: {tmp_path}/logs/head.log: Is a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "message"),
+    [
+        ("/no/where", 78, "/no/where: No such file or directory"),
+        ("own/file", 78, "own/file is a file; name its directory: own"),
+        ("ftp://host/m", 1, "ftp://host/m: no source begins with ftp://"),
+        ("own/model", 1, "there is no directory own/model here, and of the hub: "),
+    ],
+)
+def test_a_model_that_is_not_there_is_named_with_its_file(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, status: int, message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "file").touch()
+    file = tmp_path / "serverless-llm.yaml"
+    file.write_text(f"{{port: 0, devices: 'cpu:1', device_memory: 32MiB, models: {{mine: '{source}'}}}}")
+    outcome = cli("serve", "--config", str(file), "--state-dir", str(tmp_path / "state"))
+    assert outcome.err.splitlines()[-1].startswith(f"Error: {file}: models: mine: {message}"), outcome.err
+    assert outcome.status == status
+
+
+def test_a_models_directory_is_no_state_directory(cli: CommandLine, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "config.yaml").write_text("{port: 0, devices: 'cpu:1', device_memory: 32MiB, models: {m: /no/where}}")
+    outcome = cli("serve", "--config", str(tmp_path / "config.yaml"), "--state-dir", str(folder))
+    assert outcome.err == f"Error: state_dir: {folder} holds a model, not a server's state: choose another one\n"
+    assert outcome.status == 78
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_what_the_system_refuses_is_a_line_and_1(cli: CommandLine, tmp_path: Path) -> None:

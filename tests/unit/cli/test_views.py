@@ -21,7 +21,7 @@ ROW = {
     "name": "m", "source": SOURCE, "checkpoint": "c", "dtype": "float32", "context": 512, "bytes": 3_000_000_000,
     "state": "loaded", "tier": "device", "progress": 1.0, "error": "", "devices": ["node0/1"], "keep_alive": 300.0,
     "pinned": False, "until": None, "estimate_s": None, "waiting": 2, "running": 1, "min_replicas": 1,
-    "verify": "off",
+    "verify": "off", "remote_bytes": 0,
 }  # fmt: skip
 DEVICE = {
     "device": "node0/1", "kind": "cpu", "weights": "view", "problem": "",
@@ -29,7 +29,7 @@ DEVICE = {
 }  # fmt: skip
 NODE = {
     "node": "node0", "state": "up", "dram": 8_000_000_000, "dram_used": 1_000_000_000, "bandwidth": {"disk": 1e9},
-    "overhead_s": 0.02, "digests": [], "own_bytes": {},
+    "overhead_s": 0.02, "digests": [], "own_bytes": {}, "lent_bytes": {},
     "resident": [{"checkpoint": "c", "bytes": 1_000_000_000}], "devices": [DEVICE],
 }  # fmt: skip
 TRAFFIC = {
@@ -96,6 +96,26 @@ def test_show_estimates_the_copy_to_a_device(cli: CommandLine, busy: Scripted) -
     assert json.loads(cli("show", "m", "--json").out)["estimate"] is None
 
 
+def test_show_estimates_without_what_others_lend(cli: CommandLine, busy: Scripted) -> None:
+    _, status = busy.answers["GET", "/admin/status"]
+    nodes = [NODE | {"lent_bytes": {"c": 1_500_000_000}}]
+    busy.answers["GET", "/admin/status"] = (200, status | {"nodes": nodes})
+    assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 0.52, "from_dram_s": 0.02}
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"verify": "full"})  # is read whole
+    assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 2.02, "from_dram_s": 0.02}
+
+
+def test_show_estimates_what_comes_from_a_server_by_its_link(cli: CommandLine, busy: Scripted) -> None:
+    _, status = busy.answers["GET", "/admin/status"]
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"remote_bytes": 2_500_000_000})  # DRAM has 1 GB
+    assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 16.02, "from_dram_s": 0.02}
+    nodes = [NODE | {"bandwidth": {"disk": 1e9, "remote": 5e8}}]
+    busy.answers["GET", "/admin/status"] = (200, status | {"nodes": nodes})
+    assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 4.02, "from_dram_s": 0.02}
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"remote_bytes": 250_000_000})
+    assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 1.77, "from_dram_s": 0.02}
+
+
 def test_show_a_model_whose_files_are_gone(cli: CommandLine, busy: Scripted) -> None:
     busy.answers["GET", "/admin/models/m"] = (200, ROW | {"source": "/nowhere", "state": "failed", "error": "gone"})
     outcome = cli("show", "m")
@@ -126,8 +146,14 @@ def test_show_a_source_without_a_server(cli: CommandLine) -> None:
 
 
 def test_show_a_source_that_is_not_deployed(cli: CommandLine, busy: Scripted) -> None:
+    busy.answers["GET", "/admin/models/demo-count"] = (404, {"error": {"message": "no model", "code": "x"}})
+    assert "not deployed" in cli("show", "demo-count").out
+
+
+def test_show_a_source_that_is_deployed_under_a_name(cli: CommandLine, busy: Scripted) -> None:
     busy.answers["GET", "/admin/models/demo-add"] = (404, {"error": {"message": "no model", "code": "x"}})
-    assert "not deployed" in cli("show", "demo-add").out
+    outcome = cli("show", "demo-add")
+    assert outcome.out.splitlines()[1].split() == ["name", "m"]
 
 
 def test_show_what_is_not_there(cli: CommandLine, busy: Scripted) -> None:

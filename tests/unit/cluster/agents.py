@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
@@ -18,6 +19,7 @@ from serverless_llm.domain import (
     ModelName,
     NodeId,
     NodeSpec,
+    ReplicaId,
     SequenceId,
 )
 from tests.unit.cluster.cast import GIB, Agent, Client, Faults, Run, Time, Worker
@@ -33,6 +35,8 @@ class Agents(Time):
         self.agents: dict[NodeId, Agent] = {}
         self.clients: dict[SequenceId, Client] = {}
         self.footprints: dict[CheckpointId, Footprint] = {}
+        self.contents: dict[CheckpointId, tuple[str, ...]] = {}  # what several checkpoints may have
+        self.sizes: dict[str, int] = {}  # of these
         self.loads: list[c.StartLoad] = []
         self.reads: Counter[CheckpointId] = Counter()
         self.deaths = 0
@@ -178,7 +182,7 @@ class Agents(Time):
         for run in list(worker.runs.values()):
             self.stop(worker, run)
         worker.up = False
-        for held in (worker.replicas, worker.loading, worker.taken):
+        for held in (worker.replicas, worker.loading, worker.taken, worker.extents):
             held.clear()
 
     def kill_node(self, agent: Agent, back_s: float) -> None:
@@ -224,12 +228,12 @@ class Agents(Time):
 
     def _load(self, agent: Agent, worker: Worker, command: c.StartLoad) -> None:
         footprint = self.footprints[command.checkpoint]
-        grant = footprint.weight_bytes + command.kv_floor
-        if sum(worker.taken.values()) + grant > worker.budget:
+        shared = self._place(agent, worker, command)
+        if worker.used(self.sizes) > worker.budget:
+            self._drop(worker, command.replica)
             self.up_link(agent, e.LoadFailed(command.replica, "no room", False))
             return
         worker.loading.add(command.replica)
-        worker.taken[command.replica] = grant
         incarnation = worker.incarnation
         missing = 0 if command.checkpoint in agent.resident else footprint.file_bytes
         self.reads[command.checkpoint] += missing
@@ -249,18 +253,40 @@ class Agents(Time):
                 return
             worker.loading.remove(command.replica)
             if command.model in self.broken:
-                del worker.taken[command.replica]
+                self._drop(worker, command.replica)
                 self.up_link(agent, e.LoadFailed(command.replica, *self.broken[command.model]))
                 return
             agent.resident[command.checkpoint] = footprint.file_bytes
             worker.replicas[command.replica] = e.HeldReplica(
                 command.replica, worker.device, command.model, command.checkpoint, command.dtype
             )
+            for number, size, lender in shared:
+                for name in {lender, command.replica} & worker.replicas.keys():
+                    one = worker.replicas[name]
+                    extents = tuple(dict.fromkeys([*one.shared, (number, size)]))
+                    worker.replicas[name] = replace(one, shared=extents)
             phases = LoadPhases(0.0, missing / self.disk_bps, 0.0, seconds, missing, 0, footprint.file_bytes - missing)
-            self.up_link(agent, e.ReplicaReady(command.replica, phases))
+            self.up_link(agent, e.ReplicaReady(command.replica, phases, shared))
 
         self.after(seconds / 2, half)
         self.after(seconds, whole)
+
+    def _place(self, agent: Agent, worker: Worker, command: c.StartLoad) -> tuple[tuple[int, int, ReplicaId], ...]:
+        """Its weights, but for what a replica that serves has there already; that, as in `ReplicaReady`."""
+        copies = agent.spec.devices[worker.device.number].weights == "copy"
+        contents = self.contents.get(command.checkpoint, ()) if copies else ()
+        found = {content: place for content in contents if (place := worker.find(content))}
+        held = worker.extents[command.replica] = {}
+        for content in contents:
+            worker.made += content not in found
+            held[content] = found[content][0] if content in found else worker.made
+        own = self.footprints[command.checkpoint].weight_bytes - sum(self.sizes[content] for content in contents)
+        worker.taken[command.replica] = own + command.kv_floor
+        return tuple((number, self.sizes[content], lender) for content, (number, lender) in found.items())
+
+    def _drop(self, worker: Worker, replica: ReplicaId) -> None:
+        worker.taken.pop(replica, None)
+        worker.extents.pop(replica, None)
 
     def unload(self, command: c.Unload) -> None:
         def arrive(agent: Agent, worker: Worker) -> None:
@@ -268,7 +294,7 @@ class Agents(Time):
                 if run.replica == command.replica:
                     self.stop(worker, run)
             worker.replicas.pop(command.replica, None)
-            worker.taken.pop(command.replica, None)
+            self._drop(worker, command.replica)
             worker.loading.discard(command.replica)
             self.up_link(agent, e.Unloaded(command.replica))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from serverless_llm.cluster import commands as c
@@ -66,9 +66,21 @@ class Worker:
     incarnation: int
     replicas: dict[ReplicaId, e.HeldReplica] = field(default_factory=dict)
     loading: set[ReplicaId] = field(default_factory=set)
-    taken: dict[ReplicaId, int] = field(default_factory=dict)
+    taken: dict[ReplicaId, int] = field(default_factory=dict)  # but for extents
+    extents: dict[ReplicaId, dict[str, int]] = field(default_factory=dict)  # by what is in them
+    made: int = 0  # extents
     runs: dict[SequenceId, Run] = field(default_factory=dict)
     up: bool = True
+
+    def find(self, content: str) -> tuple[int, ReplicaId] | None:
+        """The extent with this content, and a replica that serves from it."""
+        ready = (name for name in self.replicas if content in self.extents.get(name, {}))
+        return next(((self.extents[name][content], name) for name in ready), None)
+
+    def used(self, sizes: Mapping[str, int]) -> int:
+        """Bytes. `sizes`: of contents."""
+        extents = {number: sizes[content] for held in self.extents.values() for content, number in held.items()}
+        return sum(self.taken.values()) + sum(extents.values())
 
 
 @dataclass(eq=False)

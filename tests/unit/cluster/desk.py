@@ -20,8 +20,10 @@ def node(name: str = "n0", devices: int = 1, weights: str = "copy", dram: int = 
     return NodeSpec(name, dram, tuple(DeviceSpec(number, "cpu", 100, weights) for number in range(devices)))
 
 
-def deploy(name: str, size: int = 80, checkpoint: str = "", context: int = 1024, **spec: object) -> e.Deploy:
-    footprint = Footprint(checkpoint or f"sha-{name}", size, size, KV, context)
+def deploy(
+    name: str, size: int = 80, checkpoint: str = "", context: int = 1024, remote_bytes: int = 0, **spec: object
+) -> e.Deploy:
+    footprint = Footprint(checkpoint or f"sha-{name}", size, size, KV, context, remote_bytes=remote_bytes)
     return e.Deploy(ModelSpec(name, f"/{name}", **spec), footprint)  # type: ignore[arg-type]
 
 

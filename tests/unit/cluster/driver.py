@@ -86,9 +86,19 @@ class World(Agents):
 
     # --- operators and clients ---
 
-    def deploy(self, name: ModelName, size: int = 700 << 20, checkpoint: str = "", context: int = 4096, **spec) -> None:  # type: ignore[no-untyped-def]
+    def deploy(  # type: ignore[no-untyped-def]
+        self,
+        name: ModelName,
+        size: int = 700 << 20,
+        checkpoint: str = "",
+        context: int = 4096,
+        contents: tuple[str, ...] = (),
+        **spec,
+    ) -> None:
+        """`contents`: as of `Agents`, of its checkpoint."""
         footprint = Footprint(checkpoint or f"sha-{name}", size, size, BLOCK, context)
         self.footprints[footprint.checkpoint] = footprint
+        self.contents[footprint.checkpoint] = contents
         self.handle(e.Deploy(ModelSpec(name, f"/models/{name}", **spec), footprint))
         self.shown.setdefault(name, footprint.checkpoint)
         self.after(self.catalog_s, lambda: self.shown.update({name: footprint.checkpoint}))

@@ -10,6 +10,7 @@ import pytest
 
 from serverless_llm.cluster import events as e
 from serverless_llm.cluster.invariants import check_invariants
+from serverless_llm.cluster.ledger import extent
 from serverless_llm.cluster.state import State
 from serverless_llm.cluster.transitions import ReplicaState, SequenceState
 from serverless_llm.errors import InvariantError
@@ -102,6 +103,18 @@ def lose_a_grant(state: State) -> None:
     state.devices[D0].actual.remove(1)
 
 
+def share_unseen(state: State) -> None:
+    state.replicas[1].shared = (extent(7, 20),)
+
+
+def disagree_on_an_extent(state: State) -> None:
+    ledger, replica = state.devices[D0].actual, state.replicas[1]
+    replica.shared = (extent(7, 20),)
+    ledger.remove(1)
+    for key, size in replica.charges:
+        ledger.add(key, size - 1)
+
+
 def lose_a_pin(state: State) -> None:
     state.nodes["n1"].planned_dram.remove("sha-v")
 
@@ -187,6 +200,8 @@ def run_a_suspect(state: State) -> None:
         ("busy are ready", serve_without_worker),
         ("ledgers equal residencies", lose_a_grant),
         ("ledgers equal residencies", lose_a_pin),
+        ("ledgers equal residencies", share_unseen),
+        ("ledgers equal residencies", disagree_on_an_extent),
         ("ledgers within budget", overcommit),
         ("ledgers within budget", miscount),
         ("indexes agree", hide_a_replica),

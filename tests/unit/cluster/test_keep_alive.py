@@ -97,3 +97,35 @@ def test_a_pin_holds_a_replica_past_its_keep_alive_and_no_longer() -> None:
     desk.tell(e.SequenceDone(1, 1, DONE, 3))
     assert desk.tick(20.0) == []
     assert kinds(desk.tell(e.Pin("a", False))) == ["Evicted", "Unload"]
+
+
+@pytest.mark.parametrize(("old", "new"), [(math.inf, 5.0), (300.0, 5.0), (1.0, 5.0)])
+def test_a_deploy_with_another_keep_alive_counts_for_what_is_loaded(old: float, new: float) -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, keep_alive=old)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert desk.tell(deploy("a", keep_alive=new)) == []
+    assert desk.tick(new - 0.1) == []
+    assert desk.tick(0.1) == [c.Evicted(1, "a", D0, "keep-alive"), c.Unload(1, D0)]
+
+
+def test_a_deploy_that_keeps_what_is_loaded_for_ever_puts_no_end_to_it() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1, keep_alive=5.0)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(deploy("a", keep_alive=math.inf))
+    assert desk.tick(1e6) == []
+
+
+def test_a_deploy_with_the_same_keep_alive_leaves_what_a_request_wished() -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.tell(deploy("a", keep_alive=5.0))
+    desk.ask(1, "a", keep_alive=60.0)
+    desk.bring_up(1)
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(deploy("a", keep_alive=5.0, max_concurrency=2))
+    assert desk.tick(59.9) == []
+    assert kinds(desk.tick(0.1)) == ["Evicted", "Unload"]

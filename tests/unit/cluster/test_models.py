@@ -75,6 +75,14 @@ def test_new_limits_need_no_new_load(desk: Desk) -> None:
     assert desk.ask(2, "a") == []
 
 
+def test_bytes_that_came_from_a_server_meanwhile_need_no_new_load() -> None:
+    desk = Desk(QUIET)
+    desk.join(node())
+    desk.tell(deploy("a", min_replicas=1, remote_bytes=80))
+    desk.bring_up(1)
+    assert desk.tell(deploy("a", min_replicas=1)) == []
+
+
 def test_fewer_replicas_send_the_newest_off() -> None:
     desk = Desk(QUIET)
     desk.join(node(devices=2))
@@ -253,3 +261,16 @@ def test_a_wish_for_what_fits_nowhere_is_forgotten(desk: Desk) -> None:
     desk.tell(deploy("big", size=95))
     assert desk.tell(e.Load("big")) == []
     assert desk.machine.state.models["big"].requested_at is None
+
+
+@pytest.mark.parametrize("held", [{"pinned": True}, {"min_replicas": 1}])
+def test_a_deploy_that_lets_go_of_its_memory_gives_it_to_who_waits(held: dict[str, object]) -> None:
+    desk = Desk(QUIET)
+    desk.join()
+    desk.serve("a", 1)
+    desk.tell(deploy("a", **held))  # type: ignore[arg-type]
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    desk.tell(deploy("b"))
+    assert desk.ask(2, "b") == []
+    assert desk.tick(20.0) == []
+    assert kinds(desk.tell(deploy("a"))) == ["Decided", "Evicted", "Unload"]

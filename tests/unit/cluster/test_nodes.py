@@ -352,7 +352,11 @@ def test_what_fits_to_the_byte_is_adopted(size: int, weights: str, dram: int, ad
 def test_heartbeats_tell_speeds_and_dram(desk: Desk) -> None:
     desk.tell(e.Heartbeat("n0", ((D0, 1, (1,)),), (("sha-a", 80),), (("disk", 7.0),)))
     known = desk.machine.state.nodes["n0"]
-    assert (known.resident, known.bandwidth) == ({"sha-a": 80}, {"disk": 7.0})
+    assert (known.resident, known.bandwidth, known.lent) == ({"sha-a": 80}, {"disk": 7.0}, {})
+    desk.tell(e.Heartbeat("n0", ((D0, 1, (1,)),), (), (), (("sha-b", 70),)))
+    assert (known.resident, known.lent) == ({}, {"sha-b": 70})
+    desk.tell(e.Heartbeat("n0", ((D0, 1, (1,)),), (), (), away=(("sha-a", 5),)))
+    assert (known.lent, known.away) == ({}, {"sha-a": 5})
 
 
 def test_checkpoints_nobody_names_leave_the_dram(desk: Desk) -> None:

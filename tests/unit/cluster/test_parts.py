@@ -61,12 +61,21 @@ def test_a_deadline_armed_while_others_fire_waits_for_its_time() -> None:
     assert timers.earliest() == 3.0
 
 
+def test_a_ledger_knows_what_is_free_when_some_leave() -> None:
+    ledger = Ledger(100)
+    for key, size in (("a", 10), ("ab", 5), ("b", 20), ("ab", 5), ("abc", 2), ("abc", 2), ("abc", 2)):
+        ledger.add(key, size)
+    a, b = [("a", 10), ("ab", 5), ("abc", 2)], [("b", 20), ("ab", 5), ("abc", 2)]
+    assert (ledger.freed(a), ledger.freed(b), ledger.freed([*a, *b]), ledger.freed([])) == (10, 20, 35, 0)
+    assert ledger.missing(("new", 80), ("ab", 5), ("other", 1)) == 18
+
+
 def test_a_ledger_counts_a_shared_key_once() -> None:
     ledger = Ledger(100)
     ledger.add("sha", 60)
     ledger.add("sha", 60)
     assert (ledger.used, ledger.free) == (60, 40)
-    assert (ledger.missing("sha", 60), ledger.missing("other", 60)) == (-40, 20)
+    assert (ledger.missing(("sha", 60)), ledger.missing(("other", 60))) == (-40, 20)
     ledger.remove("sha")
     assert ledger.used == 60
     ledger.remove("sha")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.domain import DeviceId
@@ -57,6 +59,32 @@ def test_a_start_that_nobody_waits_for_waits_for_all() -> None:
     desk.tell(deploy("a"))
     desk.ask(1, "a")
     assert round(decided(desk.tell(deploy("b", min_replicas=1))).predicted_s, 6) == 16.05
+    desk = two()
+    desk.tell(deploy("a", min_replicas=1))
+    assert round(decided(desk.tell(deploy("b", min_replicas=1))).predicted_s, 6) == 16.05
+
+
+@pytest.mark.parametrize(("waits", "place"), [(True, D1), (False, DeviceId("n1", 0))])
+def test_a_place_is_chosen_by_what_goes_before_its_bytes(waits: bool, place: DeviceId) -> None:
+    """Beside a load that nobody waits for, or on a node whose disk is slower."""
+    desk = two()
+    desk.join(node("n1"))
+    desk.machine.state.nodes["n1"].bandwidth["disk"] = 8.0
+    desk.tell(deploy("a", min_replicas=1))
+    desk.tell(deploy("b", min_replicas=int(not waits)))
+    if waits:
+        desk.tell(e.RequestArrived(1, "b", "sha-b"))
+    assert desk.machine.state.replicas[2].device == place
+    assert desk.machine.state.replicas[2].online == waits
+
+
+def test_what_nobody_waits_for_has_read_of_a_checkpoint_is_there_for_who_does() -> None:
+    desk = two()
+    desk.tell(deploy("a", checkpoint="same", min_replicas=1))
+    desk.tell(deploy("b", checkpoint="same"))
+    loading(desk, 1)
+    desk.tell(e.LoadProgress(1, 70, 80))
+    assert round(decided(desk.ask(1, "b")).predicted_s, 6) == 1.05
 
 
 def overtaken() -> tuple[Desk, float]:

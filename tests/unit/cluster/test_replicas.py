@@ -222,7 +222,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_bytes(desk: Desk) -> None
 @pytest.mark.parametrize(
     ("size", "dram", "budget", "why"),
     [
-        (90, 80, 100, "views of its weights take 90 B of a node's DRAM that has at most 80 B: serve has --dram"),
+        (90, 80, 100, "device: views of its weights take 90 B of a node's DRAM that has at most 80 B: serve has"),
         (95, 80, 100, "at most 100 B: serve has --device-memory; views of its weights take 95 B"),
         (90, 1000, 100, ""),
         (95, 1000, 0, ""),
@@ -238,6 +238,13 @@ def test_what_fits_nowhere_is_told_when_it_is_deployed(size: int, dram: int, bud
     early = Desk(QUIET)
     early.tell(deploy("big", size=size))
     assert early.machine.state.models["big"].error == "", "no device is known"
+
+
+def test_memory_that_just_suffices_is_not_blamed() -> None:
+    desk = Desk(QUIET)
+    desk.join(NodeSpec("n0", 95, (DeviceSpec(0, "cpu", 100, "view"),)))
+    desk.tell(deploy("big", size=95))
+    assert desk.machine.state.models["big"].error.endswith("that has at most 100 B: serve has --device-memory")
 
 
 def test_memory_here_and_dram_there_is_no_place() -> None:

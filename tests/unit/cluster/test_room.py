@@ -85,12 +85,16 @@ def test_who_makes_way_for_a_request_that_is_gone_serves_again() -> None:
     assert ("hungry", "b") not in desk.machine.state.timers
 
 
+@pytest.mark.parametrize("lent", [False, True])
 @pytest.mark.parametrize(("weights", "held", "hold_s"), [("view", 80, 1.0), ("copy", 80, 5.0), ("copy", 0, 6.0)])
-def test_an_idle_replica_is_held_for_as_long_as_bringing_it_back_takes(weights: str, held: int, hold_s: float) -> None:
+def test_an_idle_replica_is_held_for_as_long_as_bringing_it_back_takes(
+    weights: str, held: int, hold_s: float, lent: bool
+) -> None:
     desk = Desk(STILL)
     desk.join(node(weights=weights))
     known = desk.machine.state.nodes["n0"]
-    known.resident["sha-a"] = known.resident["sha-b"] = held
+    there = known.lent if lent else known.resident
+    there["sha-a"] = there["sha-b"] = held
     known.bandwidth.update(disk=16.0, upload=20.0)
     idle(desk, "a", 1)
     known.overhead_s = 1.0
@@ -100,6 +104,21 @@ def test_an_idle_replica_is_held_for_as_long_as_bringing_it_back_takes(weights: 
     one = decided(desk.tick(0.01))
     assert (one.victims, round(one.predicted_s, 6)) == ((1,), hold_s)
     assert desk.machine.state.hungry == {}
+
+
+@pytest.mark.parametrize(("away", "hold_s"), [(None, 8.0), (40, 4.0), (0, 5.0)])
+def test_bringing_back_what_a_server_has_takes_its_link(away: int | None, hold_s: float) -> None:
+    desk = Desk(STILL)
+    desk.join()
+    known = desk.machine.state.nodes["n0"]
+    known.bandwidth.update(remote=10.0, disk=16.0, upload=80.0)
+    idle(desk, "a", 1, remote_bytes=80)
+    known.away |= {} if away is None else {"sha-a": away}
+    known.overhead_s = 0.0
+    desk.tell(deploy("b"))
+    assert desk.ask(2, "b") == []
+    assert desk.tick(hold_s - 0.01) == []
+    assert decided(desk.tick(0.01)).victims == (1,)
 
 
 def test_who_makes_way_has_no_room_for_its_own_requests() -> None:

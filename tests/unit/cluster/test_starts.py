@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from serverless_llm.cluster import events as e
+from serverless_llm.cluster.policy import Policy
 from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
 from tests.unit.cluster.desk import D0, D1, STILL, Desk, decided, deploy, idle, kinds, node
 
@@ -21,6 +22,65 @@ def test_a_start_goes_where_the_bytes_are() -> None:
     join(desk, "n1", (("sha-a", 80),), disk=10.0)
     desk.tell(deploy("a"))
     assert decided(desk.tell(e.RequestArrived(1, "a", "sha-a"))).device == OTHER
+
+
+def test_a_start_goes_where_others_lend_the_bytes_unless_they_are_verified() -> None:
+    for verify, seconds in (("off", 1.05), ("sample", 7.05)):
+        desk = Desk(STILL)
+        join(desk, "n0", (("sha-a", 10),), disk=10.0)
+        desk.machine.state.nodes["n0"].lent["sha-a"] = 60
+        desk.tell(deploy("a", verify=verify))
+        assert round(decided(desk.ask(1, "a")).predicted_s, 6) == seconds
+
+
+def test_what_is_lent_is_no_queue() -> None:
+    desk = three()
+    desk.machine.state.nodes["n0"].lent["sha-a"] = 60
+    desk.tell(deploy("a"))
+    desk.tell(deploy("b"))
+    desk.tell(deploy("c", verify="full", checkpoint="sha-a"))
+    desk.ask(1, "a")
+    assert round(decided(desk.ask(2, "b")).predicted_s, 6) == 10.05
+    desk.tell(e.Delete("a"))
+    assert round(decided(desk.ask(3, "c")).predicted_s, 6) == 16.05
+
+
+def test_bytes_that_a_server_has_come_at_the_speed_of_its_link() -> None:
+    for away, held, seconds in ((None, 0, 10.05), (20, 0, 6.05), (50, 0, 6.3), (0, 0, 8.05), (50, 40, 5.05)):
+        desk = Desk(STILL)
+        join(desk, "n0", (("sha-a", held),), remote=8.0, disk=10.0)
+        desk.machine.state.nodes["n0"].away.update({} if away is None else {"sha-a": away})
+        desk.tell(deploy("a", remote_bytes=80))
+        one = decided(desk.ask(1, "a"))
+        assert round(one.predicted_s, 6) == seconds
+        assert round(desk.machine.state.replicas[1].transfer_s, 6) == round(seconds - 0.05, 6)
+
+
+def test_a_start_goes_where_a_disk_has_the_bytes() -> None:
+    desk = Desk(STILL)
+    join(desk, "n0", remote=8.0, disk=10.0)
+    join(desk, "n1", remote=8.0, disk=10.0)
+    desk.machine.state.nodes["n1"].away["sha-a"] = 0
+    desk.tell(deploy("a", remote_bytes=80))
+    assert decided(desk.ask(1, "a")).device == OTHER
+
+
+def test_links_that_nothing_is_known_of_are_as_the_policy_says() -> None:
+    desk = Desk(Policy(silent_after=1e9, remote_bps=4.0, disk_bps=5.0))
+    join(desk, "n0")
+    desk.tell(deploy("a", remote_bytes=20))
+    assert round(decided(desk.ask(1, "a")).predicted_s, 6) == 12.05
+
+
+def test_who_reads_from_a_server_waits_for_no_disk_nor_the_other_way_round() -> None:
+    desk = Desk(STILL)
+    desk.join(node(devices=4))
+    desk.machine.state.nodes["n0"].bandwidth.update(remote=8.0, disk=10.0)
+    for number, (name, remote_bytes) in enumerate((("a", 80), ("b", 0), ("c", 80), ("d", 30)), 1):
+        desk.tell(deploy(name, remote_bytes=remote_bytes))
+        desk.ask(number, name)
+    times = [round(one.predicted_s, 6) for one in desk.machine.state.replicas.values()]
+    assert times == [10.05, 8.05, 20.05, max(13.0, 23.75) + 0.05]
 
 
 def test_a_start_goes_to_the_faster_disk() -> None:

@@ -28,7 +28,7 @@ def see(desk: Desk) -> views.ModelView:
 
 def test_a_model_from_unloaded_to_loaded_to_idle(desk: Desk) -> None:
     desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (("disk", 10.0),)))
-    assert see(desk) == views.ModelView("unloaded", Tier.DISK, 0.0, "", (), None, None, 0, 0)
+    assert see(desk) == views.ModelView("unloaded", Tier.DISK, 0, 0.0, "", (), None, None, 0, 0)
     desk.ask(1, "a")
     assert see(desk).estimate_s == 8.0 + 0.05
     desk.tell(e.Reserved(D0, 1))
@@ -45,6 +45,16 @@ def test_a_model_from_unloaded_to_loaded_to_idle(desk: Desk) -> None:
     assert see(desk).until is None
 
 
+def test_who_waits_is_told_of_no_load_that_nobody_waits_for() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2))
+    desk.machine.state.nodes["n0"].bandwidth["disk"] = 10.0
+    desk.tell(deploy("b", min_replicas=1))
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    assert see(desk).estimate_s == 8.0 + 0.05
+
+
 def test_bytes_in_dram_show(desk: Desk) -> None:
     desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (("sha-a", 80),), ()))
     desk.ask(1, "a")
@@ -55,6 +65,20 @@ def test_where_no_node_is_bytes_are_on_disk() -> None:
     desk = Desk()
     desk.tell(deploy("a"))
     assert see(desk).tier is Tier.DISK
+
+
+def test_where_a_server_alone_has_bytes_the_model_is_there() -> None:
+    desk = Desk(QUIET)
+    desk.tell(deploy("a", remote_bytes=70))
+    assert (see(desk).tier, see(desk).remote_bytes) == (Tier.REMOTE, 70)
+    desk.join()
+    desk.join(node("n1"))
+    desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (), away=(("sha-a", 20),)))
+    assert (see(desk).tier, see(desk).remote_bytes) == (Tier.REMOTE, 20)
+    desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (("sha-a", 80),), (), away=(("sha-a", 20),)))
+    assert see(desk).tier is Tier.DRAM
+    desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (), away=(("sha-a", 0),)))
+    assert (see(desk).tier, see(desk).remote_bytes) == (Tier.DISK, 0)
 
 
 def test_a_failed_model_says_why(desk: Desk) -> None:

@@ -235,3 +235,9 @@ def test_the_command_is_light_to_import() -> None:
 def test_a_shape_is_a_copy() -> None:
     assert shape_of("tiny-llama", 7)["num_hidden_layers"] == 7
     assert shape_of("tiny-llama")["num_hidden_layers"] == 2
+
+
+def test_a_place_that_cannot_be_written_is_named_as_it_was_given(tmp_path: Path) -> None:
+    place = tmp_path / ("x" * 250)
+    with pytest.raises(OSError, match=f"'{place}'$"):
+        make_checkpoint("tiny-llama", place)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from serverless_llm.engine.blocks import SLAB_STEP, Memory, Range, slab_size
+from serverless_llm.engine.config import aligned
 from serverless_llm.errors import InvariantError
 
 MIB = 1 << 20
@@ -94,6 +95,42 @@ def test_a_gap_between_weights_is_used_again() -> None:
     assert memory.place(3, [MIB // 2, MIB], 0, 0, 4096, 4096) == [0, 2 * MIB]
 
 
+def test_an_extent_stays_until_the_last_who_refers_to_it_has_left() -> None:
+    memory = Memory(4 * MIB)
+    assert memory.place(1, [MIB, MIB // 2], 0, 0, 4096, 4096) == [0, MIB]
+    first, second = memory.extents(1)
+    assert memory.place(2, [MIB], MIB // 4, 0, 4096, 4096, [second]) == [MIB + MIB // 2]
+    assert memory.extents(2) == [2, second]
+    assert memory.place(3, [], 0, 0, 4096, 4096, [2, second]) == []
+    assert memory.free_bytes == memory.budget - 2 * MIB - MIB // 2 - MIB // 4
+    memory.remove(1)
+    assert memory.vacant() == [Range(0, MIB), Range(2 * MIB + MIB // 2, memory.budget - 2 * MIB - MIB // 2)]
+    assert _noted(memory)
+    memory.remove(2)
+    assert not _noted(memory)
+    assert memory.free_bytes == memory.budget - MIB - MIB // 2
+    memory.check_invariants()
+    assert memory.place(4, [MIB], 0, 0, 4096, 4096) == [0]
+    assert memory.extents(4) == [first + 3]
+    memory.remove(3)
+    assert _noted(memory)
+    assert memory.free_bytes == memory.budget - MIB
+
+
+def _noted(memory: Memory) -> bool:
+    vacated, memory.vacated = memory.vacated, False
+    return vacated
+
+
+def test_what_is_shared_needs_no_room() -> None:
+    memory = Memory(MIB)
+    memory.place(1, [MIB // 2], 0, 0, 4096, 4096)
+    assert memory.place(2, [MIB // 2 + 256], 0, 0, 4096, 4096, memory.extents(1)) is None
+    assert memory.place(2, [MIB // 2], 0, 0, 4096, 4096, memory.extents(1)) == [MIB // 2]
+    memory.remove(1)
+    assert memory.free_bytes == 0
+
+
 def test_slabs_in_the_way_of_weights() -> None:
     memory = Memory(MIB)
     memory.place(1, [], 0, 0, SLAB_STEP, SLAB_STEP)
@@ -137,9 +174,12 @@ def broken() -> Memory:
 
 def test_invariants_are_noticed() -> None:
     harms: list[Callable[[Memory], object]] = [
-        lambda memory: memory._extents[1].append(Range(500, 10)),
-        lambda memory: memory._extents[1].append(Range(MIB - 10, 100)),
-        lambda memory: memory._extents[1].append(Range(MIB, 100)),
+        lambda memory: memory._extents.update({0: Range(0, MIB)}),
+        lambda memory: memory._extents.update({0: Range(MIB, 100)}),
+        lambda memory: memory._extents.update({0: Range(-10, 100)}),
+        lambda memory: memory._extents.clear(),
+        lambda memory: memory._holders.update([0]),
+        lambda memory: memory._referred[1].clear(),
         lambda memory: memory._pinned.update({1: MIB}),
         lambda memory: memory._slabs.__setitem__(0, None),
         lambda memory: memory._pools[1].of.clear(),
@@ -162,6 +202,8 @@ class Use(RuleBasedStateMachine):
         self.memory = Memory(budget)
         self.blocks: dict[int, list[int]] = {}
         self.floors: dict[int, int] = {}
+        self.pinned: dict[int, int] = {}
+        self.referred: dict[int, dict[int, int]] = {}  # replica -> extent -> bytes
         self.count = 0
 
     @rule(
@@ -170,11 +212,16 @@ class Use(RuleBasedStateMachine):
         floor=st.integers(0, MIB),
         layer=st.sampled_from([512, 3000, 40000]),
         layers=st.integers(1, 6),
+        data=st.data(),
     )
-    def place(self, extents: list[int], pinned: int, floor: int, layer: int, layers: int) -> None:
+    def place(self, extents: list[int], pinned: int, floor: int, layer: int, layers: int, data: st.DataObject) -> None:
         self.count += 1
-        if self.memory.place(self.count, extents, pinned, floor, layer * layers, layer) is not None:
-            self.blocks[self.count] = []
+        there = {number: size for held in self.referred.values() for number, size in held.items()}
+        shared = data.draw(st.lists(st.sampled_from(sorted(there)), unique=True)) if there else []
+        if self.memory.place(self.count, extents, pinned, floor, layer * layers, layer, shared) is not None:
+            self.blocks[self.count], self.pinned[self.count] = [], pinned
+            sizes = [*map(aligned, extents), *(there[number] for number in shared)]
+            self.referred[self.count] = dict(zip(self.memory.extents(self.count), sizes, strict=True))
 
     @precondition(lambda self: self.blocks)
     @rule(data=st.data(), count=st.integers(1, 12))
@@ -203,11 +250,15 @@ class Use(RuleBasedStateMachine):
         replica = data.draw(st.sampled_from(sorted(self.blocks)))
         self.memory.free(replica, self.blocks.pop(replica))
         self.memory.remove(replica)
+        del self.pinned[replica], self.referred[replica]
 
     @invariant()
     def sound(self) -> None:
         if hasattr(self, "memory"):
             self.memory.check_invariants()
+            there = {number: size for held in self.referred.values() for number, size in held.items()}
+            stored = sum(there.values()) + sum(self.pinned.values())
+            assert self.memory.kv_free() == max(0, self.memory.budget - stored - self.memory.used())
             if not any(self.blocks.values()):
                 assert self.memory.used() == 0
 

@@ -160,6 +160,12 @@ def test_a_checkpoint_that_is_not_what_its_config_says() -> None:
     config.check(entries | {"model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", (8,))})
 
 
+@pytest.mark.parametrize("value", [0, -1, 10**12, True, 1.5, "64"])
+def test_a_size_that_cannot_be_is_told_with_what_can(value: object) -> None:
+    with pytest.raises(CheckpointError, match=r"max_position_embeddings must be an integer from 1 to 2147483647, not "):
+        ModelConfig.parse(config_json(max_position_embeddings=value))
+
+
 def test_more_layers_than_tensors_are_refused_before_anything_is_built_for_them() -> None:
     with pytest.raises(CheckpointError, match="num_hidden_layers must be an integer from 1 to 9999"):
         ModelConfig.parse(config_json(num_hidden_layers=2**31 - 1))

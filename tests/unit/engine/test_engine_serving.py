@@ -14,7 +14,18 @@ from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sampler import uniform
 from serverless_llm.engine.sequence import SequenceState
 from serverless_llm.errors import CapacityError, CheckpointError
-from tests.unit.engine.tiny import GREEDY, Tensors, config_json, drain, entries_of, prompt, serve, start, tensors_of
+from tests.unit.engine.tiny import (
+    GREEDY,
+    Tensors,
+    config_json,
+    drain,
+    entries_of,
+    fill,
+    prompt,
+    serve,
+    start,
+    tensors_of,
+)
 
 CONFIG = ModelConfig.parse(config_json())
 TENSORS = tensors_of(CONFIG)
@@ -343,6 +354,7 @@ def test_conversion(weights: str, stored: torch.dtype) -> None:
     tensors = tensors_of(served, dtype=stored)
     made = Engine(budget=16 * MIB, weights=weights)
     assert made.place(1, served, entries_of(tensors), 0) is None
+    fill(made, tensors)
     assert made.activate(1, tensors) is False
     for tensor in tensors.values():
         tensor.fill_(torch.nan)
@@ -357,6 +369,7 @@ def test_a_checkpoint_of_mixed_dtypes() -> None:
     for weights, refers in (("view", True), ("copy", False)):
         made = Engine(budget=16 * MIB, weights=weights)
         assert made.place(1, CONFIG, entries_of(mixed), 0) is None
+        fill(made, mixed)
         assert made.activate(1, mixed) is refers
         made.add(start(1, prompt(10)))
         results.append(drain(made)[1])

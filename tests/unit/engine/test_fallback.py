@@ -258,13 +258,14 @@ def test_weights_that_transformers_packs_lie_packed_in_the_arena(which: str, wei
 @pytest.mark.parametrize("which", ["gpt2", "olmoe", "glm4-moe"])
 def test_weights_stay_on_their_device(which: str) -> None:
     """The meta device in place of CUDA: nothing can be copied from it."""
-    from serverless_llm.engine.fallback import _bound
+    from serverless_llm.engine.fallback import NAME
+    from serverless_llm.engine.foreign_module import bound
 
     values, _, tensors = plain(*EVERY[which])
     config = ModelConfig.parse(values).bound(entries_of(tensors))
     assert isinstance(config, ForeignConfig)
     meta = torch.device("meta")
-    module = _bound(config, {name: tensor.to(meta) for name, tensor in tensors.items()}, meta)
+    module = bound(config, {name: tensor.to(meta) for name, tensor in tensors.items()}, meta, NAME)
     assert {one.device for one in [*module.parameters(), *module.buffers()]} == {meta}
 
 
@@ -325,11 +326,18 @@ def test_what_is_not_supported_is_a_load_error_that_names_it(keys: dict[str, Any
         ModelConfig.parse(values)
 
 
-def test_without_transformers_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({}, r"which may know it, is not installed: pip install 'transformers>=5.23'"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),  # it would be in vain
+    ],
+)
+def test_without_transformers_it_is_named(monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], named: str) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name))
-    values = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"} | COMMON
-    with pytest.raises(CheckpointError, match=r"which may know it, is not installed: pip install 'transformers>=5.23'"):
+    values = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"} | COMMON | keys
+    with pytest.raises(CheckpointError, match=named):
         ModelConfig.parse(values)
 
 

@@ -145,7 +145,15 @@ def serve(engine: Engine, config: ModelConfig, tensors: Tensors, replica: int = 
     for dest in planned or ():
         raw = tensors[dest.tensor].contiguous().view(-1).view(torch.uint8)
         engine.arena[dest.offset : dest.offset + dest.stop - dest.start] = raw[dest.start : dest.stop]
-    engine.activate(replica, tensors if planned is None else None)
+    if planned is None:
+        fill(engine, tensors, replica)
+    engine.activate(replica, tensors)
+
+
+def fill(engine: Engine, tensors: Tensors, replica: int = 1) -> None:
+    """Writes what the device holds of a replica otherwise than its files."""
+    for name, target in engine.targets(replica).items():
+        target.copy_(tensors[name])
 
 
 def prompt(length: int, seed: int = 0, vocab: int = 160) -> list[int]:

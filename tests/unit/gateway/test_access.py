@@ -57,6 +57,8 @@ def test_without_keys_a_further_name_administers_nothing(path: str) -> None:
     assert (caught.value.status, caught.value.code) == (403, "permission_denied")
     assert refusal(OPEN, path, Host="localhost:8000") == 0
     assert refusal(KEYED, path, Host="gpu-box.lan", Authorization="Bearer k1") == 0
+    assert refusal(OPEN, path, Host="localhost:8000", Origin="http://gpu-box.lan:9999") == 403  # from its pages
+    assert refusal(OPEN, path, Host="localhost:8000", Origin="http://localhost:9999") == 0
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_without_keys_a_further_name_administers_nothing(path: str) -> None:
 )
 def test_without_a_key_no_foreign_page_embeds_anything(site: str, mode: str, origin: str | None, status: int) -> None:
     fetched = {"Host": "localhost", "Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
-    assert refusal(OPEN, "/admin/events", **fetched | ({} if origin is None else {"Origin": origin})) == status
+    assert refusal(OPEN, "/v1/models", **fetched | ({} if origin is None else {"Origin": origin})) == status
 
 
 @pytest.mark.parametrize(

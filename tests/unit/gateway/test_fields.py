@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -116,6 +120,57 @@ def test_a_prompt_over_any_context_is_not_looked_at(monkeypatch: pytest.MonkeyPa
         fields.prompts(prompt, "prompt")
 
 
+def test_text_parts_are_bounded_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fields, "MAX_PARTS", 4)
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}] * 2}
+    assert fields.messages([message] * 2, "messages") == [message] * 2
+    with pytest.raises(RequestError, match="messages have 6 text parts, of at most 4") as caught:
+        fields.messages([message] * 3, "messages")
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+def steps(work: Callable[[], object]) -> int:
+    """Lines of Python that it runs."""
+    count = 0
+
+    def trace(frame: object, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(RequestError):
+            work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("check", "value"),
+    [
+        (fields.variables, {"a": [1] * 5000}),
+        (fields.variables, {"a": [[]] * 5000 + [2**64]}),
+        (fields.stop_strings, ["a"] * 5000),
+        (fields.token_ids, [1] * 5000),
+        (fields.prompts, [1] * 5000),
+        (fields.prompts, [[1] * 5000]),
+    ],
+)
+def test_all_streams_wait_for_no_list_to_be_looked_at_entry_by_entry(check: fields.Check, value: Any) -> None:
+    assert steps(lambda: check(value, "field")) < 50
+
+
+def test_variables_that_are_nested_too_deeply() -> None:
+    deep: Any = []
+    for _ in range(sys.getrecursionlimit()):
+        deep = [deep]
+    with pytest.raises(RequestError, match="nested too deeply"):
+        fields.variables({"a": deep}, "field")
+
+
 def test_the_message_at_fault_is_named() -> None:
     good = {"role": "user", "content": "x"}
     with pytest.raises(RequestError) as caught:
@@ -142,12 +197,12 @@ def test_the_message_at_fault_is_named() -> None:
         (fields.stream_options, {"include_usage": None, "include_obfuscation": False}, False),
         (fields.stream_options, {"include_usage": True}, True),
         (fields.variables, {"enable_thinking": False}, {"enable_thinking": False}),
-        (fields.prompts, "a", ("a",)),
-        (fields.prompts, ["a"], ("a",)),
-        (fields.prompts, ["a", "", "b"], ("a", "", "b")),
-        (fields.prompts, [3, 4], ((3, 4),)),
-        (fields.prompts, [[3, 4]], ((3, 4),)),
-        (fields.prompts, [[3, 4], "a", [5]], ((3, 4), "a", (5,))),
+        (fields.prompts, "a", ["a"]),
+        (fields.prompts, ["a"], ["a"]),
+        (fields.prompts, ["a", "", "b"], ["a", "", "b"]),
+        (fields.prompts, [3, 4], [array("i", [3, 4])]),
+        (fields.prompts, [[3, 4]], [array("i", [3, 4])]),
+        (fields.prompts, [[3, 4], "a", [5]], [array("i", [3, 4]), "a", array("i", [5])]),
     ],
 )  # fmt: skip
 def test_a_good_value(check: fields.Check, value: Any, expected: Any) -> None:

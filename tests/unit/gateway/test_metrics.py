@@ -19,6 +19,7 @@ def filled(*models: str) -> Metrics:
         metrics.cold_start(model, 1.5)
         metrics.load_finished(model, LoadPhases(disk_s=1.0, total_s=1.2, disk_bytes=10))
         metrics.load_finished(model, LoadPhases(dram_bytes=10))
+        metrics.load_finished(model, LoadPhases(remote_s=3.0, total_s=3.0, remote_bytes=10))
         metrics.estimate(model, predicted=2.0, actual=1.0)
         metrics.estimate(model, predicted=0.0, actual=1.0)
     metrics.kv_usage({(model, "n0/0"): 0.25 for model in models})
@@ -42,11 +43,24 @@ def test_what_the_head_reports_is_on_the_page() -> None:
     assert value(metrics, "vllm:num_requests_running", **served) == 2
     assert value(metrics, "serverless_llm_cold_starts_total", model_name="a", source="disk") == 1
     assert value(metrics, "serverless_llm_cold_starts_total", model_name="a", source="dram") == 1
+    assert value(metrics, "serverless_llm_cold_starts_total", model_name="a", source="remote") == 1
     assert value(metrics, "serverless_llm_load_seconds_sum", model_name="a", phase="disk") == 1
+    assert value(metrics, "serverless_llm_load_seconds_sum", model_name="a", phase="remote") == 3
     assert value(metrics, "serverless_llm_estimate_ratio_sum", model_name="a") == 0.5
     assert value(metrics, "serverless_llm_evictions_total", reason="memory") == 1
     assert b"vllm:e2e_request_latency_seconds" in metrics.page()
     assert b"_created" not in metrics.page()
+
+
+def test_what_is_counted_as_it_happens_begins_at_none() -> None:
+    """Or no rate would know of the first."""
+    metrics = Metrics()
+    metrics.deployed(["a"])
+    for source in ("remote", "disk", "dram"):
+        assert value(metrics, "serverless_llm_cold_starts_total", model_name="a", source=source) == 0
+    assert value(metrics, "serverless_llm_evictions_total", reason="keep-alive") == 0
+    metrics.forget("a")
+    assert b'"a"' not in metrics.page()
 
 
 def test_occupancy_that_is_not_named_is_none() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import re
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,20 @@ def test_a_chat_with_everything() -> None:
         "n": 3, "logprobs": True, "top_logprobs": 4,
     }  # fmt: skip
     assert openai.parse(body, chat=True) == openai.CompletionRequest(
-        chat=True, model="m", messages=[{"role": "user", "content": "x"}], prompts=(), max_tokens=9,
+        chat=True, model="m", messages=[{"role": "user", "content": "x"}], prompts=[], max_tokens=9,
         seed=2**63 - 1, stop=("\n",), stop_token_ids=(4,), ignore_eos=True, stream=True,
         include_usage=True, keep_alive=math.inf, variables={"a": 1},
         sampling={"temperature": 0.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "presence_penalty": 1.0,
                   "frequency_penalty": -1.0, "repetition_penalty": 1.5},
         logit_bias=((3, -100.0), (7, 5.0)), min_tokens=2,
-        n=3, logprobs=4, echo=False,
+        n=3, logprobs=4, echo=False, choices=3,
     )  # fmt: skip
 
 
 def test_defaults() -> None:
     chat, text = openai.parse(dict(CHAT), chat=True), openai.parse({"prompt": "x"}, chat=False)
     assert (chat.max_tokens, chat.sampling, chat.stream, chat.keep_alive) == (None, {}, False, None)
-    assert (text.max_tokens, text.model, text.prompts) == (16, None, ("x",))
+    assert (text.max_tokens, text.model, text.prompts) == (16, None, ["x"])
 
 
 def test_a_seed_is_drawn_for_each_request() -> None:
@@ -149,7 +150,7 @@ def test_what_a_text_request_cannot_have(body: dict[str, Any], param: str) -> No
 
 def test_choices() -> None:
     text = openai.parse({"prompt": ["a", [1, 2]], "n": 3, "best_of": 3, "logprobs": 0}, chat=False)
-    assert (text.prompts, text.n, text.choices, text.logprobs) == (("a", (1, 2)), 3, 6, 0)
+    assert (text.prompts, text.n, text.choices, text.logprobs) == (["a", array("i", [1, 2])], 3, 6, 0)
     chat = [openai.parse(CHAT | body, chat=True) for body in ({}, {"n": 2}, {"logprobs": True}, {"logprobs": False})]
     assert [one.choices for one in chat] == [1, 2, 1, 1]
     assert [one.logprobs for one in chat] == [None, None, 0, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from serverless_llm import framing, wire
 from serverless_llm.gateway import openai
-from serverless_llm.gateway.detokenise import TableVocabulary
+from serverless_llm.gateway.detokenise import NEIGHBOURS, TableVocabulary
 from serverless_llm.gateway.live import Choice
 from serverless_llm.gateway.metrics import Metrics
 from serverless_llm.gateway.requests import LiveRequests
@@ -71,6 +72,29 @@ def test_tokens_that_nobody_can_read_harm_no_other_sequence_of_their_frame(caplo
     with caplog.at_level(logging.ERROR):
         asyncio.run(main())
     assert "a: its tokens could not be decoded" in caplog.text
+
+
+class Watched(TableVocabulary):
+    """Keeps the numbers of tokens that it was asked for at a time."""
+
+    def bytes_of(self, tokens: Sequence[int]) -> bytes:
+        self.asked = max(len(tokens), getattr(self, "asked", 0))
+        return super().bytes_of(tokens)
+
+
+def test_the_text_of_a_prompt_is_not_made_on_the_loop() -> None:
+    async def main() -> None:
+        requests = LiveRequests(lambda message: None, Metrics(), 1)
+        body = {"model": "demo", "prompt": [1] * 200, "echo": True, "n": 8}
+        live = requests.open("r1", MODEL, openai.parse(body, chat=False))
+        vocabulary = Watched(b" a b", b"".join(n.to_bytes(4, "little") for n in (0, 0, 2, 4)), 0)
+        prompt = TokenisedPrompt(array("i", [1] * 200).tobytes(), vocabulary, {}, (), 3)
+        for choice in live.choices:
+            requests.prompted(choice, prompt)
+        assert vocabulary.asked == NEIGHBOURS
+        requests.close(live, "")
+
+    asyncio.run(main())
 
 
 SPACED = TableVocabulary(b" a b", b"".join(n.to_bytes(4, "little") for n in (0, 0, 2, 4)), 1)  # nothing, " a", " b"

@@ -198,6 +198,16 @@ def test_given_ids_must_be_in_the_vocabulary(write: Write) -> None:
     assert (caught.value.status, caught.value.param) == (400, "prompt")
 
 
+def test_the_text_of_given_ids_is_told_where_it_is_asked_for(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, ids = write(), array("i", [256, *"Grü".encode()]).tobytes()
+    assert prompted(directory, ids=ids, echo=True).text == "Grü"
+    assert prompted(directory, ids=ids).text == prompted(directory, text="Grü", echo=True).text == ""
+    monkeypatch.setattr(templates, "MAX_RENDERED", 2)
+    with pytest.raises(RequestError, match="more than 2 characters") as caught:
+        prompted(directory, ids=ids, echo=True)
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
 @pytest.mark.parametrize(
     ("generation", "config", "eos", "stops"),
     [

@@ -62,12 +62,22 @@ def raw(fields: Any, data: bytes = b"", length: int | None = None) -> bytes:
 class Node:
     """The loader's parts of one agent; its loop is `turn`."""
 
-    def __init__(self, slots: int = 8, rate: float = 0.0, threads: int = 0, ahead: int = 0, pause: float = 0.0) -> None:
+    def __init__(
+        self,
+        slots: int = 8,
+        rate: float = 0.0,
+        threads: int = 0,
+        ahead: int = 0,
+        pause: float = 0.0,
+        remote_rate: float = 0.0,
+    ) -> None:
         self.pool = Pool(slots << 20)
         self.tier = Tier(self.pool.slots, self.pool.slot_bytes)
         self.reader = Reader(self.pool, threads, rate)
         self.posts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.pipeline = Pipeline(self.pool, self.tier, self.reader, self.posts.put, ahead, pause)
+        self.pipeline = Pipeline(
+            self.pool, self.tier, self.reader, self.posts.put, ahead, pause, remote_rate=remote_rate
+        )
         self.settle()
 
     def settle(self) -> list[int]:

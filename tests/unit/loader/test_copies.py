@@ -48,6 +48,12 @@ def test_every_byte_arrives(cuts: set[int], file: int) -> None:
     assert arena.count(0) == 50 - 12
 
 
+def test_what_only_touches_a_span_is_not_copied() -> None:
+    copies = Copies([HEADER], [Dest("a", 2, 4, 0), Dest("a", 0, 2, 10), Dest("b", 0, 7, 20)])
+    assert list(copies.of(Landed(0, 5, 2, 1000))) == [Copy(1000, 10, 2)]
+    assert list(copies.of(Landed(0, 7, 2, 1000))) == [Copy(1000, 0, 2)]
+
+
 def test_what_is_lent_is_copied_from_where_it_lies() -> None:
     """In another order there, one of them twice; the first stays."""
     tensors = [TensorEntry(name, "U8", (4,), 9 + 4 * number, 13 + 4 * number) for number, name in enumerate("abcd")]

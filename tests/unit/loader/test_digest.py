@@ -62,6 +62,15 @@ def test_any_spans_make_each_block_once(sizes: list[int], slot: int, page: int, 
         assert block.pool_offset == place * slot * BLOCK + block.offset - piece.offset
 
 
+def test_a_span_is_cut_where_blocks_begin() -> None:
+    span = Landed(1, 5, 2 * BLOCK, 100)
+    assert list(Blocks([0, 3 * BLOCK]).parts([span])) == [
+        Landed(1, 5, BLOCK - 5, 100),
+        Landed(1, BLOCK, BLOCK, 95 + BLOCK),
+        Landed(1, 2 * BLOCK, 5, 95 + 2 * BLOCK),
+    ]
+
+
 def test_only_wanted_blocks_are_cut() -> None:
     span = Landed(0, 0, 3 * BLOCK, 7 * BLOCK)
     assert list(Blocks([3 * BLOCK], {Key(0, 1)}).parts([span])) == [Landed(0, BLOCK, BLOCK, 8 * BLOCK)]
@@ -153,3 +162,10 @@ def test_what_differs_is_named_by_file_bytes_and_tensors() -> None:
     assert said[2] == "/m/one.safetensors: bytes 2097152 ... 3145727, in them 'c'"
     assert digest.described([one], [Landed(0, 3 * BLOCK, 20, 0)]).endswith("in them 'z0', 'z1', 'z2', 2 more")
     assert "1048575 (and 2 other blocks), in them the" in digest.described([one], blocks[::-1])
+    assert "1048575 (and 1 other block), in them the" in digest.described([one], blocks[:2])
+
+
+def test_a_header_that_ends_where_a_block_does_is_not_in_the_next() -> None:
+    tensors = [tensor(f"z{number}", BLOCK + 4 * number, BLOCK + 4 * number + 4) for number in range(3)]
+    one = FileEntry("one", Path("/m/one"), BLOCK + 12, 0, Header(tuple(tensors), {}, BLOCK))
+    assert digest.described([one], [Landed(0, BLOCK, 12, 0)]).endswith("in them 'z0', 'z1', 'z2'")

@@ -43,6 +43,25 @@ def test_a_file_of_the_reference_comes_back() -> None:
     assert parsed.tensors[-1].end == len(content)
 
 
+def test_a_header_is_written_as_the_reference_reads_it() -> None:
+    tensors = [("ä", "F32", (2, 3), 24), ("b", "U8", (), 1), ("none", "F32", (0,), 0), ("c", "U8", (4,), 4)]
+    fields = (
+        '{"ä":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},'
+        '"b":{"dtype":"U8","shape":[],"data_offsets":[24,25]},'
+        '"none":{"dtype":"F32","shape":[0],"data_offsets":[25,25]},'
+        '"c":{"dtype":"U8","shape":[4],"data_offsets":[25,29]}}'
+    ).encode()
+    length = -(-len(fields) // 8) * 8
+    assert length > len(fields)
+    assert header.encode(tensors, None) == struct.pack("<Q", length) + fields.ljust(length)
+    aligned = header.encode(tensors, {"format": "pt"}, 4096)
+    assert len(aligned) == 4096
+    assert aligned[8:].startswith(b'{"__metadata__":{"format":"pt"},"')
+    whole = aligned + bytes(29)
+    assert ours(whole) == reference(whole) == {name: (dtype, shape, size) for name, dtype, shape, size in tensors}
+    assert header.encode([], {}, 1) == struct.pack("<Q", 19) + b'{"__metadata__":{}}'
+
+
 def test_empty_and_misaligned_tensors_are_legal() -> None:
     fields = {
         "byte": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
@@ -172,6 +191,10 @@ SENTENCES: dict[str, tuple[str, bytes]] = {
     "length of 2^63": (
         f"header of {2**63} bytes is over the limit of 100000000: no safetensors file, or a damaged one",
         raw(b"{}", length=2**63),
+    ),
+    "a pointer of git-lfs": (
+        "no safetensors file, but git's pointer to one: git lfs pull brings the file itself",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3\n",
     ),
     "nested a million deep": ("tensor 'a' is nested too deeply", raw(b'{"a":' + b"[" * 1_000_000)),
     "an endless entry": (

@@ -215,6 +215,32 @@ def test_beneath_who_borrowed_nothing_is_read_again_after_a_failure(node: Node, 
     assert {span: bytes(node.pool.range(span.pool_offset, span.length)) for span in told.spans} == before
 
 
+def test_beneath_a_replica_that_borrows_its_own_bytes_are_not_read_again_after_anothers_failure(
+    node: Node, pair: tuple[Manifest, Manifest]
+) -> None:
+    """The other one reads what the first had lent, into slots of the same checkpoint."""
+    lender, borrower = pair
+    told = borrow(node, lender, borrower, Told())
+    told.load.start()
+    node.finish(told)
+    before = {span: bytes(node.pool.range(span.pool_offset, span.length)) for span in told.spans}
+    (path,) = (file.path for file in borrower.files)
+    time = path.stat().st_mtime_ns
+    os.utime(path, ns=(0, 0))
+    failed = node.load(borrower, 3)
+    failed.load.start()
+    node.finish(failed)
+    assert len(failed.failures) == 1
+    node.pipeline.release(borrower.checkpoint, 3)
+    path.write_bytes(bytes(path.stat().st_size))
+    os.utime(path, ns=(time, time))
+    again = node.load(borrower, 4)
+    again.load.start()
+    node.finish(again)
+    assert not again.failures
+    assert {span: bytes(node.pool.range(span.pool_offset, span.length)) for span in told.spans} == before
+
+
 def test_what_is_being_read_is_not_lent_since_the_read_may_fail(node: Node, pair: tuple[Manifest, Manifest]) -> None:
     lender, borrower = pair
     node.fetch(lender)

@@ -169,7 +169,7 @@ def test_what_is_read_anew_after_a_cancelled_read_keeps_its_slots(sources: list[
         node.turn()
     release(node, source, 1, first)
     release(node, source, 2, second)
-    assert len(node.tier.free_slots) == 8 - len(second.load._slots)  # what is being read into is nobody else's
+    assert len(node.tier.free_slots) == 8 - len(second.load.slots)  # what is being read into is nobody else's
     settle(node)
     node.tier.check_invariants()
     check(node, source, _finished(node, source, False))

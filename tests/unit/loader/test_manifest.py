@@ -99,10 +99,21 @@ def test_weights_of_another_kind_are_named(tmp_path: Path, name: str, what: str)
     assert str(caught.value) == f"{tmp_path} holds {what}, {why}"
 
 
+@pytest.mark.parametrize("name", [manifest.SINGLE, manifest.CONFIG])
+def test_a_file_is_told_from_its_directory(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"index.json; if it is a file, name its directory: s3://bucket/mine$"):
+        manifest.choose([], f"s3://bucket/mine/{name}")
+
+
 def test_a_directory_without_weights_or_none_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         manifest.build(tmp_path)
     assert str(caught.value) == f"{tmp_path} has neither model.safetensors nor model.safetensors.index.json"
+    (tmp_path / "snapshots").mkdir()
+    with pytest.raises(
+        CheckpointError, match=rf"nor \S+index.json; a hub's cache has them in {tmp_path}/snapshots/COMMIT$"
+    ):
+        manifest.build(tmp_path)
     with pytest.raises(TransientError) as gone:
         manifest.build(tmp_path / "nowhere")
     assert str(gone.value) == f"{tmp_path}/nowhere: No such file or directory"

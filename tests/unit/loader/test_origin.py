@@ -28,7 +28,9 @@ from serverless_llm.loader import (
 )
 from serverless_llm.loader.disk_tier import DiskTier, Lease
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.repack import repack
+from serverless_llm.loader.source import Came
 from tests.range_server import RangeServer
 from tests.serving import until
 from tests.unit.loader import checkpoints
@@ -216,7 +218,9 @@ def test_a_load_reads_every_byte_once_and_leaves_the_disk_tier_whole(
     found = manifest.build(lease.directory)
     told = fetch(node, found)
     check(node, found, told, server)
-    assert told.load.disk_bytes == found.file_bytes == node.pipeline.remote.bytes
+    assert told.load.came == Came(remote=found.file_bytes)
+    assert node.pipeline.remote.bytes == found.file_bytes
+    assert node.pipeline.remote.bandwidth
     assert node.pipeline.disk.bytes == 0
     assert server.sent == found.file_bytes
     until(lambda: whole(lease.directory), "the disk tier to be whole")
@@ -227,6 +231,37 @@ def test_a_load_reads_every_byte_once_and_leaves_the_disk_tier_whole(
     assert origin.of(lease.directory) is None
     with tier.cached(f"{server.url}/m") or pytest.fail() as cached:
         assert cached.directory == lease.directory
+
+
+def test_a_cap_holds_for_what_servers_send(server: RangeServer, lease: Lease) -> None:
+    found, node = manifest.build(lease.directory), Node(remote_rate=40e6)
+    told = fetch(node, found)
+    check(node, found, told, server)
+    assert 0 < node.pipeline.remote.bandwidth <= 40e6
+    until(lambda: whole(lease.directory), "the disk tier to be whole")
+    node.close()
+
+
+def test_a_cap_holds_for_nothing_that_the_disk_has(server: RangeServer, lease: Lease, node: Node) -> None:
+    found = manifest.build(lease.directory)
+    server.faults.fails_after = found.file_bytes // 2
+    assert fetch(node, found).failures
+    until(lambda: not writers(), "what came to be written")
+    came = sum(one.stop - one.start for one in _record(lease, found))
+    server.faults.fails_after, server.sent = None, 0
+    pacer, where = Pacer(1.0, clock=lambda: 0.0), origin.of(lease.directory)
+    pacer.stop()
+    assert where is not None
+    read = Came()
+    for number, source in enumerate(where.sources(found, pacer)):
+        opened, data = source.open(), bytearray(source.size)
+        read += opened.read([memoryview(data)], 0, source.size)
+        opened.close()
+        assert bytes(data) == server.files[f"m/{found.files[number].name}"]
+    where.close()
+    assert 0 < came < found.file_bytes
+    assert pacer.delay(0) == server.sent == read.remote
+    assert read == Came(server.sent, found.file_bytes - server.sent)
 
 
 def test_pulling_what_was_announced_makes_it_whole(server: RangeServer, tier: DiskTier, lease: Lease) -> None:
@@ -278,6 +313,7 @@ def test_a_server_that_drips_keeps_no_reads(
     (failure,) = fetch(node, manifest.build(lease.directory)).failures
     assert isinstance(failure, TransientError)
     assert f"{server.url}/m/model-0000" in str(failure)
+    assert ": the server was silent, or too slow; what came is kept" in str(failure)
     assert "has not returned" not in caplog.text
 
 
@@ -372,7 +408,7 @@ def test_a_version_that_was_half_put_in_place_is_finished(
     node.pipeline.forget(found.checkpoint)
     told = fetch(node, found)
     check(node, found, told, server)
-    assert (server.sent, told.load.cache_bytes) == (0, found.file_bytes)
+    assert (server.sent, told.load.came) == (0, Came(disk=found.file_bytes))
     until(lambda: whole(lease.directory), "the disk tier to be whole")
     assert held(lease.directory) == server.files
 

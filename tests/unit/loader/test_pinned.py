@@ -19,7 +19,7 @@ def pin(book: Pinned) -> None:
 
 def test_the_hottest_chunk_is_registered_first_and_cold_ones_never() -> None:
     book = Pinned(POOL, CHUNK)
-    assert book.due() is None
+    assert (book.due(), book.refused) == (None, "")
     for offset, length in ((0, 4), (32, 4), (36, 4)):
         book.crossed(offset, length)
     assert book.due() == Order(32, 8, register=True)
@@ -65,7 +65,9 @@ def test_a_chunk_whose_memory_went_is_let_go_and_begins_anew() -> None:
     assert book.due() == Order(0, 16, register=False)
     pin(book)
     assert (book.nbytes, book.due()) == (0, Order(16, 16, register=True))
-    book.crossed(0, 101)
+    pin(book)
+    assert (book.nbytes, book.due()) == (16, None)  # nothing has crossed the first one since
+    book.crossed(0, 1)
     assert book.due() == Order(0, 16, register=True)
     pin(book)
     assert book.direct(0, 4)

@@ -47,13 +47,13 @@ def test_cold_then_from_dram(tmp_path: Path, node: Node) -> None:
     told = node.fetch(source)
     check(node, source, told)
     load = told.load
-    assert load.disk_bytes + load.cache_bytes == source.file_bytes
+    assert load.came.total == source.file_bytes
     assert load.dram_bytes == 0
     assert load.queue_s >= 0
-    assert load.disk_s > 0
+    assert load.read_s > 0
     again = node.fetch(source, 2)
     check(node, source, again)
-    assert (again.load.dram_bytes, again.load.disk_s) == (source.file_bytes, 0)
+    assert (again.load.dram_bytes, again.load.read_s) == (source.file_bytes, 0)
     assert again.calls == [len(again.spans)]
     assert node.tier.holders(source.checkpoint) == {1, 2}
 
@@ -112,7 +112,7 @@ def test_two_loads_share_one_read(tmp_path: Path, slow: Node) -> None:
     for told in (first, second):
         assert told.last == 1
         check(slow, source, told)
-    assert second.load.dram_bytes + second.load.disk_bytes + second.load.cache_bytes == source.file_bytes
+    assert second.load.dram_bytes + second.load.came.total == source.file_bytes
     assert slow.pipeline.disk.bytes == source.file_bytes
 
 
@@ -149,7 +149,7 @@ def test_a_cancelled_load_keeps_whole_pieces_and_its_lease(tmp_path: Path, slow:
     while source.checkpoint in slow.pipeline._fills:
         slow.turn()
     before = len(told.spans)
-    reserved = len(told.load._slots)
+    reserved = len(told.load.slots)
     assert len(slow.tier.free_slots) == 8 - reserved  # all stay while the worker may refer to them
     slow.pipeline.release(source.checkpoint, 1)
     kept = dict(slow.tier.residents())[source.checkpoint]

@@ -15,7 +15,7 @@ from serverless_llm.loader import reader as module
 from serverless_llm.loader.plan import Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
-from serverless_llm.loader.source import SourceFile
+from serverless_llm.loader.source import Came, SourceFile
 
 MB = 1 << 20
 Begin = Callable[..., Reader]
@@ -68,7 +68,7 @@ def test_slots_are_filled_in_calls_of_the_size(
     reader.submit(read)
     batches = until_last(news)
     assert len(batches) == calls
-    assert sum(batch.disk_bytes + batch.cache_bytes for batch in batches) == 2 * MB + 5
+    assert sum(batch.came.total for batch in batches) == 2 * MB + 5
     assert [pool.range(slot * MB, MB).tobytes() for slot in (5, 1)] == [b"\6" * MB] * 2
     assert pool.range(3 * MB, 6) == b"\6" * 5 + b"\0"
     assert 0 < read.started <= read.ended
@@ -77,7 +77,7 @@ def test_slots_are_filled_in_calls_of_the_size(
 def test_nothing_to_read_ends_at_once(tmp_path: Path, begin: Begin) -> None:
     reader, news = begin(), queue.SimpleQueue[Batch]()
     reader.submit(Transfer([], {}, [], news.put))
-    assert until_last(news) == [Batch((), 0, 0, True, None)]
+    assert until_last(news) == [Batch((), Came(), True, None)]
 
 
 def test_priority_then_first_come(tmp_path: Path, begin: Begin) -> None:
@@ -97,7 +97,7 @@ def test_cancelled_ends_before_others_and_reads_no_more(tmp_path: Path, begin: B
     reader.submit(read)
     reader.cancel(read)
     batch = until_last(news)[-1]
-    assert batch == Batch((), 0, 0, True, None)
+    assert batch == Batch((), Came(), True, None)
     assert read.started == 0
     assert other.qsize() <= 2  # of four
     until_last(other)

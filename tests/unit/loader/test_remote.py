@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import sys
+from datetime import timedelta
 
 import pytest
 
@@ -134,8 +137,39 @@ def test_what_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         server.faults.statuses = {"": 500}
         with pytest.raises(TransientError, match=r"^s3://bucket/m: .*500 Internal Server Error$"):
             Remote("s3://bucket/m").files()
-    with pytest.raises(TransientError, match=f"{url}/.*error sending request"):
+    with pytest.raises(TransientError, match=f"^{url} cannot be reached: connection refused$"):
         Remote(url).files()
+    with pytest.raises(TransientError, match=rf"^s3://bucket/m \(at 127.0.0.1:{server.port}\) cannot be reached: conn"):
+        Remote("s3://bucket/m").files()
+
+
+def test_a_host_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", timedelta(seconds=0.1))
+    url = f"http://{'x' * 64}.invalid/m"  # longer than a part of a name can be: no name server is asked
+    with pytest.raises(TransientError, match=f"^{url} cannot be reached: its name "):
+        Remote(url).files()
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as clients:
+        for _ in range(4):  # their calls are never taken
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/m"
+        with pytest.raises(TransientError, match=f"^{url} cannot be reached: timed out$"):
+            Remote(url).files()
+    with RangeServer({}) as server, pytest.raises(TransientError, match=r"/m cannot be reached: it does not speak TLS"):
+        Remote(f"https://127.0.0.1:{server.port}/m").files()
+
+
+def test_an_answer_that_breaks_off_says_so() -> None:
+    with RangeServer(dict(ONE)) as server:
+        source = Remote(f"{server.url}/m", silence=timedelta(seconds=0.2))
+        file = source.files()[-1]
+        server.faults.resets, server.faults.reset_after = remote.TRIES, 0
+        with pytest.raises(TransientError, match=r"/m/model.safetensors: the connection broke off$"):
+            list(source.read(file, 0, 7))
+        server.faults.budget = 0
+        with pytest.raises(TransientError, match=r"/m/model.safetensors: the server was silent, or too slow$"):
+            list(source.read(file, 0, 7))
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

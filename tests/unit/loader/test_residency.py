@@ -147,6 +147,18 @@ def test_abort_trusts_what_others_borrowed() -> None:
     assert tier.residents() == [("a", 10)]
 
 
+def test_who_needs_only_some_pieces_keeps_no_others() -> None:
+    tier = Tier(4, 10)
+    filled(tier, "a", 3, now=0)
+    tier.lease("a", 1)
+    tier.forget("a")
+    assert tier.free_slots == (3,)
+    tier.lease("a", 1, pieces(2))
+    tier.check_invariants()
+    assert tier.residents() == [("a", 20)]
+    assert len(tier.free_slots) == 2
+
+
 def test_forget_waits_for_leases_and_reads_and_is_taken_back() -> None:
     tier = Tier(2, 10)
     tier.forget("nobody")

@@ -70,8 +70,8 @@ def test_a_checkpoint_larger_than_the_pool_arrives_whole(tmp_path: Path, node: N
     check(source, device)
     load = device.load
     assert load.ringed
-    assert load.disk_bytes + load.cache_bytes == source.file_bytes
-    assert load.disk_s > 0
+    assert load.came.total == source.file_bytes
+    assert load.read_s > 0
     node.pipeline.release(source.checkpoint, 1)
     drain(node)
     assert node.pool.memory <= SLOTS << 20
@@ -86,7 +86,7 @@ def test_what_finds_free_slots_stays_and_is_not_read_again(tmp_path: Path, node:
     again = finish(node, begin(node, source, 2))
     check(source, again)
     assert again.load.dram_bytes == kept
-    assert again.load.disk_bytes + again.load.cache_bytes == source.file_bytes - kept
+    assert again.load.came.total == source.file_bytes - kept
 
 
 def test_nothing_is_read_over_what_was_not_copied(tmp_path: Path, node: Node) -> None:
@@ -185,7 +185,7 @@ def test_who_waits_hastens_all_of_a_ring_s_reads(tmp_path: Path) -> None:
     priorities = []
     while not device.over:
         with node.reader._wake:
-            priorities += [one.priority for one in node.reader._queue if one.files is device.load._route.files]
+            priorities += [one.priority for one in node.reader._queue if one.files is device.load.route.files]
         device.copy(device.waiting)
         node.turn()
     assert set(priorities) == {Priority.ONLINE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from serverless_llm.loader import plan, sharing
 from serverless_llm.loader.header import Header, TensorEntry
+from serverless_llm.loader.lending import Lending
 from serverless_llm.loader.manifest import FileEntry
-from serverless_llm.loader.plan import Piece
+from serverless_llm.loader.plan import Landed, Piece
+from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.sharing import NOTHING, Known, Lent, Loan, Run
 
 SLOT = 10
@@ -124,6 +127,41 @@ def test_what_pins_more_than_twice_what_it_spares_is_no_loan(
     assert (loan is not None) == lent
 
 
+def test_what_is_borrowed_in_the_tier_is_leased_there_until_it_is_repaid() -> None:
+    lender, other = known("a", [("x", 20), ("more", 30)]), known("c", [("y", 10)], head=10)
+    borrower = known("b", [("x", 20), ("y", 10), ("own", 7)])
+    tier = Tier(20, SLOT)
+    lending = Lending(tier)
+    for one, first in ((known("before", [("z", 17)]), 0), (lender, 2), (other, 8)):
+        assert tier.reserve(one.checkpoint, pieces(one), 0).slots[pieces(one)[0]] == first
+        tier.land(one.checkpoint, pieces(one))
+    loan = lending.find(borrower, [lender, other])
+    assert loan == sharing.loan(
+        borrower, [lender, other], {"a": pieces(lender), "c": pieces(other)}, pieces(borrower), SLOT
+    )
+    assert loan is not None
+    assert lending.borrow(loan, 7) == [
+        Landed(1, 3, 7, 23), Landed(1, 10, 10, 30), Landed(1, 20, 3, 40), Landed(2, 10, 10, 90)
+    ]  # fmt: skip
+    assert tier.borrowed("a") == {*pieces(lender)[:3]}
+    assert [tier.holders(one) for one in "ac"] == [{7}, {7}]
+    for _ in range(2):
+        lending.repay(7, 5)
+        assert [tier.holders(one) for one in "ac"] == [frozenset(), frozenset()]
+    tier.reserve("d", [Piece(0, SLOT * number, SLOT) for number in range(12)], 6)
+    assert [name for name, _ in tier.residents()] == ["a", "c"]  # who lent last stays longest
+
+
+def test_nothing_is_borrowed_for_what_has_its_own_slots() -> None:
+    lender, borrower = known("a", [("x", 20)]), known("b", [("x", 20)])
+    tier = Tier(20, SLOT)
+    for one in (lender, borrower):
+        tier.reserve(one.checkpoint, pieces(one), 0)
+        tier.land(one.checkpoint, pieces(one))
+    assert Lending(tier).find(borrower, [lender]) is None
+    assert Lending(tier).find(borrower._replace(checkpoint="c"), [lender]) is not None
+
+
 names = st.sampled_from("abcdefgh")
 sizes = {name: 3 * place for place, name in enumerate("abcdefgh")}  # the first is empty
 checkpoints = st.lists(st.lists(names, max_size=6), min_size=1, max_size=3)
@@ -214,6 +252,81 @@ def test_nothing_is_lent_where_nothing_is() -> None:
     assert lent.find(1, empty) == (1, empty)
 
 
+def test_a_tier_lends_what_has_landed_to_what_has_no_slot() -> None:
+    lender, borrower = known("a", [("x", 20)]), known("b", [("x", 20)])
+    tier = Tier(20, SLOT)
+    lending = Lending(tier)
+    tier.reserve("a", pieces(lender), 0)
+    assert lending.lent_bytes([lender, borrower]) == {}
+    tier.land("a", pieces(lender))
+    assert lending.lent_bytes([lender, borrower]) == {"b": 13}
+    tier.reserve("b", pieces(borrower)[:2], 0)
+    assert lending.lent_bytes([lender, borrower]) == {"b": 3}
+
+
+def test_twins_are_tensors_with_equal_digests() -> None:
+    one = known("a", [("x", 5), ("y", 5), ("own", 5)], [("z", 5), ("", 0)])
+    other = known("b", [("other", 1), ("x", 5), ("y", 5), ("z", 5)], [("", 0)])
+    assert sharing.twins(one, other) == [(0, 1, 2), (3, 3, 2)]
+    assert sharing.twins(other, one) == [(1, 0, 2), (3, 3, 2)]
+    assert sharing.twins(one, one) == [(0, 0, 5)]
+    assert sharing.twins(one, known("c", [("q", 5)])) == []
+
+
+def test_of_twins_the_one_of_the_same_name_is_meant() -> None:
+    one = known("a", [("x", 5), ("x", 5), ("x", 5)])  # called 0.0.x, 0.1.x and 0.2.x
+    other = known("b", [("w", 5), ("x", 5), ("x", 5), ("x", 5)])
+    assert sharing.twins(one, other) == [(0, 1, 1), (1, 1, 2)]
+    assert sharing.twins(other, one) == [(1, 1, 2), (3, 0, 1)]
+
+
+some = st.lists(st.sampled_from("abcd"), max_size=9)
+
+
+@given(some, some)
+def test_twins_name_each_equal_tensor_once(mine: list[str], others: list[str]) -> None:
+    one, other = (known(name, [(digest, 1) for digest in digests]) for name, digests in (("a", mine), ("b", others)))
+    runs = sharing.twins(one, other)
+    pairs = [(first + number, second + number) for first, second, length in runs for number in range(length)]
+    assert [first for first, _ in pairs] == [number for number, name in enumerate(mine) if name in others]
+    assert all(mine[first] == others[second] for first, second in pairs)
+    assert all(
+        (before[0] + before[2], before[1] + before[2]) != after[:2] for before, after in itertools.pairwise(runs)
+    )
+
+
+def lent_bytes(*checkpoints: Known, landed: dict[str, list[Piece]]) -> dict[str, int]:
+    homeless = {one.checkpoint: [p for p in pieces(one) if p not in landed[one.checkpoint]] for one in checkpoints}
+    return sharing.lent_bytes(checkpoints, landed, homeless, SLOT)
+
+
+def test_lent_bytes_are_those_of_pieces_that_a_load_would_not_read() -> None:
+    one, other = known("a", [("big", 25), ("x", 5)], head=4), known("b", [("big", 25), ("own", 6)])
+    third = known("c", [("own", 6), ("alone", 50), ("twice", 20), ("twice", 20)])
+    nothing: dict[str, list[Piece]] = {"a": [], "b": [], "c": []}
+    assert lent_bytes(one, other, third, landed=nothing) == {}
+    assert lent_bytes(one, other, third, landed=nothing | {"a": pieces(one)}) == {"b": 10}
+    assert lent_bytes(one, other, third, landed=nothing | {"a": pieces(one)[:2]}) == {}  # the tensor is not whole
+    assert lent_bytes(one, other, third, landed=nothing | {"b": pieces(other)}) == {"a": 10}
+    both = nothing | {"a": pieces(one), "b": pieces(other)}
+    assert lent_bytes(one, other, third, landed=both) == {}
+    double, single = known("a", [("x", 20), ("x", 20)], head=10), known("b", [("x", 20)], head=10)
+    assert lent_bytes(double, single, landed={"a": pieces(double)[:3], "b": []}) == {"b": 20}  # nobody lends to itself
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=8), st.lists(st.sampled_from("abcd"), max_size=8), st.data())
+def test_lent_bytes_are_what_the_loan_spares(mine: list[str], others: list[str], data: st.DataObject) -> None:
+    sizes = {"a": 25, "b": 7, "c": 31, "d": 10}
+    borrower, lender = (
+        known(name, [(one, sizes[one]) for one in names]) for name, names in (("b", mine), ("a", others))
+    )
+    there = data.draw(st.lists(st.sampled_from(pieces(lender)), unique=True))
+    homeless = data.draw(st.lists(st.sampled_from(pieces(borrower)), unique=True))
+    told = sharing.lent_bytes([borrower, lender], {"a": there, "b": []}, {"a": [], "b": homeless}, SLOT)
+    loan = sharing.loan(borrower, [lender], {"a": there}, homeless, SLOT)
+    assert told == ({"b": sum(piece.length for piece in loan.spared)} if loan else {})
+
+
 def test_own_bytes_are_those_that_no_other_has() -> None:
     one = known("a", [("x", MB), ("y", MB), ("x", MB)], [("small", MB - 1)])
     other = known("b", [("x", MB), ("small", MB - 1)])
@@ -237,6 +350,8 @@ def test_portions_have_every_byte_in_order() -> None:
     ]
     assert [part.entry.nbytes for order in orders for part in order] == [25, 25, 25, 0, 1, 12, 12]
     assert list(sharing.orders([], SLOT, 12)) == []
+    (order,) = sharing.orders(known("a", [("x", SLOT)], head=SLOT).files, SLOT, SLOT)
+    assert [part.span for part in order] == [Piece(0, SLOT, SLOT)]
 
 
 def test_a_digest_covers_type_and_shape() -> None:
@@ -251,7 +366,8 @@ def test_what_is_stored_is_found_and_nothing_else_is() -> None:
     assert sharing.decode("a", 3, raw) == digests
     assert sharing.decode("b", 3, raw) is None
     assert sharing.decode("a", 2, raw) is None
-    assert sharing.decode("a", 3, raw[:-1] + b"?") is None
+    for place in range(len(raw)):
+        assert sharing.decode("a", 3, raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]) is None
     assert sharing.decode("a", 3, b"") is None
     shorter = raw[: -16 - 32]
     assert sharing.decode("a", 3, shorter + sharing._seal(shorter)) is None

@@ -12,7 +12,7 @@ import pytest
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import source
-from serverless_llm.loader.source import OpenFile, SourceFile
+from serverless_llm.loader.source import Came, OpenFile, SourceFile
 from serverless_llm.loader.staging import Staging
 
 
@@ -44,9 +44,11 @@ def content(nbytes: int) -> bytes:
 def fetch(
     file: OpenFile, offset: int, length: int, *buffers: int, staging: Staging | None = None
 ) -> tuple[bytes, bool]:
+    """What was read, and whether the page cache had it."""
     views = memory(*buffers)
-    cached = file.read(views, offset, length, staging)
-    return b"".join(views)[:length], cached
+    came = file.read(views, offset, length, staging)
+    assert came in (Came(disk=length), Came(cache=length))
+    return b"".join(views)[:length], came.cache == length
 
 
 @pytest.mark.parametrize("staged", [True, False])
@@ -105,7 +107,7 @@ def test_a_device_that_wants_another_alignment_is_read_through_the_cache(tmp_pat
     data = content(10_000)
     file = OpenFile(written(tmp_path / "a", data, cold=True))
     buffer = memory(16384)[0][1:]
-    assert not file.read([buffer], 0, len(data))
+    assert file.read([buffer], 0, len(data)) == Came(disk=len(data))
     assert buffer[: len(data)] == data
     file.close()
 

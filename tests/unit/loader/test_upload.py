@@ -22,6 +22,7 @@ from serverless_llm.loader.dest import Dest
 from serverless_llm.loader.header import DTYPE_BITS, Header
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.upload import Uploader
@@ -29,6 +30,7 @@ from serverless_llm.loader.views import TORCH_DTYPES
 from tests.unit.loader.checkpoints import Node, random, raw, same, write
 
 News = queue.SimpleQueue[tuple[int, int]]
+RATE = 1e6  # bytes per second
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,10 @@ def test_misaligned_tensors_are_copied_and_the_others_viewed(tmp_path: Path, nod
     inside = {name: home.address <= tensor.data_ptr() < home.address + home.length for name, tensor in got.items()}
     assert inside == {"byte": True, "odd": False}
     del got
+    (room,) = mapping.misaligned(but=()).items()
+    assert (room[0], room[1].dtype, room[1].shape) == ("odd", torch.int32, (2,))
+    assert mapping.misaligned(but={"odd"}) == {}
+    assert mapping.tensors(but={"odd"}).keys() == {"byte"}
     assert mapping.close()
 
 
@@ -219,6 +225,38 @@ def test_a_cap_paces_copies_and_close_stops_them(tmp_path: Path, node: Node) -> 
     slow.close()
     assert torch.equal(arena, written)
     assert written.count_nonzero() < nbytes * 2 // 3
+
+
+def test_a_cap_is_for_what_crosses(tmp_path: Path, node: Node) -> None:
+    """Not for what nobody wants of the file, nor for what was mapped and is converted."""
+    content = random(3)
+    source = manifest.build(write(tmp_path, content))
+    spans, news = landed(node, source), News()
+    uploader = Uploader(node.pool.fd, node.pool.capacity)
+    uploader.pacer = Pacer(RATE, clock=lambda: 0.0)
+    uploader.pacer.stop()  # it books, and nobody waits
+    upload = uploader.upload(sizes(source), lambda *report: news.put(report))
+    upload.add(spans)
+    headers = upload.headers()
+    assert headers is not None
+    wanted, nbytes = dests(headers)
+    upload.start(wanted[:1], torch.zeros(nbytes, dtype=torch.uint8))
+    until_ready(news)
+    booked = wanted[0].stop - wanted[0].start
+    assert round(uploader.pacer.delay(0) * RATE) == booked < source.file_bytes / 2
+    upload.close()
+    mapping = uploader.mapping(source.checkpoint, sizes(source), lambda *report: news.put(report))
+    mapping.add(spans)
+    until_ready(news)
+    booked += source.file_bytes
+    assert round(uploader.pacer.delay(0) * RATE) == booked
+    targets = {name: one.to(torch.float64) for name, one in content.items()}
+    conversion = uploader.conversion(mapping, targets, lambda *report: news.put(report))
+    until_ready(news)
+    assert round(uploader.pacer.delay(0) * RATE) == booked
+    conversion.close()
+    assert mapping.close()
+    uploader.close()
 
 
 def test_spans_that_land_after_the_start_are_copied_too(tmp_path: Path, node: Node, uploader: Uploader) -> None:

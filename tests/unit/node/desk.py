@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,13 @@ class Desk:
         return found.status, json.loads(found.body)
 
 
-def on_a_desk(directory: Path, tell: Callable[[Desk], Awaitable[None]], **options: Any) -> None:
+def on_a_desk(
+    directory: Path, tell: Callable[[Desk], Awaitable[None]], wanted: Mapping[str, bytes] = {}, **options: Any
+) -> None:
     async def whole() -> None:
         desk = Desk(directory, **options)
         try:
-            await desk.head.restore(options.get("wanted", {}))
+            await desk.head.restore(wanted)
             await tell(desk)
         finally:
             desk.kept.close()

@@ -196,7 +196,7 @@ def test_a_flipped_bit_in_dram_is_read_again_and_alone(node: Bench, source: Mani
     told = node.start(source, first.learned, holder=2).finish()
     assert [block.offset for block in told.again] == [3 * BLOCK]
     assert told.failed == []
-    assert told.load.disk_bytes + told.load.cache_bytes == BLOCK
+    assert told.load.came.total == BLOCK
     assert node.tally.dram == 1
     assert node.tally.disk == 0
     assert sum(span.length for span in told.spans) == source.file_bytes

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import torch
 
 from serverless_llm import wire
 from serverless_llm.demo.tasks import ADD, checkpoint_dir
 from serverless_llm.engine.engine import Engine
+from serverless_llm.engine.layers import Tensors
 from serverless_llm.loader import manifest
+from serverless_llm.loader.converted import Conversion
+from serverless_llm.loader.digest import Due
+from serverless_llm.loader.tasks import Mapping, Progress, Upload
 from serverless_llm.node.options import AgentOptions, DeviceOptions
 from serverless_llm.node.placing import Placing
 from serverless_llm.node.slot import Slot
@@ -23,7 +28,7 @@ MIB = 1 << 20
 
 
 class Pair:
-    """A store and its one worker, which copies. `harm`: flip a bit of the arena as soon as something is there.
+    """A store and its one worker. `harm`: flip a bit of what the device holds as soon as something is there.
 
     Attributes:
         ends: how loads ended, as the head is told.
@@ -31,15 +36,17 @@ class Pair:
 
     up = True
 
-    def __init__(self, directory: Path, dram: int, harm: bool) -> None:
-        device = DeviceOptions("cpu", 32 * MIB, "copy")
+    def __init__(self, directory: Path, dram: int, harm: bool, weights: str) -> None:
+        device = DeviceOptions("cpu", 32 * MIB, weights)
         options = AgentOptions(state_dir=str(directory), node="n", devices=(device,), dram=dram, orphan_grace=5.0)
         self.ends: asyncio.Queue[wire.ReplicaReady | wire.LoadFailed] = asyncio.Queue()
         self.store = Store(options, self._tell, lambda _: cast(Slot, self))
-        self.engine = Engine("cpu", device.budget, "copy", 1)
+        self.engine = Engine("cpu", device.budget, weights, 1)
         self.placing = Placing(
-            self.engine, wire.Boot(0, 1, "cpu", device.budget, "copy", dram, 1, 0.0), self.store.pool_fd
+            self.engine, wire.Boot(0, 1, "cpu", device.budget, weights, dram, 1, 0.0), self.store.pool_fd
         )
+        self._convert = self.placing._uploader.conversion
+        self.placing._uploader.conversion = self._conversion  # type: ignore[method-assign]
         self._harm = harm
         self._ring = False
         self._pieces: list[tuple[int, int, int, int]] = []
@@ -69,10 +76,23 @@ class Pair:
 
     def _flip(self, replica: int) -> None:
         task = self.placing._placements[replica].task
-        if self._harm and task.total:
+        if self._harm and isinstance(task, Upload) and task.total:
             until(lambda: task.done > 0, "the first copies")
             self.engine.arena[self.engine.arena.nonzero()[0]] ^= 1
             self._harm = False
+
+    def _conversion(
+        self, mapping: Mapping, targets: Tensors, on_progress: Progress, due: Due | None = None
+    ) -> Conversion:
+        first = next(one.entry.name for one in mapping.stored() if one.entry.name in targets)
+
+        def progress(done: int, total: int) -> None:
+            if self._harm:
+                targets[first].view(-1).view(torch.uint8)[0] ^= 1
+            self._harm = False
+            on_progress(done, total)
+
+        return self._convert(mapping, targets, progress, due)
 
     def _finished(self) -> None:
         for answer in self.placing.finished():
@@ -84,10 +104,10 @@ class Pair:
                 case wire.Placed():
                     self.store.placed(answer)
 
-    async def load(self, source: Path) -> wire.ReplicaReady | wire.LoadFailed:
+    async def load(self, source: Path, dtype: str) -> wire.ReplicaReady | wire.LoadFailed:
         """Loads the checkpoint, with `full`; how that ended."""
         found = manifest.build(source)
-        self.store.start(wire.StartLoad(1, 0, "m", str(source), found.checkpoint, "auto", 0, True, "full"))
+        self.store.start(wire.StartLoad(1, 0, "m", str(source), found.checkpoint, dtype, 0, True, "full"))
         async with asyncio.timeout(20):
             return await self.ends.get()
 
@@ -103,14 +123,14 @@ def source(tmp_path: Path) -> Path:
 
 
 def loaded(
-    tmp_path: Path, source: Path, dram: int, harm: bool
+    tmp_path: Path, source: Path, dram: int, harm: bool, dtype: str = "auto", weights: str = "copy"
 ) -> tuple[wire.ReplicaReady | wire.LoadFailed, dict[str, int]]:
     """How a load ended, and what the node counts."""
 
     async def tell() -> tuple[wire.ReplicaReady | wire.LoadFailed, dict[str, int]]:
-        pair = Pair(tmp_path, dram, harm)
+        pair = Pair(tmp_path, dram, harm, weights)
         try:
-            end = await pair.load(source)
+            end = await pair.load(source, dtype)
             tally = pair.store.tally
             return end, {"bytes": tally.bytes, "device": tally.device, "dram": tally.dram, "disk": tally.disk}
         finally:
@@ -125,6 +145,31 @@ def test_what_differs_on_a_device_is_copied_again_and_counted(tmp_path: Path, so
     assert isinstance(end, wire.ReplicaReady)
     held = tally.pop("bytes") - size
     assert size - MIB < held < size  # all but the header
+    assert tally == {"device": 1, "dram": 0, "disk": 0}
+
+
+@pytest.mark.parametrize("weights", ["copy", "view"])
+def test_what_differs_of_converted_weights_is_converted_again_and_counted(
+    tmp_path: Path, source: Path, weights: str
+) -> None:
+    size = (source / "model.safetensors").stat().st_size
+    end, tally = loaded(tmp_path, source, 8 * MIB, True, "bfloat16", weights)
+    assert isinstance(end, wire.ReplicaReady)
+    held = 2 * (tally.pop("bytes") - size)  # of float32
+    assert size - MIB < held < size  # all but the header
+    assert tally == {"device": 1, "dram": 0, "disk": 0}
+
+
+def test_what_differs_of_tensors_that_lie_misaligned_is_copied_again_and_counted(tmp_path: Path, source: Path) -> None:
+    """In view mode they are no views, and nothing else is compared."""
+    file = source / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    file.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    end, tally = loaded(tmp_path, source, 8 * MIB, harm=True, weights="view")
+    assert isinstance(end, wire.ReplicaReady)
+    held = tally.pop("bytes") - file.stat().st_size
+    assert file.stat().st_size - MIB < held < file.stat().st_size  # all but the header
     assert tally == {"device": 1, "dram": 0, "disk": 0}
 
 

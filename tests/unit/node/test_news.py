@@ -45,8 +45,8 @@ def test_events(event: events.Event, told: dict[str, Any] | None) -> None:
          {"event": "load_decided", "predicted_s": 1.2346, "victims": [1, 2]}),
         (commands.StartLoad(3, DEVICE, "m", "/models/m", "c", "auto", 0), {"event": "load_started"}),
         (commands.Outcome(3, "m", DEVICE, 1.0, 0.9, PHASES),
-         {"event": "load_ready", "predicted_s": 1.0, "actual_s": 0.9, "queue_s": 0.1, "disk_s": 0.5, "upload_s": 0.2,
-          "source": "disk"}),
+         {"event": "load_ready", "predicted_s": 1.0, "actual_s": 0.9, "queue_s": 0.1, "remote_s": 0.0, "disk_s": 0.5,
+          "upload_s": 0.2, "source": "disk"}),
         (commands.Evicted(3, "m", DEVICE, "memory"), {"event": "evicted", "reason": "memory"}),
     ],
 )  # fmt: skip

@@ -23,11 +23,12 @@ from tests.serving import until
 
 def test_every_node_gets_an_agent(tmp_path: Path) -> None:
     flags = {"state_dir": str(tmp_path), "nodes": 2, "devices": "cpu:3", "device_memory": "2GiB", "dram": "4GiB",
-             "weights": "copy", "limits": "disk=20MB/s", "threads": 2, "orphan_grace": "5s"}  # fmt: skip
-    agents = local_agents(load(flags, {}))
+             "weights": "copy", "limits": "disk=20MB/s,remote=5MB/s", "threads": 2, "orphan_grace": "5s"}  # fmt: skip
+    agents = local_agents(load(flags, {}, memory=16 << 30))
     assert [agent.node for agent in agents] == ["node0", "node1"]
     assert agents[0].devices == (DeviceOptions("cpu", 2 << 30, "copy"),) * 3
     assert (agents[0].dram, agents[0].disk_rate, agents[0].upload_rate) == (4 << 30, 20e6, 0.0)
+    assert agents[0].limits == {"remote": 5e6, "disk": 20e6}
     assert (agents[0].threads, agents[0].orphan_grace) == (2, 5.0)
     assert agents[1].lock_path == tmp_path / "agents" / "node1.lock"
     assert msgspec.json.decode(msgspec.json.encode(agents[0]), type=AgentOptions) == agents[0]

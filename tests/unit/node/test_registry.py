@@ -18,6 +18,7 @@ from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.cluster import events
 from serverless_llm.domain import DeviceId, DeviceSpec, ModelSpec, NodeSpec
 from serverless_llm.errors import RequestError
+from serverless_llm.loader import disk_tier, download
 from serverless_llm.node import admin
 from serverless_llm.node.state import Deployed, State
 from serverless_llm.surroundings import began
@@ -136,6 +137,75 @@ def test_a_disk_that_is_full_takes_no_deploy(tmp_path: Path, checkpoint: Path) -
         assert (await desk.ask("status"))[1]["models"] == []
 
     on_a_desk(tmp_path, tell)
+
+
+def test_what_cannot_be_kept_on_the_disk_tier_is_not_deployed(tmp_path: Path, checkpoint: Path) -> None:
+    place = tmp_path / "tier" / "version"
+    kept = shutil.copytree(checkpoint, place / download.CHECKPOINT)
+    (place / disk_tier.URL).touch()
+    (place / disk_tier.LOCK).mkdir()  # no descriptor of it can be had
+
+    async def tell(desk: Desk) -> None:
+        assert (await desk.ask("deploy", "m", source=str(checkpoint)))[0] == 200
+        status, answer = await desk.ask("deploy", "m", source=str(kept))
+        assert (status, answer["error"]["code"]) == (503, "overloaded")
+        assert answer["error"]["message"] == f"{kept} cannot be kept on the disk tier: Is a directory"
+        assert [model.spec.source for model in desk.kept.models()] == [str(checkpoint)]
+        assert (await desk.ask("deploy", "n", source=str(kept)))[0] == 503
+        assert [model.spec.name for model in desk.kept.models()] == ["m"]
+
+    on_a_desk(tmp_path / "state", tell)
+
+
+def test_a_start_that_cannot_keep_a_model_on_the_disk_tier_serves_the_others(tmp_path: Path, checkpoint: Path) -> None:
+    place = tmp_path / "tier" / "version"
+    kept = shutil.copytree(checkpoint, place / download.CHECKPOINT)
+    (place / disk_tier.URL).touch()
+    why = f"{kept} cannot be kept on the disk tier: Is a directory"
+
+    async def first(desk: Desk) -> None:
+        for name, source in (("a", checkpoint), ("b", kept), ("c", kept)):
+            assert (await desk.ask("deploy", name, source=str(source)))[0] == 200
+
+    async def second(desk: Desk) -> None:
+        models = {one["name"]: one for one in (await desk.ask("status"))[1]["models"]}
+        assert {name: one["error"] for name, one in models.items()} == {"a": "", "b": why, "c": why}
+        assert desk.head.controller.machine.state.models.keys() == {"a"}
+        for _ in range(2):
+            status, body = await desk.ask("load", "b")
+            assert (status, body["error"]["message"]) == (503, f"{why}; mend that and deploy it again")
+        (place / disk_tier.LOCK).rmdir()
+        assert (await desk.ask("load", "b"))[0] == 200
+        assert desk.head.controller.machine.state.models.keys() == {"a", "b"}
+
+    on_a_desk(tmp_path / "state", first)
+    (place / disk_tier.LOCK).unlink()
+    (place / disk_tier.LOCK).mkdir()
+    on_a_desk(tmp_path / "state", second, wanted={"c": json.dumps({"source": str(kept)}).encode()})
+
+
+def test_what_is_not_deployed_is_not_kept_on_the_disk_tier(tmp_path: Path, checkpoint: Path) -> None:
+    place = tmp_path / "tier" / "version"
+    kept = shutil.copytree(checkpoint, place / download.CHECKPOINT)
+    (place / disk_tier.URL).touch()
+
+    def is_free() -> bool:
+        lock = disk_tier.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is not None:
+            os.close(lock)
+        return lock is not None
+
+    async def tell(desk: Desk) -> None:
+        (pages,) = desk.kept._database.execute("PRAGMA page_count").fetchone()
+        desk.kept._database.execute(f"PRAGMA max_page_count = {pages}")
+        assert (await desk.ask("deploy", "a" * 10_000, source=str(kept)))[0] == 503
+        assert is_free()
+        assert (await desk.ask("deploy", "m", source=str(kept)))[0] == 200
+        assert not is_free()
+        assert (await desk.ask("delete", "m"))[0] == 200
+        assert is_free()
+
+    on_a_desk(tmp_path / "state", tell)
 
 
 BAD: list[tuple[str, dict[str, Any], int, str | None]] = [

@@ -90,9 +90,17 @@ def test_what_is_whole_is_learned_and_known_to_the_next_agent(node: Node, tmp_pa
         assert second.loan(other) is None  # all of it is there
         node.pipeline.release(other.checkpoint, 2)
         node.pipeline.forget(other.checkpoint)
-        assert second.loan(other) is not None
+        loan = second.loan(other)
+        assert loan is not None
+        assert second.lent_bytes() == {other.checkpoint: sum(piece.length for piece in loan.spared)}
+        node.fetch(other, 3)
+        assert second.lent_bytes() == {}
+        node.pipeline.release(other.checkpoint, 3)
+        node.pipeline.forget(other.checkpoint)
+        assert second.lent_bytes().keys() == {other.checkpoint}
         second.forget(source.checkpoint)
         assert second.loan(other) is None
+        assert second.lent_bytes() == {}
         assert second.own_bytes() == {other.checkpoint: other.file_bytes}
         second.close()
 

@@ -37,10 +37,19 @@ def test_a_start_by_its_phases() -> None:
     log.ready(outcome(), now=13.0)
     log.first_token(sequence(10.0, replica(7)), 0.25)
     (shown,) = log.shown(State(), now=20.0, unix=1020.0)
-    assert shown["phases"] == {"queue_s": 0.5, "disk_s": 2.0, "upload_s": 0.5, "prefill_s": 0.25}
+    assert shown["phases"] == {"queue_s": 0.5, "remote_s": 0.0, "disk_s": 2.0, "upload_s": 0.5, "prefill_s": 0.25}
     assert shown["seconds"] == pytest.approx(sum(shown["phases"].values()))
     assert (shown["began"], shown["state"], shown["source"]) == (1010.0, "ready", "disk")
     assert (shown["done"], shown["total"], shown["device"], shown["predicted_s"]) == (900, 1000, "n0/1", 4.0)
+
+
+def test_a_start_from_a_network_by_its_phases() -> None:
+    log = StartLog()
+    phases = LoadPhases(remote_s=1.5, upload_s=0.5, total_s=2.0, remote_bytes=700, disk_bytes=50, cache_bytes=25)
+    log.ready(Outcome(7, "m", DEVICE, 4.0, 3.0, phases), now=13.0)
+    (shown,) = log.shown(State(), now=20.0, unix=1020.0)
+    assert shown["phases"] == {"queue_s": 1.0, "remote_s": 1.5, "disk_s": 0.0, "upload_s": 0.5, "prefill_s": None}
+    assert (shown["source"], shown["done"], shown["total"]) == ("remote", 775, 775)
 
 
 def test_the_prefill_of_one_who_waited_and_of_nobody_else() -> None:

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from serverless_llm.cluster.machine import Machine
+from serverless_llm.cluster.policy import Policy
+from serverless_llm.config import load
 from serverless_llm.domain import ModelSpec
 from serverless_llm.errors import ConfigurationError
 from serverless_llm.node import state
+from serverless_llm.node.head import Head
+from serverless_llm.node.options import local_agents
 from serverless_llm.node.state import (
     Deployed,
     HeadAddress,
@@ -154,6 +159,39 @@ def test_a_state_directory_that_is_read_only_is_named(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize("foreign", ["agents", "logs", "agents/node0.lock", "logs/agent-node0.log"])
+def test_what_an_agent_cannot_write_is_named_before_anybody_is_served(tmp_path: Path, foreign: str) -> None:
+    (agent,) = local_agents(load({"state_dir": tmp_path, "devices": "cpu:1"}, {"HOME": "/nowhere"}, memory=1 << 30))
+    kept = State(tmp_path)
+    agent.lock_path.touch()
+    (tmp_path / "logs" / "agent-node0.log").touch()
+    with unprivileged(tmp_path):
+        (tmp_path / foreign).chmod(0o000)
+        with pytest.raises(ConfigurationError, match=rf"/{foreign}.*: Permission denied$"):
+            Head(kept, Machine(Policy()), [agent], lambda message: None)
+        (tmp_path / foreign).chmod(0o700)
+    kept.close()
+
+
+def test_an_empty_secret_is_named(tmp_path: Path) -> None:
+    """With it anybody would pass."""
+    (tmp_path / "agent-token").write_text("\n")
+    with pytest.raises(ConfigurationError, match=r"agent-token is empty; remove it, and a new secret is made"):
+        agent_token(tmp_path)
+
+
+def test_a_secret_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut leaves a name with nothing behind it."""
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+        assert not (tmp_path / "agent-token").exists()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert synced == [len(agent_token(tmp_path))]
+
+
 @contextlib.contextmanager
 def unprivileged(directory: Path) -> Iterator[None]:
     """Permissions hold for root as well, and `directory` with all in it is this user's."""
@@ -183,17 +221,26 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     one.close()
 
 
+@contextlib.contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """This process writes no file of more bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("new", [True, False], ids=["first", "again"])
 def test_a_disk_that_takes_no_more_at_the_start_is_named(tmp_path: Path, new: bool) -> None:
     if not new:
         State(tmp_path).close()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # for this process alone
-    try:
-        with pytest.raises(ConfigurationError, match=r"state\.db cannot be written: .*; is the disk full\?"):
-            State(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        small_files(100),
+        pytest.raises(ConfigurationError, match=r"state\.db cannot be written: .*; is the disk full\?"),
+    ):
+        State(tmp_path)
     assert holder(tmp_path / "lock") is None
     State(tmp_path).close()
 
@@ -227,3 +274,8 @@ def test_the_heads_address_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_head(tmp_path, HeadAddress("http://127.0.0.1:2", 2, 20))
     assert read_head(tmp_path) == HeadAddress("http://127.0.0.1:2", 2, 20)
     assert stat.S_IMODE((tmp_path / "head.json").stat().st_mode) == 0o600
+
+
+def test_a_disk_that_does_not_take_the_heads_address_is_named(tmp_path: Path) -> None:
+    with small_files(20), pytest.raises(ConfigurationError, match=r"head\.json: File too large"):
+        write_head(tmp_path, HeadAddress("http://127.0.0.1:1", 1, 10))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from serverless_llm import wire
 from serverless_llm.loader import manifest
@@ -46,12 +49,34 @@ class Desk:
         options = AgentOptions(str(directory / "state"), "n0", devices, 8 * MIB, disk_rate)
         self.store = Store(options, self.told.append, self._places.__getitem__)
 
-    def start(self, number: int, megabytes: float, device: int = COPY, online: bool = True) -> None:
-        source = write(self._directory / str(number), random(megabytes, number))
+    def start(
+        self,
+        number: int,
+        megabytes: float,
+        device: int = COPY,
+        online: bool = True,
+        tensors: dict[str, torch.Tensor] | None = None,
+        verify: str = "off",
+    ) -> None:
+        """`tensors`: whose digests are known, instead of random ones."""
+        source = write(self._directory / str(number), tensors or random(megabytes, number))
         found = manifest.build(source)
+        if tensors:
+            content = found.files[0].path.read_bytes()
+            digests = [sha256(content[one.start : one.end]).digest() for one in found.files[0].header.tensors]
+            self.store._sharing._know(found, digests)
         self.store.start(
-            wire.StartLoad(number, device, f"m{number}", str(source), found.checkpoint, "float32", 0, online)
+            wire.StartLoad(number, device, f"m{number}", str(source), found.checkpoint, "float32", 0, online, verify)
         )
+
+    def order(self, number: int) -> wire.Place:
+        """What the worker of a replica was told of it."""
+        told = [message for place in self._places for message in place.told]
+        return next(message for message in told if isinstance(message, wire.Place) and message.replica == number)
+
+    def serve(self, number: int, shared: Sequence[tuple[int, int, int]] = ()) -> None:
+        """The replica's worker says that it serves."""
+        self.store.placed(wire.Placed(number, 0.0, False, [*shared]))
 
     def heard(self, device: int) -> list[wire.Message]:
         return self._places[device].told
@@ -65,10 +90,10 @@ class Desk:
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(30):
             while not condition():
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)  # so that the threads that read get on
 
     async def waits(self, *numbers: int) -> None:
-        await self.until(lambda: all(self.store._replicas[number].turn for number in numbers))
+        await self.until(lambda: all(self.store._replicas[number].room for number in numbers))
 
     def leave(self, number: int) -> None:
         """The head unloads a replica, and its worker drops it."""
@@ -187,5 +212,52 @@ def test_gpus_are_told_which_memory_went(tmp_path: Path) -> None:
         desk.store._pool.punch([0, 3])
         assert desk.heard(CUDA) == [wire.Punched(0), wire.Punched(3 * MIB)]
         assert not desk.heard(COPY)
+
+    at_a_desk(tmp_path, tell)
+
+
+BASE = {name: torch.full((64,), number) for number, name in enumerate("abc")}
+TUNED = BASE | {"b": torch.full((64,), 9)}
+
+
+@pytest.mark.parametrize("verify", ["off", "sample"])
+def test_a_worker_is_told_what_a_replica_has_in_common_with_those_that_serve_there(tmp_path: Path, verify: str) -> None:
+    async def start(desk: Desk, number: int, *how: Any, **tensors: Any) -> None:
+        desk.start(number, SMALL, *how, **tensors)
+        await desk.until(lambda: number in desk.placed)
+
+    async def tell(desk: Desk) -> None:
+        for number, device in ((1, COPY), (3, CUDA), (4, COPY), (5, VIEW)):
+            await start(desk, number, device, tensors=BASE)
+            desk.serve(number)
+        desk.store.unload(4)
+        await start(desk, 6)  # whose digests are not known
+        desk.serve(6)
+        await start(desk, 7, tensors=BASE)  # whose bytes still come
+        for number, device in ((2, COPY), (8, VIEW), (9, CUDA)):
+            await start(desk, number, device, tensors=TUNED, verify=verify)
+        lenders = {2: 1, 8: None, 9: 3} if verify == "off" else dict.fromkeys((2, 8, 9))
+        for number, lender in lenders.items():
+            assert desk.order(number).twins == ([(lender, 0, 0, 1), (lender, 2, 2, 1)] if lender else [])
+
+    at_a_desk(tmp_path, tell)
+
+
+def test_the_head_is_told_what_replicas_share(tmp_path: Path) -> None:
+    async def tell(desk: Desk) -> None:
+        for number in (1, 2):
+            desk.start(number, SMALL)
+            await desk.until(lambda: number in desk.placed)  # noqa: B023
+        desk.serve(1)
+        before = desk.store.link_bytes()["upload"]
+        shared = [(5, 1000, 1), (6, 500, 1), (7, 9, 99)]  # one has left meanwhile
+        desk.serve(2, shared)
+        total = desk.store._replicas[2].load.total  # type: ignore[union-attr]
+        assert desk.store.link_bytes()["upload"] - before == total - 1509
+        (ready,) = (one for one in desk.told if isinstance(one, wire.ReplicaReady) and one.replica == 2)
+        assert ready.shared == shared
+        assert desk.store.shared() == [(1, 5, 1000), (1, 6, 500), (2, 5, 1000), (2, 6, 500), (2, 7, 9)]
+        desk.leave(1)
+        assert desk.store.shared() == [(2, 5, 1000), (2, 6, 500), (2, 7, 9)]
 
     at_a_desk(tmp_path, tell)

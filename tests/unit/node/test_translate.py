@@ -10,13 +10,17 @@ from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, LoadPhases
 from serverless_llm.node import translate
 
 DEVICE = DeviceId("n", 1)
-PHASES = LoadPhases(0.1, 0.2, 0.3, 0.6, 10, 20, 30)
+PHASES = LoadPhases(0.1, 0.2, 0.3, 0.6, 10, 20, 30, 0.4, 40)
 
 FROM_NODE: list[tuple[wire.Message, list[events.Event]]] = [
     (wire.Reserved(1, 5), [events.Reserved(DEVICE, 5)]),
     (wire.Refused(1, 5, 77), [events.Refused(DEVICE, 5, 77)]),
     (wire.LoadProgress(5, 1, 2), [events.LoadProgress(5, 1, 2)]),
-    (wire.ReplicaReady(5, 0.1, 0.2, 0.3, 0.6, 10, 20, 30), [events.ReplicaReady(5, PHASES)]),
+    (wire.ReplicaReady(5, 0.1, 0.2, 0.3, 0.6, 10, 20, 30, 0.4, 40), [events.ReplicaReady(5, PHASES)]),
+    (
+        wire.ReplicaReady(5, 0.1, 0.2, 0.3, 0.6, 10, 20, 30, 0.4, 40, [(7, 100, 4)]),
+        [events.ReplicaReady(5, PHASES, ((7, 100, 4),))],
+    ),
     (wire.LoadFailed(5, "why", True), [events.LoadFailed(5, "why", True)]),
     (wire.Unloaded(5), [events.Unloaded(5)]),
     (wire.WorkerUp(1, 3, 99, "id"), [events.WorkerUp(DEVICE, 3)]),
@@ -33,9 +37,13 @@ FROM_NODE: list[tuple[wire.Message, list[events.Event]]] = [
     (
         wire.Heartbeat(
             [wire.WorkerState(1, 3, 99, 5, "id", [4]), wire.WorkerState(2, 0, 0, 0, "", [])],
-            [("c", 8)], {"upload": 2.0, "disk": 1.0}, 8, {"disk": 8},
+            [("c", 8)], {"upload": 2.0, "disk": 1.0}, 8, {"disk": 8}, lent={"d": 2, "b": 1},
         ),
-        [events.Heartbeat("n", ((DEVICE, 3, (4,)),), (("c", 8),), (("disk", 1.0), ("upload", 2.0)))],
+        [
+            events.Heartbeat(
+                "n", ((DEVICE, 3, (4,)),), (("c", 8),), (("disk", 1.0), ("upload", 2.0)), (("b", 1), ("d", 2))
+            )
+        ],
     ),
     (wire.Beat(1, True, 0.1), []),
 ]  # fmt: skip
@@ -78,11 +86,12 @@ def test_an_agents_first_word() -> None:
         replicas=[(4, 1, "m", "c", "auto")],
         resident=[("c", 8)],
         bandwidth={"disk": 1.0},
+        shared=[(4, 7, 100), (9, 7, 100), (4, 8, 50)],
     )
     assert translate.joined(hello) == events.NodeJoined(
         NodeSpec("n", 100, (DeviceSpec(0, "cpu", 10, "view"), DeviceSpec(1, "cuda", 20, "copy")), {"disk": 1.0}),
         ((DEVICE, 3),),
-        (events.HeldReplica(4, DEVICE, "m", "c", "auto"),),
+        (events.HeldReplica(4, DEVICE, "m", "c", "auto", ((7, 100), (8, 50))),),
         (("c", 8),),
     )
 
@@ -108,7 +117,7 @@ def test_decisions_as_lines_of_the_log() -> None:
     assert translate.described(evicted) == "evicted device=n/1 replica=5 model=org/m reason=keep-alive"
     line = translate.described(commands.Outcome(5, "m", DEVICE, 0.25, 0.3, PHASES))
     assert line.startswith("outcome device=n/1 replica=5 model=m predicted_s=0.2500 actual_s=0.3000 queue_s=0.1000")
-    assert line.endswith("dram_bytes=30")
+    assert line.endswith("dram_bytes=30 remote_s=0.4000 remote_bytes=40")
 
 
 def test_what_gateways_are_told() -> None:
@@ -116,7 +125,10 @@ def test_what_gateways_are_told() -> None:
     assert translate.to_gateway(warm, 42) == wire.Attach(7, 2, 5, 42, "n/1", 250.0, {})
     cold = translate.to_gateway(commands.Dispatch(7, 2, 5, DEVICE, 0.25, PHASES), 42)
     assert isinstance(cold, wire.Attach)
-    assert cold.cold == {"load_queue_ms": 100.0, "load_disk_ms": 200.0, "load_upload_ms": 300.0, "load_ms": 600.0}
+    assert cold.cold == {
+        "load_queue_ms": 100.0, "load_remote_ms": 400.0, "load_disk_ms": 200.0, "load_upload_ms": 300.0,
+        "load_ms": 600.0,
+    }  # fmt: skip
     refused = commands.Reject(7, 503, "overloaded", "why", 2.0, True)
     assert translate.to_gateway(refused, 0) == wire.Rejected(7, 503, "overloaded", "why", 2.0, True)
     assert translate.to_node(refused) is None

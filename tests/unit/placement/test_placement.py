@@ -49,7 +49,7 @@ def test_layers_with_a_window_take_no_more_than_it() -> None:
     assert fit.kv_floor(windowed, budget=10_000, tokens=2048, share=0.1) == 34
 
 
-LINKS = estimate.Links(disk=100.0, upload=1000.0, overhead_s=0.5)
+LINKS = estimate.Links(remote=50.0, disk=100.0, upload=1000.0, overhead_s=0.5)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,10 @@ LINKS = estimate.Links(disk=100.0, upload=1000.0, overhead_s=0.5)
         (estimate.Start(queued=300, missing=0, upload=500), 1.0),  # nothing to read: no queue
         (estimate.Start(queued=300, missing=200, upload=500), 5.5),
         (estimate.Start(queued=0, missing=10, upload=2000), 2.5),  # the upload is the slower link
+        (estimate.Start(0, 0, 500, remote_queued=300, remote_missing=0), 1.0),  # nothing to ask a server for
+        (estimate.Start(0, 0, 500, remote_queued=300, remote_missing=200), 10.5),
+        (estimate.Start(100, 100, 500, remote_queued=0, remote_missing=50), 2.5),  # the disk is the slower link
+        (estimate.Start(300, 0, 500, remote_queued=0, remote_missing=50), 1.5),
     ],
 )
 def test_a_start_takes_its_slowest_link_and_the_overhead(start: estimate.Start, seconds: float) -> None:

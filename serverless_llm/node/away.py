@@ -1,0 +1,58 @@
+"""Which bytes of checkpoints behind a URL only their servers have; less and less, while the disk tier fills."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from pathlib import Path
+
+from serverless_llm.domain import CheckpointId
+from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.loader import filling
+from serverless_llm.node.threads import apart
+
+log = logging.getLogger(__name__)
+
+
+class Away:
+    """Of the checkpoints that an agent has read from servers. Everything runs on the agent's loop."""
+
+    def __init__(self) -> None:
+        self._known: dict[CheckpointId, int] = {}
+        self._watched: dict[CheckpointId, Path] = {}
+        self._look: asyncio.Task[None] | None = None
+
+    def watch(self, checkpoint: CheckpointId, directory: Path) -> None:
+        """A load reads this from its server, or the rest of it."""
+        self._watched[checkpoint] = directory
+
+    def forget(self, checkpoint: CheckpointId) -> None:
+        self._known.pop(checkpoint, None)
+        self._watched.pop(checkpoint, None)
+
+    def bytes(self) -> dict[CheckpointId, int]:
+        """As they were seen last; has the disk looked at anew, as long as it lacks something."""
+        if self._watched and (self._look is None or self._look.done()):
+            self._look = asyncio.ensure_future(self._see(dict(self._watched)))
+        return dict(self._known)
+
+    def close(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+
+    async def _see(self, watched: dict[CheckpointId, Path]) -> None:
+        """A disk may never answer: then what was seen last stays."""
+        for checkpoint, directory in watched.items():
+            try:
+                lacking = await apart(partial(filling.lacking, directory))
+            except TransientError:  # what was seen last stays until the next look
+                continue
+            except CheckpointError as error:
+                log.warning("%s", error)
+                self._watched.pop(checkpoint, None)
+                continue
+            if checkpoint in self._watched:  # else it was forgotten meanwhile
+                self._known[checkpoint] = lacking
+                if not lacking:
+                    del self._watched[checkpoint]

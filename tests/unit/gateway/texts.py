@@ -1,0 +1,32 @@
+"""Checkpoints that have text files alone, and what text processes are asked about them."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+from serverless_llm.demo.tokenizer import tokenizer_json, write_tokenizer
+from serverless_llm.gateway.text import TextPool
+from serverless_llm.gateway.text_wire import Call
+
+ENDLESS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+
+
+def checkpoint(directory: Path, template: str | None = None, decoder: Any = None) -> Path:
+    directory.mkdir()
+    write_tokenizer(directory, 99)
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    if decoder is not None:
+        (directory / "tokenizer.json").write_text(json.dumps(tokenizer_json() | {"decoder": decoder}))
+    return directory
+
+
+def chat(directory: Path, content: str = "Hi") -> Call:
+    return Call("demo", str(directory), "c", [{"role": "user", "content": content}])
+
+
+async def ids(pool: TextPool, call: Call) -> list[int]:
+    return array("i", (await pool.prompt(call)).ids).tolist()
