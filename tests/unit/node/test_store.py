@@ -71,12 +71,16 @@ class Desk:
 
     def order(self, number: int) -> wire.Place:
         """What the worker of a replica was told of it."""
-        told = [message for place in self._places for message in place.told]
-        return next(message for message in told if isinstance(message, wire.Place) and message.replica == number)
+        places = (message for message in self._orders() if isinstance(message, wire.Place))
+        return next(place for place in places if place.replica == number)
 
-    def serve(self, number: int, shared: Sequence[tuple[int, int, int]] = ()) -> None:
-        """The replica's worker says that it serves."""
+    async def serve(self, number: int, shared: Sequence[tuple[int, int, int]] = ()) -> None:
+        """The replica's worker has all its bytes, and says that it serves."""
+        await self.until(lambda: number in self.landed)
         self.store.placed(wire.Placed(number, 0.0, False, [*shared]))
+
+    def _orders(self) -> list[wire.Message]:
+        return [message for place in self._places for message in place.told]
 
     def heard(self, device: int) -> list[wire.Message]:
         return self._places[device].told
@@ -84,8 +88,12 @@ class Desk:
     @property
     def placed(self) -> list[int]:
         """Replicas that found room, in their order."""
-        told = [message for place in self._places for message in place.told]
-        return [message.replica for message in told if isinstance(message, wire.Place)]
+        return [message.replica for message in self._orders() if isinstance(message, wire.Place)]
+
+    @property
+    def landed(self) -> list[int]:
+        """Those whose worker was told of their last bytes."""
+        return [message.replica for message in self._orders() if isinstance(message, wire.Landed) and message.last]
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(30):
@@ -229,10 +237,10 @@ def test_a_worker_is_told_what_a_replica_has_in_common_with_those_that_serve_the
     async def tell(desk: Desk) -> None:
         for number, device in ((1, COPY), (3, CUDA), (4, COPY), (5, VIEW)):
             await start(desk, number, device, tensors=BASE)
-            desk.serve(number)
+            await desk.serve(number)
         desk.store.unload(4)
         await start(desk, 6)  # whose digests are not known
-        desk.serve(6)
+        await desk.serve(6)
         await start(desk, 7, tensors=BASE)  # whose bytes still come
         for number, device in ((2, COPY), (8, VIEW), (9, CUDA)):
             await start(desk, number, device, tensors=TUNED, verify=verify)
@@ -248,10 +256,10 @@ def test_the_head_is_told_what_replicas_share(tmp_path: Path) -> None:
         for number in (1, 2):
             desk.start(number, SMALL)
             await desk.until(lambda: number in desk.placed)  # noqa: B023
-        desk.serve(1)
+        await desk.serve(1)
         before = desk.store.link_bytes()["upload"]
         shared = [(5, 1000, 1), (6, 500, 1), (7, 9, 99)]  # one has left meanwhile
-        desk.serve(2, shared)
+        await desk.serve(2, shared)
         total = desk.store._replicas[2].load.total  # type: ignore[union-attr]
         assert desk.store.link_bytes()["upload"] - before == total - 1509
         (ready,) = (one for one in desk.told if isinstance(one, wire.ReplicaReady) and one.replica == 2)
