@@ -2,9 +2,11 @@
  *
  *   short N   no call returns more than N bytes
  *   eio N     byte N of any file cannot be read: a call that begins before its page ends there
+ *   hold P    no call on the file of path P begins
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,16 +29,32 @@ static ssize_t at_most(long limit, int fd, const struct iovec *vectors, int coun
     return syscall(SYS_preadv2, fd, cut, used, offset, 0L, flags);
 }
 
+static int told(char *kind, char *value)
+{
+    FILE *file = fopen(getenv("READ_FAULTS"), "re");
+    if (!file)
+        return 0;
+    if (fscanf(file, "%15s %4095[^\n]", kind, value) != 2)
+        abort();
+    fclose(file);
+    return 1;
+}
+
+static int held(int fd, const char *path)
+{
+    char link[64], name[PATH_MAX];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, name, sizeof name);
+    return length == (ssize_t)strlen(path) && !strncmp(name, path, length);
+}
+
 ssize_t preadv64v2(int fd, const struct iovec *vectors, int count, off_t offset, int flags)
 {
-    char kind[16] = "";
-    long number = 0, length = 0;
-    FILE *told = fopen(getenv("READ_FAULTS"), "re");
-    if (told) {
-        if (fscanf(told, "%15s %ld", kind, &number) != 2)
-            abort();
-        fclose(told);
-    }
+    char kind[16] = "", value[PATH_MAX] = "";
+    long length = 0;
+    while (told(kind, value) && !strcmp(kind, "hold") && held(fd, value))
+        usleep(1000);
+    long number = atol(value);
     for (int index = 0; index < count; index++)
         length += vectors[index].iov_len;
     if (!strcmp(kind, "short"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,22 @@ class FaultyReads:
             subprocess.run([compiler, "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
             self.command = ["env", f"LD_PRELOAD={library}", f"READ_FAULTS={self._told}"]
 
-    def tell(self, kind: str, number: int) -> None:
+    def tell(self, kind: str, value: int | Path) -> None:
         """As in `faulty_reads.c`, from the next read on. Skips the test where there is no C compiler."""
         if not self.command:
             pytest.skip("there is no C compiler")
         other = self._told.with_suffix(".new")
-        other.write_text(f"{kind} {number}")
+        other.write_text(f"{kind} {value}")
         other.replace(self._told)
+
+    @contextlib.contextmanager
+    def held(self, path: Path) -> Iterator[None]:
+        """Meanwhile a load that needs this file does not end."""
+        self.tell("hold", path.resolve())
+        try:
+            yield
+        finally:
+            self.mend()
 
     def mend(self) -> None:
         self._told.unlink(missing_ok=True)

@@ -109,10 +109,10 @@ def status(server: Server, name: str) -> dict[str, Any]:
 
 
 def loading(server: Server, name: str) -> None:
-    """Returns in the middle of a load."""
+    """Returns in the middle of a load, which goes on unless a file of it is held."""
 
     def half() -> bool:
         shown = [one for device in server.devices() for one in device["replicas"] if one["model"] == name]
         return any(0 < one["done"] < one["total"] for one in shown)
 
-    until(half, f"a load of {name}", seconds=5, pause=0.002)
+    until(half, f"a load of {name}", pause=0.002)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.faulty_reads import FaultyReads
 from tests.integration.completing import Streamed, apart, ask, checkpoint, deploy, loading, status
 from tests.serving import Server, descriptors, until
 
@@ -22,14 +23,19 @@ OPTIONS = ("--devices", "cpu:1", "--device-memory", "64MiB", "--dram", "128MiB",
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("faults") / "state", *OPTIONS) as server:
+def reads(tmp_path_factory: pytest.TempPathFactory) -> FaultyReads:
+    return FaultyReads(tmp_path_factory.mktemp("reads"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, reads: FaultyReads) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("faults") / "state", *OPTIONS, through=reads.command) as server:
         yield server
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A checkpoint of three files that takes half a second to load."""
+    """A checkpoint of three files that takes half a second to load, or for as long as one of them is held."""
     return checkpoint(tmp_path / "checkpoint")
 
 
@@ -97,11 +103,12 @@ def test_a_file_that_changed_while_its_model_was_deployed(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_while_its_model_loads(
-    server: Server, model: str, source: Path, change: Callable[[Path], None]
+    server: Server, model: str, source: Path, reads: FaultyReads, change: Callable[[Path], None]
 ) -> None:
-    waiting = apart(lambda: ask(server, model))
-    loading(server, model)
-    change(source / FIRST)  # it is open
+    with reads.held(source / LAST):
+        waiting = apart(lambda: ask(server, model))
+        loading(server, model)
+        change(source / FIRST)  # it is open
     code, answer = waiting.result(30)
     if change is deleted:  # but open: its bytes are there
         assert (code, answer) == (200, said_by_its_twin(server, source))
@@ -147,10 +154,11 @@ def test_weights_that_are_not_numbers_are_named_to_the_client(server: Server, mo
 # --- requests ---
 
 
-def test_delete_while_it_loads_tells_who_waits(server: Server, model: str) -> None:
-    waiting = apart(lambda: ask(server, model))
-    loading(server, model)
-    server.put(f"/admin/models/{model}", {}, "DELETE")
+def test_delete_while_it_loads_tells_who_waits(server: Server, model: str, source: Path, reads: FaultyReads) -> None:
+    with reads.held(source / LAST):
+        waiting = apart(lambda: ask(server, model))
+        loading(server, model)
+        server.put(f"/admin/models/{model}", {}, "DELETE")
     code, error = waiting.result(10)
     assert (code, error["code"]) == (404, "model_not_found")
     until(lambda: not server.devices()[0]["replicas"] or model not in str(server.devices()), "its end")
@@ -164,11 +172,14 @@ def test_delete_while_it_runs_lets_who_runs_end(server: Server, model: str) -> N
     assert (200, running.rest()) == expected
 
 
-def test_redeploy_while_it_loads_answers_by_the_new_one(server: Server, model: str, source: Path) -> None:
+def test_redeploy_while_it_loads_answers_by_the_new_one(
+    server: Server, model: str, source: Path, reads: FaultyReads
+) -> None:
     other = checkpoint(source.with_name("other"), seed=1)
-    waiting = apart(lambda: ask(server, model))
-    loading(server, model)
-    deploy(server, model, other)
+    with reads.held(source / LAST):
+        waiting = apart(lambda: ask(server, model))
+        loading(server, model)
+        deploy(server, model, other)
     code, error = waiting.result(30)
     assert (code, error["code"]) == (503, "model_loading")  # worth another try
     assert ask(server, model)[0] == 200
@@ -186,10 +197,11 @@ def test_redeploy_while_it_runs_lets_who_runs_end_on_the_old_weights(server: Ser
     assert text != expected[1]
 
 
-def test_unload_while_it_loads_keeps_who_waits(server: Server, model: str) -> None:
-    waiting = apart(lambda: ask(server, model))
-    loading(server, model)
-    server.put(f"/admin/models/{model}/unload", {}, "POST")
+def test_unload_while_it_loads_keeps_who_waits(server: Server, model: str, source: Path, reads: FaultyReads) -> None:
+    with reads.held(source / LAST):
+        waiting = apart(lambda: ask(server, model))
+        loading(server, model)
+        server.put(f"/admin/models/{model}/unload", {}, "POST")
     assert waiting.result(30)[0] == 200
 
 
@@ -229,11 +241,12 @@ def test_a_client_that_gives_up_sooner_than_a_load_ends_gets_its_answer_by_tryin
 
 
 def test_a_client_that_goes_away_while_it_loads_leaves_the_load_to_others(
-    server: Server, model: str, source: Path
+    server: Server, model: str, source: Path, reads: FaultyReads
 ) -> None:
-    leaving = Streamed(server, model)
-    loading(server, model)
-    leaving.leave()
+    with reads.held(source / LAST):
+        leaving = Streamed(server, model)
+        loading(server, model)
+        leaving.leave()
     assert ask(server, model)[0] == 200
     until(lambda: quiet(server), "no sequence")
     (start,) = [one for one in server.status()["starts"] if one["model"] == model]

@@ -115,31 +115,35 @@ def test_reads_that_return_less_bring_the_same(server: Server, expected: dict[st
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_on_its_way_through_a_ring(
-    server: Server, sources: dict[str, Path], tmp_path: Path, change: Callable[[Path], None]
+    server: Server, sources: dict[str, Path], tmp_path: Path, reads: FaultyReads, change: Callable[[Path], None]
 ) -> None:
     source = shutil.copytree(sources["large"], tmp_path / "source")
     deploy(server, "large", source)
-    waiting = apart(lambda: ask(server, "large"))
-    loading(server, "large")
-    change(source / LAST)
+    with reads.held(source / LAST):
+        waiting = apart(lambda: ask(server, "large"))
+        loading(server, "large")
+        change(source / LAST)
     code, error = waiting.result(30)
     assert (code, error["code"]) == (503, "model_load_failed")
     assert str(source / LAST) in error["message"]
 
 
-def test_of_two_loads_of_one_checkpoint_one_dies_and_each_byte_is_read_once(server: Server, tmp_path: Path) -> None:
+def test_of_two_loads_of_one_checkpoint_one_dies_and_each_byte_is_read_once(
+    server: Server, tmp_path: Path, reads: FaultyReads
+) -> None:
     source = tmp_path / "two"
     make_checkpoint("smollm2-135m", source, layers=2, shards=2, seed=2)
     before = agent_reads(server)
-    deploy(server, "two", source, min_replicas=2, max_replicas=2)
 
     def replicas(*states: str) -> int:
         shown = [one["state"] for device in server.devices() for one in device["replicas"] if one["model"] == "two"]
         return sum(state in states for state in shown)
 
-    until(lambda: replicas("loading") == 2, "two loads", pause=0.002)
-    loading(server, "two")
-    psutil.Process(server.devices()[0]["worker_pid"]).kill()
+    with reads.held(source / LAST):
+        deploy(server, "two", source, min_replicas=2, max_replicas=2)
+        until(lambda: replicas("loading") == 2, "two loads")
+        loading(server, "two")
+        psutil.Process(server.devices()[0]["worker_pid"]).kill()
     answer = said(server, "two")
     until(lambda: replicas("ready") == 2, "both of them")
     assert (agent_reads(server) - before) / nbytes(source) <= 1.01
@@ -148,9 +152,12 @@ def test_of_two_loads_of_one_checkpoint_one_dies_and_each_byte_is_read_once(serv
     server.put("/admin/models/two", {}, "DELETE")
 
 
-def test_a_prefetch_that_is_overtaken_and_what_overtakes_it_are_right(server: Server, expected: dict[str, Any]) -> None:
-    server.put("/admin/models/large/load", {}, "POST")
-    loading(server, "large")
-    assert said(server, "one") == expected["one"]
-    assert status(server, "large")["value"] == "loading"
+def test_a_prefetch_that_is_overtaken_and_what_overtakes_it_are_right(
+    server: Server, sources: dict[str, Path], expected: dict[str, Any], reads: FaultyReads
+) -> None:
+    with reads.held(sources["large"] / LAST):
+        server.put("/admin/models/large/load", {}, "POST")
+        loading(server, "large")
+        assert said(server, "one") == expected["one"]
+        assert status(server, "large")["value"] == "loading"
     assert said(server, "large") == expected["large"]
