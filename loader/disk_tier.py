@@ -41,6 +41,7 @@ PARTIAL = ".partial"
 GONE = ".gone"
 LINK = "link"
 HEADS = ".heads"  # being announced
+LONGEST = 1 << 16  # characters of a URL that are read; an arbitrary bound
 Placed = Callable[[RemoteFile], memoryview | None]
 
 
@@ -246,6 +247,18 @@ def hold(directory: Path) -> Lease | None:
         return lease_of(place) if directory.name == CHECKPOINT and (place / URL).is_file() else None
     except PermissionError:  # another user's, whose it is to keep
         return None
+
+
+def url_of(directory: Path) -> str:
+    """The URL that a directory in a disk tier was brought from; empty of any other directory."""
+    path = directory.parent / URL
+    try:
+        if directory.name != CHECKPOINT or not path.is_file():
+            return ""
+        with path.open(encoding="utf-8") as opened:
+            return checked(opened.read(LONGEST))
+    except (OSError, UnicodeDecodeError, CheckpointError):  # a file of this name, and none of a disk tier
+        return ""
 
 
 def version_of(files: Sequence[RemoteFile]) -> str:

@@ -59,6 +59,7 @@ class ModelSpec:
         pinned: replicas of this model are never evicted.
         verify: `off`, or whether a start compares a `sample` of the checkpoint's blocks, or `full` all of them, with
             what they were at the first load.
+        url: that the source was brought from; empty where there is none.
     """
 
     name: ModelName
@@ -72,6 +73,7 @@ class ModelSpec:
     context: int | None = None
     pinned: bool = False
     verify: str = "off"
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,10 +61,14 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The head's answer: the node's number in addresses, the head's generation."""
+    """The head's answer: the node's number in addresses, the head's generation.
+
+    `away`: deployed checkpoints of which only a server had bytes then, and their directories.
+    """
 
     node: int
     generation: int
+    away: dict[str, str] = {}
 
 
 class Heartbeat(Message, frozen=True):
@@ -457,6 +461,7 @@ class ModelInfo(Message, frozen=True):
     min_replicas: int = 0
     verify: str = "off"
     remote_bytes: int = 0  # of `bytes`, those that only a server has
+    url: str = ""  # that `source` was brought from; empty where there is none
 
 
 class Catalog(Message, frozen=True):

@@ -24,6 +24,7 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
     """Tell of MODEL: a deployed name, or, whether a server runs or not, a directory, a hub id, a URL
     or a demo checkpoint."""
     from serverless_llm.errors import CheckpointError, RequestError
+    from serverless_llm.loader.disk_tier import url_of
 
     row, start, known, own, here = _deployed(model, state_dir)
     value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start, "digests": known, "own_bytes": own}
@@ -34,6 +35,7 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
         if row is None:
             raise
         value["checkpoint"] = {"source": source, "error": str(error)}
+    value["checkpoint"]["url"] = row["url"] if row else url_of(Path(source))
     if as_json:
         click.echo(json.dumps(value))
         return
@@ -182,12 +184,14 @@ def _of_deployed(row: dict[str, Any], start: dict[str, float] | None, digests: l
 
 
 def _of_checkpoint(found: dict[str, Any]) -> list[tuple[str, str]]:
+    url, directory = found["url"], found["source"]
+    where = [("source", url), ("directory", directory)] if url else [("source", directory)]
     if "error" in found:
-        return [("source", found["source"]), ("checkpoint", found["error"])]
+        return [*where, ("checkpoint", found["error"])]
     stored = ", ".join(found["dtypes"])
     shape = f"{found['layers']} layers of {found['hidden']}, vocabulary of {found['vocabulary']}"
     return [
-        ("source", found["source"]),
+        *where,
         ("architecture", f"{found['architecture']}: {shape}"),
         ("files", f"{found['files']}, {found['tensors']} tensors, {stored} in the file, {found['served']} when served"),
         ("size", f"{size(found['file_bytes'])} on disk, {size(found['weight_bytes'])} on a device"),

@@ -65,15 +65,15 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     server = find(state_dir)
     spec = spec_of(source or name, server.local, **options)
     given, name = source is not None, name if source else name_of(name)
-    former = source_of(server, name)
-    if former is not None and not given and not same(former, spec["source"]):
+    former = former_of(server, name)
+    if former is not None and not given and not same(former["source"], spec["source"]):
         raise click.ClickException(
-            f"{name!r} is deployed from {former}: name what is to be replaced (serverless-llm deploy {name} SOURCE), "
-            "or give this one a name of its own"
+            f"{name!r} is deployed from {origin(former)}: name what is to be replaced "
+            f"(serverless-llm deploy {name} SOURCE), or give this one a name of its own"
         )
     answer = server.call("PUT", model_path(name), spec)
     if former is not None:
-        was = "" if former == spec["source"] else f" from {former}"
+        was = "" if former["source"] == spec["source"] else f" from {origin(former)}"
         click.echo(f"{name} was deployed already{was} and is replaced; what was not given is at its default", err=True)
     if not answer.get("chat", True):
         click.echo(f"{name} has no chat template: chats are refused; /v1/completions and run --raw work", err=True)
@@ -82,14 +82,20 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     say(answer, f"{name}: {server.public or server.url}/models/{urllib.parse.quote(name)}/v1", as_json)
 
 
-def source_of(server: Server, name: str) -> str | None:
-    """Where a model is deployed from; None of one that is not."""
+def former_of(server: Server, name: str) -> dict[str, Any] | None:
+    """A model as the server shows it before a deploy; None of one that is not deployed."""
     try:
-        return str(server.call("GET", model_path(name))["source"])
+        row: dict[str, Any] = server.call("GET", model_path(name))
     except Refusal as refusal:
         if refusal.status != 404:
             raise
         return None
+    return row
+
+
+def origin(row: dict[str, Any]) -> str:
+    """Where a model comes from: its URL, else its directory."""
+    return str(row["url"] or row["source"])
 
 
 @click.command()
@@ -114,7 +120,7 @@ def ls(state_dir: Path | None, as_json: bool) -> None:
         return
     show(
         ("NAME", "SIZE", "STATE", "TIER", "SOURCE"),
-        [(row["name"], size(row["bytes"]), state(row), row["tier"], row["source"]) for row in models],
+        [(row["name"], size(row["bytes"]), state(row), row["tier"], origin(row)) for row in models],
     )
 
 

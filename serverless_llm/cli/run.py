@@ -16,7 +16,7 @@ import click
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir, read_head
 from serverless_llm.cli.main import CONFIGURATION
-from serverless_llm.cli.models import deployed
+from serverless_llm.cli.models import deployed, origin
 from serverless_llm.cli.options import COUNT, SOURCE
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.progress import Waiting
@@ -132,10 +132,10 @@ def _deployed(server: Server, model: str, quiet: bool) -> str:
         return model
     name, source = name_of(model), resolve(model, served=True)
     if name in known:
-        other = server.call("GET", model_path(name))["source"]
-        if other != source and os.path.realpath(other) != source:
+        row = server.call("GET", model_path(name))
+        if row["source"] != source and os.path.realpath(row["source"]) != source:
             raise click.ClickException(
-                f"{name!r} is deployed from {other}, not from {source}: give this one a name of its own "
+                f"{name!r} is deployed from {origin(row)}, not from {source}: give this one a name of its own "
                 f"(serverless-llm deploy NAME {model}), or run {name} for the other"
             )
         return name

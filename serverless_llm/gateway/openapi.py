@@ -172,6 +172,11 @@ _MODEL = _object(
     id=NAME, object={"const": "model"}, created={"type": "integer"}, owned_by={"type": "string"},
     max_model_len={"type": "integer"}, status=_STATUS,
 )  # fmt: skip
+_ROW = _object(
+    name=NAME,
+    source=_SPEC["source"],
+    url={"type": "string", "description": "That the directory was brought from; empty where there is none."},
+)
 _USAGE = _object(
     prompt_tokens={"type": "integer"}, completion_tokens={"type": "integer"}, total_tokens={"type": "integer"}
 )
@@ -236,7 +241,7 @@ def _inference(prefix: str, parameters: list[JSON]) -> JSON:
 def _operations() -> JSON:
     """Everything that operators ask."""
     name = [_named("name")]
-    row: JSON = {"type": "object"}
+    answer: JSON = {"type": "object"}
     recent = {"name": "recent", "in": "query", "schema": _whole(0, 256), "description": "Of the past, told first."}
     pin = _body({"pinned": {"type": "boolean"}})
     drain = _body({"drained": {"type": "boolean"}})
@@ -245,18 +250,18 @@ def _operations() -> JSON:
     return {
         model: {
             "parameters": name,
-            "put": _route("Deploy, or replace what is there.", "admin", row, body=_body(_SPEC, "source")),
-            "get": _route("One model.", "admin", row),
-            "delete": _route("Take a model away.", "admin", row),
+            "put": _route("Deploy, or replace what is there.", "admin", _ROW, body=_body(_SPEC, "source")),
+            "get": _route("One model.", "admin", _ROW),
+            "delete": _route("Take a model away.", "admin", answer),
         },
-        f"{model}/load": {"parameters": name, "post": _route("Start a replica now.", "admin", row)},
-        f"{model}/unload": {"parameters": name, "post": _route("Free its devices.", "admin", row)},
-        f"{model}/pin": {"parameters": name, "post": _route("Never evict it, or do again.", "admin", row, body=pin)},
-        "/admin/status": {"get": _route("Models, nodes, devices, starts, traffic.", "admin", row)},
-        "/admin/nodes": {"get": _route("Nodes with their devices, replicas and sequences.", "admin", row)},
+        f"{model}/load": {"parameters": name, "post": _route("Start a replica now.", "admin", _ROW)},
+        f"{model}/unload": {"parameters": name, "post": _route("Free its devices.", "admin", _ROW)},
+        f"{model}/pin": {"parameters": name, "post": _route("Never evict it, or do again.", "admin", _ROW, body=pin)},
+        "/admin/status": {"get": _route("Models, nodes, devices, starts, traffic.", "admin", answer)},
+        "/admin/nodes": {"get": _route("Nodes with their devices, replicas and sequences.", "admin", answer)},
         "/admin/nodes/{name}/drain": {
             "parameters": node,
-            "post": _route("Take everything off a node, or use it again.", "admin", row, body=drain),
+            "post": _route("Take everything off a node, or use it again.", "admin", answer, body=drain),
         },
         "/admin/events": {
             "get": _route("The control plane's events.", "admin", None, content=_EVENTS, parameters=[recent])

@@ -16,7 +16,7 @@ from serverless_llm.demo import tasks
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError, did_you_mean
-from serverless_llm.loader import filling
+from serverless_llm.loader import disk_tier, filling
 from serverless_llm.node import identity
 from serverless_llm.node.threads import apart
 from serverless_llm.quantities import parse_duration
@@ -63,9 +63,10 @@ def spec_of(name: str, body: bytes, keep_alive: float, roots: Sequence[Path]) ->
     if not NAME.fullmatch(name):
         raise refusal(NO_NAME % name, "name")
     asked = parse(body, DeployBody)
+    source = _source(asked.source, roots)
     spec = ModelSpec(
         name=name,
-        source=str(_source(asked.source, roots)),
+        source=str(source),
         dtype=asked.dtype,
         keep_alive=_keep_alive(asked.keep_alive, keep_alive),
         min_replicas=asked.min_replicas,
@@ -75,6 +76,7 @@ def spec_of(name: str, body: bytes, keep_alive: float, roots: Sequence[Path]) ->
         context=asked.context,
         pinned=asked.pinned,
         verify=asked.verify,
+        url=disk_tier.url_of(source),
     )
     _check(spec)
     return spec

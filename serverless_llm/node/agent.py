@@ -216,8 +216,9 @@ class Agent:
             self._slots[device - 1].relay(frame.raw)
             return
         match wire.decode(frame.header.kind, frame.body):
-            case wire.Welcome(node, generation):
+            case wire.Welcome(node, generation, away):
                 self._number, self._generation = node, generation
+                self._store.look(away)
             case wire.StartLoad() as message:
                 self._store.start(message)
             case wire.Hasten(replica):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +18,22 @@ log = logging.getLogger(__name__)
 
 
 class Away:
-    """Of the checkpoints that an agent has read from servers. Everything runs on the agent's loop."""
+    """Of the checkpoints that an agent has read from servers, or its head tells of. All runs on the agent's loop."""
 
     def __init__(self) -> None:
         self._known: dict[CheckpointId, int] = {}
         self._watched: dict[CheckpointId, Path] = {}
         self._look: asyncio.Task[None] | None = None
+        self._first: asyncio.Task[None] | None = None
+
+    def look(self, directories: Mapping[CheckpointId, str]) -> None:
+        """Of these only their servers had bytes when they were deployed: a disk that has all by now is believed.
+
+        One look at each, since loads watch the rest, and apart from those that are watched: a disk may never answer.
+        """
+        if self._first is not None:
+            self._first.cancel()
+        self._first = asyncio.ensure_future(self._see_whole(directories))
 
     def watch(self, checkpoint: CheckpointId, directory: Path) -> None:
         """A load reads this from its server, or the rest of it."""
@@ -38,8 +50,15 @@ class Away:
         return dict(self._known)
 
     def close(self) -> None:
-        if self._look is not None:
-            self._look.cancel()
+        for task in (self._look, self._first):
+            if task is not None:
+                task.cancel()
+
+    async def _see_whole(self, directories: Mapping[CheckpointId, str]) -> None:
+        for checkpoint, directory in directories.items():
+            with contextlib.suppress(CheckpointError):  # a load will tell
+                if not await apart(partial(filling.lacking, Path(directory))):
+                    self._known.setdefault(checkpoint, 0)
 
     async def _see(self, watched: dict[CheckpointId, Path]) -> None:
         """A disk may never answer: then what was seen last stays."""

@@ -61,6 +61,7 @@ def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks
         min_replicas=spec.min_replicas,
         verify=spec.verify,
         remote_bytes=view.remote_bytes if view else 0,
+        url=spec.url,
     )
 
 

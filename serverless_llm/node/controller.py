@@ -86,7 +86,7 @@ class Controller:
         if not isinstance(event, events.Heartbeat):
             return False
         node = self.machine.state.nodes.get(event.node)
-        return node is not None and node.resident != dict(event.resident)
+        return node is not None and (node.resident, node.away) != (dict(event.resident), dict(event.away))
 
     def tell(self, event: news.JSON | None) -> None:
         """Tells those who watch, if there is news."""
@@ -147,7 +147,9 @@ class Controller:
         number = self._numbers.setdefault(hello.node, len(self._numbers))
         peer = Peer(number, link, hello)
         self.peers[hello.node] = peer
-        welcome = wire.Welcome(number, self.generation)
+        models = self.machine.state.models.values()
+        away = {one.footprint.checkpoint: one.spec.source for one in models if one.footprint.remote_bytes}
+        welcome = wire.Welcome(number, self.generation, away)
         link.send(wire.encode(welcome, framing.CONTROLLER, framing.agent_address(number), self.generation))
         counts = len(hello.devices), len(hello.replicas)
         log.info("%s joined: pid %d, %d devices, %d replicas", hello.node, hello.pid, *counts)

@@ -29,8 +29,8 @@ def failed(model: str, error: str) -> JSON:
 
 
 def _deployed(event: events.Deploy, state: State) -> JSON:
-    replaces = event.spec.name in state.models
-    return {"event": "deployed", "model": event.spec.name, "source": event.spec.source, "replaces": replaces}
+    spec, replaces = event.spec, event.spec.name in state.models
+    return {"event": "deployed", "model": spec.name, "source": spec.source, "url": spec.url, "replaces": replaces}
 
 
 def _deleted(event: events.Delete, _: State) -> JSON:

@@ -117,6 +117,9 @@ class Registry:
         spec, footprint, why = model.spec, None, ""
         former = self._entries.get(spec.name)
         try:
+            if not spec.url:  # an earlier version kept none
+                url = await admin.within(READ_LIMIT, spec.source, lambda: disk_tier.url_of(Path(model.spec.source)))
+                spec = dataclasses.replace(spec, url=url)
             footprint = await self._footprint(spec, READ_LIMIT)
         except Exception as error:  # one model's checkpoint must not keep the others from being served
             log.warning(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from serverless_llm import wire
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
@@ -106,6 +106,10 @@ class Store:
             if replica.load is not None:
                 replica.load.hasten(Priority.ONLINE)
                 self._slot(replica.order.device).send(wire.Hasten(number))
+
+    def look(self, away: Mapping[str, str]) -> None:
+        """As `Away.look`."""
+        self._away.look(away)
 
     def unload(self, number: int) -> None:
         """Frees a replica or ends its load; `Unloaded` follows."""

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,52 @@ def test_an_answer_comes_before_the_disk_tier_is_whole(server: Server, files: Ra
             assert len(answer(server)) == 4
             assert (source.parent / manifest.REMOTE).exists()
             assert files.sent <= 1.01 * sum(map(len, files.files.values()))
+
+
+def test_a_url_is_shown_as_what_a_model_comes_from(server: Server, files: RangeServer, tmp_path: Path) -> None:
+    def told(*arguments: str) -> str:
+        done = subprocess.run(
+            command("serverless_llm", *arguments, "--state-dir", str(server.state)),
+            env=dict(os.environ), capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    def shown() -> None:
+        assert (row := server.get("/admin/models/m"))["url"] == url
+        assert row["source"] == json.loads(told("ls", "--json"))[0]["source"] == str(source)
+        assert told("ls").split()[-1] == url
+        lines = [line.split() for line in told("show", "m").splitlines()]
+        assert (["source", url] in lines, ["directory", str(source)] in lines) == (True, True)
+
+    with files:
+        url = f"{files.url}/m"
+        source = deploy(server, f"{url}/")
+        shown()
+        (tmp_path / "models.yaml").write_text(f"models: {{m: {url}}}\n")
+        options = server.options
+        for changed in (options, (*options, "--config", str(tmp_path / "models.yaml"))):
+            server.stop()
+            server.options = changed
+            server.start()
+            shown()
+    server.stop()
+    server.options = options
+    shutil.rmtree(source.parent)
+    server.start()
+    assert server.get("/admin/models/m")["state"] == "failed"
+    shown()
+
+
+def test_an_agent_that_is_started_anew_knows_what_the_disk_has(server: Server, files: RangeServer) -> None:
+    with files:
+        deploy(server, f"{files.url}/m")
+        assert len(answer(server)) == 4
+        until(lambda: server.get("/admin/models/m")["remote_bytes"] == 0, "the agent to see that the disk has all")
+        agent = server.devices()[0]["agent_pid"]
+        os.kill(agent, signal.SIGKILL)
+        until(lambda: [one for one in server.devices() if one["agent_pid"] != agent], "another agent")
+        until(lambda: server.get("/v1/models/m")["status"]["tier"] == "disk", "it to see that, too")
+        assert [one["state"] for one in server.status()["starts"]].count("ready") == 1
 
 
 LOAD = """

@@ -45,7 +45,7 @@ export class Events {
 }
 
 const SENTENCES = {
-  deployed: (e) => `${e.model} ${e.replaces ? "replaced by" : "deployed from"} ${e.source}`,
+  deployed: (e) => `${e.model} ${e.replaces ? "replaced by" : "deployed from"} ${e.url || e.source}`,
   deleted: (e) => `${e.model} removed`,
   pinned: (e) => `${e.model} ${e.pinned ? "pinned" : "no longer pinned"}`,
   load_decided: (e) => `${e.model} is to start on ${e.device}, predicted ${seconds(e.predicted_s)}`,

@@ -42,7 +42,7 @@ export class Models {
     const buttons = new Buttons(name, (action) => this.act(action, name));
     const root = el("tr", {}, el("th", { scope: "row" }, name), ...Object.values(cells), buttons.root);
     const update = (model) => {
-      put(root.cells[0], "title", model.source);
+      put(root.cells[0], "title", model.url || model.source);
       state.update(model);
       say(cells.tier, model.tier === "dram" ? "DRAM" : model.tier);
       say(cells.device, model.devices.join(", ") || "–");

@@ -26,7 +26,7 @@ from tests.unit.cli.conftest import CommandLine, Scripted
 ROW = {
     "name": "m", "source": "/models/m", "bytes": 3_800_000, "state": "loaded", "tier": "device", "progress": 1.0,
     "error": "", "devices": ["node0/1"], "keep_alive": 300.0, "pinned": False, "until": None,
-    "running": 1, "waiting": 0,
+    "running": 1, "waiting": 0, "url": "",
 }  # fmt: skip
 
 
@@ -222,6 +222,8 @@ def test_deploy_over_a_name_says_what_it_replaces(cli: CommandLine, running: Scr
     assert again.status == 2  # nothing is there
     running.answers["GET", "/admin/models/m"] = (200, ROW | {"source": str(tasks.checkpoint_dir("demo-add"))})
     assert "m was deployed already and is replaced" in cli("deploy", "m", "demo-add").err
+    running.answers["GET", "/admin/models/m"] = (200, ROW | {"url": "s3://bucket/m"})
+    assert "m was deployed already from s3://bucket/m and is replaced" in cli("deploy", "m", "demo-add").err
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_a_directory_of_a_deployed_name_gets_no_answer_from_another(
     cli: CommandLine, known: Scripted, tmp_path: Path
 ) -> None:
     (tmp_path / "m").mkdir()
-    known.answers["GET", "/admin/models/m"] = (200, {"source": "/models/m"})
+    known.answers["GET", "/admin/models/m"] = (200, {"source": "/models/m", "url": ""})
     outcome = cli("run", str(tmp_path / "m"), "1")
     assert (outcome.status, outcome.out) == (1, "")
     assert f"'m' is deployed from /models/m, not from {tmp_path / 'm'}: give this one a name of its own" in outcome.err

@@ -21,7 +21,7 @@ ROW = {
     "name": "m", "source": SOURCE, "checkpoint": "c", "dtype": "float32", "context": 512, "bytes": 3_000_000_000,
     "state": "loaded", "tier": "device", "progress": 1.0, "error": "", "devices": ["node0/1"], "keep_alive": 300.0,
     "pinned": False, "until": None, "estimate_s": None, "waiting": 2, "running": 1, "min_replicas": 1,
-    "verify": "off", "remote_bytes": 0,
+    "verify": "off", "remote_bytes": 0, "url": "",
 }  # fmt: skip
 DEVICE = {
     "device": "node0/1", "kind": "cpu", "weights": "view", "problem": "",
@@ -126,6 +126,19 @@ def test_show_a_model_whose_files_are_gone(cli: CommandLine, busy: Scripted) -> 
     busy.answers["GET", "/admin/models/m"] = (200, ROW | {"source": "/nowhere", "state": "failed", "context": 0})
     assert "0 tokens" not in cli("show", "m").out
     assert "/nowhere: No such file or directory" in outcome.out
+
+
+@pytest.mark.parametrize("directory", [SOURCE, "/nowhere"])
+def test_show_tells_the_url_of_a_model_and_where_its_files_are(
+    cli: CommandLine, busy: Scripted, directory: str
+) -> None:
+    assert f"  source        {SOURCE}\n" in cli("show", "m").out
+    assert "directory" not in cli("show", "m").out
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"source": directory, "url": "s3://bucket/m"})
+    lines = [line.split() for line in cli("show", "m").out.splitlines()]
+    assert [words[1:] for words in lines if words[0] in ("source", "directory")] == [["s3://bucket/m"], [directory]]
+    told = json.loads(cli("show", "m", "--json").out)["checkpoint"]
+    assert (told["source"], told["url"]) == (directory, "s3://bucket/m")
 
 
 def test_show_reads_no_file_here_of_a_server_elsewhere(

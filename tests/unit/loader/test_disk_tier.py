@@ -344,3 +344,21 @@ def test_what_is_iterated_stays_and_no_longer(server: RangeServer) -> None:
     assert not disk_tier._leaves(whole)
     del begun
     assert disk_tier._leaves(whole)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [b"", b"a note", b"\xff", b"https://user:secret@host/m", b"https://host/m?signature=secret", b"https://host/m\n"],
+)
+def test_what_a_directory_was_brought_from_is_told_of_a_tiers_alone(
+    server: RangeServer, tmp_path: Path, kept: bytes
+) -> None:
+    url = f"{server.url}/a"
+    with DiskTier(tmp_path / "tier").bring(f"{url}/", silent) as lease:
+        directory = lease.directory
+        assert disk_tier.url_of(directory) == url
+        assert disk_tier.url_of(directory / "deeper") == disk_tier.url_of(directory.with_name("other")) == ""
+        (directory.parent / "url").write_bytes(kept)
+        assert disk_tier.url_of(directory) == ""
+        (directory.parent / "url").unlink()
+        assert disk_tier.url_of(directory) == ""

@@ -17,6 +17,7 @@ from serverless_llm.loader.announce import announce, announced
 from serverless_llm.loader.disk_tier import PARTIAL, DiskTier, Lease
 from serverless_llm.node import admin
 from serverless_llm.node.away import Away
+from tests.dead_mount import dead
 from tests.range_server import RangeServer
 
 
@@ -119,6 +120,46 @@ def test_what_is_forgotten_during_a_look_stays_so(lease: Lease) -> None:
         assert away._look is not None
         with pytest.raises(asyncio.CancelledError):
             await away._look
+
+    asyncio.run(story())
+
+
+def test_what_a_head_tells_of_is_believed_to_be_whole_and_nothing_else(
+    server: RangeServer, tier: DiskTier, lease: Lease
+) -> None:
+    async def looked(away: Away, *directories: Path) -> dict[str, int]:
+        away.look({str(number): str(directory) for number, directory in enumerate(directories)})
+        assert away._first is not None
+        await away._first
+        return away.bytes()
+
+    async def story() -> None:
+        away = Away()
+        damaged = tier.root / "version" / download.CHECKPOINT
+        damaged.parent.mkdir()
+        (damaged.parent / manifest.REMOTE).write_text("")
+        assert await looked(away, damaged, lease.directory) == {}
+        assert away._look is None  # nobody watches what no load reads
+        tier.bring(f"{server.url}/m", quiet).close()
+        assert await looked(away, damaged, lease.directory) == {"1": 0}
+
+    asyncio.run(story())
+
+
+def test_a_disk_that_never_answers_a_head_holds_up_no_load_and_no_end(lease: Lease) -> None:
+    async def story() -> None:
+        away = Away()
+        with dead(lease.directory.parent / manifest.REMOTE):
+            looks = []
+            for name in ("plain", "again"):  # a head, and the next one
+                away.look({"hung": str(lease.directory)})
+                looks.append(away._first or pytest.fail())
+                away.watch(name, checkpoint_dir(ADD.name))
+                assert (await seen(away))[name] == 0
+            away.close()
+            assert [type(one) for one in await asyncio.gather(*looks, return_exceptions=True)] == [
+                asyncio.CancelledError
+            ] * 2
 
     asyncio.run(story())
 

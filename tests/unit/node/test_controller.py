@@ -193,6 +193,20 @@ def test_a_client_that_leaves_is_cancelled_at_its_worker() -> None:
     asyncio.run(story())
 
 
+def test_an_agent_is_told_which_checkpoints_only_servers_had() -> None:
+    async def story() -> None:
+        async with office() as one:
+            for name, away in (("here", 0), ("there", 8)):
+                footprint = Footprint(f"sha-{name}", 8, 8, 8, 512, remote_bytes=away)
+                one.controller.handle(events.Deploy(ModelSpec(name, f"/{name}"), footprint))
+            agent = await one.dial()
+            await agent.send(hello())
+            _, welcome = await agent.answer(wire.Welcome)
+            assert welcome.away == {"sha-there": "/there"}
+
+    asyncio.run(story())
+
+
 def test_only_heartbeats_that_move_checkpoints_change_the_catalog() -> None:
     async def story() -> None:
         async with office() as one:
@@ -203,6 +217,9 @@ def test_only_heartbeats_that_move_checkpoints_change_the_catalog() -> None:
                 one.controller.handle(events.Heartbeat("n", ((DeviceId("n", 0), 1, ()),), resident, ()))
             one.controller.handle(events.Heartbeat("nobody", (), (("c", 1),), ()))
             assert changes == [False, False, False]
+            for away in ((("c", 1),), (("c", 1),), (("c", 0),)):
+                one.controller.handle(events.Heartbeat("n", ((DeviceId("n", 0), 1, ()),), (), (), away=away))
+            assert changes == [False] * 5
 
     asyncio.run(story())
 

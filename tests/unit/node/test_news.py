@@ -20,7 +20,7 @@ PHASES = LoadPhases(queue_s=0.1, disk_s=0.5, upload_s=0.2, total_s=0.8, disk_byt
 @pytest.mark.parametrize(
     ("event", "told"),
     [
-        (DEPLOY, {"event": "deployed", "model": "m", "source": "/models/m", "replaces": False}),
+        (DEPLOY, {"event": "deployed", "model": "m", "source": "/models/m", "url": "", "replaces": False}),
         (events.Delete("m"), {"event": "deleted", "model": "m"}),
         (events.Pin("m", True), {"event": "pinned", "model": "m", "pinned": True}),
         (events.Drain("n0", False), {"event": "drained", "node": "n0", "drained": False}),

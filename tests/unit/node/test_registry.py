@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from serverless_llm.cli.make_checkpoint import make_checkpoint
@@ -339,6 +340,52 @@ def test_what_is_deployed_from_the_disk_tier_stays_there(tmp_path: Path, checkpo
 
     on_a_desk(tmp_path, deployed)
     on_a_desk(tmp_path, revived)
+
+
+def test_a_models_url_is_kept_and_told_over_everything(tmp_path: Path, checkpoint: Path) -> None:
+    version = tmp_path / "tier" / "url" / "version"
+    source = version / "checkpoint"
+    shutil.copytree(checkpoint, source)
+    (version / "url").write_text("s3://bucket/m")
+    state = tmp_path / "state"
+
+    async def told(desk: Desk, url: str, place: Path = source) -> None:
+        rows = [(await desk.ask("show", "m"))[1], (await desk.ask("status"))[1]["models"][0]]
+        assert [(row["url"], row["source"]) for row in rows] == [(url, str(place))] * 2
+
+    async def deployed(desk: Desk) -> None:
+        for place, url in ((source, "s3://bucket/m"), (checkpoint, ""), (source, "s3://bucket/m")):
+            assert (await desk.ask("deploy", "m", source=str(place)))[1]["url"] == url
+            await told(desk, url, place)
+        assert (await desk.ask("pin", "m", pinned=True))[0] == 200
+        await told(desk, "s3://bucket/m")
+        assert [one["url"] for one in desk.news if one["event"] == "deployed"] == ["s3://bucket/m", "", "s3://bucket/m"]
+
+    async def kept(desk: Desk) -> None:
+        await told(desk, "s3://bucket/m")
+
+    body = json.dumps({"source": str(source)}).encode()
+    on_a_desk(state, deployed)
+    on_a_desk(state, kept)
+    on_a_desk(state, kept, wanted={"m": body})
+    version.rename(tmp_path / "gone")
+    on_a_desk(state, kept)
+    on_a_desk(state, kept, wanted={"m": body})
+
+
+def test_a_url_that_an_earlier_version_did_not_keep_is_found(tmp_path: Path, checkpoint: Path) -> None:
+    version = tmp_path / "tier" / "url" / "version"
+    shutil.copytree(checkpoint, version / "checkpoint")
+    (version / "url").write_text("s3://bucket/m")
+    old = State(tmp_path)
+    spec = msgspec.msgpack.encode({"name": "m", "source": str(version / "checkpoint")})
+    old._database.execute("INSERT INTO models VALUES ('m', ?, 1)", (spec,))
+    old.close()
+
+    async def tell(desk: Desk) -> None:
+        assert (await desk.ask("show", "m"))[1]["url"] == "s3://bucket/m"
+
+    on_a_desk(tmp_path, tell)
 
 
 def test_the_head_publishes_where_it_listens(tmp_path: Path) -> None:
