@@ -173,6 +173,9 @@ class RangeServer:
             cut = faults.reset_after
         step = 1 if faults.drip else CHUNK
         for at in range(0, cut, step):
+            await asyncio.sleep(0)  # so that a client that was killed is seen to be gone
+            if request.transport is None:
+                return
             part = body[at : min(at + step, cut)]
             if faults.budget is not None and self.sent + len(part) > faults.budget:
                 await self._released.wait()
