@@ -359,6 +359,8 @@ def _limits(value: object, memory: int) -> dict[str, float]:
 def _models(value: object, memory: int) -> dict[str, ModelEntry]:
     if isinstance(value, list) and not all("=" in str(one) for one in value):
         raise ConfigurationError("a mapping is needed, a line for each model: `name: source`")
+    if isinstance(value, str) and not all("=" in one for one in value.split(",")):
+        raise ConfigurationError(f"{value!r} is not of the form name=source,name=source")
     return {str(name): _model(str(name), entry) for name, entry in parse_pairs(value).items()}
 
 

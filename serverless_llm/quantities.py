@@ -38,7 +38,10 @@ def parse_size(value: object, whole: int | None = None) -> int:
 
 def parse_rate(value: object) -> float:
     """Bytes per second of `20MB/s`, or of a number."""
-    return float(parse_size(str(value).strip().removesuffix("/s")))
+    try:
+        return float(parse_size(str(value).strip().removesuffix("/s")))
+    except ConfigurationError:
+        raise ConfigurationError(f"{value!r} is no rate; write 500MB/s, 1GiB/s or bytes a second") from None
 
 
 def parse_duration(value: object) -> float:

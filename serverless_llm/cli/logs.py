@@ -14,6 +14,7 @@ import click
 
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import local_state_dir, of_state_dir
+from serverless_llm.cli.options import ANY_COUNT
 from serverless_llm.cli.output import printable
 
 POLL = 0.1  # seconds between two looks for more
@@ -156,7 +157,7 @@ def shown(line: Line, as_json: bool) -> str:
 @click.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...", shell_complete=completion.logs)
 @click.option("--follow", "-f", is_flag=True, help="Go on with what comes, until Ctrl-C.")
-@click.option("--lines", "-n", type=click.IntRange(min=0), default=100, show_default=True, help="Of each log.")
+@click.option("--lines", "-n", type=ANY_COUNT, default=100, show_default=True, help="Of each log.")
 @click.option("--requests", is_flag=True, help="Only the lines of requests.")
 @of_state_dir
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")

@@ -80,11 +80,18 @@ def pairs(given: Iterable[str], hint: str) -> dict[str, str]:
         raise click.BadParameter(str(error), param_hint=hint) from None
 
 
+class Whole(click.IntRange):
+    """A whole number, called so where a text is none."""
+
+    name = "whole number"
+
+
 TIME = Quantity("time", _time)
 SHARE = Quantity("size", _share)
 SIZE = Quantity("size", _size)
 LIMIT = Quantity("link=rate", _limit)
 DEVICES = Quantity("kind:n", _devices)
 SOURCE = Quantity("source", _source)
-COUNT = click.IntRange(min=1)
-ANY_COUNT = click.IntRange(min=0)
+COUNT = Whole(min=1)
+ANY_COUNT = Whole(min=0)
+PORT = Whole(0, 65535)

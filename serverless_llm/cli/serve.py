@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serverless_llm.cli import sources
-from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, SHARE, TIME, pairs
+from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, PORT, SHARE, TIME, pairs
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.surroundings import LOOPBACK
 
@@ -30,7 +30,7 @@ OWN = re.compile(r"(agents|logs|lock|agent-token|api-key|head\.json|serve\.log|s
 @click.command()
 @click.option("--config", type=click.Path(path_type=Path), help="The YAML file, instead of the search path.")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-@click.option("--port", type=click.IntRange(0, 65535), help="0 takes a free one.  [default: 8000]")
+@click.option("--port", type=PORT, help="0 takes a free one.  [default: 8000]")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM certificate chain; speak TLS only.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key of the certificate.")
 @click.option("--keys-file", type=click.Path(path_type=Path), help="YAML list of keys with scopes and limits.")

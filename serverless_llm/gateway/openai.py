@@ -5,7 +5,9 @@ Every field is honoured, accepted without effect, or a 400 that names it; nothin
 
 from __future__ import annotations
 
+import reprlib
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +126,12 @@ def _is_neutral(name: str, value: Any) -> bool:
     )
 
 
+def _not_supported(name: str, value: Any, known: Iterable[str]) -> str:
+    if name in _NEUTRAL:
+        return f"{name!r} {reprlib.repr(value)} is not supported, only {' or '.join(map(repr, _NEUTRAL[name]))}"
+    return f"{name!r} is not supported{did_you_mean(name, known)}"
+
+
 def parse(body: dict[str, Any], chat: bool) -> CompletionRequest:
     """The request of one body.
 
@@ -139,7 +147,7 @@ def parse(body: dict[str, Any], chat: bool) -> CompletionRequest:
         if check is not None:
             given[name] = check(value, name)
         elif not _is_neutral(name, value):
-            raise unsupported(name, f"{name!r} is not supported{did_you_mean(name, checks)}")
+            raise unsupported(name, _not_supported(name, value, checks))
     return _request(given, chat)
 
 

@@ -174,7 +174,9 @@ async def read_footprint(spec: ModelSpec, limit: float) -> Footprint:
     try:
         return await within(limit, spec.source, lambda: footprint(spec))
     except CheckpointError as error:
-        raise RequestError(400, "invalid_checkpoint", str(error), "source") from error
+        place = spec.url or spec.source
+        text = str(error) if place in str(error) or spec.source in str(error) else f"{place}: {error}"
+        raise RequestError(400, "invalid_checkpoint", text, "source") from error
 
 
 async def within(limit: float, source: str, work: Callable[[], T]) -> T:

@@ -277,7 +277,7 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("devices: 5", "devices", "'5' is neither cpu:N nor cuda:N nor auto"),
     ("drain: soon", "drain", "'soon' is no duration"),
     ("drain: .nan", "drain", "nan is no duration"),
-    ("limits: {disk: 5m/s}", "limits", "disk: '5m' is no size"),
+    ("limits: {disk: 5m/s}", "limits", "disk: '5m/s' is no rate; write 500MB/s"),
     ("limits: {disk: 500}", "limits", "disk: 500 bytes a second is less than 100 KB/s; write 500MB/s, or 0 for none"),
     ("models: [demo-count]", "models", "a mapping is needed, a line for each model: `name: source`"),
     ("pinned: true", "", "unknown key 'pinned'"),
@@ -308,9 +308,9 @@ def test_what_a_mistake_says(file: Path, text: str, place: str, message: str) ->
         ("DEVICES", "tpu:1", "'tpu:1' is neither cpu:N nor cuda:N nor auto"),
         ("HOLD", "soon", "'soon' is no duration"),
         ("WEIGHTS", "move", "must be one of view, copy"),
-        ("LIMITS", "disk=fast", "'fast' is no size"),
+        ("LIMITS", "disk=fast", "'fast' is no rate; write 500MB/s"),
         ("MODELS", "m=/x, m=/y", "'m' is given twice"),
-        ("MODELS", "m", "'m' is not of the form name=value"),
+        ("MODELS", "demo-count", "'demo-count' is not of the form name=source,name=source"),
     ],
 )
 def test_a_mistake_in_a_variable_names_it(name: str, value: str, message: str) -> None:

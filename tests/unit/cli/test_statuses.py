@@ -9,7 +9,8 @@ import pytest
 from tests.unit.cli.conftest import CommandLine
 
 USAGE = [  # a value that cannot be, whichever verb it is given to
-    ("serve --port many", "Invalid value for '--port'"),
+    ("serve --port many", "Invalid value for '--port': 'many' is not a valid whole number."),
+    ("logs --lines few", "Invalid value for '--lines' / '-n': 'few' is not a valid whole number."),
     ("serve --port 70000", "Invalid value for '--port'"),
     ("serve --nodes 0", "Invalid value for '--nodes'"),
     ("serve --threads -1", "Invalid value for '--threads'"),
@@ -19,7 +20,7 @@ USAGE = [  # a value that cannot be, whichever verb it is given to
     ("serve --device-memory 5x", "Invalid value for '--device-memory': '5x' is no size"),
     ("serve --drain soon", "Invalid value for '--drain': 'soon' is no duration"),
     ("serve --limit disk", "Invalid value for '--limit': 'disk' is not of the form name=value"),
-    ("serve --limit disk=fast", "Invalid value for '--limit': 'fast' is no size"),
+    ("serve --limit disk=fast", "Invalid value for '--limit': 'fast' is no rate; write 500MB/s"),
     ("serve --model no-such-model", "'no-such-model' is neither a directory nor one of demo-count"),
     ("serve --model x=demo-add --model x=demo-count", "Invalid value for '--model': 'x' is given twice"),
     ("serve --model demo-add --model demo-add=demo-count", "Invalid value for '--model': 'demo-add' is given twice"),

@@ -108,6 +108,21 @@ def test_a_misspelt_field_is_told_the_nearest(name: str, message: str) -> None:
     assert refused(CHAT | {name: 1}).message == message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "response_format", {"type": "json_object"},
+            "'response_format' {'type': 'json_object'} is not supported, only {'type': 'text'}",
+        ),
+        ("tool_choice", "required", "'tool_choice' 'required' is not supported, only 'none' or 'auto'"),
+        ("suffix", "x" * 1000, "'suffix' 'xxxxxxxxxxxx...xxxxxxxxxxxxx' is not supported, only ''"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_not_supported_is_named_with_those_that_are(name: str, value: Any, message: str) -> None:
+    assert refused(CHAT | {name: value}).message == message
+
+
 def test_fields_of_one_route_only() -> None:
     assert refused({"prompt": "x", "messages": []}, chat=False).param == "messages"
     assert refused({"prompt": "x", "max_completion_tokens": 5}, chat=False).param == "max_completion_tokens"

@@ -420,3 +420,21 @@ def test_a_configured_model_that_breaks_fails_alone_but_a_new_one_is_refused_by_
     on_a_desk(state, restored)
     (tmp_path / "tiny" / "model.safetensors").write_bytes(b"cut")
     on_a_desk(state, broken)
+
+
+def test_a_deploy_that_cannot_be_served_names_its_directory(tmp_path: Path, checkpoint: Path) -> None:
+    """Once, also where the fault lies in a file that is named already."""
+    source = tmp_path / "own"
+    shutil.copytree(checkpoint, source)
+
+    async def refused() -> str:
+        desk = Desk(tmp_path / "state")
+        status, answer = await desk.ask("deploy", "own", source=str(source))
+        desk.kept.close()
+        assert status == 400
+        return str(answer["error"]["message"])
+
+    (source / "config.json").write_text("{")
+    assert asyncio.run(refused()).startswith(f"{source}: config.json is not JSON: ")
+    (source / "config.json").unlink()
+    assert asyncio.run(refused()).count(str(source)) == 1
