@@ -156,6 +156,7 @@ def test_a_host_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         url = f"http://127.0.0.1:{full.getsockname()[1]}/m"
         with pytest.raises(TransientError, match=f"^{url} cannot be reached: timed out$"):
             Remote(url).files()
+    monkeypatch.setattr(remote, "PATIENCE", timedelta(seconds=1))  # its refusal takes a moment to come
     with RangeServer({}) as server, pytest.raises(TransientError, match=r"/m cannot be reached: it does not speak TLS"):
         Remote(f"https://127.0.0.1:{server.port}/m").files()
 
