@@ -50,7 +50,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model deployed at start; None: the server's or the checkpoint's default. `keep_alive` in seconds."""
+    """A model deployed at start; None: the server's or the checkpoint's default. `keep_alive` in seconds,
+    -1: for ever."""
 
     source: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -86,11 +87,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         limits: caps on what a node's links move, for operators and tests: `remote`, `disk`, `upload`.
         threads: compute threads of one CPU device; by default an equal share of the cores, one of three or more left to
             the gateway.
-        keep_alive: how long an unused model stays on its device, unless its spec says otherwise.
-        hold: how long a request that does not stream waits for a cold start before 503.
-        abandon_after: how long a load goes on that nobody waits for any more.
-        drain: how long running streams get when the server stops.
-        orphan_grace: how long a node agent waits for a new head.
+        keep_alive: how long an unused model stays on its device, unless its spec says otherwise; -1: for ever.
+        hold: how long a request that does not stream waits for a cold start before 503; -1: as long as it takes.
+        abandon_after: how long a load goes on that nobody waits for any more; -1: to its end.
+        drain: how long running streams get when the server stops; a stop has an end, so -1 is refused.
+        orphan_grace: how long a node agent waits for a new head; -1: for ever.
         heartbeat: `chunk` or `comment`: how a silent stream is kept alive.
         model_roots: directories that a deployed source must lie in, demo checkpoints excepted; empty: anywhere.
         models: deployed at start, by name.
@@ -399,7 +400,6 @@ PARSERS: dict[str, Parser] = {
     **dict.fromkeys(("hosts", "model_roots"), lambda value, _: _list(value)),
     **dict.fromkeys(("dram", "device_memory"), parse_size),
     "body_limit": lambda value, _: parse_size(value),
-    **dict.fromkeys(
-        ("keep_alive", "hold", "abandon_after", "drain", "orphan_grace"), lambda value, _: parse_duration(value)
-    ),
+    **dict.fromkeys(("keep_alive", "hold", "abandon_after", "orphan_grace"), lambda value, _: parse_duration(value)),
+    "drain": lambda value, _: parse_duration(value, forever=False),
 }

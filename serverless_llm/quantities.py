@@ -18,7 +18,8 @@ UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT", start=1)
 }
 SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-DURATION = re.compile(r"(-?)([0-9]+(?:\.[0-9]+)?|(?:[0-9]+(?:\.[0-9]+)?\s*(?:ms|[smhd])\s*)+)")
+DURATION = re.compile(r"[0-9]+(?:\.[0-9]+)?|(?:[0-9]+(?:\.[0-9]+)?\s*(?:ms|[smhd])\s*)+")
+ENDLESS = re.compile(r"-1(?:\.0+)?\s*(?:ms|[smhd])?")  # other servers' clients write -1m, too
 PART = re.compile(r"([0-9.]+)\s*([a-z]*)")
 LARGEST = 2.0**62  # bytes; more is a mistake
 LONGEST = 1e12  # seconds; a longer time is a mistake, -1 is for ever
@@ -44,13 +45,17 @@ def parse_rate(value: object) -> float:
         raise ConfigurationError(f"{value!r} is no rate; write 500MB/s, 1GiB/s or bytes a second") from None
 
 
-def parse_duration(value: object) -> float:
-    """Seconds of `90`, `500ms`, `5m`, `1h30m`; whatever is below 0 is for ever."""
-    match = DURATION.fullmatch(str(value).strip())
-    seconds = sum(float(number) * SECONDS[unit] for number, unit in PART.findall(match[2])) if match else math.inf
-    if match is None or seconds >= LONGEST:
-        raise ConfigurationError(f"{value!r} is no duration; write seconds, 500ms, 5m, 1h30m, or -1 for ever")
-    return math.inf if match[1] and seconds else seconds
+def parse_duration(value: object, forever: bool = True) -> float:
+    """Seconds of `90`, `500ms`, `5m`, `1h30m`, and of `-1`, infinitely many, where `forever` may be."""
+    text = str(value).strip()
+    if forever and ENDLESS.fullmatch(text):
+        return math.inf
+    parts = PART.findall(text) if DURATION.fullmatch(text) else []
+    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts) if parts else math.inf
+    if seconds >= LONGEST:
+        allowed = "1h30m, or -1 for ever" if forever else "or 1h30m"
+        raise ConfigurationError(f"{value!r} is no duration; write seconds, 500ms, 5m, {allowed}")
+    return seconds
 
 
 def parse_pairs(value: object) -> dict[str, Any]:

@@ -31,6 +31,12 @@ def _time(value: str) -> None:
     parse_duration(value)
 
 
+def _limited(value: str) -> None:
+    from serverless_llm.quantities import parse_duration
+
+    parse_duration(value, forever=False)
+
+
 def _share(value: str) -> None:
     from serverless_llm.quantities import parse_size
 
@@ -87,6 +93,7 @@ class Whole(click.IntRange):
 
 
 TIME = Quantity("time", _time)
+LIMITED = Quantity("time", _limited)
 SHARE = Quantity("size", _share)
 SIZE = Quantity("size", _size)
 LIMIT = Quantity("link=rate", _limit)

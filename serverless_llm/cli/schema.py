@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from serverless_llm.config import BOUNDS, NAME, Config, Limits, ModelEntry
-from serverless_llm.quantities import UNITS
+from serverless_llm.quantities import ENDLESS, UNITS
 
 FROM_ENVIRONMENT = {"type": "string", "pattern": r"^\$\{env\.\w+\}$"}
 _UNIT = "|".join(sorted(filter(None, UNITS), key=len, reverse=True))
@@ -18,19 +18,20 @@ _BYTES = {"type": "integer", "minimum": 0}
 SIZE = {"anyOf": [_BYTES, {"type": "string", "pattern": rf"{_SIZE}\s*$"}, FROM_ENVIRONMENT]}
 RATE = {"anyOf": [_BYTES, {"type": "string", "pattern": rf"{_SIZE}(/s)?\s*$"}, FROM_ENVIRONMENT]}
 SHARE = {"anyOf": [*SIZE["anyOf"], {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"}]}
+_TIME = r"([0-9]+(\.[0-9]+)?\s*(ms|[smhd])?\s*)+"
+LIMITED = {
+    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": rf"^\s*{_TIME}$"}, FROM_ENVIRONMENT]
+}
 TIME = {
-    "anyOf": [
-        {"type": "number"},
-        {"type": "string", "pattern": r"^\s*-?([0-9]+(\.[0-9]+)?\s*(ms|[smhd])?\s*)+$"},
-        FROM_ENVIRONMENT,
-    ]
+    "anyOf": [*LIMITED["anyOf"], {"const": -1}, {"type": "string", "pattern": rf"^\s*{ENDLESS.pattern}\s*$"}],
 }
 DEVICES = {"type": "string", "pattern": r"^(auto|(cpu|cuda)(:[1-9][0-9]*)?)$"}
 TEXTS = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
 LINKS = {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(Limits.__struct_fields__, RATE)}
 WRITTEN: dict[str, Any] = {  # as people write it, where that is not as it is kept
     **dict.fromkeys(("dram", "device_memory"), SHARE),
-    **dict.fromkeys(("keep_alive", "hold", "abandon_after", "drain", "orphan_grace"), TIME),
+    **dict.fromkeys(("keep_alive", "hold", "abandon_after", "orphan_grace"), TIME),
+    "drain": LIMITED,
     **dict.fromkeys(("hosts", "model_roots"), TEXTS),
     "body_limit": SIZE,
     "devices": DEVICES,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serverless_llm.cli import sources
-from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, PORT, SHARE, TIME, pairs
+from serverless_llm.cli.options import COUNT, DEVICES, LIMIT, LIMITED, PORT, SHARE, TIME, pairs
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.surroundings import LOOPBACK
 
@@ -42,9 +42,11 @@ OWN = re.compile(r"(agents|logs|lock|agent-token|api-key|head\.json|serve\.log|s
 @click.option("--dram", type=SHARE, help="DRAM tier of one node: 8GiB, 50%.")
 @click.option("--limit", "limits", type=LIMIT, multiple=True, help="Rate cap: remote=50MB/s, disk=1GB/s, upload=5GB/s.")
 @click.option("--threads", type=COUNT, help="Compute threads of one CPU device.")
-@click.option("--keep-alive", type=TIME, help="How long an unused model stays on its device.  [default: 5m]")
+@click.option(
+    "--keep-alive", type=TIME, help="How long an unused model stays on its device, -1: for ever.  [default: 5m]"
+)
 @click.option("--hold", type=TIME, help="How long an answer that does not stream waits for a start.")
-@click.option("--drain", type=TIME, help="What running streams get when the server stops.  [default: 30s]")
+@click.option("--drain", type=LIMITED, help="What running streams get when the server stops.  [default: 30s]")
 @click.option("--orphan-grace", type=TIME, help="How long agents wait for a new head.  [default: 60s]")
 @click.option("--model-root", "model_roots", multiple=True, help="A deploy may read only below this directory.")
 @click.option(

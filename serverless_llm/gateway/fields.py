@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeGuard
 
 import msgspec
 
-from serverless_llm.domain import FOREVER
 from serverless_llm.errors import ConfigurationError
 from serverless_llm.gateway.failure import invalid
 from serverless_llm.quantities import LONGEST, parse_duration
@@ -125,15 +123,15 @@ def is_token(value: Any) -> TypeGuard[int]:
 
 
 def keep_alive(value: Any, name: str) -> float:
-    """Seconds: a number, or a duration such as "5m" or "1h30m"; negative means for ever."""
-    if isinstance(value, str):
+    """Seconds: a number, or a duration such as "5m" or "1h30m"; -1 means for ever."""
+    if isinstance(value, str) or (isinstance(value, int | float) and value < 0):
         try:
             return parse_duration(value)
         except ConfigurationError as error:
             raise invalid(f"{name}: {error}", name) from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < LONGEST:
-        raise invalid(f'{name} must be seconds or a duration such as "5m"', name)
-    return FOREVER if value < 0 else float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LONGEST:
+        raise invalid(f'{name} must be seconds, a duration such as "5m", or -1 for ever', name)
+    return float(value)
 
 
 def stream_options(value: Any, name: str) -> bool:

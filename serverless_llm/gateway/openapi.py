@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from serverless_llm.gateway import fields
+from serverless_llm.quantities import ENDLESS
 
 JSON = dict[str, Any]
 
@@ -18,8 +19,9 @@ _IDS: JSON = {"type": "array", "items": {"type": "integer", "minimum": 0, "maxim
 _KEEP_ALIVE: JSON = {
     "type": ["number", "string"],
     "exclusiveMaximum": 10**12,
-    "pattern": r"^\s*-?([0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?\s*(ms|[smhd])\s*)+)\s*$",
-    "description": 'Seconds, or "5m"; negative: for ever.',
+    "anyOf": [{"minimum": 0}, {"const": -1}],  # of a number
+    "pattern": rf"^\s*({ENDLESS.pattern}|[0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?\s*(ms|[smhd])\s*)+)\s*$",
+    "description": 'Seconds, or "5m"; -1: for ever.',
 }
 
 

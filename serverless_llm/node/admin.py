@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,11 +111,11 @@ def _source(source: str, roots: Sequence[Path]) -> Path:
 
 
 def _keep_alive(asked: float | str | None, default: float) -> float:
-    """Seconds; negative numbers are for ever, as clients of other servers know it."""
+    """Seconds; -1 is for ever, as clients of other servers know it."""
     if asked is None:
         return default
-    if isinstance(asked, float):
-        return asked if asked >= 0 else math.inf
+    if isinstance(asked, float) and asked >= 0:
+        return asked
     try:
         return parse_duration(asked)
     except ConfigurationError as error:

@@ -214,7 +214,7 @@ ROWS = (
         and ask(stream=True).usage is None,
         neutral=({}, {"include_usage": False}), wrong=(5, {"include_usage": 1}), outside=({"colour": 1},),
         beside={"stream": True}),
-    Row("keep_alive", _kept, neutral=("5m", 300), wrong=([],), outside=("5x", "")),
+    Row("keep_alive", _kept, neutral=("5m", 300), wrong=([],), outside=("5x", "", -5, "-3m")),
     Row("chat_template_kwargs",
         lambda ask: ask(chat_template_kwargs={"before": "7 8 "}).text == ask(**ask.about("7 8 41 42 43")).text,
         neutral=({}, {"other": 1}), wrong=(5,), outside=({"chat_template": "x"}, {"messages": []}), routes=("chat",)),

@@ -177,8 +177,8 @@ def test_rates() -> None:
         ("2h", 7200.0),
         ("-1", math.inf),
         ("1h30m", 5400.0),
-        ("-5m", math.inf),
-        ("-0", 0.0),
+        ("-1m", math.inf),
+        (-1.0, math.inf),
         (" 2 s ", 2.0),
     ],
 )
@@ -186,7 +186,10 @@ def test_durations(text: object, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "5x", "m5", "--1", "1m 30", "9" * 400, "1e9", "inf"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "soon", "5x", "m5", "--1", "1m 30", "9" * 400, "1e9", "inf", "-5m", "-7", "-1m30s", "-10", "-1.5", "-0"],
+)
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ConfigurationError, match="is no duration"):
         parse_duration(text)
@@ -275,7 +278,14 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("dram: lots", "dram", "'lots' is no size"),
     ("dram: 100TB", "dram", "100.0 TB is more than the 8.6 GB available here"),
     ("devices: 5", "devices", "'5' is neither cpu:N nor cuda:N nor auto"),
-    ("drain: soon", "drain", "'soon' is no duration"),
+    ("drain: soon", "drain", "'soon' is no duration; write seconds, 500ms, 5m, or 1h30m"),
+    ("drain: -1", "drain", "-1 is no duration"),
+    ("drain: -5m", "drain", "'-5m' is no duration"),
+    ("hold: -2", "hold", "-2 is no duration; write seconds, 500ms, 5m, 1h30m, or -1 for ever"),
+    ("keep_alive: -7", "keep_alive", "-7 is no duration"),
+    ("orphan_grace: '-3'", "orphan_grace", "'-3' is no duration"),
+    ("abandon_after: -0.5", "abandon_after", "-0.5 is no duration"),
+    ("models: {m: {source: /x, keep_alive: -7}}", "models", "m.keep_alive: -7 is no duration"),
     ("drain: .nan", "drain", "nan is no duration"),
     ("limits: {disk: 5m/s}", "limits", "disk: '5m/s' is no rate; write 500MB/s"),
     ("limits: {disk: 500}", "limits", "disk: 500 bytes a second is less than 100 KB/s; write 500MB/s, or 0 for none"),

@@ -35,6 +35,7 @@ dram: 20%
 weights: view
 keep_alive: 5m
 hold: 1h30m
+abandon_after: -1m
 drain: 0
 orphan_grace: -1
 limits: {disk: 500MB/s, upload: 1000000, remote: 50MB/s}

@@ -27,8 +27,12 @@ def test_keep_alive(value: Any, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", "m", "5x", "5m!", "m5", True, [], {}, math.nan, math.inf, -math.inf, 10**400, "--1", "9" * 400]
-)
+    "value",
+    [
+        "", "m", "5x", "5m!", "m5", True, [], {}, math.nan, math.inf, -math.inf, 10**400, "--1", "9" * 400,
+        -5, -0.5, "-3m",
+    ],
+)  # fmt: skip
 def test_keep_alive_that_is_none(value: Any) -> None:
     with pytest.raises(RequestError) as caught:
         fields.keep_alive(value, "keep_alive")

@@ -215,6 +215,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("m", {"source": "/nowhere"}, 400, "source"),
     ("m", {"dtype": "int8"}, 400, "dtype"),
     ("m", {"keep_alive": "soon"}, 400, "keep_alive"),
+    ("m", {"keep_alive": -5}, 400, "keep_alive"),
+    ("m", {"keep_alive": "-3m"}, 400, "keep_alive"),
     ("m", {"max_replicas": 0}, 400, "max_replicas"),
     ("m", {"max_concurrency": 0}, 400, "max_concurrency"),
     ("m", {"max_queue": -1}, 400, "max_queue"),
