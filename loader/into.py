@@ -60,12 +60,16 @@ def _compare(
     tied = {name for names in _twins(module) if not found.keys().isdisjoint(names) for name in names}
     missing, unexpected = wanted.keys() - found.keys() - tied, [name for name in found if name not in wanted]
     given = found.keys() & wanted.keys()
-    odd = [name for name in given if tuple(wanted[name].shape) != found[name]]
+    shapes = {name: (found[name], tuple(wanted[name].shape)) for name in given}
+    odd = [
+        f"{name}: {there} in the files, {here} in the module" for name, (there, here) in shapes.items() if there != here
+    ]
     if odd or (strict and (missing or unexpected)):
+        kinds = {"missing are": missing, "unknown": unexpected, "of other shapes": odd}
+        faults = ", ".join(f"{kind} {_some(names)}" for kind, names in kinds.items() if names)
         raise RuntimeError(
-            f"{directory} does not fit {type(module).__name__}: missing are {_some(missing)}, unknown "
-            f"{_some(unexpected)}, of other shapes {_some(odd)}; where transformers renames or fuses weights, give "
-            "from_pretrained(None, config=..., state_dict=...) of the model's class what load_checkpoint returns"
+            f"{directory} does not fit {type(module).__name__}: {faults}; where transformers renames or fuses weights, "
+            "give from_pretrained(None, config=..., state_dict=...) of the model's class what load_checkpoint returns"
         )
     for name, buffer in module.named_buffers():
         if buffer.is_meta and name not in given | tied and not hasattr(module, "initialize_weights"):

@@ -117,9 +117,12 @@ def test_on_the_cpu_nothing_is_copied_but_for_another_type(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("tensors", "fault"),
     [
-        ({"weight": torch.ones(4, 3)}, r"missing are \['bias'\], unknown \[\], of other shapes \[\]"),
-        ({"weight": torch.ones(4, 3), "bias": torch.ones(4), "x": torch.ones(1)}, r"missing are \[\], unknown \['x'\]"),
-        ({"weight": torch.ones(3, 4), "bias": torch.ones(4)}, r"of other shapes \['weight'\]"),
+        ({"weight": torch.ones(4, 3)}, r"Linear: missing are \['bias'\]; where"),
+        ({"weight": torch.ones(4, 3), "bias": torch.ones(4), "x": torch.ones(1)}, r"Linear: unknown \['x'\]; where"),
+        (
+            {"weight": torch.ones(3, 4), "bias": torch.ones(4)},
+            r"Linear: of other shapes \['weight: \(3, 4\) in the files, \(4, 3\) in the module'\]; where",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(
