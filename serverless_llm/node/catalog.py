@@ -70,7 +70,12 @@ def problems(state: State) -> list[str]:
     if not state.devices:
         return ["no node has joined"]
     each = [(device.problem, device) for device in state.devices.values()]
-    return [problem or f"{device.id} is drained" for problem, device in each if problem or device.drained]
+    return [problem or _drained(device) for problem, device in each if problem or device.drained]
+
+
+def _drained(device: Device) -> str:
+    """With what undoes it: no verb of the command line does."""
+    return f'{device.id} is drained (POST /admin/nodes/{device.id.node}/drain {{"drained": false}} takes it back)'
 
 
 def nodes(state: State, peers: Mapping[str, Peer]) -> list[dict[str, Any]]:

@@ -72,7 +72,8 @@ def test_with_every_node_drained_the_server_is_not_ready(tmp_path: Path) -> None
         desk.head.controller.handle(events.NodeJoined(node, ((DeviceId("n0", 0), 1),), (), ()))
         assert await published(ready=True) == []
         desk.head.controller.handle(events.Drain("n0", True))
-        assert await published(ready=False) == ["n0/0 is drained"]
+        undo = 'POST /admin/nodes/n0/drain {"drained": false}'
+        assert await published(ready=False) == [f"n0/0 is drained ({undo} takes it back)"]
         desk.head.controller.handle(events.Drain("n0", False))
         assert await published(ready=True) == []
 
