@@ -99,7 +99,7 @@ class Remote:
         self._longest = longest
         self.url = checked(url)
         self._lists = urlsplit(self.url).scheme in LISTING
-        self._obstore = extra("obstore>=0.12", "sources behind a URL", "exceptions", "store")
+        self._obstore = extra("remote", "obstore", "sources behind a URL", "exceptions", "store")
         try:
             self._store = self._open()
         except (self._obstore.exceptions.BaseError, ValueError) as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from serverless_llm.cli.output import as_json, say, seconds, show
+from serverless_llm.cli.output import as_json, columns, say, seconds, show, wrapped
 from serverless_llm.quantities import size
 
 if TYPE_CHECKING:
@@ -45,11 +46,16 @@ def doctor(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 
 
 def text_of(diagnosis: Diagnosis) -> str:
-    """A line for each finding; colours go where standard output is a terminal, unless NO_COLOR is set."""
+    """A line for each finding. On a terminal long ones end at blanks and go on below; colours are there alone, unless
+    NO_COLOR is set."""
     width = max(len(one.name) for one in diagnosis.findings)
     plain = bool(os.environ.get("NO_COLOR"))
     words = {level: level.ljust(4) if plain else click.style(level.ljust(4), COLOURS[level]) for level in COLOURS}
-    return "\n".join(f"{words[one.level]}  {one.name:{width}}  {one.text}" for one in diagnosis.findings)
+    indent, room = width + 8, columns(sys.stdout)
+    texts = [wrapped(one.text, room, indent) for one in diagnosis.findings]
+    return "\n".join(
+        f"{words[one.level]}  {one.name:{width}}  {text}" for one, text in zip(diagnosis.findings, texts, strict=True)
+    )
 
 
 def table(forecasts: Sequence[Forecast]) -> None:

@@ -356,4 +356,4 @@ def _hub() -> Any:
     """Raises:
     ConfigurationError: as `extra`.
     """
-    return extra("huggingface_hub>=1.0", "models of a hub", "errors", "file_download", "utils")
+    return extra("hub", "huggingface_hub", "models of a hub", "errors", "file_download", "utils")

@@ -11,7 +11,7 @@ import click
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir
 from serverless_llm.cli.models import deployed, state, until
-from serverless_llm.cli.output import as_json, printable, seconds
+from serverless_llm.cli.output import as_json, duration, printable, seconds
 from serverless_llm.cli.sources import is_source, resolve
 from serverless_llm.quantities import size
 
@@ -155,7 +155,8 @@ def checkpoint(source: str, dtype: str) -> dict[str, Any]:
 def _print(value: dict[str, Any]) -> None:
     rows = [("status", "not deployed")]
     if value["deployed"]:
-        rows = _of_deployed(value["deployed"], value["estimate"], value["digests"])
+        dtype = _dtype(value["deployed"]["dtype"], value["checkpoint"].get("served"))
+        rows = _of_deployed(value["deployed"], dtype, value["estimate"], value["digests"])
     if value["own_bytes"]:
         rows.append(("own bytes", ", ".join(f"{size(own)} on {node}" for node, own in value["own_bytes"].items())))
     rows += _of_checkpoint(value["checkpoint"])
@@ -165,13 +166,21 @@ def _print(value: dict[str, Any]) -> None:
         click.echo(f"  {name:{width}}  {printable(text)}")
 
 
-def _of_deployed(row: dict[str, Any], start: dict[str, float] | None, digests: list[str]) -> list[tuple[str, str]]:
-    rows = [("name", row["name"]), ("status", state(row)), ("tier", row["tier"]), ("dtype", row["dtype"])]
+def _dtype(asked: str, served: str | None) -> str:
+    """`served`: what `auto` comes to, None of files that cannot be read."""
+    return f"{asked} ({served})" if asked == "auto" and served else asked
+
+
+def _of_deployed(
+    row: dict[str, Any], dtype: str, start: dict[str, float] | None, digests: list[str]
+) -> list[tuple[str, str]]:
+    status = f"failed: {row['error']}" if row["state"] == "failed" else state(row)
+    rows = [("name", row["name"]), ("status", status), ("tier", row["tier"]), ("dtype", dtype)]
     if row["devices"]:
         rows += [("device", ", ".join(row["devices"])), ("until", until(row))]
     if start:
         rows.append(("next start", f"about {seconds(start['start_s'])}; {seconds(start['from_dram_s'])} from DRAM"))
-    kept = "for ever" if row["pinned"] or row["keep_alive"] is None else f"{row['keep_alive']:g} s"
+    kept = "forever" if row["pinned"] or row["keep_alive"] is None else duration(row["keep_alive"])
     rows.append(("keep alive", kept + (", pinned" if row["pinned"] else "")))
     if row["min_replicas"]:
         rows.append(("min replicas", f"{row['min_replicas']} kept loaded"))

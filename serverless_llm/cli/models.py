@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import click
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, find, model_path, of_state_dir
 from serverless_llm.cli.options import ANY_COUNT, COUNT, SOURCE, TIME
-from serverless_llm.cli.output import as_json, say, show
+from serverless_llm.cli.output import as_json, duration, say, show, tell
 from serverless_llm.cli.sources import check_name, name_of, resolve, same
 from serverless_llm.quantities import size
 
@@ -122,6 +123,8 @@ def ls(state_dir: Path | None, as_json: bool) -> None:
         ("NAME", "SIZE", "STATE", "TIER", "SOURCE"),
         [(row["name"], size(row["bytes"]), state(row), row["tier"], origin(row)) for row in models],
     )
+    for failure in failures(models):
+        tell(failure)
 
 
 @click.command()
@@ -134,7 +137,7 @@ def ps(state_dir: Path | None, as_json: bool) -> None:
     """
     status = find(state_dir).call("GET", "/admin/status")
     for problem in status["problems"]:
-        click.echo(problem, err=True)
+        tell(problem)
     models = [row for row in status["models"] if row["state"] in {"loading", "loaded"}]
     models += leaving(status, {(row["name"], device) for row in models for device in row["devices"]})
     if as_json:
@@ -143,7 +146,7 @@ def ps(state_dir: Path | None, as_json: bool) -> None:
     show(
         ("NAME", "SIZE", "STATE", "TIER", "DEVICE", "UNTIL"),
         [
-            (row["name"], size(row["bytes"]), state(row), row["tier"], ", ".join(row["devices"]), until(row))
+            (row["name"], size(row["bytes"]), state(row), row["tier"], ",".join(row["devices"]), until(row))
             for row in models
         ],
     )
@@ -176,7 +179,12 @@ def deployed(server: Server) -> list[dict[str, Any]]:
 def state(row: dict[str, Any]) -> str:
     if row["state"] == "loading":
         return f"loading {row['progress']:.0%}"
-    return f"failed: {row['error']}" if row["state"] == "failed" else str(row["state"])
+    return str(row["state"])
+
+
+def failures(models: Sequence[dict[str, Any]]) -> list[str]:
+    """Why each of the failed ones did: too long for a column, which would take the others' room."""
+    return [f"{row['name']} failed: {row['error']}" for row in models if row["state"] == "failed"]
 
 
 def until(row: dict[str, Any], now: float | None = None) -> str:
@@ -190,4 +198,4 @@ def until(row: dict[str, Any], now: float | None = None) -> str:
     seconds = row["until"] - (time.time() if now is None else now)
     if seconds < 1:
         return "now"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return duration(round(seconds) if seconds < 120 else 60 * round(seconds / 60))

@@ -48,6 +48,14 @@ class Answer(NamedTuple):
     metrics: dict[str, Any]
 
 
+class Found(NamedTuple):
+    """`name`: the model's, there. `start_s`: seconds that the server's start took, 0 of one that was running."""
+
+    server: Server
+    name: str
+    start_s: float = 0.0
+
+
 @click.command()
 @click.argument("model", type=SOURCE, shell_complete=completion.models_and_sources)
 @click.argument("prompt", required=False)
@@ -70,16 +78,16 @@ def run(
     text = prompt if prompt is not None else _standard_input()
     body = {name: value for name, value in sampling.items() if value is not None}
     body |= {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
-    with _server(model, state_dir, quiet) as (server, name):
+    with _server(model, state_dir, quiet) as (server, name, start):
         body |= {"model": name, "stream": True, "stream_options": {"include_usage": True}}
         path = "/v1/completions" if raw else "/v1/chat/completions"
         with Waiting(lambda: standing(server, name), shown=sys.stderr.isatty() and not quiet) as waiting:
             sink = sys.stdout if not as_json else io.StringIO()
             answer = _take(server.stream(path, body), began, sink, waiting.end)
-    value = {"model": name, "text": answer.text, "first_token_s": answer.first}
+    value = {"model": name, "text": answer.text, "first_text_s": answer.first}
     say(value | {"usage": answer.usage, "metrics": answer.metrics}, "", as_json)
     if not quiet and not as_json:
-        click.echo(phases(answer), err=True)
+        click.echo(phases(answer, start), err=True)
 
 
 def _standard_input() -> str:
@@ -96,8 +104,8 @@ def _standard_input() -> str:
 
 
 @contextlib.contextmanager
-def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[tuple[Server, str]]:
-    """A server that has the model, and its name there."""
+def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[Found]:
+    """A server that has the model."""
     try:
         server = find(state_dir)
     except Unreachable as error:
@@ -112,13 +120,14 @@ def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[tuple[S
         name = _deployed(server, model, quiet)
         if not quiet:
             _tell_problems(server)
-        yield server, name
+        yield Found(server, name)
         return
     name, source = name_of(model), resolve(model, served=True)
     if not quiet:
         click.echo("no server is running: one is started for this answer", err=True)
+    began = time.monotonic()
     with ephemeral(f"{name}={source}") as server:
-        yield server, name
+        yield Found(server, name, time.monotonic() - began)
 
 
 def _deployed(server: Server, model: str, quiet: bool) -> str:
@@ -267,12 +276,17 @@ def _take(
     return Answer("".join(parts), None if first is None else first - began, usage, metrics)
 
 
-def phases(answer: Answer) -> str:
-    """Times as one line: `first token 2.81 s after the command | cold start 31 ms: queue 0.4 ms, ...`."""
+def phases(answer: Answer, start_s: float = 0.0) -> str:
+    """Times as one line: `first token 2.81 s after the command | cold start 31 ms: queue 0.4 ms, ...`.
+
+    `start_s`: as of `Found`.
+    """
     metrics = answer.metrics
     tokens = answer.usage.get("completion_tokens")
     none = f"{tokens} token(s), none of them text" if tokens else "no text"
     parts = [none if answer.first is None else f"first token {answer.first:.2f} s after the command"]
+    if start_s:
+        parts[0] += f", {start_s:.2f} s to start the server"
     cold = {name: value for name, value in metrics.items() if name.startswith("cold_start")}
     if cold.get("cold_start_ms"):
         inner = cold.get("cold_start_phases") or {}

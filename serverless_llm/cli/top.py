@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, of_state_dir
-from serverless_llm.cli.models import state, until
-from serverless_llm.cli.output import as_json, printable, show, table
+from serverless_llm.cli.models import failures, state, until
+from serverless_llm.cli.output import as_json, printable, show, table, tell
 from serverless_llm.quantities import size
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def headline(seen: dict[str, Any]) -> str:
 def tables(seen: dict[str, Any]) -> tuple[Table, Table]:
     """Models and devices as rows of texts."""
     models: Rows = [
-        (row["name"], size(row["bytes"]), state(row), row["tier"], ", ".join(row["devices"]),
+        (row["name"], size(row["bytes"]), state(row), row["tier"], ",".join(row["devices"]),
          str(row["running"]), str(row["waiting"]), until(row) if row["devices"] else "")
         for row in seen["models"]
     ]  # fmt: skip
@@ -81,13 +81,17 @@ def tables(seen: dict[str, Any]) -> tuple[Table, Table]:
     return (MODELS, models), (DEVICES, devices)
 
 
+def _problems(seen: dict[str, Any]) -> list[str]:
+    return [*seen["problems"], *failures(seen["models"])]
+
+
 def _print(seen: dict[str, Any]) -> None:
     click.echo(headline(seen))
     for header, rows in tables(seen):
         click.echo()
         show(header, rows)
-    for problem in seen["problems"]:
-        click.echo(printable(problem), err=True)
+    for problem in _problems(seen):
+        tell(problem)
 
 
 def _watch(server: Server, interval: float) -> None:
@@ -111,7 +115,7 @@ def _screen(seen: dict[str, Any], width: int) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    parts = [Text(headline(seen), style="bold"), *map(Text, map(printable, seen["problems"]))]
+    parts = [Text(headline(seen), style="bold"), *map(Text, map(printable, _problems(seen)))]
     for header, rows in tables(seen):
         names, *lines = table(header, rows, width)
         parts += [Text(), Text(names, style="dim", no_wrap=True), *(Text(line, no_wrap=True) for line in lines)]

@@ -225,7 +225,7 @@ def test_run_without_a_server_leaves_nothing(tmp_path: Path) -> None:
         env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "desserts\n")
-    assert "cold start" in done.stderr
+    assert " s to start the server | cold start" in done.stderr
     assert list(folder.iterdir()) == []
     assert not any(str(folder) in line for line in command_lines())
 

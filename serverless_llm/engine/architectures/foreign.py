@@ -12,6 +12,7 @@ from typing import Any
 from serverless_llm.engine.architectures.description import Description
 from serverless_llm.engine.architectures.reader import MOST, MOST_PARTS, Reader
 from serverless_llm.errors import CheckpointError
+from serverless_llm.extras import how_to_install
 
 # One thing, as different architectures spell it.
 VOCAB = ("vocab_size",)
@@ -47,7 +48,7 @@ def known(config: Mapping[str, Any]) -> bool:
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
             f"config.json: {names[0]} is not native; transformers, which may know it, is not installed: "
-            "pip install 'transformers>=5.23'"
+            + how_to_install("transformers")
         )
     return (kind, names[0]) in decoders(next(iter(spec.submodule_search_locations)))
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_people_read_a_table(cli: CommandLine, tmp_path: Path) -> None:
     lines = cli("doctor").out.splitlines()
     assert any(line.startswith("ok    disk ") and "/s at " in line for line in lines)
     assert lines[-2].split() == ["MODEL", "SIZE", "FROM", "DISK", "FROM", "DRAM"]
-    assert lines[-1].startswith("demo-add  3.1 MB ")
+    assert lines[-1].startswith("demo-add  3.1MB ")
 
 
 def test_a_table_of_what_comes_from_a_network_has_a_column_more(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,8 +85,8 @@ def test_a_table_of_what_comes_from_a_network_has_a_column_more(capsys: pytest.C
     doctor.table([near, far, diagnosis.Forecast("bad", "/bad", error="gone")])
     head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
     assert head == ["MODEL", "SIZE", "FROM", "NETWORK", "FROM", "DISK", "FROM", "DRAM"]
-    assert rows[0] == ["near", "2.0", "MB", "-", "2.0", "s", "100", "ms"]
-    assert rows[1] == ["far", "3.0", "MB", "12.0", "s", "3.0", "s", "100", "ms"]
+    assert rows[0] == ["near", "2.0MB", "-", "2.0", "s", "100", "ms"]
+    assert rows[1] == ["far", "3.0MB", "12.0", "s", "3.0", "s", "100", "ms"]
     assert rows[2][-3:] == ["cannot", "be", "served"]
 
 
@@ -97,6 +98,16 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" in doctor.text_of(found)
     monkeypatch.setenv("NO_COLOR", "1")
     assert doctor.text_of(found) == "fail  disk  gone"
+
+
+def test_on_a_terminal_no_word_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "serverless-llm 0.1.0, torch 2.13.0"
+    found = diagnosis.Diagnosis((checks.Finding("versions", checks.FAILURE, text),), Rates({}, 1.0, None), ())
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "44")
+    assert doctor.text_of(found) == f"fail  versions  {text}"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert doctor.text_of(found) == f"fail  versions  serverless-llm 0.1.0, torch\n{' ' * 16}2.13.0"
 
 
 def test_what_would_not_work_is_the_status_and_the_reason(
@@ -165,10 +176,10 @@ def test_a_running_server_is_diagnosed_as_it_runs(cli: CommandLine, tmp_path: Pa
     assert outcome.status == 1
     assert "200.0 MB for DRAM, cpu:2 of 100.0 MB each" in outcome.out
     assert outcome.out.count("operation not permitted: its copies cost a CPU more; ulimit -l unlimited") == 2
-    _, _, _, from_disk, _, from_dram, _ = outcome.out.splitlines()[-2].split()
+    _, _, from_disk, _, from_dram, _ = outcome.out.splitlines()[-2].split()
     assert (from_disk, from_dram) == ("3.1", "20")  # with its cap, and what it learned
     assert json.loads(cli("doctor", "--json").out)["rates"]["remote"] == 5e6
-    assert outcome.out.splitlines()[-1].split() == ["big", "614.0", "MB", "cannot", "be", "served"]
+    assert outcome.out.splitlines()[-1].split() == ["big", "614.0MB", "cannot", "be", "served"]
     assert "would not work: big: big fits on no device" in outcome.err
     server.answers["GET", "/admin/status"] = (200, {"models": [row], "nodes": []})
     assert "cpu:1 of " in cli("doctor").out

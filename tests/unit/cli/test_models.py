@@ -182,7 +182,7 @@ def test_hub_ids_need_a_library(cli: CommandLine, running: Scripted, monkeypatch
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     outcome = cli("deploy", "m", "owner/name")
     assert outcome.status == 78
-    assert "pip install 'huggingface_hub>=1.0'" in outcome.err
+    assert "pip install -c constraints.txt '.[hub]'" in outcome.err
 
 
 def test_paths_mean_what_they_do_on_the_servers_machine(
@@ -304,19 +304,22 @@ def test_ls_shows_all(cli: CommandLine, running: Scripted) -> None:
         {"name": "long-name", "state": "failed", "error": "pickle file", "tier": "disk"},
         {"name": "n", "state": "loading", "progress": 0.5, "tier": "dram", "bytes": 12},
     )
-    assert cli("ls").out.splitlines() == [
-        "NAME       SIZE    STATE                TIER    SOURCE",
-        "m          3.8 MB  loaded               device  /models/m",
-        "long-name  3.8 MB  failed: pickle file  disk    /models/m",
-        "n          12 B    loading 50%          dram    /models/m",
+    outcome = cli("ls")
+    assert outcome.out.splitlines() == [
+        "NAME       SIZE   STATE        TIER    SOURCE",
+        "m          3.8MB  loaded       device  /models/m",
+        "long-name  3.8MB  failed       disk    /models/m",
+        "n          12B    loading 50%  dram    /models/m",
     ]
+    assert [line.split()[2] for line in outcome.out.splitlines()] == ["STATE", "loaded", "failed", "loading"]
+    assert outcome.err == "long-name failed: pickle file\n"
 
 
 def test_ps_shows_what_holds_memory(cli: CommandLine, running: Scripted) -> None:
-    rows(running, {}, {"name": "idle", "state": "unloaded", "devices": []})
+    rows(running, {"devices": ["node0/1", "node1/0"]}, {"name": "idle", "state": "unloaded", "devices": []})
     assert cli("ps").out.splitlines() == [
-        "NAME  SIZE    STATE   TIER    DEVICE   UNTIL",
-        "m     3.8 MB  loaded  device  node0/1  in use",
+        "NAME  SIZE   STATE   TIER    DEVICE           UNTIL",
+        "m     3.8MB  loaded  device  node0/1,node1/0  in use",
     ]
 
 
@@ -332,10 +335,10 @@ def test_ps_shows_what_still_leaves(cli: CommandLine, running: Scripted) -> None
     _, status = running.answers["GET", "/admin/status"]
     status["nodes"] = [{"devices": [{"device": "node0/1", "replicas": held}]}]
     assert cli("ps").out.splitlines() == [
-        "NAME      SIZE    STATE    TIER    DEVICE   UNTIL",
-        "m         3.8 MB  loaded   device  node0/1  in use",
-        "removed   3.4 MB  leaving  device  node0/1  in use",
-        "unloaded  12 B    leaving  device  node0/1  now",
+        "NAME      SIZE   STATE    TIER    DEVICE   UNTIL",
+        "m         3.8MB  loaded   device  node0/1  in use",
+        "removed   3.4MB  leaving  device  node0/1  in use",
+        "unloaded  12B    leaving  device  node0/1  now",
     ]
     assert [row["name"] for row in json.loads(cli("ps", "--json").out)] == ["m", "removed", "unloaded"]
 
@@ -357,7 +360,8 @@ def test_lists_as_json(cli: CommandLine, running: Scripted, verb: str) -> None:
     [
         ({"until": 1000.5}, "now"),
         ({"until": 1090.0}, "90 s"),
-        ({"until": 1300.0}, "5 min"),
+        ({"until": 1299.0}, "5 min"),
+        ({"until": 6390.0}, "1 h 30 min"),
         ({"pinned": True}, "forever"),
         ({"keep_alive": None}, "forever"),
         ({}, "in use"),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from serverless_llm.cli.output import fitted, printable, shortened, show, table
+from serverless_llm.cli.output import duration, fitted, printable, shortened, show, table, tell, wrapped
 
 ROWS = [("demo-count", "failed: no such file in a directory\nwith a \x1b[2J name", "node0/0")]
 
@@ -60,3 +60,39 @@ def test_what_is_cut_says_so() -> None:
 
 def test_nothing_moves_the_cursor() -> None:
     assert printable("a\nb\tc\x1b[2Jd\x9be\x7f ü…") == "a b c?[2Jd?e? ü…"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0 s"),
+        (90.0, "90 s"),
+        (150.5, "2 min 30.5 s"),
+        (300.0, "5 min"),
+        (5400.0, "1 h 30 min"),
+        (604800.0, "7 d"),
+    ],
+)
+def test_durations_say_what_was_given(value: float, text: str) -> None:
+    assert duration(value) == text
+
+
+def test_columns_of_a_pipe_split_on_blanks() -> None:
+    row = ("m", "3.8 MB", "1.2 GB/s", "/of a 4 B/model")
+    assert table("ABCD", [row])[1].split(None, 3) == ["m", "3.8MB", "1.2GB/s", "/of a 4 B/model"]
+    assert "3.8 MB  1.2 GB/s  /of a" in table("ABCD", [row], 80)[1]
+
+
+def test_long_texts_end_their_lines_at_blanks() -> None:
+    text = "serverless-llm 0.1.0, torch 2.13.0 in /a/directory/of/its/own"
+    assert wrapped(text, None) == text
+    assert wrapped(text, 34, indent=6) == "serverless-llm 0.1.0, torch\n      2.13.0 in\n      /a/directory/of/its/own"
+    assert wrapped("longer-than-there-is-room /for", 6) == "longer-than-there-is-room\n/for"
+
+
+def test_a_reason_is_one_line_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tell("m failed: no\nsuch file")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "14")
+    tell("m failed: no\nsuch file")
+    assert capsys.readouterr().err == "m failed: no such file\nm failed: no\nsuch file\n"

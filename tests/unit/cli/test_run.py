@@ -65,7 +65,7 @@ def test_the_whole_answer_as_json(cli: CommandLine, known: Scripted) -> None:
     outcome = cli("run", "m", "43", "--json")
     assert outcome.err == ""
     answer = json.loads(outcome.out)
-    assert answer.pop("first_token_s") > 0
+    assert answer.pop("first_text_s") > 0
     assert answer == {"model": "m", "text": "44 45", "usage": USAGE, "metrics": METRICS}
 
 
@@ -74,6 +74,8 @@ def test_an_answer_of_tokens_that_are_no_text_is_told(cli: CommandLine, known: S
     known.answers[CHAT] = (200, events({"choices": [{"delta": {}}]}, {"choices": [], "usage": usage}))
     outcome = cli("run", "m", "43")
     assert (outcome.status, outcome.out, outcome.err) == (0, "", "8 token(s), none of them text\n")
+    answer = json.loads(cli("run", "m", "43", "--json").out)
+    assert (answer["text"], answer["first_text_s"]) == ("", None)
 
 
 def test_prompt_from_standard_input(cli: CommandLine, known: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +253,11 @@ def test_phases_of_an_answer_without_tokens_or_metrics() -> None:
     assert phases(Answer("a", 0.5, {}, {"time_to_first_token_ms": 2.0})) == (
         "first token 0.50 s after the command | warm | time to first token 2.0 ms"
     )
+
+
+def test_a_server_of_its_own_is_part_of_the_time() -> None:
+    told = phases(Answer("a", 14.1, {}, {"cold_start_ms": 88.0}), start_s=13.9)
+    assert told == "first token 14.10 s after the command, 13.90 s to start the server | cold start 88 ms"
 
 
 # --- stop ---

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
+import time
 from typing import Any
 
 import pytest
@@ -64,7 +66,18 @@ def test_show_a_deployed_model(cli: CommandLine, busy: Scripted) -> None:
     assert ["requests", "1 running, 2 waiting"] in lines
     assert ["min", "replicas  1 kept loaded"] in lines
     busy.answers["GET", "/admin/models/m"] = (200, ROW | {"pinned": True, "min_replicas": 0})
-    assert "for ever, pinned\n" in cli("show", "m").out
+    assert "forever, pinned\n" in cli("show", "m").out
+
+
+def test_show_writes_times_as_lists_do_and_says_what_auto_comes_to(cli: CommandLine, busy: Scripted) -> None:
+    changed = ROW | {"dtype": "auto", "keep_alive": 300.0, "until": time.time() + 300.0}
+    busy.answers["GET", "/admin/models/m"] = (200, changed)
+    told = cli("show", "m").out
+    assert re.search(r"\n  dtype +auto \(float32\)\n", told)
+    assert re.search(r"\n  until +5 min\n", told)
+    assert re.search(r"\n  keep alive +5 min\n", told)
+    busy.answers["GET", "/admin/models/m"] = (200, changed | {"source": "/gone"})
+    assert re.search(r"\n  dtype +auto\n", cli("show", "m").out)
 
 
 def test_show_tells_of_what_is_verified_and_whether_it_can_be(cli: CommandLine, busy: Scripted) -> None:
@@ -195,9 +208,19 @@ def test_top_in_a_pipe_is_printed_once(cli: CommandLine, busy: Scripted) -> None
     assert outcome.out.startswith(
         "12.0 tokens/s, 1.5 requests/s, 0.0 errors/s, first token 31 ms (p95 44 ms), DRAM 1.0 GB"
     )
-    assert ["m", "3.0", "GB", "loaded", "device", "node0/1", "1", "2", "in", "use"] in lines
-    assert ["node0/1", "cpu", "3.0", "GB", "5.0", "MB", "10", "B", "1", "m"] in lines
+    assert ["m", "3.0GB", "loaded", "device", "node0/1", "1", "2", "in", "use"] in lines
+    assert ["node0/1", "cpu", "3.0GB", "5.0MB", "10B", "1", "m"] in lines
     assert outcome.err == "node0/2 is not up\n"
+
+
+def test_why_a_model_failed_stands_beside_no_column(cli: CommandLine, busy: Scripted) -> None:
+    failed = ROW | {"state": "failed", "tier": "disk", "devices": [], "error": "a pickle file", "until": None}
+    busy.answers["GET", "/admin/status"][1]["models"] = [failed]
+    outcome = cli("top")
+    assert ["m", "3.0GB", "failed", "disk", "1", "2"] in [line.split() for line in outcome.out.splitlines()]
+    assert outcome.err == "node0/2 is not up\nm failed: a pickle file\n"
+    busy.answers["GET", "/admin/models/m"] = (200, failed)
+    assert re.search(r"\n  status +failed: a pickle file\n", cli("show", "m").out)
 
 
 def test_top_as_json(cli: CommandLine, busy: Scripted) -> None:

@@ -175,5 +175,5 @@ def test_an_answer_that_breaks_off_says_so() -> None:
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'obstore>=0\.12'"):
+    with pytest.raises(ConfigurationError, match=r"constraints\.txt '\.\[remote\]'"):
         Remote("https://host/m")
