@@ -159,7 +159,7 @@ def _print(value: dict[str, Any]) -> None:
         rows = _of_deployed(value["deployed"], dtype, value["estimate"], value["digests"])
     if value["own_bytes"]:
         rows.append(("own bytes", ", ".join(f"{size(own)} on {node}" for node, own in value["own_bytes"].items())))
-    rows += _of_checkpoint(value["checkpoint"])
+    rows += _of_checkpoint(value["checkpoint"], dict(rows)["status"])
     width = max(len(name) for name, _ in rows)
     click.echo(value["model"])
     for name, text in rows:
@@ -192,11 +192,12 @@ def _of_deployed(
     return [*rows, ("requests", f"{row['running']} running, {row['waiting']} waiting")]
 
 
-def _of_checkpoint(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _of_checkpoint(found: dict[str, Any], told: str) -> list[tuple[str, str]]:
+    """`told`: the status, which says why a model failed."""
     url, directory = found["url"], found["source"]
     where = [("source", url), ("directory", directory)] if url else [("source", directory)]
     if "error" in found:
-        return [*where, ("checkpoint", found["error"])]
+        return where if found["error"] in told else [*where, ("checkpoint", found["error"])]
     stored = ", ".join(found["dtypes"])
     shape = f"{found['layers']} layers of {found['hidden']}, vocabulary of {found['vocabulary']}"
     return [

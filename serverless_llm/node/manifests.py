@@ -32,6 +32,7 @@ class Manifests:
         """The checkpoint's manifest, read again unless it is among those whose bytes are `here`, or written anew.
 
         Raises:
+            TransientError: it is gone, or cannot be read now.
             CheckpointError: it is damaged, or no longer what was deployed.
         """
         self._known = {known: one for known, one in self._known.items() if known in here}
@@ -39,10 +40,9 @@ class Manifests:
         if found is None or await apart(partial(identity.written_anew, found)):
             try:
                 found = await asyncio.shield(self._read(source, checkpoint))
-            except TransientError:
-                raise
             except CheckpointError as error:  # it was whole when it was deployed
-                raise CheckpointError(f"{error}; mend that and deploy it again") from error
+                kind = TransientError if isinstance(error, TransientError) else CheckpointError
+                raise kind(f"{error}; mend that and deploy it again") from error
             if found.checkpoint != checkpoint:
                 raise CheckpointError(f"{source} was changed after it was deployed: deploy it again")
             self._known[checkpoint] = found

@@ -141,6 +141,15 @@ def test_show_a_model_whose_files_are_gone(cli: CommandLine, busy: Scripted) -> 
     assert "/nowhere: No such file or directory" in outcome.out
 
 
+def test_show_says_once_why_a_model_failed(cli: CommandLine, busy: Scripted) -> None:
+    why = "/nowhere: No such file or directory"
+    for error in (why, f"{why}; mend that and deploy it again"):
+        busy.answers["GET", "/admin/models/m"] = (200, ROW | {"source": "/nowhere", "state": "failed", "error": error})
+        outcome = cli("show", "m")
+        assert f"failed: {error}\n" in outcome.out
+        assert outcome.out.count(why) == 1
+
+
 @pytest.mark.parametrize("directory", [SOURCE, "/nowhere"])
 def test_show_tells_the_url_of_a_model_and_where_its_files_are(
     cli: CommandLine, busy: Scripted, directory: str

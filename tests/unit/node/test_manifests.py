@@ -93,6 +93,13 @@ def test_a_bundled_checkpoint_that_cannot_be_read_is_worth_another_try(tmp_path:
         (bundled / "tokenizer.json").chmod(0o600)
 
 
+def test_a_directory_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
+    source = tmp_path / "gone"
+    with pytest.raises(TransientError) as told:
+        asyncio.run(Manifests().of(str(source), "it", {}))
+    assert str(told.value) == f"{source}: No such file or directory; mend that and deploy it again"
+
+
 def test_any_other_checkpoint_is_another_with_another_time(tmp_path: Path) -> None:
     source = tmp_path / "demo-add"
     shutil.copytree(tasks.checkpoint_dir("demo-add"), source)
