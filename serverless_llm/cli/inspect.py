@@ -10,9 +10,9 @@ import click
 
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir
-from serverless_llm.cli.models import deployed, state, until
+from serverless_llm.cli.models import deployed, made_of, state, until
 from serverless_llm.cli.output import as_json, duration, printable, seconds
-from serverless_llm.cli.sources import is_source, resolve
+from serverless_llm.cli.sources import is_source, resolve, url_of
 from serverless_llm.quantities import size
 
 
@@ -24,7 +24,7 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
     """Tell of MODEL: a deployed name, or, whether a server runs or not, a directory, a hub id, a URL
     or a demo checkpoint."""
     from serverless_llm.errors import CheckpointError, RequestError
-    from serverless_llm.loader.disk_tier import url_of
+    from serverless_llm.loader import disk_tier
 
     row, start, known, own, here = _deployed(model, state_dir)
     value: dict[str, Any] = {"model": model, "deployed": row, "estimate": start, "digests": known, "own_bytes": own}
@@ -35,7 +35,7 @@ def show(model: str, state_dir: Path | None, as_json: bool) -> None:
         if row is None:
             raise
         value["checkpoint"] = {"source": source, "error": str(error)}
-    value["checkpoint"]["url"] = row["url"] if row else url_of(Path(source))
+    value["checkpoint"]["url"] = row["url"] if row else disk_tier.url_of(Path(source))
     if as_json:
         click.echo(json.dumps(value))
         return
@@ -90,7 +90,7 @@ def _row(server: Server, model: str) -> dict[str, Any] | None:
         if not is_source(model) or error.status != 404:
             raise
         source = resolve(model, served=True) if server.local else model
-        return next((row for row in deployed(server) if row["source"] == source), None)
+        return next(iter(made_of(deployed(server), source, url_of(model))), None)
     return row
 
 

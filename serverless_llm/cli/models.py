@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.parse
 from collections.abc import Sequence
@@ -92,6 +93,12 @@ def former_of(server: Server, name: str) -> dict[str, Any] | None:
             raise
         return None
     return row
+
+
+def made_of(rows: list[dict[str, Any]], directory: str, url: str) -> list[dict[str, Any]]:
+    """The models of a directory; where there are none, those of the URL that it was brought from, if it was."""
+    exact = [row for row in rows if os.path.realpath(row["source"]) == os.path.realpath(directory)]
+    return exact or [row for row in rows if url and row["url"] == url]
 
 
 def origin(row: dict[str, Any]) -> str:

@@ -16,11 +16,11 @@ import click
 from serverless_llm.cli import completion
 from serverless_llm.cli.client import Refusal, Server, Unreachable, find, model_path, of_state_dir, read_head
 from serverless_llm.cli.main import CONFIGURATION
-from serverless_llm.cli.models import deployed, origin
+from serverless_llm.cli.models import deployed, made_of, origin
 from serverless_llm.cli.options import COUNT, SOURCE
 from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.progress import Waiting
-from serverless_llm.cli.sources import demos, is_source, name_of, resolve
+from serverless_llm.cli.sources import demos, is_source, name_of, resolve, url_of
 from serverless_llm.errors import ConfigurationError, did_you_mean
 from serverless_llm.surroundings import PREFIX
 
@@ -140,17 +140,16 @@ def _deployed(server: Server, model: str, quiet: bool) -> str:
     if model in known or not server.local or not is_source(model):
         return model
     name, source = name_of(model), resolve(model, served=True)
+    url = url_of(model)
+    names = [str(row["name"]) for row in made_of(deployed(server), source, url)]
+    if names:
+        return name if name in names else names[0]
     if name in known:
         row = server.call("GET", model_path(name))
-        if row["source"] != source and os.path.realpath(row["source"]) != source:
-            raise click.ClickException(
-                f"{name!r} is deployed from {origin(row)}, not from {source}: give this one a name of its own "
-                f"(serverless-llm deploy NAME {model}), or run {name} for the other"
-            )
-        return name
-    for row in deployed(server):
-        if os.path.realpath(row["source"]) == os.path.realpath(source):
-            return str(row["name"])
+        raise click.ClickException(
+            f"{name!r} is deployed from {origin(row)}, not from {url or source}: give this one a name of its own "
+            f"(serverless-llm deploy NAME {model}), or run {name} for the other"
+        )
     server.call("PUT", model_path(name), {"source": source})
     if not quiet:
         click.echo(f"{name} is deployed now and stays so; serverless-llm rm {name} takes it away", err=True)

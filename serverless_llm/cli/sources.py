@@ -80,6 +80,17 @@ def _of_url(source: str, served: bool) -> str:
     return str(lease.directory)
 
 
+def url_of(source: str) -> str:
+    """A URL as a model's row has it; empty of another kind of source.
+
+    Raises:
+        CheckpointError: it is not one of a checkpoint.
+    """
+    from serverless_llm.loader import remote
+
+    return remote.checked(source) if remote.is_url(source) else ""
+
+
 def _is_url(text: str) -> bool:
     from serverless_llm.loader import remote
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from serverless_llm.cli.client import Server
 from serverless_llm.cli.run import Answer, phases, standing
 from serverless_llm.cli.stop import STOP
 from serverless_llm.demo import tasks
+from serverless_llm.loader import disk_tier
+from serverless_llm.loader.download import CHECKPOINT
 from tests.unit.cli.conftest import CommandLine, Scripted, events
 
+URL = "http://127.0.0.1:1/m"  # where nothing listens
 CHAT = ("POST", "/v1/chat/completions")
 STATUS = ("GET", "/admin/status")
 PHASES = {"load_disk_ms": 9, "load_queue_ms": 1.0}
@@ -161,7 +165,10 @@ def test_a_directory_that_is_deployed_under_another_name_is_not_deployed_again(
 ) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "tiny")
-    rows = [{"name": "other", "source": "/models/other"}, {"name": "m", "source": str(tmp_path / "link")}]
+    rows = [
+        {"name": "other", "source": "/models/other", "url": ""},
+        {"name": "m", "source": str(tmp_path / "link"), "url": ""},
+    ]
     known.answers[STATUS] = (200, {"models": rows, "problems": []})
     assert cli("run", str(tmp_path / "tiny"), "1", "-q") == (0, "44 45\n", "")
     assert known.seen[-1][2]["model"] == "m"
@@ -185,7 +192,7 @@ def test_a_directory_that_is_deployed_is_used_as_it_is(cli: CommandLine, known: 
     (tmp_path / "m").mkdir()
     (tmp_path / "link").symlink_to(tmp_path)
     for source in (tmp_path / "m", tmp_path / "link" / "m"):
-        known.answers["GET", "/admin/models/m"] = (200, {"source": str(source)})
+        known.answers[STATUS] = (200, {"models": [{"name": "m", "source": str(source), "url": ""}], "problems": []})
         assert cli("run", str(tmp_path / "m"), "1", "-q").status == 0
         assert known.seen[-1][2]["model"] == "m"
     assert {method for method, *_ in known.seen} == {"GET", "POST"}
@@ -200,6 +207,42 @@ def test_a_directory_of_a_deployed_name_gets_no_answer_from_another(
     assert (outcome.status, outcome.out) == (1, "")
     assert f"'m' is deployed from /models/m, not from {tmp_path / 'm'}: give this one a name of its own" in outcome.err
     assert {method for method, *_ in known.seen} == {"GET"}
+
+
+@pytest.fixture
+def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The disk tier has a checkpoint of `URL`; its directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = disk_tier.tier().home(URL) / "newer"
+    shutil.copytree(tasks.checkpoint_dir("demo-add"), place / CHECKPOINT)
+    (place / disk_tier.URL).write_text(URL)
+    return place / CHECKPOINT
+
+
+def test_a_url_is_what_was_deployed_from_it_under_another_name(
+    cli: CommandLine, known: Scripted, brought: Path
+) -> None:
+    """Also when another model has the name that it would get, and after a newer version was pulled."""
+    row = {"name": "other", "source": str(brought.parents[1] / "older" / CHECKPOINT), "url": URL}
+    named = {"name": "m", "source": "/models/m", "url": ""}
+    known.answers[STATUS] = (200, {"models": [named, row], "problems": []})
+    known.answers["GET", "/admin/models/m"] = (200, named)
+    assert cli("run", f"{URL}/", "1", "-q") == (0, "44 45\n", "")
+    assert known.seen[-1][2]["model"] == "other"
+    exact = {"name": "exact", "source": str(brought), "url": URL}
+    known.answers[STATUS] = (200, {"models": [row, exact], "problems": []})
+    assert cli("run", URL, "1", "-q").status == 0
+    assert known.seen[-1][2]["model"] == "exact"
+    known.answers[STATUS] = (200, {"models": [named], "problems": []})
+    assert f"'m' is deployed from /models/m, not from {URL}: give this one" in cli("run", URL, "1").err
+    assert {method for method, *_ in known.seen} == {"GET", "POST"}
+
+
+def test_a_url_prefers_the_model_that_has_its_name(cli: CommandLine, known: Scripted, brought: Path) -> None:
+    rows = [{"name": name, "source": str(brought), "url": URL} for name in ("other", "m")]
+    known.answers[STATUS] = (200, {"models": rows, "problems": []})
+    assert cli("run", URL, "1", "-q").status == 0
+    assert known.seen[-1][2]["model"] == "m"
 
 
 def test_an_unknown_name_is_for_the_server_to_refuse(cli: CommandLine, known: Scripted) -> None:

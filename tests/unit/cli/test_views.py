@@ -6,15 +6,19 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serverless_llm.cli.top import headline
 from serverless_llm.demo import tasks
+from serverless_llm.loader import disk_tier
+from serverless_llm.loader.download import CHECKPOINT
 from serverless_llm.node.processes import command, environment
 from tests.unit.cli.conftest import CommandLine, Scripted
 
@@ -189,6 +193,21 @@ def test_show_a_source_that_is_deployed_under_a_name(cli: CommandLine, busy: Scr
     busy.answers["GET", "/admin/models/demo-add"] = (404, {"error": {"message": "no model", "code": "x"}})
     outcome = cli("show", "demo-add")
     assert outcome.out.splitlines()[1].split() == ["name", "m"]
+
+
+def test_show_a_url_that_is_deployed_in_an_older_version(
+    cli: CommandLine, busy: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = "http://127.0.0.1:1/sm"
+    place = disk_tier.tier().home(url) / "newer"
+    shutil.copytree(SOURCE, place / CHECKPOINT)
+    (place / disk_tier.URL).write_text(url)
+    assert "not deployed" in cli("show", url).out
+    _, status = busy.answers["GET", "/admin/status"]
+    rows = [ROW | {"name": "other", "url": "http://127.0.0.1:1/other"}, ROW | {"url": url}]
+    busy.answers["GET", "/admin/status"] = (200, status | {"models": rows})
+    assert cli("show", f"{url}/").out.splitlines()[1].split() == ["name", "m"]
 
 
 def test_show_what_is_not_there(cli: CommandLine, busy: Scripted) -> None:
