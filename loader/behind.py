@@ -1,7 +1,8 @@
 """The disk tier fills behind a load that reads from a server: what came is written while the next bytes come.
 
 The load waits for none of it. Where the disk is full, or so slow that more than `WAITING` bytes would wait for it, what
-comes is dropped: that part of the version is asked for again another time, or by `serverless-llm pull`.
+comes is dropped, and at the end the log has how much: that part of the version is asked for again another time, or by
+`serverless-llm pull`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from serverless_llm.errors import ServerlessLLMError
+from serverless_llm.errors import CheckpointError, ServerlessLLMError
 from serverless_llm.loader.download import Range
-from serverless_llm.loader.filling import Filling
+from serverless_llm.loader.filling import Filling, lacking
+from serverless_llm.quantities import size
 
 WAITING = 128 << 20  # bytes: a second of a fast disk; this much memory is used beside the pool
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Behind:
         self._chunks: deque[_Chunk] = deque()
         self._waiting = 0  # bytes
         self._takes = True
+        self._dropped = False
         self._closed = False
         self._wake = threading.Condition()  # guards all of these
         threading.Thread(target=self._run, name="behind", daemon=True).start()
@@ -47,6 +50,8 @@ class Behind:
                 self._chunks.append(_Chunk(file, start, data))
                 self._waiting += len(data)
                 self._wake.notify()
+            else:
+                self._dropped = True
 
     def close(self) -> None:
         """Nothing comes any more, and nobody reads of what is there. What came is still written."""
@@ -64,7 +69,23 @@ class Behind:
                 self._takes = False
                 self._chunks.clear()
                 self._wake.wait_for(lambda: self._closed)
+                dropped = self._dropped or self._waiting > 0
+            if dropped:
+                self._tell()
             self._filling.close()
+
+    def _tell(self) -> None:
+        """What the disk lacks, and what brings it."""
+        url = self._filling.url
+        try:
+            missing = size(lacking(self._filling.directory))
+        except CheckpointError as error:
+            log.warning("%s: what came is not all on the disk: %s", url, error)
+            return
+        log.warning(
+            "%s: %s are not on the disk, which failed or was slower than the network; "
+            "the next start asks for them, and serverless-llm pull %s brings them", url, missing, url,
+        )  # fmt: skip
 
     def _fill(self) -> None:
         begun = False

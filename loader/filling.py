@@ -31,6 +31,7 @@ class Filling:
         OSError: it cannot be written.
         """
         self.url = source.url
+        self.directory = directory
         self._source = source
         self._files = files
         self._whole = directory.parent

@@ -176,6 +176,8 @@ def _of_deployed(
 ) -> list[tuple[str, str]]:
     status = f"failed: {row['error']}" if row["state"] == "failed" else state(row)
     rows = [("name", row["name"]), ("status", status), ("tier", row["tier"]), ("dtype", dtype)]
+    if row["remote_bytes"]:
+        rows.append(("on the server only", size(row["remote_bytes"])))
     if row["devices"]:
         rows += [("device", ", ".join(row["devices"])), ("until", until(row))]
     if start:

@@ -133,6 +133,12 @@ def test_show_estimates_what_comes_from_a_server_by_its_link(cli: CommandLine, b
     assert json.loads(cli("show", "m", "--json").out)["estimate"] == {"start_s": 1.77, "from_dram_s": 0.02}
 
 
+def test_show_tells_how_much_the_disk_lacks(cli: CommandLine, busy: Scripted) -> None:
+    assert "only" not in cli("show", "m").out
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"remote_bytes": 13_000_000})
+    assert "  on the server only  13.0 MB\n" in cli("show", "m").out
+
+
 def test_show_a_model_whose_files_are_gone(cli: CommandLine, busy: Scripted) -> None:
     busy.answers["GET", "/admin/models/m"] = (200, ROW | {"source": "/nowhere", "state": "failed", "error": "gone"})
     outcome = cli("show", "m")

@@ -31,6 +31,7 @@ from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.repack import repack
 from serverless_llm.loader.source import Came
+from serverless_llm.quantities import size
 from tests.range_server import RangeServer
 from tests.serving import until
 from tests.unit.loader import checkpoints
@@ -336,7 +337,12 @@ def test_what_is_another_by_now_is_to_be_deployed_again(
 
 @pytest.mark.parametrize("obstacle", ["full", "bound", "slow", "taken"])
 def test_a_disk_that_takes_nothing_fails_no_load(
-    server: RangeServer, lease: Lease, node: Node, monkeypatch: pytest.MonkeyPatch, obstacle: str
+    server: RangeServer,
+    lease: Lease,
+    node: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    obstacle: str,
 ) -> None:
     found = manifest.build(lease.directory)
     partial = lease.directory.parent.with_suffix(disk_tier.PARTIAL)
@@ -358,8 +364,47 @@ def test_a_disk_that_takes_nothing_fails_no_load(
     until(lambda: not writers(), "its writer to end")
     assert server.sent == 2 * found.file_bytes
     assert not whole(lease.directory)
+    lacks = f"{server.url}/m: {size(found.file_bytes)} are not on the disk"
+    lines = [record for record in caplog.records if record.getMessage().startswith(lacks)]
+    assert len(lines) == {"slow": 2, "bound": 2}.get(obstacle, 0)
     if taken >= 0:
         os.close(taken)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_does_not_reach_the_disk_is_told_with_what_brings_it(
+    lease: Lease, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, full: bool
+) -> None:
+    found = manifest.build(lease.directory)
+    url, files = announcing.announced(lease.directory) or ("", ())
+    number = next(number for number, file in enumerate(files) if file.name == found.files[0].name)
+    lacks = found.file_bytes
+    writer = behind.Behind(filling.Filling(lease.directory, remote.Remote(url), files))
+    if full:
+        monkeypatch.setenv(disk_tier.VARIABLE, "1MB")
+        writer.put(number, 0, memoryview(bytes(1_000_000)))  # and nothing comes after it was refused
+    else:
+        monkeypatch.setattr(behind, "WAITING", 1_000_000)
+        writer.put(number, 0, memoryview(bytes(1_000_000)))
+        writer.put(number, 1_000_000, memoryview(bytes(1_000_001)))
+        lacks -= 1_000_000
+    writer.close()
+    until(lambda: not writers(), "its writer to end")
+    lines = [record.getMessage() for record in caplog.records if "are not on the disk" in record.getMessage()]
+    assert lines == [
+        f"{url}: {size(lacks)} are not on the disk, which failed or was slower than the network; "
+        f"the next start asks for them, and serverless-llm pull {url} brings them"
+    ]
+    assert filling.lacking(lease.directory) == lacks
+
+
+def test_what_never_came_is_not_told_as_what_the_disk_did_not_take(
+    lease: Lease, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, files = announcing.announced(lease.directory) or ("", ())
+    behind.Behind(filling.Filling(lease.directory, remote.Remote(url), files)).close()
+    until(lambda: not writers(), "its writer to end")
+    assert not caplog.records
 
 
 def test_a_load_that_is_cancelled_waits_for_no_disk(server: RangeServer, lease: Lease, node: Node) -> None:
