@@ -185,9 +185,10 @@ def load(
     return _checked(given, count_gpus(environ), available_memory() if memory is None else memory)
 
 
-def place(name: str, flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None = None) -> str:
-    """Where `load` has an option from, for messages about it."""
-    return _given(flags, environ, path).get(name, Given(None, name)).where
+def places(flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None = None) -> dict[str, str]:
+    """Where `load` has each option from, for messages about it; those that nobody gave are at their own names."""
+    names = {name: name for name in Config.__struct_fields__}
+    return names | {name: one.where for name, one in _given(flags, environ, path).items()}
 
 
 def _given(flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None) -> dict[str, Given]:
@@ -279,7 +280,8 @@ def _checked(given: Mapping[str, Given], gpus: int, memory: int) -> Config:
     values |= _derived(values, {name: one.where for name, one in given.items()}, gpus, memory)
     config = Config(**values)
     if (config.tls_cert is None) != (config.tls_key is None):
-        raise ConfigurationError("tls_cert and tls_key belong together: give both or none")
+        one = given["tls_key" if config.tls_cert is None else "tls_cert"]
+        raise ConfigurationError(f"{one.where}: tls_cert and tls_key belong together: give both or none")
     roots = tuple(root.expanduser().resolve() for root in config.model_roots)
     return msgspec.structs.replace(config, state_dir=config.state_dir.expanduser().resolve(), model_roots=roots)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from serverless_llm.surroundings import LOOPBACK
 if TYPE_CHECKING:
     from serverless_llm.config import Config
 
+log = logging.getLogger(__name__)
 
 OWN = re.compile(r"(agents|logs|lock|agent-token|api-key|head\.json|serve\.log|state\.db.*)(\.tmp)?$")
 
@@ -73,13 +75,15 @@ def serve(
         click.echo(json.dumps(schema(), indent=2))
         return
     from serverless_llm.cli.log import logged
-    from serverless_llm.config import count_gpus, load, place
+    from serverless_llm.config import count_gpus, load, places
 
     given = settled(flags)
-    where = place("models", given, os.environ, config)
-    settings = sourced(load(given, os.environ, config), where)
-    demand_gpus(settings, count_gpus(os.environ))
-    with following(die_with, settings.state_dir), logged(made(settings.state_dir), verbose):
+    where = places(given, os.environ, config)
+    settings = sourced(load(given, os.environ, config), where["models"])
+    demand_gpus(settings, count_gpus(os.environ), where["devices"])
+    folder = made(settings.state_dir, where["state_dir"])
+    with following(die_with, settings.state_dir), logged(folder, verbose):
+        look_at_roots(settings.model_roots, where["model_roots"])
         status = _run(settings, where, as_json)
     click.get_current_context().exit(status)
 
@@ -142,17 +146,24 @@ def _resolved(source: str, where: str) -> str:
         raise type(error)(f"{where}: {error}") from error
 
 
-def demand_gpus(settings: Config, there: int) -> None:
+def demand_gpus(settings: Config, there: int, where: str) -> None:
     """Raises ConfigurationError where more GPUs are wanted than there are."""
     from serverless_llm.config import parse_devices
     from serverless_llm.errors import ConfigurationError
 
     kind, count = parse_devices(settings.devices)
     if kind == "cuda" and count > there:
-        raise ConfigurationError(f"devices: {settings.devices} on a machine where {there} NVIDIA GPU(s) can be seen")
+        raise ConfigurationError(f"{where}: {settings.devices} on a machine where {there} NVIDIA GPU(s) can be seen")
 
 
-def made(state_dir: Path) -> Path:
+def look_at_roots(roots: tuple[Path, ...], where: str) -> None:
+    """Warns of what is not there: it may be a mount that comes later, or misspelt."""
+    for root in roots:
+        if not root.is_dir():
+            log.warning("%s: there is no directory %s by now: nothing can be deployed from there", where, root)
+
+
+def made(state_dir: Path, where: str = "state_dir") -> Path:
     """The folder of the logs, in a state directory that nobody else may read.
 
     Raises:
@@ -162,7 +173,7 @@ def made(state_dir: Path) -> Path:
     from serverless_llm.node.state import is_model
 
     if is_model(state_dir):
-        raise ConfigurationError(f"state_dir: {state_dir} holds a model, not a server's state: choose another one")
+        raise ConfigurationError(f"{where}: {state_dir} holds a model, not a server's state: choose another one")
     folder = state_dir / "logs"
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -170,7 +181,7 @@ def made(state_dir: Path) -> Path:
         folder.mkdir(exist_ok=True, mode=0o700)
         (folder / "head.log").open("ab").close()
     except OSError as error:
-        raise ConfigurationError(f"state_dir: {error.filename or state_dir}: {error.strerror}") from error
+        raise ConfigurationError(f"{where}: {error.filename or state_dir}: {error.strerror}") from error
     return folder
 
 
@@ -184,7 +195,7 @@ def shut(state_dir: Path) -> None:
         state_dir.chmod(0o700)
 
 
-def _run(settings: Config, where: str, as_json: bool) -> int:
+def _run(settings: Config, where: Mapping[str, str], as_json: bool) -> int:
     """Serves until a signal; the exit status."""
     import uvloop
 

@@ -7,10 +7,12 @@ agents free everything and exit. A second signal ends all of it at once; only a 
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -54,19 +56,19 @@ class Server:
     """One server on one state directory.
 
     Args:
-        models: where the models of the configuration were given, for messages.
+        where: each option was given, for messages.
 
     Raises:
         ConfigurationError: the state directory is in use or newer, the address is taken, a model is refused.
     """
 
-    def __init__(self, config: Config, models: str = "models") -> None:
+    def __init__(self, config: Config, where: Mapping[str, str]) -> None:
         self._config = config
-        self._models = models
-        self._tls = tls_context(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
+        self._where = where
+        self._tls = certificate_of(config, where)
         self._state = state.State(config.state_dir)
         self._text = TextPool()
-        self._options = gateway_options(config)
+        self._options = gateway_options(config, where["keys_file"])
         self._gateway = Gateway(self._to_head, self._text, self._state.generation, self._options)
         self._head = Head(
             self._state,
@@ -133,7 +135,11 @@ class Server:
         """
         config, options = self._config, self._options
         await asyncio.gather(runner.setup(), dialled.setup())
-        port = await listen(runner, config.host, config.port, options, self._tls)
+        try:
+            port = await listen(runner, config.host, config.port, options, self._tls)
+        except ConfigurationError as error:
+            taken = getattr(error.__cause__, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+            raise ConfigurationError(f"{self._where['port' if taken else 'host']}: {error}") from error
         scheme = "https" if self._tls else "http"
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
         url = f"{scheme}://{f'[{local}]' if ':' in local else local}:{port}"
@@ -146,7 +152,7 @@ class Server:
         try:
             await self._head.restore(wanted)
         except RequestError as error:
-            raise ConfigurationError(f"{self._models}: {error.message}") from error
+            raise ConfigurationError(f"{self._where['models']}: {error.message}") from error
 
     async def _sample(self) -> None:
         """Metrics that agents and workers report and no event carries."""
@@ -182,9 +188,10 @@ class Server:
         """Reads keys and certificate anew; what cannot be read leaves the old ones in force."""
         config = self._config
         try:
-            found = read_keys(config)
+            found = read_keys(config, self._where["keys_file"])
             if self._tls and config.tls_cert and config.tls_key:
-                load_certificate(self._tls, config.tls_cert, config.tls_key)
+                where = (self._where["tls_cert"], self._where["tls_key"])
+                load_certificate(self._tls, config.tls_cert, config.tls_key, where)
             self._gateway.set_keys(found)
         except ConfigurationError as error:
             log.error("not read anew: %s", error)  # noqa: TRY400 - a message for the operator, not a trace
@@ -235,27 +242,41 @@ def model_roots(config: Config) -> tuple[Path, ...]:
     return config.model_roots and (*config.model_roots, *bundled)
 
 
-def gateway_options(config: Config) -> GatewayOptions:
-    """The gateway's part of the configuration. Off loopback a key is made where none is given."""
+def certificate_of(config: Config, where: Mapping[str, str]) -> ssl.SSLContext | None:
+    """Raises ConfigurationError, which names the place of what is unusable."""
+    if not (config.tls_cert and config.tls_key):
+        return None
+    return tls_context(config.tls_cert, config.tls_key, (where["tls_cert"], where["tls_key"]))
+
+
+def gateway_options(config: Config, where: str = "keys_file") -> GatewayOptions:
+    """The gateway's part of the configuration. Off loopback a key is made where none is given.
+
+    Args:
+        where: the file of keys was given, for messages.
+    """
     local = config.host in LOOPBACK
     return GatewayOptions(
         hold=config.hold,
         heartbeat=config.heartbeat,
         connections=config.connections,
         body_limit=config.body_limit,
-        keys=read_keys(config),
+        keys=read_keys(config, where),
         hosts=config.hosts,
         open_metrics=local,
     )
 
 
-def read_keys(config: Config) -> tuple[Key, ...]:
+def read_keys(config: Config, where: str = "keys_file") -> tuple[Key, ...]:
     """The keys of the file and of the configuration; off loopback one is made where there is none.
 
     Raises:
         ConfigurationError: the file of keys, or that of the key that was made, is unusable.
     """
-    listed = keys.read(config.keys_file, os.environ) if config.keys_file else ()
+    try:
+        listed = keys.read(config.keys_file, os.environ) if config.keys_file else ()
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
     single = (config.api_key or "").strip()  # no client can send white space around it
     if not single and not listed and config.host not in LOOPBACK:
         single = state.secret(config.state_dir / "api-key")

@@ -203,25 +203,28 @@ def _bound(family: int, address: tuple[object, ...], options: GatewayOptions) ->
     return sock
 
 
-def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
+TLS = ("tls_cert", "tls_key")  # where both were given, if nobody says
+
+
+def tls_context(certificate: Path, key: Path, where: tuple[str, str] = TLS) -> ssl.SSLContext:
     """For a server of this certificate chain.
 
     Raises:
-        ConfigurationError: names the file at fault.
+        ConfigurationError: names the file at fault, and `where` it was given.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    _load(context, certificate, key)
+    _load(context, certificate, key, where)
     return context
 
 
-def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path, where: tuple[str, str] = TLS) -> None:
     """New connections of `context` show this certificate. Raises as `tls_context`; it shows the former one then."""
-    tls_context(certificate, key)  # a key that does not fit would leave `context` with a certificate and no key
-    _load(context, certificate, key)
+    tls_context(certificate, key, where)  # a key that does not fit would leave `context` with a certificate and no key
+    _load(context, certificate, key, where)
 
 
-def _load(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
-    for name, path, mark in (("tls_cert", certificate, "CERTIFICATE"), ("tls_key", key, "PRIVATE KEY")):
+def _load(context: ssl.SSLContext, certificate: Path, key: Path, where: tuple[str, str]) -> None:
+    for name, path, mark in zip(where, (certificate, key), ("CERTIFICATE", "PRIVATE KEY"), strict=True):
         try:
             text = path.read_text(errors="replace")
         except OSError as error:
@@ -232,7 +235,7 @@ def _load(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
         context.load_cert_chain(certificate, key, password=_no_password)
     except (ssl.SSLError, ConfigurationError) as error:
         reason = getattr(error, "reason", None) or str(error)
-        raise ConfigurationError(f"tls_cert {certificate} and tls_key {key}: {reason}") from None
+        raise ConfigurationError(f"{where[0]} {certificate} and {where[1]} {key}: {reason}") from None
 
 
 def _no_password() -> str:

@@ -353,8 +353,9 @@ def test_a_file_that_is_no_text_is_named(file: Path) -> None:
 def test_an_options_place_is_where_it_was_given(file: Path) -> None:
     file.write_text("port: 1")
     environ = {"HOME": "/home/someone", "SERVERLESS_LLM_NODES": "2"}
-    places = [config.place(name, {"hold": "5s"}, environ, file) for name in ("port", "nodes", "hold", "models")]
-    assert places == [f"{file}: port", "SERVERLESS_LLM_NODES", "--hold", "models"]
+    places = config.places({"hold": "5s"}, environ, file)
+    found = [places[name] for name in ("port", "nodes", "hold", "models")]
+    assert found == [f"{file}: port", "SERVERLESS_LLM_NODES", "--hold", "models"]
 
 
 @pytest.mark.parametrize(
@@ -408,8 +409,10 @@ def test_every_option_was_agreed_on() -> None:
 
 
 def test_tls_needs_certificate_and_key() -> None:
-    with pytest.raises(ConfigurationError, match="tls_cert and tls_key belong together"):
+    with pytest.raises(ConfigurationError, match=r"^--tls-cert: tls_cert and tls_key belong together"):
         loaded({"tls_cert": Path("/x.pem")})
+    with pytest.raises(ConfigurationError, match=r"^SERVERLESS_LLM_TLS_KEY: tls_cert and tls_key belong together"):
+        loaded(SERVERLESS_LLM_TLS_KEY="/y.pem")
     both = loaded({"tls_cert": Path("/x.pem")}, SERVERLESS_LLM_TLS_KEY="/y.pem")
     assert (both.tls_cert, both.tls_key) == (Path("/x.pem"), Path("/y.pem"))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from serverless_llm.cli.serve import look_at_roots
 from tests.unit.cli.conftest import CommandLine
 
 USAGE = [  # a value that cannot be, whichever verb it is given to
@@ -74,8 +75,14 @@ CONFIGURATION = [
     ("URL", "http://localhost:8000/v1/", "ps", "is what OpenAI clients take; here it ends before the /v1"),
     ("URL", "http://host:port", "ps", "SERVERLESS_LLM_URL: 'http://host:port' is not of the form"),
     ("DRAM", "1000TB", "serve", "SERVERLESS_LLM_DRAM: 1000.0 TB is more than the "),
-    ("CUDA_VISIBLE_DEVICES", "", "serve --devices cuda:1", "cuda:1 on a machine where 0 NVIDIA GPU(s) can be seen"),
-    ("STATE_DIR", "/proc/nothing", "serve", "state_dir: /proc/nothing: "),
+    ("HOST", "no.such.host.invalid", "serve", "SERVERLESS_LLM_HOST: cannot listen on no.such.host.invalid port 8000: "),
+    (
+        "CUDA_VISIBLE_DEVICES",
+        "",
+        "serve --devices cuda:1",
+        "--devices: cuda:1 on a machine where 0 NVIDIA GPU(s) can be seen",
+    ),
+    ("STATE_DIR", "/proc/nothing", "serve", "SERVERLESS_LLM_STATE_DIR: /proc/nothing: "),
 ]
 
 
@@ -94,7 +101,35 @@ def test_a_log_that_cannot_be_written_is_named(cli: CommandLine, tmp_path: Path)
     (tmp_path / "logs" / "head.log").mkdir(parents=True)
     outcome = cli("serve", "--devices", "cpu:1", "--port", "0", "--state-dir", str(tmp_path))
     assert outcome.status == 78
-    assert outcome.err == f"Error: state_dir: {tmp_path}/logs/head.log: Is a directory\n"
+    assert outcome.err == f"Error: --state-dir: {tmp_path}/logs/head.log: Is a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keys_file: /no/such", "keys_file: keys file /no/such: No such file or directory"),
+        ("devices: 'cuda:1'", "devices: cuda:1 on a machine where 0 NVIDIA GPU(s) can be seen"),
+        ("host: no.such.host.invalid", "host: cannot listen on no.such.host.invalid port "),
+        ("{tls_cert: /no/such, tls_key: /no/key}", "tls_cert: /no/such: No such file or directory"),
+        ("tls_key: /no/key", "tls_key: tls_cert and tls_key belong together"),
+    ],
+)
+def test_what_a_server_finds_out_later_is_named_with_its_file(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    file = tmp_path / "serverless-llm.yaml"
+    file.write_text(text)
+    outcome = cli("serve", "--config", str(file), "--state-dir", str(tmp_path / "state"))
+    assert outcome.err.splitlines()[-1].startswith(f"Error: {file}: {message}"), outcome.err
+    assert outcome.status == 78
+
+
+def test_a_model_root_that_is_not_there_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No error: it may be a mount that comes later."""
+    look_at_roots((tmp_path, tmp_path / "no"), "--model-root")
+    missing = f"there is no directory {tmp_path}/no by now: nothing can be deployed from there"
+    assert [record.getMessage() for record in caplog.records] == [f"--model-root: {missing}"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +161,7 @@ def test_a_models_directory_is_no_state_directory(cli: CommandLine, tmp_path: Pa
     (folder / "model-00001-of-00002.safetensors").touch()
     (tmp_path / "config.yaml").write_text("{port: 0, devices: 'cpu:1', device_memory: 32MiB, models: {m: /no/where}}")
     outcome = cli("serve", "--config", str(tmp_path / "config.yaml"), "--state-dir", str(folder))
-    assert outcome.err == f"Error: state_dir: {folder} holds a model, not a server's state: choose another one\n"
+    assert outcome.err == f"Error: --state-dir: {folder} holds a model, not a server's state: choose another one\n"
     assert outcome.status == 78
     assert len(list(folder.iterdir())) == 1
 
