@@ -6,8 +6,8 @@ in any batch. Measured on MKL (AVX512) for inner sizes 4 ... 4096 that are multi
 depend neither on their place, nor on other rows, nor on the alignment of the weights. (With other inner sizes and at
 most ten columns they do depend on their place.)
 
-Long runs of rows go `WIDE` at a time, which takes 0.7 of the time, for those shapes of weights where this machine was
-seen to give the same bits; on MKL these are all.
+Long runs of rows go `WIDE` at a time, which takes 0.7 of the time, for those shapes and strides of weights where this
+machine was seen to give the same bits: with MKL on some processors all, on others not with stored rows of 256 and more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 TILE = 8  # rows; a product of 8 takes 0.6 of the time of one of 16, and decoding seldom has more
 WIDE = 32  # rows, a multiple of TILE
 
-_wide_agrees: dict[tuple[int, ...], bool] = {}  # by the weight's shape; a fact about the machine, found out once
+_wide_agrees: dict[tuple[int, ...], bool] = {}  # by shape, strides and threads; facts about the machine, found out once
 
 
 def padded(rows: int) -> int:
@@ -47,10 +47,10 @@ def _multiply(x: torch.Tensor, weight_t: torch.Tensor, rows: int, out: torch.Ten
 
 
 def wide_agrees(weight_t: torch.Tensor) -> bool:
-    """Whether products of `WIDE` rows with weights of this shape give the bits of products of `TILE` rows here."""
-    shape = (*weight_t.shape, torch.get_num_threads())
-    if shape not in _wide_agrees:
-        x = torch.randn(WIDE, shape[0], generator=torch.Generator().manual_seed(0))
+    """Whether products of `WIDE` rows with weights that lie so give the bits of products of `TILE` rows here."""
+    kind = (*weight_t.shape, *weight_t.stride(), torch.get_num_threads())
+    if kind not in _wide_agrees:
+        x = torch.randn(WIDE, len(weight_t), generator=torch.Generator().manual_seed(0))
         tiles = torch.cat([torch.mm(rows, weight_t) for rows in torch.chunk(x, WIDE // TILE)])
-        _wide_agrees[shape] = torch.equal(torch.mm(x, weight_t), tiles)
-    return _wide_agrees[shape]
+        _wide_agrees[kind] = torch.equal(torch.mm(x, weight_t), tiles)
+    return _wide_agrees[kind]

@@ -77,6 +77,7 @@ def test_wide_products_are_used_only_where_they_agree() -> None:
     assert wide_agrees(random(36, 52, seed=1).t())
     weight_t = torch.full((36, 60), torch.nan).t()
     assert not wide_agrees(weight_t)
+    assert wide_agrees(random(60, 36, seed=1))  # as large, but rows lie another way, and other products are taken
     assert tiled_linear(torch.ones(WIDE, 60), weight_t, None).isnan().all()
     assert torch.equal(
         tiled_linear(x, random(36, 52, seed=1).t(), None)[-TILE:],
