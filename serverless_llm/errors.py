@@ -13,7 +13,6 @@ ServerlessLLMError
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from itertools import islice
 
@@ -24,8 +23,10 @@ MOST_COMPARED = 100  # names. Both bound for how long whoever asks may hold up o
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'x'?`, or nothing where no known name is near."""
+    from difflib import get_close_matches
+
     short = (one for one in known if len(one) <= LONGEST_COMPARED) if len(name) <= LONGEST_COMPARED else ()
-    near = difflib.get_close_matches(name, islice(short, MOST_COMPARED), n=1, cutoff=NEAR)
+    near = get_close_matches(name, islice(short, MOST_COMPARED), n=1, cutoff=NEAR)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

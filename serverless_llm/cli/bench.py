@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,8 +98,10 @@ def _median(
     prepare: Callable[[Sequence[Path]], None], run: Callable[[], object], paths: Sequence[Path], repeats: int
 ) -> Measured:
     """Each figure's own median."""
+    from statistics import median
+
     measured = [_timed(prepare, run, paths) for _ in range(repeats)]
-    took, cpu_s, disk_bytes = (statistics.median(column) for column in zip(*measured, strict=True))
+    took, cpu_s, disk_bytes = (median(column) for column in zip(*measured, strict=True))
     return Measured(took, cpu_s, int(disk_bytes))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import signal
@@ -23,8 +22,6 @@ from serverless_llm.surroundings import LOOPBACK
 
 if TYPE_CHECKING:
     from serverless_llm.config import Config
-
-log = logging.getLogger(__name__)
 
 OWN = re.compile(r"(agents|logs|lock|agent-token|api-key|head\.json|serve\.log|state\.db.*)(\.tmp)?$")
 
@@ -158,6 +155,9 @@ def demand_gpus(settings: Config, there: int, where: str) -> None:
 
 def look_at_roots(roots: tuple[Path, ...], where: str) -> None:
     """Warns of what is not there: it may be a mount that comes later, or misspelt."""
+    import logging
+
+    log = logging.getLogger(__name__)
     for root in roots:
         if not root.is_dir():
             log.warning("%s: there is no directory %s by now: nothing can be deployed from there", where, root)

@@ -156,6 +156,7 @@ class TextPool:
         self._all: set[_Process] = set()
         self._waiting: deque[asyncio.Future[_Process]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._begun_in_vain: set[asyncio.Future[asyncio.subprocess.Process]] = set()
         self._vocabularies: OrderedDict[tuple[str, str], Vocabulary] = OrderedDict()
         self._suspects: dict[tuple[str, str], _Suspect] = {}
         self._turn = asyncio.Lock()  # of the suspects
@@ -164,7 +165,7 @@ class TextPool:
 
     async def start(self) -> None:
         """Spawn the processes and wait until they take calls."""
-        await asyncio.gather(*(self._spawn() for _ in range(self._size)))
+        await asyncio.gather(*(self._beside(self._spawn()) for _ in range(self._size)))
 
     async def close(self) -> None:
         """End every process, running calls included."""
@@ -172,7 +173,9 @@ class TextPool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(process.stop() for process in self._all))
+        begun = await asyncio.gather(*self._begun_in_vain, return_exceptions=True)
+        vain = [_Process(one) for one in begun if not isinstance(one, BaseException)]
+        await asyncio.gather(*(process.stop() for process in (*self._all, *vain)))
 
     @property
     def pids(self) -> list[int]:
@@ -324,10 +327,12 @@ class TextPool:
         if not self._closed:
             self._beside(self._respawn(process, key))
 
-    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begins what `close` cancels and waits for."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _respawn(self, process: _Process, key: tuple[str, str] | None) -> None:
         _log.warning("text process %d is replaced", process.pid)
@@ -361,11 +366,28 @@ class TextPool:
             OSError: it cannot be started, or is not ready in time.
             EOFError: it ended before it was ready.
         """
+        process = await self._begun()
+        self._all.add(process)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await process.ready()
+        except BaseException:
+            await process.stop()
+            self._all.discard(process)
+            raise
+        self._release(process)
+
+    async def _begun(self) -> _Process:
+        """One that may not be ready. Half begun it cannot be ended: who is cancelled meanwhile leaves that to `close`.
+
+        Raises:
+            OSError: it cannot be started.
+        """
         root = str(Path(serverless_llm.__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         limits = [str(number) for number in (2 * self._limits.seconds, self._limits.memory, self._limits.cache)]
-        process = _Process(
-            await asyncio.create_subprocess_exec(
+        beginning = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
                 *[sys.executable, "-m", "serverless_llm.gateway.text_process", *limits],
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -373,15 +395,11 @@ class TextPool:
                 env=os.environ | {"PYTHONPATH": path, "RAYON_NUM_THREADS": "1"},
             )
         )
-        self._all.add(process)
         try:
-            async with asyncio.timeout(START_SECONDS):
-                await process.ready()
-        except BaseException:
-            self._all.discard(process)
-            await process.stop()
+            return _Process(await asyncio.shield(beginning))
+        except asyncio.CancelledError:
+            self._begun_in_vain.add(beginning)
             raise
-        self._release(process)
 
 
 def _vocabulary(table: Table | None) -> Vocabulary:

@@ -8,6 +8,7 @@ import math
 import resource
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,13 +95,8 @@ def test_help_is_quick_and_imports_nothing_heavy(verb: str) -> None:
     script = f"import sys; from serverless_llm.cli.main import main; main({arguments}); print(*sorted(sys.modules))"
     best, output = math.inf, ""
     for _ in range(HELP_TRIES):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-c", script]
-        output = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=ROOT, env=_environment()
-        ).stdout
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        seconds, output = _cpu_seconds(script)
+        best = min(best, seconds)
         if best < HELP_SECONDS:
             break
     assert "Usage: serverless-llm" in output
@@ -108,6 +104,15 @@ def test_help_is_quick_and_imports_nothing_heavy(verb: str) -> None:
     assert best < HELP_SECONDS
 
 
+def _cpu_seconds(script: str) -> tuple[float, str]:
+    """Of an interpreter that runs this, and what it prints."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-S", "-c", script]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=_environment()).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, output
+
+
 def _environment() -> dict[str, str]:
-    """An environment in which nothing, coverage included, is loaded at start."""
-    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    """An environment in which nothing is loaded at start, neither coverage nor, with -S, what finds this clone."""
+    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{sysconfig.get_paths()['purelib']}", "PYTHONSAFEPATH": "1"}

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 
 from serverless_llm.demo.tokenizer import chat_tokens, tokenizer_json
 from serverless_llm.errors import RequestError
@@ -475,3 +476,19 @@ def test_the_cache_keeps_the_newest(tmp_path: Path) -> None:
     assert cache.get(str(tmp_path / "a"), "c") is not first
     large = TextCache(limit=1 << 30)
     assert large.get(str(tmp_path / "a"), "old") is not large.get(str(tmp_path / "a"), "new")
+
+
+@pytest.mark.parametrize("turns", range(12))  # of the loop; each finds the beginnings at another place
+def test_a_pool_that_is_closed_while_it_begins_leaves_nothing_open(turns: int) -> None:
+    """As that of a server which finds at once that it cannot serve: its loop must close, or that is what it says."""
+
+    async def main() -> None:
+        pool = TextPool()
+        starting = asyncio.ensure_future(pool.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await pool.close()
+
+    uvloop.run(main())
