@@ -86,22 +86,24 @@ HEAVY = {
     "subprocess", "sqlite3",
 }  # fmt: skip
 HELP_SECONDS = 0.1  # of CPU, the interpreter's start included
-HELP_TRIES = 20  # on a busy machine the best of some is what it takes
+HELP_SHARE = 2.5  # of what click alone takes to import, where a machine is so slow that this is more
+HELP_TRIES = 10  # on a busy machine the best of some is what it takes
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_quick_and_imports_nothing_heavy(verb: str) -> None:
     arguments = [part for part in (verb, "--help") if part]
     script = f"import sys; from serverless_llm.cli.main import main; main({arguments}); print(*sorted(sys.modules))"
-    best, output = math.inf, ""
+    best, click, output = math.inf, math.inf, ""
     for _ in range(HELP_TRIES):
+        click = min(click, _cpu_seconds("import click")[0])
         seconds, output = _cpu_seconds(script)
         best = min(best, seconds)
         if best < HELP_SECONDS:
             break
     assert "Usage: serverless-llm" in output
     assert not HEAVY & set(output.splitlines()[-1].split())
-    assert best < HELP_SECONDS
+    assert best < max(HELP_SECONDS, HELP_SHARE * click)
 
 
 def _cpu_seconds(script: str) -> tuple[float, str]:
