@@ -131,5 +131,5 @@ def test_a_load_that_succeeds_alone_is_innocent() -> None:
         court.tell(e.LoadProgress(3, step, 30), after=5.0)  # longer than a sequence's trial may last
     assert court.machine.state.devices[D0].trial == ("load", 3)
     assert dispatched(court.tell(e.ReplicaReady(3, PHASES))) == [1]
-    assert court.machine.state.models["a"].load_deaths == 0
+    assert (court.machine.state.models["a"].load_deaths, court.machine.state.models["a"].error) == (0, "")
     assert court.machine.state.devices[D0].trial is None
