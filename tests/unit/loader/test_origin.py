@@ -361,7 +361,7 @@ def test_a_disk_that_takes_nothing_fails_no_load(
         told = fetch(node, found)
         check(node, found, told, server)
         node.pipeline.forget(found.checkpoint)
-    until(lambda: not writers(), "its writer to end")
+        until(lambda: not writers(), "its writer to end")  # it holds the version: the next load would have none
     assert server.sent == 2 * found.file_bytes
     assert not whole(lease.directory)
     lacks = f"{server.url}/m: {size(found.file_bytes)} are not on the disk"
