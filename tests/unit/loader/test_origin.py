@@ -470,6 +470,7 @@ def test_a_disk_tier_that_fails_is_locked_no_longer(server: RangeServer, lease: 
     (partial / download.RECORD).mkdir(parents=True)
     found = manifest.build(lease.directory)
     check(node, found, fetch(node, found), server)
+    until(lambda: not writers(), "its writer to end")
     assert not is_locked(partial)
 
 
