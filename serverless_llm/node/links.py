@@ -91,7 +91,7 @@ class WebSocketLink:
         self._unwritten: deque[bytes] = deque()
         self._unwritten_bytes = 0
         self._wakeup = asyncio.Event()
-        self._heard = asyncio.get_running_loop().time()
+        self._unheard = 0  # beats since the peer's last sign
         self._end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def send(self, raw: bytes) -> None:
@@ -127,7 +127,7 @@ class WebSocketLink:
     async def _read(self) -> str:
         while True:
             message = await self._socket.receive()
-            self._heard = asyncio.get_running_loop().time()
+            self._unheard = 0
             if message.type is WSMsgType.BINARY:
                 for frame in self._splitter.feed(message.data):
                     self._receive(frame)
@@ -156,11 +156,12 @@ class WebSocketLink:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _watch(self) -> str:
-        clock = asyncio.get_running_loop().time
-        while clock() - self._heard < self._silence:
+        """Counts silence in beats: after a standstill of this machine the peer's signs are yet to be read."""
+        while self._unheard * self._beat < self._silence:
             # A ping may wait for a full socket; the silence is judged beside it.
             ping = asyncio.ensure_future(self._socket.ping())
             await asyncio.sleep(self._beat)
             ping.cancel()
             await asyncio.gather(ping, return_exceptions=True)
+            self._unheard += 1
         return f"the peer was silent for {self._silence:g} s"

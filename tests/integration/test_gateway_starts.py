@@ -125,7 +125,7 @@ def test_a_hold_ends_in_503_with_the_estimate(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_has_begun_is_not_held_against_the_limit(tmp_path: Path) -> None:
-    patient = replace(QUICK, hold=0.5)  # longer than a busy machine takes to begin
+    patient = replace(QUICK, hold=2.0)  # longer than a busy machine takes to begin
 
     async def scenario(server: Served) -> None:
         asking = asyncio.create_task(server.chat().__aenter__())

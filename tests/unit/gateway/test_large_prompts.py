@@ -29,7 +29,7 @@ def test_large_prompts_of_a_caller_are_not_charged_to_the_checkpoint(
     monkeypatch.setattr(text, "LARGE", 500)
 
     async def main() -> None:
-        pool = TextPool(2, TextLimits(seconds=0.75))
+        pool = TextPool(2, TextLimits(seconds=3.0))
         await pool.start()
         directory = checkpoint(tmp_path / "slow", IF_LARGE)
         large = [asyncio.create_task(pool.prompt(chat(directory, "x" * 500))) for _ in range(3)]

@@ -163,14 +163,14 @@ def test_a_host_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_answer_that_breaks_off_says_so() -> None:
     with RangeServer(dict(ONE)) as server:
-        source = Remote(f"{server.url}/m", silence=timedelta(seconds=0.2))
-        file = source.files()[-1]
+        patient, hasty = Remote(f"{server.url}/m"), Remote(f"{server.url}/m", silence=timedelta(seconds=0.2))
+        file = patient.files()[-1]
         server.faults.resets, server.faults.reset_after = remote.TRIES, 0
         with pytest.raises(TransientError, match=r"/m/model.safetensors: the connection broke off$"):
-            list(source.read(file, 0, 7))
+            list(patient.read(file, 0, 7))
         server.faults.budget = 0
         with pytest.raises(TransientError, match=r"/m/model.safetensors: the server was silent, or too slow$"):
-            list(source.read(file, 0, 7))
+            list(hasty.read(file, 0, 7))
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -45,7 +46,7 @@ class Ear:
         self._changed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
@@ -214,6 +215,20 @@ def test_pings_keep_a_quiet_websocket_alive() -> None:
         async with websocket_pair(beat=0.01, silence=0.08) as (_client, near, server, _):
             assert server is not None
             asyncio.get_running_loop().call_later(0.2, server.send, cancel(1))
+            await near.until(lambda: bool(near.frames or near.causes))
+            assert near.causes == []
+
+    asyncio.run(story())
+
+
+def test_a_machine_that_stood_still_does_not_take_it_for_its_peer_s_silence() -> None:
+    async def story() -> None:
+        async with websocket_pair(beat=0.01, silence=0.08) as (_client, near, server, _):
+            assert server is not None
+            for _ in range(3):
+                time.sleep(0.2)  # nothing runs meanwhile
+                await asyncio.sleep(0.02)
+            server.send(cancel(1))
             await near.until(lambda: bool(near.frames or near.causes))
             assert near.causes == []
 
