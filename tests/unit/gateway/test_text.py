@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from serverless_llm.gateway import text
 from serverless_llm.gateway.text import TextLimits, TextPool
 from serverless_llm.gateway.text_process import TextCache
 from serverless_llm.gateway.text_wire import Call
-from tests.unit.gateway.texts import ENDLESS, chat, checkpoint, ids
+from tests.unit.gateway.texts import ENDLESS, chat, checkpoint, hasty, ids
 
 pytestmark = pytest.mark.slow
 
@@ -48,10 +49,13 @@ def test_many_calls_share_few_processes_and_one_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", [ENDLESS, HUNGRY], ids=["endless", "hungry"])
 def test_a_hostile_template_fails_its_own_request_only(tmp_path: Path, template: str) -> None:
     async def main() -> None:
-        pool = TextPool(1, TextLimits(seconds=3.0, memory=600 << 20))
+        pool = TextPool(1, TextLimits(memory=600 << 20))
         await pool.start()
         bad, good = chat(checkpoint(tmp_path / "bad", template)), chat(checkpoint(tmp_path / "good"))
-        answers = await asyncio.gather(pool.prompt(bad), ids(pool, good), return_exceptions=True)
+        with hasty(pool) if template == ENDLESS else contextlib.nullcontext():
+            failing = asyncio.create_task(pool.prompt(bad))
+            await asyncio.sleep(0)  # it has begun
+        answers = await asyncio.gather(failing, ids(pool, good), return_exceptions=True)
         assert isinstance(answers[0], RequestError)
         assert answers[0].status == 500
         assert "'demo'" in answers[0].message
@@ -90,11 +94,12 @@ def test_a_hostile_template_takes_one_process_only(tmp_path: Path) -> None:
 
 def test_several_hostile_templates_together_take_one_process_only(tmp_path: Path) -> None:
     async def main() -> None:
-        pool = TextPool(2, TextLimits(seconds=3.0))
+        pool = TextPool(2)
         await pool.start()
         bad = [chat(checkpoint(tmp_path / name, ENDLESS)) for name in ("one", "other")]
         good = chat(checkpoint(tmp_path / "good"))
-        await asyncio.gather(*(pool.prompt(call) for call in bad), return_exceptions=True)
+        with hasty(pool):
+            await asyncio.gather(*(pool.prompt(call) for call in bad), return_exceptions=True)
         await asyncio.gather(*pool._tasks)  # both processes are there again
         running = [asyncio.create_task(pool.prompt(call)) for call in bad]
         await asyncio.sleep(0)  # both of them wait before it
@@ -117,13 +122,14 @@ def test_a_template_that_ends_processes_now_and_then_is_refused_for_a_while(
     """Good answers in between do not help it; nobody else notices."""
 
     async def main() -> None:
-        pool = TextPool(2, TextLimits(seconds=3.0))
+        pool = TextPool(2)
         await pool.start()
         hostile, good = checkpoint(tmp_path / "hostile", ON_DEMAND), chat(checkpoint(tmp_path / "good"))
         statuses = []
         for content in ["end", "Hi"] * 3:
             try:
-                await pool.prompt(chat(hostile, content))
+                with hasty(pool) if content == "end" else contextlib.nullcontext():
+                    await pool.prompt(chat(hostile, content))
             except RequestError as error:
                 statuses.append((error.status, error.code))
             assert await ids(pool, good) == chat_tokens("Hi")
@@ -135,7 +141,7 @@ def test_a_template_that_ends_processes_now_and_then_is_refused_for_a_while(
         assert set(pool.pids) == before
         monkeypatch.setattr(text, "_now", lambda: asyncio.get_running_loop().time() + text.REFUSED)
         await pool.prompt(chat(hostile, "Hi"))
-        with pytest.raises(RequestError, match="limits"):
+        with pytest.raises(RequestError, match="limits"), hasty(pool):
             await pool.prompt(chat(hostile, "end"))
         with pytest.raises(RequestError, match="ended 4 text processes") as refused:
             await pool.prompt(chat(hostile, "Hi"))
@@ -256,7 +262,7 @@ def test_a_process_that_cannot_be_ended_takes_no_place_and_its_checkpoint_waits_
         await pool.start()
         monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
         bad, good = chat(checkpoint(tmp_path / "bad", ENDLESS)), chat(checkpoint(tmp_path / "good"))
-        with pytest.raises(RequestError, match="limits"):
+        with pytest.raises(RequestError, match="limits"), hasty(pool):
             await pool.prompt(bad)
         async with asyncio.timeout(60):
             assert await ids(pool, good) == chat_tokens("Hi")
@@ -268,7 +274,7 @@ def test_a_process_that_cannot_be_ended_takes_no_place_and_its_checkpoint_waits_
         mount.set()
         (waiting,) = pool._tasks
         await waiting
-        with pytest.raises(RequestError, match="limits"):
+        with pytest.raises(RequestError, match="limits"), hasty(pool):
             await pool.prompt(bad)
         await pool.close()
 
