@@ -177,7 +177,7 @@ def test_a_step_that_hangs_costs_its_worker_and_no_stream(
     (tmp_path / "stuck" / "sitecustomize.py").write_text(STUCK)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stuck'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("HANG", str(tmp_path / "hang"))
-    options = agent(tmp_path, stuck_after=0.5)
+    options = agent(tmp_path, stuck_after=3.0)
 
     async def tell() -> None:
         async with speaking(tmp_path, checkpoint, options) as (cluster, expected):

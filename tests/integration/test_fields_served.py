@@ -266,4 +266,4 @@ def test_a_killed_worker_changes_nothing(served: Served) -> None:
     assert undisturbed == disturbed
     assert [choice["finish"] for choice in disturbed.choices] == ["length", "length"]
     assert [len(choice["logprobs"]["tokens"]) for choice in disturbed.choices] == [250, 250]
-    assert '"restarts": 2,' in (served.server.state / "head.log").read_text()
+    until(lambda: '"restarts": 2,' in (served.server.state / "head.log").read_text(), "its line, after the answer")

@@ -99,7 +99,7 @@ def forkserver_of(agent_pid: int) -> int:
 
 @pytest.mark.parametrize("weights", ["view", "copy"])
 def test_streams_survive_every_death_below_the_head(tmp_path: Path, checkpoint: Path, weights: str) -> None:
-    options = agent(tmp_path, weights=weights, stuck_after=0.5)
+    options = agent(tmp_path, weights=weights, stuck_after=3.0)
 
     async def tell() -> None:
         async with speaking(tmp_path, checkpoint, options) as (cluster, expected):
