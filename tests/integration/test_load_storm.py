@@ -105,9 +105,15 @@ def end(server: Server, name: str, victim: str, share: float) -> None:
         kill(server, victim)
 
 
+def used(server: Server) -> int:
+    """As of the last heartbeat."""
+    nbytes: int = server.status()["nodes"][0]["dram_used"]
+    return nbytes
+
+
 def held(server: Server, temporary: Path) -> Held:
     files = sum(len(names) for _, _, names in os.walk(temporary))
-    return Held(server.leftovers(), files, server.status()["nodes"][0]["dram_used"])
+    return Held(server.leftovers(), files, used(server))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -129,6 +135,7 @@ def test_ends_of_loads_leak_nothing(sources: dict[str, Path], tmp_path: Path, te
                 end(server, name, victim, share)
                 assert ask(server, name) == expected[name]
                 unload(server, name)
+            until(lambda: used(server) > 0, "a heartbeat since the last load")
             assert clear(server, temporary, before) == before
 
 
@@ -141,7 +148,7 @@ def clear(server: Server, temporary: Path, before: Held | None = None) -> Held:
     """Deletes all models; what is held then, as soon as it is as much as before or has had the time to be."""
     for name in MODELS:
         server.put(f"/admin/models/{name}", {}, "DELETE")
-    until(lambda: server.status()["nodes"][0]["dram_used"] == 0, "an empty tier")
+    until(lambda: used(server) == 0, "an empty tier")
     if before is not None:
         until(lambda: held(server, temporary) == before, f"as much as before: {before}")
     return held(server, temporary)
