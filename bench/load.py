@@ -17,7 +17,7 @@ import contextlib
 import random
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,9 @@ SMOKE_POOL = 16 << 20  # smaller than the tiny model
 TRIES = 3  # of a load whose bytes came from elsewhere
 BYTES, IDLE = 1.001, 0.02  # at most: bytes read over bytes needed, and the share of the time without a request
 MAP_MS, FIRST = 10.0, 1.1
+
+
+Part = tuple[list[dict[str, Any]], list[str], dict[str, Any]]  # rows, verdicts, what else the result keeps
 
 
 class Key(NamedTuple):
@@ -276,54 +279,48 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     demand_quiet(arguments.smoke)
-    if arguments.device:
-        return on_device(arguments)
     found: list[dict[str, Any]] = []
     judged: list[str] = []
     extra: dict[str, Any] = {}
+    for entries, lines, more in on_device(arguments) if arguments.device else on_cpu(arguments):
+        found, judged, extra = found + entries, judged + lines, extra | more
+        show(entries, lines)
+        if arguments.json:  # what is known: the rest may take an hour
+            write_results(arguments.json, "load", vars(arguments), found, verdicts=judged, **extra)
+    return 0
+
+
+def on_cpu(arguments: argparse.Namespace) -> Iterator[Part]:
     if cases := [case for case in arguments.cases if case in CASES]:
         shape, layers, shards = smoke_shape() if arguments.smoke else (SHAPE, LAYERS, SHARDS)
         directory = checkpoints.checkpoint(arguments.checkpoints, shape, layers, shards)
         nbytes = sum(path.stat().st_size for path in checkpoints.weight_files(directory))
         rounds, first = measure(arguments, directory, cases)
-        found, judged = rows(rounds, nbytes), verdicts(rounds, nbytes)
-        found += prefault_rows(first) if first else []
+        found = rows(rounds, nbytes) + (prefault_rows(first) if first else [])
+        yield found, verdicts(rounds, nbytes), {"bytes": nbytes, "rounds": [as_json(one) for one in rounds]}
         if arguments.pages:
-            found += page_rows(directory, nbytes)
-        extra = {"bytes": nbytes, "rounds": [as_json(one) for one in rounds]}
+            yield page_rows(directory, nbytes), [], {}
     if "ring" in arguments.cases:
-        entries, lines = through_ring(arguments)
-        found, judged = found + entries, judged + lines
+        yield *through_ring(arguments), {}
     for case in [case for case in arguments.cases if case in DRAM][: 1 if arguments.smoke else None]:
-        entries, lines = dram(arguments, case)
-        found, judged = found + entries, judged + lines
+        yield *dram(arguments, case), {}
     for case in [case for case in arguments.cases if case in BUSY]:
         one, other = (
             checkpoints.checkpoint(arguments.checkpoints, *shape) for shape in busy_shapes(case, arguments.smoke)
         )
-        entries, lines = BUSY[case](one, other, 1 if arguments.smoke else FEWEST_ROUNDS)
-        found, judged = found + entries, judged + lines
-    show(found, judged)
-    if arguments.json:
-        write_results(arguments.json, "load", vars(arguments), found, verdicts=judged, **extra)
-    return 0
+        yield *BUSY[case](one, other, 1 if arguments.smoke else FEWEST_ROUNDS), {}
 
 
-def on_device(arguments: argparse.Namespace) -> int:
-    """Everything of one device; what is known is written after every shape."""
+def on_device(arguments: argparse.Namespace) -> Iterator[Part]:
+    """Shape by shape."""
     from bench import load_device
 
-    found: list[dict[str, Any]] = []
-    judged: list[str] = []
     timelines: dict[str, Any] = {}
     shapes = [(checkpoints.SMOKE_SHAPE, checkpoints.SMOKE_LAYERS)] if arguments.smoke else []
     rounds = 2 if arguments.smoke else min(load_device.ROUNDS, arguments.rounds)
     for entries, lines, parts in load_device.run(arguments.device, arguments.checkpoints, rounds, shapes):
-        found, judged, timelines = found + entries, judged + lines, timelines | parts
-        show(entries, lines)
-        if arguments.json:
-            write_results(arguments.json, "load", vars(arguments), found, verdicts=judged, timelines=timelines)
-    return 0
+        timelines |= parts
+        yield entries, lines, {"timelines": timelines}
 
 
 def show(found: Sequence[dict[str, Any]], judged: Sequence[str]) -> None:
