@@ -234,7 +234,7 @@ class Storm:
             now = [device for device in self.server.devices() if device["device"] == old["device"]]
             return bool(now) and now[0]["worker_pid"] not in (0, None, old["worker_pid"]) and now[0][key] != old[key]
 
-        await asyncio.to_thread(until, again, f"{old['device']} to come back", 120.0, 0.005)
+        await asyncio.to_thread(until, again, f"{old['device']} to come back", 60.0, 0.005)
 
     async def kill_head(self) -> None:
         self.head_epoch += 1

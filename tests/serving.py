@@ -27,7 +27,7 @@ def free_port() -> int:
         return port
 
 
-def until(condition: Callable[[], T | None], what: str, seconds: float = 120.0, pause: float = 0.01) -> T:
+def until(condition: Callable[[], T | None], what: str, seconds: float = 30.0, pause: float = 0.01) -> T:
     """Asks `condition` again and again until it gives something true.
 
     Raises:
@@ -77,7 +77,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, seconds: float = 120.0) -> None:
+    def start(self, seconds: float = 60.0) -> None:
         command = [*self.through, sys.executable, "-m", "serverless_llm", "serve", "--port", str(self.port)]
         command += ["--state-dir", str(self.state), *self.options]
         self.state.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class Server:
                 process.kill()
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
             return json.loads(answer.read())
 
     def put(self, path: str, body: dict[str, Any], method: str = "PUT") -> Any:
@@ -136,7 +136,7 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry `labels`."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         samples = [line for line in lines if line.split("{")[0].split(" ")[0] == name]

@@ -20,7 +20,7 @@ SMALL = ("--devices", "cpu:2", "--device-memory", "16MiB", "--dram", "64MiB")
 DEMOS = ("--model", "demo-add", "--model", "demo-count", "--model", "demo-reverse")
 SLOW_DISK = ("--limit", "disk=3MB/s")  # so that a load lasts about a second
 
-expect.set_options(timeout=60_000)
+expect.set_options(timeout=15_000)
 
 
 @dataclass

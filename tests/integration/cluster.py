@@ -92,7 +92,7 @@ class Gateway:
             stream.log += tokens
             stream.finish = finish
 
-    async def until(self, condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    async def until(self, condition: Callable[[], object], what: str, seconds: float = 20) -> None:
         """Waits for something that a message brings about."""
         try:
             async with asyncio.timeout(seconds):
@@ -110,7 +110,7 @@ class Gateway:
         self.send(wire.Prompted(sequence, len(prompt), max_tokens))
         return stream
 
-    async def finished(self, stream: Stream, seconds: float = 60) -> list[int]:
+    async def finished(self, stream: Stream, seconds: float = 30) -> list[int]:
         await self.until(lambda: stream.finish or stream.rejected, f"the end of {stream}", seconds)
         assert stream.rejected is None, stream.rejected
         return stream.log
@@ -136,7 +136,7 @@ class Gateway:
         return [device | {"agent_pid": node["agent_pid"]} for node in (await self.ask("status"))["nodes"]
                 for device in node["devices"]]  # fmt: skip
 
-    async def seen(self, condition: Callable[[list[dict[str, Any]]], Any], what: str, seconds: float = 60) -> Any:
+    async def seen(self, condition: Callable[[list[dict[str, Any]]], Any], what: str, seconds: float = 20) -> Any:
         """Asks for the devices' status until `condition` gives something true."""
         async with asyncio.timeout(seconds):
             while not (found := condition(await self.devices())):

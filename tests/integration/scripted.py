@@ -72,7 +72,7 @@ class Controller:
 
     async def saw(self, kind: type[M], count: int = 1) -> M:
         """The `count`th message of a kind, as soon as it is there."""
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(10):
             while len(self.all(kind)) < count:
                 self._news.clear()
                 await self._news.wait()
@@ -178,7 +178,7 @@ def run(
     """One scenario against one server; nothing may stay open in it. `loop`: runs it."""
 
     async def main() -> None:
-        async with served(tmp_path, on, options) as server, asyncio.timeout(120):
+        async with served(tmp_path, on, options) as server, asyncio.timeout(45):
             await scenario(server)
             server.gateway.drain()
             await server.gateway.idle()

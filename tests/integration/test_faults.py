@@ -109,7 +109,7 @@ def test_a_file_that_changes_while_its_model_loads(
         waiting = apart(lambda: ask(server, model))
         loading(server, model)
         change(source / FIRST)  # it is open
-    code, answer = waiting.result(60)
+    code, answer = waiting.result(30)
     if change is deleted:  # but open: its bytes are there
         assert (code, answer) == (200, said_by_its_twin(server, source))
     else:
@@ -159,7 +159,7 @@ def test_delete_while_it_loads_tells_who_waits(server: Server, model: str, sourc
         waiting = apart(lambda: ask(server, model))
         loading(server, model)
         server.put(f"/admin/models/{model}", {}, "DELETE")
-    code, error = waiting.result(60)
+    code, error = waiting.result(10)
     assert (code, error["code"]) == (404, "model_not_found")
     until(lambda: not server.devices()[0]["replicas"] or model not in str(server.devices()), "its end")
 
@@ -180,7 +180,7 @@ def test_redeploy_while_it_loads_answers_by_the_new_one(
         waiting = apart(lambda: ask(server, model))
         loading(server, model)
         deploy(server, model, other)
-    code, error = waiting.result(60)
+    code, error = waiting.result(30)
     assert (code, error["code"]) == (503, "model_loading")  # worth another try
     assert ask(server, model)[0] == 200
 
@@ -192,7 +192,7 @@ def test_redeploy_while_it_runs_lets_who_runs_end_on_the_old_weights(server: Ser
     deploy(server, model, other)
     after = apart(lambda: ask(server, model))
     assert (200, running.rest()) == expected
-    code, text = after.result(60)
+    code, text = after.result(30)
     assert code == 200
     assert text != expected[1]
 
@@ -202,7 +202,7 @@ def test_unload_while_it_loads_keeps_who_waits(server: Server, model: str, sourc
         waiting = apart(lambda: ask(server, model))
         loading(server, model)
         server.put(f"/admin/models/{model}/unload", {}, "POST")
-    assert waiting.result(60)[0] == 200
+    assert waiting.result(30)[0] == 200
 
 
 def test_unload_while_it_runs_waits_for_who_runs(server: Server, model: str) -> None:

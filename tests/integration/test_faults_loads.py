@@ -123,7 +123,7 @@ def test_a_file_that_changes_on_its_way_through_a_ring(
         waiting = apart(lambda: ask(server, "large"))
         loading(server, "large")
         change(source / LAST)
-    code, error = waiting.result(60)
+    code, error = waiting.result(30)
     assert (code, error["code"]) == (503, "model_load_failed")
     assert str(source / LAST) in error["message"]
 

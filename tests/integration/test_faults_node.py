@@ -94,7 +94,7 @@ async def through_a_wire(cluster: Cluster, directory: Path) -> AsyncIterator[Wir
     server = await asyncio.start_server(wire.meet, "127.0.0.1", 0)
     cluster.head.listening(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     cluster.head.controller.peers["node0"].link.close("to be dialled anew")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(10):
         while not wire.links or "node0" not in cluster.head.controller.peers:
             await asyncio.sleep(0.01)
     try:

@@ -44,7 +44,7 @@ class Loop:
 
     def run(self, work: Any) -> Any:
         future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return future.result(60)
+        return future.result(30)
 
     def close(self) -> None:
         self.run(self.client.close())

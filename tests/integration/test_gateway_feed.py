@@ -22,7 +22,7 @@ def news(number: int) -> wire.News:
 
 
 async def watching(server: Served, count: int) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(5):
         while len(server.gateway._feed._watchers) != count:
             await asyncio.sleep(0)
 

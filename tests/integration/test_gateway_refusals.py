@@ -377,7 +377,7 @@ def test_hostile_text_files_delay_no_live_stream(tmp_path: Path, file: str) -> N
 
     async def main() -> None:
         text = TextPool(1, TextLimits(seconds=ATTACK))
-        async with served(tmp_path, begins, GatewayOptions(), text) as server, asyncio.timeout(60):
+        async with served(tmp_path, begins, GatewayOptions(), text) as server, asyncio.timeout(20):
             await scenario(server)
 
     asyncio.run(main())

@@ -325,7 +325,7 @@ def test_connections_without_a_handshake_count_and_do_not_stay(certificate: Path
         trusting = ssl.create_default_context(cafile=certificate / "cert.pem")
         held = [await asyncio.open_connection("localhost", port) for _ in range(2)]
         try:
-            async with ClientSession() as http, asyncio.timeout(60):
+            async with ClientSession() as http, asyncio.timeout(10):
                 async with http.get(f"https://localhost:{port}/", ssl=trusting) as response:
                     assert response.status == 503
                 for reader, writer in held:

@@ -202,7 +202,7 @@ def test_an_orphan_frees_everything(tmp_path: Path) -> None:
         async with serving(tmp_path, options) as cluster:
             (device,) = await cluster.gateway.devices()
             forkserver = forkserver_of(device["agent_pid"])
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             for pid in (device["agent_pid"], forkserver, device["worker_pid"]):
                 await processes.exit_of(pid)
         assert state.holder(options.lock_path) is None
@@ -323,7 +323,7 @@ def test_a_dead_mount_keeps_no_other_model_from_loading(tmp_path: Path, checkpoi
                     )
                     await gateway.ask("unload", "hung")
                     await gateway.seen(lambda now: not now[0]["replicas"], "no load")
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(20):
                     await gateway.generate("tiny", PROMPT, 8)
                     await ended(agent(tmp_path))
 

@@ -53,7 +53,7 @@ class Operated:
     def ask(self, method: str, path: str, key: str = "ops", body: Any = None) -> tuple[int, Any]:
         """Status and JSON, or text, over TLS with the certificate checked."""
         trusting = ssl.create_default_context(cafile=self.folder / "cert.pem")
-        connection = http.client.HTTPSConnection("localhost", self.port, timeout=60, context=trusting)
+        connection = http.client.HTTPSConnection("localhost", self.port, timeout=30, context=trusting)
         headers = {"Authorization": f"Bearer {KEYS[key]}"} if key else {}
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         answer = connection.getresponse()
@@ -175,7 +175,7 @@ def test_who_watches_is_told_of_deploys_and_loads(operated: Operated) -> None:
     assert (status, shown["status"]["tier"], shown["status"]["progress"]) == (200, "device", 1.0)
     assert operated.ask("DELETE", "/admin/models/org%2Fadd")[0] == 200
     trusting = ssl.create_default_context(cafile=operated.folder / "cert.pem")
-    connection = http.client.HTTPSConnection("localhost", operated.port, timeout=60, context=trusting)
+    connection = http.client.HTTPSConnection("localhost", operated.port, timeout=30, context=trusting)
     connection.request("GET", "/admin/events?recent=256", headers={"Authorization": f"Bearer {KEYS['ops']}"})
     told = []
     for line in connection.getresponse():
@@ -202,9 +202,9 @@ def test_the_container_knows_that_it_is_well(operated: Operated) -> None:
     python, *check = json.loads(re.findall(r"HEALTHCHECK .* CMD (\[.*\])", text)[0])
     assert python == "python"
     state = {"SERVERLESS_LLM_STATE_DIR": str(operated.folder / "state")}
-    subprocess.run([sys.executable, *check], env=environment() | state, check=True, timeout=60)
+    subprocess.run([sys.executable, *check], env=environment() | state, check=True, timeout=30)
     assert subprocess.run([sys.executable, *check], env=environment() | {"SERVERLESS_LLM_STATE_DIR": "/nowhere"},
-                          capture_output=True, timeout=60, check=False).returncode == 1  # fmt: skip
+                          capture_output=True, timeout=30, check=False).returncode == 1  # fmt: skip
 
 
 def test_the_container_has_what_the_package_needs() -> None:
@@ -333,7 +333,7 @@ def test_clients_that_take_every_connection_keep_no_agent_out(operated: Operated
 
 def joined(address: str, token: str) -> int:
     """The status that an agent gets which dials in with this token."""
-    connection = http.client.HTTPConnection(address, timeout=60)
+    connection = http.client.HTTPConnection(address, timeout=10)
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     key = {"Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(), "Authorization": f"Bearer {token}"}
     with contextlib.closing(connection):

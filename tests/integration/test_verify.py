@@ -69,7 +69,7 @@ async def unloaded(cluster: Cluster, name: str = "tiny") -> None:
 
 async def told(cluster: Cluster, **tally: int) -> dict[str, Any]:
     """The node, when a heartbeat has told of these."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(20):
         while not tally.items() <= (node := await node_of(cluster))["verified"].items():
             await asyncio.sleep(0.01)
     return node
@@ -131,7 +131,7 @@ def test_digests_outlive_the_agent_and_what_is_off_is_read_once(tmp_path: Path, 
             await deployed(cluster, source, verify="sample")
             await unloaded(cluster)
             assert await gateway.generate("tiny", PROMPT, TOKENS) == said
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(20):
                 while not (await node_of(cluster))["digests"]:
                     await asyncio.sleep(0.01)
             assert (await node_of(cluster))["verified"] == {"bytes": size, "device": 0, "dram": 0, "disk": 0}

@@ -95,12 +95,12 @@ def in_a_thread(folder: Path) -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(20)
     try:
         yield url[0]
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(60)
+        thread.join(20)
         loop.close()
 
 

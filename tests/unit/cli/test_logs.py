@@ -160,7 +160,7 @@ with log.logged(pathlib.Path(sys.argv[1]), verbose=False):
     for word in ("one", "two"):
         logging.error(word)
 """
-    subprocess.run([sys.executable, "-c", story, str(tmp_path)], stderr=writer, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", story, str(tmp_path)], stderr=writer, timeout=10, check=True)
     os.close(writer)
     os.close(reader)
     kept = [json.loads(line)["message"] for line in (tmp_path / "head.log").read_text().splitlines()]

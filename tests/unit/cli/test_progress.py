@@ -29,7 +29,7 @@ def test_what_is_waited_for_is_shown_and_wiped(capsys: pytest.CaptureFixture[str
         return f"m: loading {count}%"
 
     with Waiting(look, shown=True) as waiting:
-        assert enough.wait(60)
+        assert enough.wait(10)
         waiting.end()
         told = capsys.readouterr().err
         assert re.search(r"m: loading \d+%", told)
@@ -50,5 +50,5 @@ def test_whoever_may_not_look_is_told_nothing(capsys: pytest.CaptureFixture[str]
         raise click.ClickException("no scope")
 
     with Waiting(look, shown=True):
-        assert asked.wait(60)
+        assert asked.wait(10)
     assert capsys.readouterr().err == ""

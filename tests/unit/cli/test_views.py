@@ -292,7 +292,7 @@ def test_top_watches_on_a_terminal_and_leaves_it_as_it_was(busy: Scripted) -> No
         except OSError:  # EIO: the other side is closed
             pass
         os.close(ours)
-        assert process.wait(60) == 143
+        assert process.wait(30) == 143
     assert b"12.0 tokens/s" in seen
     assert seen.rstrip().endswith((b"\x1b[?1049l", b"\x1b[?25h"))  # the former screen, with a cursor
     assert b"\x1b[?1049l" in seen

@@ -264,7 +264,7 @@ def test_a_process_that_cannot_be_ended_takes_no_place_and_its_checkpoint_waits_
         bad, good = chat(checkpoint(tmp_path / "bad", ENDLESS)), chat(checkpoint(tmp_path / "good"))
         with pytest.raises(RequestError, match="limits"), hasty(pool):
             await pool.prompt(bad)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             assert await ids(pool, good) == chat_tokens("Hi")
         for _ in range(5):
             with pytest.raises(RequestError, match="does not answer") as refused:
@@ -465,7 +465,7 @@ def test_processes_end_with_the_pool_and_with_their_parent(tmp_path: Path) -> No
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(60) == 0
+        assert process.wait(10) == 0
 
 
 def test_a_text_process_imports_little() -> None:

@@ -90,7 +90,7 @@ class Node:
 
     def turn(self) -> None:
         """Waits for one piece of news and handles it."""
-        self.posts.get(timeout=60)()
+        self.posts.get(timeout=30)()
         self.tier.check_invariants()
 
     def load(self, source: Manifest, holder: int = 1, priority: int = 0, told: Told | None = None) -> Told:

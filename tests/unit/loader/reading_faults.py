@@ -24,7 +24,7 @@ def read(path: Path, staged: bool) -> CheckpointError | bytes:
     source = SourceFile(path, stat.st_size, stat.st_mtime_ns)
     slots = {piece: number for number, piece in enumerate(pieces)}
     reader.submit(Transfer([source], slots, pieces, news.put))
-    while not (batch := news.get(timeout=60)).last:
+    while not (batch := news.get(timeout=30)).last:
         pass
     assert reader.close()
     content = pool.range(0, stat.st_size).tobytes()

@@ -47,7 +47,7 @@ def converted(
     mapping = uploader.mapping(source.checkpoint, [file.size for file in source.files], lambda *_: news.put(0))
     mapping.add(told.spans)
     while mapping.done < mapping.total:
-        news.get(timeout=60)
+        news.get(timeout=30)
     stored = sum(entry.nbytes for name, (_, entry) in source.tensors().items() if name in targets)
 
     def progress(done: int, total: int) -> None:
@@ -58,7 +58,7 @@ def converted(
             news.put(1)
 
     conversion = uploader.conversion(mapping, targets, progress, due)
-    while not news.get(timeout=60):
+    while not news.get(timeout=30):
         pass
     assert not mapping.close()  # the conversion refers to it
     conversion.close()

@@ -21,8 +21,8 @@ def test_blocks_are_hashed_where_they_lie() -> None:
     told: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
     hasher.hash([Landed(0, 0, 3, MIB), Landed(0, 3, 1, MIB + 2)], told.put)
     hasher.hash([Landed(0, 0, MIB, 2 * MIB)], told.put)
-    assert told.get(timeout=60) == [xxh3_128_digest(b"abc"), xxh3_128_digest(b"c")]
-    assert told.get(timeout=60) == [xxh3_128_digest(bytes(MIB))]
+    assert told.get(timeout=30) == [xxh3_128_digest(b"abc"), xxh3_128_digest(b"c")]
+    assert told.get(timeout=30) == [xxh3_128_digest(bytes(MIB))]
     hasher.close()
     pool.close()  # nothing refers to it any more
 

@@ -72,7 +72,7 @@ def copied(
     upload.add(told.spans)
     assert upload.headers()
     upload.start(wanted, arena)
-    moved = news.get(timeout=60)
+    moved = news.get(timeout=30)
     upload.close()
     uploader.close()
     for dest in wanted if upload.held and not upload.held.differing else ():

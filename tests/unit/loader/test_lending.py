@@ -80,7 +80,7 @@ def test_views_are_of_the_lender_where_it_has_them(
             told.load.start()
             node.finish(told)
         mapping.add(told.spans)
-        while (report := news.get(timeout=60))[0] != report[1]:
+        while (report := news.get(timeout=30))[0] != report[1]:
             pass
         assert report[1] == told.load.total
         found = mapping.tensors()
@@ -96,13 +96,13 @@ def test_views_are_of_the_lender_where_it_has_them(
     other = Uploader(node.pool.fd, node.pool.capacity)
     mapping = other.mapping(borrower.checkpoint, sizes, lambda *report: news.put(report))
     mapping.add(alone.spans)
-    while (report := news.get(timeout=60))[0] != report[1]:
+    while (report := news.get(timeout=30))[0] != report[1]:
         pass
     assert all(same(mapping.tensors()[name], one) for name, one in tensors(borrower).items())
     assert mapping.close()
     mapping = other.mapping(borrower.checkpoint, sizes, lambda *report: news.put(report), told.load.lent)
     mapping.add(told.spans)  # nothing was evicted
-    while (report := news.get(timeout=60))[0] != report[1]:
+    while (report := news.get(timeout=30))[0] != report[1]:
         pass
     assert all(same(mapping.tensors()[name], one) for name, one in tensors(borrower).items())
     assert mapping.close()
@@ -130,7 +130,7 @@ def test_copies_come_from_the_lender_too(
         offset += entry.nbytes
     arena = torch.zeros(offset, dtype=torch.uint8)
     upload.start(dests, arena)
-    while (report := news.get(timeout=60))[0] != report[1]:
+    while (report := news.get(timeout=30))[0] != report[1]:
         pass
     assert news.empty()
     upload.close()

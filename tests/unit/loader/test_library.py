@@ -209,7 +209,7 @@ def test_the_next_groups_are_read_while_one_is_used(
     monkeypatch.setattr(library, "_tensors", told)
     tensors = loader.iterate(sharded[0])
     first, _ = next(tensors)
-    names = [begun.get(timeout=60)[0].name for _ in range(1 + library.AHEAD)]
+    names = [begun.get(timeout=10)[0].name for _ in range(1 + library.AHEAD)]
     assert first in names
     assert len(set(names)) == len(names)
     tensors.close()  # type: ignore[attr-defined]  # a generator

@@ -417,7 +417,7 @@ def test_a_load_that_is_cancelled_waits_for_no_disk(server: RangeServer, lease: 
         (partial / download.RECORD).unlink()
         cancelling = threading.Thread(target=told.load.cancel)
         cancelling.start()
-        cancelling.join(60)
+        cancelling.join(5)
         waits = cancelling.is_alive()
     cancelling.join()
     assert not waits

@@ -177,8 +177,8 @@ def test_joining_what_was_cancelled_when_all_had_landed(tmp_path: Path, node: No
     source = checkpoint(tmp_path, 1)
     first = node.load(source, 1)
     first.load.start()
-    news = node.posts.get(timeout=60)  # all in two calls, since there are two files
-    other = node.posts.get(timeout=60)
+    news = node.posts.get(timeout=30)  # all in two calls, since there are two files
+    other = node.posts.get(timeout=30)
     first.load.cancel()
     second = node.load(source, 2)
     second.load.start()

@@ -52,9 +52,9 @@ def transfer(path: Path, nbytes: int, slots: list[int], news: queue.SimpleQueue[
 
 
 def until_last(news: queue.SimpleQueue[Batch]) -> list[Batch]:
-    batches = [news.get(timeout=60)]
+    batches = [news.get(timeout=30)]
     while not batches[-1].last:
-        batches.append(news.get(timeout=60))
+        batches.append(news.get(timeout=30))
     return batches
 
 
@@ -122,7 +122,7 @@ def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, begin: Begin
 def test_a_file_changed_while_it_is_read_is_an_error(tmp_path: Path, begin: Begin) -> None:
     reader, news = begin(rate=SLOW), queue.SimpleQueue[Batch]()
     reader.submit(transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], news))
-    news.get(timeout=60)
+    news.get(timeout=30)
     with (tmp_path / "a").open("r+b") as file:
         file.write(b"changed")
     assert "changed after its header was read" in str(until_last(news)[-1].error)
@@ -132,7 +132,7 @@ def test_a_file_cut_while_it_is_read_is_closed(tmp_path: Path, begin: Begin) -> 
     reader, news = begin(rate=SLOW), queue.SimpleQueue[Batch]()
     opened = len(list(Path("/proc/self/fd").iterdir()))
     reader.submit(transfer(tmp_path / "a", 6 * MB, list(range(6)), news))
-    news.get(timeout=60)
+    news.get(timeout=30)
     os.truncate(tmp_path / "a", MB)
     assert "it was cut" in str(until_last(news)[-1].error)
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
@@ -144,7 +144,7 @@ def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path
     overtaken = transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], first, 1)
     overtaking = transfer(tmp_path / "b", 2 * MB, [4, 5], second, 1)
     reader.submit(overtaken)
-    first.get(timeout=60)
+    first.get(timeout=30)
     reader.submit(overtaking)
     reader.rank(overtaking, 0)
     assert until_last(second)[-1].error is None
@@ -159,7 +159,7 @@ def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, begin: Be
     cancelled = transfer(tmp_path / "cancelled", 6 * MB, list(range(6)), news[0], 1)
     first, second = (transfer(tmp_path / str(slot), MB, [slot], news[slot - 5]) for slot in (6, 7))
     reader.submit(cancelled)
-    news[0].get(timeout=60)
+    news[0].get(timeout=30)
     reader.submit(first)
     reader.cancel(cancelled)
     reader.submit(second)
@@ -172,7 +172,7 @@ def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, begin: Be
 def test_close_drops_the_queue(tmp_path: Path, begin: Begin) -> None:
     reader, news = begin(rate=SLOW), queue.SimpleQueue[Batch]()
     reader.submit(transfer(tmp_path / "a", 7 * MB, list(range(7)), news))
-    news.get(timeout=60)
+    news.get(timeout=30)
     assert reader.close()
     assert not any(news.get().last for _ in range(news.qsize()))
 

@@ -71,7 +71,7 @@ class Worker:
         mapping.add(told.spans)
         done, total = 0, 1
         while done < total:
-            done, total = self.news.get(timeout=60)
+            done, total = self.news.get(timeout=30)
         return mapping
 
     def drop(self, mapping: Mapping, source: Manifest, holder: int) -> None:
@@ -220,7 +220,7 @@ def test_faults_are_taken_of_the_slots_that_lie_elsewhere(tmp_path: Path, worker
     home = mapping._stitched.ranges[0]
     thin(home)
     mapping.add([*sorted(spans)[:-1], moved])
-    while worker.news.get(timeout=60)[0] < source.file_bytes:
+    while worker.news.get(timeout=30)[0] < source.file_bytes:
         pass
     assert moved.length < resident(home) < moved.length + FAULT_AROUND
     assert all(torch.equal(tensor, content[name]) for name, tensor in mapping.tensors().items())
@@ -237,7 +237,7 @@ def test_a_mapping_that_went_stale_is_unmapped_in_the_background(tmp_path: Path,
     worker.place(two, 2)
     assert worker.uploader.kept.nbytes == 0
     del mapping
-    assert unmapped.wait(timeout=60)
+    assert unmapped.wait(timeout=30)
 
 
 def test_a_mapping_that_is_incomplete_is_not_kept(tmp_path: Path, worker: Worker) -> None:
@@ -248,7 +248,7 @@ def test_a_mapping_that_is_incomplete_is_not_kept(tmp_path: Path, worker: Worker
     weakref.finalize(mapping._stitched, unmapped.set)
     worker.drop(mapping, source, 1)
     assert worker.uploader.kept.nbytes == 0
-    assert unmapped.wait(timeout=60)
+    assert unmapped.wait(timeout=30)
 
 
 def test_a_mapping_that_is_still_referred_to_is_not_kept(tmp_path: Path, worker: Worker) -> None:

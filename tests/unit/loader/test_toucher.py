@@ -39,7 +39,7 @@ def pool() -> Iterator[SlowPool]:
 def test_most_of_a_core_is_left_to_others(pool: SlowPool) -> None:
     toucher, told = Toucher(pool), queue.SimpleQueue[float]()
     toucher.touch(0, 0.0, lambda _: told.put(time.monotonic()))
-    assert told.get(timeout=60) - pool.ended >= REST * LONG
+    assert told.get(timeout=30) - pool.ended >= REST * LONG
     assert REST >= 2.0
     toucher.close()
 
@@ -48,7 +48,7 @@ def test_a_slot_is_touched_when_it_is_time(pool: SlowPool) -> None:
     toucher, told = Toucher(pool), queue.SimpleQueue[bool]()
     began = time.monotonic()
     toucher.touch(0, 2 * LONG, told.put)
-    assert told.get(timeout=60)
+    assert told.get(timeout=30)
     assert pool.ended - began >= 3 * LONG
     toucher.close()
 
@@ -57,7 +57,7 @@ def test_a_slot_is_touched_when_it_is_time(pool: SlowPool) -> None:
 def test_no_memory_is_taken_that_others_would_miss(pool: SlowPool, left: int, taken: bool) -> None:
     toucher, told = Toucher(pool, lambda: left), queue.SimpleQueue[bool]()
     toucher.touch(0, 0.0, told.put)
-    assert told.get(timeout=60) is taken
+    assert told.get(timeout=30) is taken
     assert pool.memory == SLOT * taken
     toucher.close()
 
@@ -73,7 +73,7 @@ def test_a_control_group_that_is_nearly_full_gets_no_fuller(tmp_path: Path, pool
     for used, taken in ((2 * MARGIN, False), (MARGIN, False), (0, True)):
         (box / "memory.current").write_text(f"{used}\n")
         toucher.touch(1, 0.0, told.put)
-        assert told.get(timeout=60) is taken
+        assert told.get(timeout=30) is taken
     toucher.close()
 
 

@@ -60,7 +60,7 @@ def sizes(source: Manifest) -> list[int]:
 def until_ready(news: News) -> int:
     """The number of reports up to the one that says all is done."""
     count = 1
-    while (report := news.get(timeout=60))[0] != report[1]:
+    while (report := news.get(timeout=30))[0] != report[1]:
         count += 1
     assert news.empty()
     return count
@@ -218,7 +218,7 @@ def test_a_cap_paces_copies_and_close_stops_them(tmp_path: Path, node: Node) -> 
     wanted, nbytes = dests(headers)
     arena = torch.zeros(nbytes, dtype=torch.uint8)
     upload.start(wanted, arena)
-    done, total = news.get(timeout=60)
+    done, total = news.get(timeout=30)
     assert 0 < done < total
     upload.close()
     written = arena.clone()
@@ -296,19 +296,19 @@ def test_what_somebody_waits_for_goes_before_the_next_part(
         order.put(name)
         if name == "first":
             begun.set()
-            go.wait(60)
+            go.wait(30)
 
     tasks = {name: uploader.mapping(name, [3 << 20], partial(told, name)) for name in ("first", "slow", "late")}
     for task in tasks.values():
         task.priority = Priority.PREFETCH
     tasks["first"].add(spans[:1])
-    begun.wait(60)  # what comes meanwhile waits for its turn
+    begun.wait(30)  # what comes meanwhile waits for its turn
     tasks["slow"].add(spans)
     tasks["late"].add(spans)
     if hastened:
         tasks["late"].priority = Priority.ONLINE
     go.set()
-    names = [order.get(timeout=60) for _ in range(3)]
+    names = [order.get(timeout=30) for _ in range(3)]
     assert names[1:] == (["late", "slow"] if hastened else ["slow", "late"])
     assert all(task.close() for task in tasks.values())
 

@@ -42,7 +42,7 @@ class Later:
 
     def synchronize(self) -> None:
         self.awaited.set()
-        assert self._told.wait(60)
+        assert self._told.wait(30)
 
 
 class Engines(ByCpu):
@@ -89,7 +89,7 @@ class Clock:
         while not self.looks.empty():
             self.looks.get()
         for _ in range(2):
-            self.looks.get(timeout=60)
+            self.looks.get(timeout=30)
 
 
 class Device:
@@ -133,10 +133,10 @@ class Device:
     def use(self, node: Node, directory: Path) -> None:
         """Until what was used is registered."""
         upload, _ = self.upload(node, directory)
-        self.news.get(timeout=60)
+        self.news.get(timeout=30)
         upload.close()
         self.clock.now += PAUSE
-        assert self.pinned.get(timeout=60) == (node.pool.capacity, "")
+        assert self.pinned.get(timeout=30) == (node.pool.capacity, "")
 
 
 @pytest.fixture
@@ -150,13 +150,13 @@ def test_a_part_is_told_of_when_its_copy_has_ended_and_in_order(node: Node, tmp_
     device = Device(node, late=True)
     upload, others = device.upload(node, write(tmp_path, random(2.5)))
     upload.add(others)
-    parts = [device.way.begun.get(timeout=60)[0] for _ in range(1 + len(others))]
-    assert parts[0].awaited.wait(60)
+    parts = [device.way.begun.get(timeout=30)[0] for _ in range(1 + len(others))]
+    assert parts[0].awaited.wait(30)
     for one in reversed(parts[1:]):
         one.tell()
     assert device.news.empty()
     parts[0].tell()
-    told = [device.news.get(timeout=60) for _ in range(2 * len(parts))]
+    told = [device.news.get(timeout=30) for _ in range(2 * len(parts))]
     assert [kind for kind, _ in told] == ["read", "done"] * len(parts)
     assert [nbytes for kind, nbytes in told if kind == "read"] == [1 << 20, 2 << 20, upload._sizes[0]]
     assert told[-1] == ("done", upload.total)
@@ -167,8 +167,8 @@ def test_a_part_is_told_of_when_its_copy_has_ended_and_in_order(node: Node, tmp_
 def test_a_closed_upload_waits_for_its_copies_and_tells_no_more(node: Node, tmp_path: Path) -> None:
     device = Device(node, late=True)
     upload, _ = device.upload(node, write(tmp_path, random(2.5)))
-    (part, _) = device.way.begun.get(timeout=60)
-    assert part.awaited.wait(60)
+    (part, _) = device.way.begun.get(timeout=30)
+    assert part.awaited.wait(30)
     closing = threading.Thread(target=upload.close)
     closing.start()
     part.awaited.clear()
@@ -186,7 +186,7 @@ def test_what_was_used_is_registered_when_there_is_time_and_goes_straight_then(n
     upload, others = device.upload(node, write(tmp_path, random(2.5)))
     upload.add(others)
     while not device.news.empty() or upload.done < upload.total:
-        device.news.get(timeout=60)
+        device.news.get(timeout=30)
     assert [device.way.begun.get()[1] for _ in range(3)] == [False] * 3
     upload.close()
     device.clock.looked_at()
@@ -195,15 +195,15 @@ def test_what_was_used_is_registered_when_there_is_time_and_goes_straight_then(n
     device.clock.looked_at()
     assert device.pinned.empty()
     device.clock.now += PAUSE
-    assert device.pinned.get(timeout=60) == (node.pool.capacity, "")
+    assert device.pinned.get(timeout=30) == (node.pool.capacity, "")
     again, _ = device.upload(node, tmp_path)
-    assert device.way.begun.get(timeout=60)[1]
+    assert device.way.begun.get(timeout=30)[1]
     again.close()
     device.uploader.punched(0)
-    assert device.pinned.get(timeout=60) == (0, "")
+    assert device.pinned.get(timeout=30) == (0, "")
     assert device.way.orders == [("register", 0), ("unregister", 0)]
     once_more, _ = device.upload(node, tmp_path)
-    assert not device.way.begun.get(timeout=60)[1]
+    assert not device.way.begun.get(timeout=30)[1]
     once_more.close()
     device.uploader.close()
 
@@ -215,7 +215,7 @@ def test_what_is_stale_is_let_go_during_a_load_and_beside_steps(node: Node, tmp_
     upload, others = device.upload(node, tmp_path)
     device.uploader.punched(0)
     upload.add(others)
-    assert device.pinned.get(timeout=60) == (0, "")
+    assert device.pinned.get(timeout=30) == (0, "")
     device.clock.looked_at()
     assert device.pinned.empty()
     upload.close()
@@ -229,19 +229,19 @@ def test_no_chunk_is_let_go_before_what_is_copied_from_it_has_left_it(node: Node
         device.way.begun.get()
     device.way.late = True
     upload, others = device.upload(node, tmp_path)
-    parts = [device.way.begun.get(timeout=60)]
-    assert parts[0][0].awaited.wait(60)
+    parts = [device.way.begun.get(timeout=30)]
+    assert parts[0][0].awaited.wait(30)
     upload.add(others)
     parts[0][0].tell()
-    parts += [device.way.begun.get(timeout=60) for _ in others]
+    parts += [device.way.begun.get(timeout=30) for _ in others]
     assert all(direct for _, direct in parts)
-    assert parts[1][0].awaited.wait(60)
+    assert parts[1][0].awaited.wait(30)
     device.uploader.punched(0)
     parts[1][0].tell()
-    assert parts[2][0].awaited.wait(60)
+    assert parts[2][0].awaited.wait(30)
     assert device.way.orders == [("register", 0)]
     parts[2][0].tell()
-    assert device.pinned.get(timeout=60) == (0, "")
+    assert device.pinned.get(timeout=30) == (0, "")
     upload.close()
     device.uploader.close()
 
@@ -262,7 +262,7 @@ def test_nothing_is_registered_during_a_load(node: Node, tmp_path: Path) -> None
     assert device.pinned.empty()
     upload.close()
     device.clock.now += PAUSE
-    assert device.pinned.get(timeout=60) == (node.pool.capacity, "")
+    assert device.pinned.get(timeout=30) == (node.pool.capacity, "")
     device.uploader.close()
 
 
@@ -270,11 +270,11 @@ def test_a_refusal_is_told_once_and_all_goes_through_buffers(node: Node, tmp_pat
     device = Device(node, refusal="not permitted")
     for _ in range(2):
         upload, _ = device.upload(node, write(tmp_path, random(2.5)))
-        assert not device.way.begun.get(timeout=60)[1]
+        assert not device.way.begun.get(timeout=30)[1]
         upload.close()
         device.clock.now += PAUSE
         if not device.way.orders:
-            assert device.pinned.get(timeout=60) == (0, "not permitted")
+            assert device.pinned.get(timeout=30) == (0, "not permitted")
     device.uploader.close()
     assert device.way.orders == [("register", 0)]
     assert device.pinned.empty()
@@ -307,13 +307,13 @@ def test_copies_arrive_on_a_cuda_device_by_both_ways(node: Node, tmp_path: Path)
         arena = torch.zeros(source.file_bytes, dtype=torch.uint8, device="cuda")
         assert uploader.pinned.direct(spans[0].pool_offset, spans[0].length) == straight
         upload.start([Dest(entry.name, 0, entry.nbytes, entry.start) for entry in head.tensors], arena)
-        while len(set(news.get(timeout=60))) > 1:
+        while len(set(news.get(timeout=30))) > 1:
             pass
         for entry in head.tensors:
             assert torch.equal(arena[entry.start : entry.end].cpu(), content[entry.name].view(-1).view(torch.uint8))
         upload.close()
         if not straight:
-            nbytes, refused = pinned.get(timeout=60)
+            nbytes, refused = pinned.get(timeout=30)
             if refused:
                 pytest.skip(f"memory cannot be pinned here: {refused}")
             assert nbytes == node.pool.capacity

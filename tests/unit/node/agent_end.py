@@ -93,6 +93,6 @@ class Agent:
 
     def close(self) -> None:
         self.ours.close()
-        self.thread.join(60)
+        self.thread.join(10)
         assert not self.thread.is_alive()
         self.pool.close()

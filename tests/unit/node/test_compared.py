@@ -108,7 +108,7 @@ class Pair:
         """Loads the checkpoint, with `full`; how that ended."""
         found = manifest.build(source)
         self.store.start(wire.StartLoad(1, 0, "m", str(source), found.checkpoint, dtype, 0, True, "full"))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(20):
             return await self.ends.get()
 
     def close(self) -> None:

@@ -47,13 +47,13 @@ class Agent:
                 if isinstance(message, kind):
                     self.heard.remove((header, message))
                     return header, message
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(10):
                 raw = await self.socket.receive_bytes()
             for frame in self._splitter.feed(raw):
                 self.heard.append((frame.header, wire.decode(frame.header.kind, frame.body)))
 
     async def closed(self) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while not self.socket.closed:
                 await self.socket.receive()
 
@@ -77,7 +77,7 @@ class Office:
         return self._server.make_url("/")
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()

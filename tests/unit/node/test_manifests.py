@@ -45,7 +45,7 @@ def test_a_reading_that_does_not_return_is_shared_for_a_while_only(
             monkeypatch.setattr(manifests, "SHARED_S", 0.0)
             second = made._read(str(source), "it")
             assert second is not first
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             assert (await second).checkpoint == (await first).checkpoint
             while made._reading:
                 await asyncio.sleep(0)

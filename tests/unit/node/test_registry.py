@@ -63,7 +63,7 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
 def test_with_every_node_drained_the_server_is_not_ready(tmp_path: Path) -> None:
     async def tell(desk: Desk) -> None:
         async def published(ready: bool) -> list[str]:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(5):
                 while not desk.catalogs or desk.catalogs[-1].ready != ready:
                     await asyncio.sleep(0)
             return desk.catalogs[-1].problems

@@ -150,7 +150,7 @@ def test_a_deploy_from_a_dead_mount_is_told_and_holds_nobody_up(
 
     def hang(path: Path, strict: bool = False) -> Path:
         if path.name == "hung":
-            back.wait(60)
+            back.wait(30)
         return resolve(path, strict)
 
     monkeypatch.setattr(Path, "resolve", hang)

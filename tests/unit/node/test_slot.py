@@ -132,7 +132,7 @@ class Scripted:
         return subprocess.Popen(["sleep", "100"]), socket.socket(fileno=descriptors[0])
 
     async def told(self) -> tuple[object, ...]:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             return await self.news.get()
 
     async def close(self) -> None:
@@ -152,7 +152,7 @@ def test_a_worker_that_is_up_before_its_forkserver_tells_of_it_is_known_and_can_
         worker.send(wire.encode(wire.Booted(process.pid, "numerics")))
         assert await scripted.told() == ("up", process.pid)
         scripted.slot.kill("it is not wanted any more")
-        assert process.wait(60) == -signal.SIGKILL
+        assert process.wait(30) == -signal.SIGKILL
         scripted.slot.spawned(1, process.pid)
         worker.close()
         await scripted.close()
@@ -166,7 +166,7 @@ def test_a_worker_that_is_to_die_before_it_is_known_dies_when_it_is() -> None:
         process, worker = scripted.boot()
         scripted.slot.kill("it was not wanted")
         scripted.slot.spawned(1, process.pid)
-        assert process.wait(60) == -signal.SIGKILL
+        assert process.wait(30) == -signal.SIGKILL
         worker.close()
         scripted.slot.exited(1, signal.SIGKILL)
         assert await scripted.told() == ("lost", "it was not wanted", True)
@@ -186,7 +186,7 @@ def test_a_worker_that_cannot_be_asked_for_is_asked_for_again(monkeypatch: pytes
             patch.setattr(socket, "socketpair", fail)
             scripted.slot.boot()
         assert await scripted.told() == ("lost", "cannot be started: [Errno 24] Too many open files", True)
-        process, worker = await asyncio.wait_for(asyncio.to_thread(scripted.asked), 60)
+        process, worker = await asyncio.wait_for(asyncio.to_thread(scripted.asked), 30)
         assert scripted.slot.incarnation == 2
         process.kill()
         process.wait()

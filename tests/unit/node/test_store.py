@@ -96,7 +96,7 @@ class Desk:
         return [message.replica for message in self._orders() if isinstance(message, wire.Landed) and message.last]
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.001)  # so that the threads that read get on
 

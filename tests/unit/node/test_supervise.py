@@ -28,7 +28,7 @@ def test_an_agent_that_has_no_lock_yet_is_ended_too(tmp_path: Path) -> None:
         await asyncio.gather(watching, return_exceptions=True)
         assert not options.lock_path.exists()
         supervisor.signal(signal.SIGTERM)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             await supervisor.ended()
         (agent,) = young
         assert agent.status() == psutil.STATUS_ZOMBIE

@@ -162,7 +162,7 @@ def test_a_worker_that_breaks_names_the_requests_that_ran(ready: Agent, monkeypa
     ready.send(wire.Run(1, 1, 1, prompt, b"", 0.0, 0, 1.0, 0, 10_000, [], request_id="request-1"), source=1)
     ready.answer(wire.Tokens)
     ready.send(wire.Shutdown())
-    ready.thread.join(60)
+    ready.thread.join(10)
     assert isinstance(died[0].exc_value, ProtocolError)
     assert died[0].exc_value.__notes__ == ["requests that ran here: request-1"]
 
