@@ -2,7 +2,8 @@
 
 O_DIRECT scattered straight into slots, in calls of up to 64 MiB, or, where the pool's pages are small, through a buffer
 of huge ones; the page cache is used for bytes that are there already. All transfers share one queue: by priority, then
-first come; a better one goes before the next call.
+first come; a better one goes before the next call. So what nobody waits for is read in shorter calls, and not at all
+while headers are read for somebody who does: such small reads would wait behind whole calls in the device's queue.
 
 A read may hang for ever in the kernel (a dying disk, a network mount). It keeps its thread and its slots until it
 returns; its transfer begins no other read meanwhile, and a fresh thread takes its place, so that others are read.
@@ -16,12 +17,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import plan
+from serverless_llm.loader.link import Priority
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
@@ -31,6 +33,7 @@ from serverless_llm.loader.staging import Staging, pays
 CALL_BYTES = 64 << 20  # longer calls gain nothing; shorter ones suffer when a Python thread is busy
 THREADS = 2
 STAGED_CALL_BYTES = 8 << 20
+BRIEF = 4  # calls of what nobody waits for are so many times shorter; arbitrary: those in flight are over in 25 ms
 STAGED_THREADS = 12  # some copy while others read
 STUCK_S = 5.0  # after which a read counts as stuck: less than the control plane waits for the loads queued behind it
 ENDING = -sys.maxsize  # priority of what is cancelled: it ends before others begin
@@ -108,10 +111,13 @@ class Reader:
         self._pacer = Pacer(rate)
         self._stuck_s = stuck_s or STUCK_S
         self._staged = pays(pool.pages) and not rate if staged is None else staged
-        self.call_bytes = plan.paced(rate, STAGED_CALL_BYTES if self._staged else CALL_BYTES)
+        longest = STAGED_CALL_BYTES if self._staged else CALL_BYTES
+        self.call_bytes = plan.paced(rate, longest)
+        self._brief = longest // BRIEF
+        self._awaited: set[Hashable] = set()
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
-        self._wake = threading.Condition()  # guards _queue, _calls and _flying of all in it, _reads and _threads
+        self._wake = threading.Condition()  # guards _awaited, _queue, its _calls and _flying, _reads, _threads
         self._closed = False
         self._size = threads or (STAGED_THREADS if self._staged else THREADS)
         self._threads: list[threading.Thread] = []
@@ -122,9 +128,20 @@ class Reader:
 
     def submit(self, transfer: Transfer) -> None:
         """Queues a transfer; it ends with a `Batch` whose `last` is set."""
-        transfer._calls.extend(plan.reads(transfer.pieces, self.call_bytes))
+        self._cut(transfer, transfer.pieces)
         with self._wake:
             self._enqueue(transfer)
+
+    def yield_to(self, who: Hashable) -> None:
+        """What nobody waits for begins no read until `go_on`: a transfer that somebody waits for is about to come."""
+        with self._wake:
+            self._awaited.add(who)
+
+    def go_on(self, who: Hashable) -> None:
+        """It came, or will not. Idempotent."""
+        with self._wake:
+            self._awaited.discard(who)
+            self._wake.notify_all()
 
     def rank(self, transfer: Transfer, priority: int) -> None:
         """Gives it another priority, from its next read on; what has none left stays as it is."""
@@ -164,7 +181,14 @@ class Reader:
         """Caller holds `_wake`."""
         self._queue.remove(transfer)
         transfer.priority = priority
+        self._cut(transfer, [span for call in transfer._calls for span in call])
         self._enqueue(transfer)
+
+    def _cut(self, transfer: Transfer, spans: Sequence[Piece]) -> None:
+        """Into calls as long as its priority has them. Caller holds `_wake` if it is queued."""
+        urgent = transfer.priority < Priority.PREFETCH
+        longest = self.call_bytes if urgent else min(self.call_bytes, self._brief)
+        transfer._calls = deque(plan.reads(spans, longest))
 
     def _enqueue(self, transfer: Transfer) -> None:
         """Caller holds `_wake`."""
@@ -218,9 +242,8 @@ class Reader:
         another thread took this one's place."""
         with self._wake:
             while not self._closed and self._surplus() <= 0:
-                hung = [read.transfer for read in self._reads if read.stuck]
                 for transfer in self._queue:
-                    if (transfer._calls and transfer not in hung) or not transfer._flying:
+                    if self._may_begin(transfer):
                         if not transfer._flying:
                             transfer._busy_since = time.monotonic()
                         transfer._flying += 1
@@ -229,6 +252,14 @@ class Reader:
                 self._wake.wait()
             self._threads.remove(threading.current_thread())
         return None
+
+    def _may_begin(self, transfer: Transfer) -> bool:
+        """Another read, or its end. Caller holds `_wake`."""
+        if not transfer._calls:
+            return not transfer._flying
+        if self._awaited and transfer.priority >= Priority.PREFETCH:
+            return False
+        return not any(read.stuck and read.transfer is transfer for read in self._reads)
 
     def _read(self, transfer: Transfer, call: tuple[Piece, ...], staging: Staging | None) -> Batch:
         nothing = Batch((), Came(), False, None)

@@ -15,7 +15,7 @@ import torch
 
 from serverless_llm.domain import FinishReason, ReplicaId, Sampling, SequenceId
 from serverless_llm.engine.arena import Arena
-from serverless_llm.engine.blocks import Memory
+from serverless_llm.engine.blocks import Memory, Range
 from serverless_llm.engine.config import Entries, ForeignConfig, ModelConfig, aligned
 from serverless_llm.engine.extents import Extent, Placement, Twins, lent
 from serverless_llm.engine.layers import Tensors
@@ -102,6 +102,7 @@ class Engine:
         places = self._find(replica, model, [*own.values()], pinned, kv_floor, shared)
         for tensors, number, place in zip(own, self._memory.extents(replica), places, strict=False):
             extents[tensors] = Extent(number, place, own[tensors])
+            self._arena.fill(Range(place, own[tensors]))
         offsets = layout(model, stored, [extents[tensors].offset for tensors in sizes])
         bound = {
             name: self._arena.tensor(offset, DTYPES[model.dtype], shapes[name]) for name, offset in offsets.items()

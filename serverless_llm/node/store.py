@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.1  # at most one report in this time
 PROGRESS_SHARE = 0.05  # ... unless this share of the bytes has landed since
+PREPARED_S = 1.0  # reads that nobody waits for are held up for so long at most, for one who has not begun to read
 
 
 class Store:
@@ -196,6 +197,9 @@ class Store:
 
     async def _begin(self, replica: Replica) -> None:
         order = replica.order
+        if replica.priority == Priority.ONLINE:
+            self._reader.yield_to(order.replica)
+            asyncio.get_running_loop().call_later(PREPARED_S, self._reader.go_on, order.replica)
         try:
             found = await self._manifests.of(order.source, order.checkpoint, dict(self._tier.residents()))
             known = await self._verifier.digests(found) if order.verify != "off" else None
@@ -232,6 +236,7 @@ class Store:
         if order.verify != "off":
             replica.check = self._check(replica, found, known)
         replica.load.start()
+        self._reader.go_on(order.replica)
 
     def _settled(self) -> bool:
         """No replica is on its way."""

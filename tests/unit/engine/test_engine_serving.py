@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sampler import uniform
 from serverless_llm.engine.sequence import SequenceState
 from serverless_llm.errors import CapacityError, CheckpointError
+from serverless_llm.loader.staging import SETTING
 from tests.unit.engine.tiny import (
     GREEDY,
     Tensors,
@@ -26,6 +28,7 @@ from tests.unit.engine.tiny import (
     start,
     tensors_of,
 )
+from tests.unit.loader.mappings import wanted_huge
 
 CONFIG = ModelConfig.parse(config_json())
 TENSORS = tensors_of(CONFIG)
@@ -336,6 +339,16 @@ def test_memory_that_nobody_has_goes_back_at_rest(weights: str) -> None:
     made.drop(1)
     made.rest()
     assert not made.arena.any()
+
+
+@pytest.mark.skipif(not SETTING.exists(), reason="this kernel has no transparent huge pages")
+@pytest.mark.parametrize("weights", ["view", "copy"])
+def test_only_weights_that_are_copied_want_huge_pages(weights: str) -> None:
+    made = engine(weights)
+    base = made.arena.data_ptr()
+    wanted = sum(stop - start for start, stop in wanted_huge() if base <= start < base + made.arena.numel())
+    nbytes = CONFIG.weight_bytes() if weights == "copy" else 0
+    assert nbytes <= wanted <= nbytes + 2 * mmap.PAGESIZE
 
 
 def test_draws_follow_seed_and_position() -> None:

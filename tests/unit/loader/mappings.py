@@ -7,6 +7,7 @@ from pathlib import Path
 
 from serverless_llm.loader.memory import Range
 
+_FLAGS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", re.MULTILINE | re.DOTALL)
 _AREA = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*?^Rss: +([0-9]+) kB", re.MULTILINE | re.DOTALL)
 
 
@@ -22,3 +23,9 @@ def areas(home: Range) -> list[tuple[int, int]]:
 def resident(home: Range) -> int:
     """Bytes that can be read without a page fault."""
     return sum(rss for _, rss in areas(home))
+
+
+def wanted_huge() -> list[tuple[int, int]]:
+    """(start, stop) of every kernel mapping that may have huge pages."""
+    areas = _FLAGS.findall(Path("/proc/self/smaps").read_text())
+    return [(int(start, 16), int(stop, 16)) for start, stop, flags in areas if " hg " in flags]

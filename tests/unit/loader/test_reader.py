@@ -12,6 +12,7 @@ import pytest
 
 from serverless_llm.loader import plan
 from serverless_llm.loader import reader as module
+from serverless_llm.loader.link import Priority
 from serverless_llm.loader.plan import Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
@@ -88,6 +89,40 @@ def test_priority_then_first_come(tmp_path: Path, begin: Begin) -> None:
         reader.submit(transfer(tmp_path / name, 1, [slot], order, priority))
     ends = [until_last(order)[-1].landed[0].pool_offset // MB for _ in range(4)]
     assert ends == [3, 1, 4, 2]
+
+
+def test_what_nobody_waits_for_is_read_in_short_calls_until_somebody_does(
+    tmp_path: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BRIEF", module.CALL_BYTES // MB)
+    reader, news, others = begin(threads=1, staged=False), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    reader.submit(transfer(tmp_path / "a", 2 * MB, [0, 1], news, Priority.PREFETCH))
+    assert [len(batch.landed) for batch in until_last(news)] == [1, 1]
+    first = hanging(tmp_path / "pipe", [2], others)
+    reader.submit(first)
+    hastened = transfer(tmp_path / "b", 4 * MB, [3, 4, 5, 6], news, Priority.PREFETCH)
+    reader.submit(hastened)
+    reader.rank(hastened, Priority.ONLINE)
+    let_go(tmp_path / "pipe")
+    assert [len(batch.landed) for batch in until_last(news)] == [4]
+
+
+def test_what_nobody_waits_for_begins_no_read_while_another_load_prepares(tmp_path: Path, begin: Begin) -> None:
+    reader, news, other = begin(threads=1, rate=SLOW), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    reader.yield_to("a")
+    reader.yield_to("b")
+    held = transfer(tmp_path / "held", 2 * MB, [0, 1], news, Priority.PREFETCH)
+    reader.submit(held)
+    reader.submit(transfer(tmp_path / "urgent", 2 * MB, [2, 3], other))
+    until_last(other)
+    reader.go_on("a")
+    reader.cancel(held)
+    assert until_last(news)[-1].last
+    assert held.started == 0
+    reader.submit(transfer(tmp_path / "next", 2 * MB, [0, 1], news, Priority.PREFETCH))
+    reader.go_on("b")
+    reader.go_on("b")
+    assert sum(span.length for batch in until_last(news) for span in batch.landed) == 2 * MB
 
 
 def test_cancelled_ends_before_others_and_reads_no_more(tmp_path: Path, begin: Begin) -> None:
