@@ -20,7 +20,7 @@ from serverless_llm.quantities import size
 MIN_SLOT = 1 << 20
 MAX_SLOT = 16 << 20
 HUGE_PAGE = 2 << 20
-LARGE = 512 << 20  # bytes of a pool that has slots of whole huge pages
+LARGE = 256 << 20  # bytes of a pool that has slots of whole huge pages
 TOUCH = 1 << 20  # bytes taken in one call: others who map memory wait for it
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # fallocate(2)
 _POPULATE_WRITE = 23  # madvise(2); Linux 5.14

@@ -19,8 +19,8 @@ from serverless_llm.loader.pool import LARGE, MAX_SLOT, MIN_SLOT, Pool, shared_h
     ("capacity", "size"),
     [
         (1, MIN_SLOT),
-        ((512 << 20) - 1, MIN_SLOT),
-        (512 << 20, 2 << 20),
+        ((256 << 20) - 1, MIN_SLOT),
+        (256 << 20, 2 << 20),
         (2 << 30, 2 << 20),
         (12 << 30, 8 << 20),
         (100 << 30, MAX_SLOT),
