@@ -59,9 +59,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo
 
 unit: $(VENV)/.installed-dev
-	@rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest $(ARGS)
-	$(BIN)/coverage combine --quiet
 	$(BIN)/python scripts/coverage_gate.py
 
 # The dashboard in the machine's own Chromium (apt-get install chromium, or CHROMIUM=PATH)
