@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,7 @@ def oracle(config: dict[str, Any], tensors: Tensors) -> Any:
     """The transformers model of the same weights, float32."""
     import transformers
 
+    config = deepcopy(config)  # transformers writes into its tables
     model_class = getattr(transformers, config["architectures"][0])
     # It softcaps nothing in its other implementations.
     model = model_class(model_class.config_class(**config | {"attn_implementation": "eager"})).float().eval()
