@@ -12,6 +12,7 @@ from pathlib import Path
 
 _NORESERVE, _FIXED = 0x4000, 0x10
 _POPULATE_READ = 22  # madvise; Linux 5.14
+_PRESENT = 0x80  # of the last byte of a page's entry in pagemap
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
@@ -55,8 +56,9 @@ class Range:
         """Those of these offsets that no page is mapped at: their first reader takes a page fault. All of them where
         the system does not tell (proc_pid_pagemap(5))."""
         try:
-            with Path("/proc/self/pagemap").open("rb", buffering=0) as entries:
-                return [one for one in offsets if not _present(entries.fileno(), self.address + one)]
+            with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+                entries, start, page = pagemap.fileno(), self.address, mmap.PAGESIZE
+                return [one for one in offsets if not os.pread(entries, 8, (start + one) // page * 8)[7] & _PRESENT]
         except OSError:
             return list(offsets)
 
@@ -74,10 +76,6 @@ class Range:
         if hasattr(self, "buffer"):
             del self.buffer
         return not self._unmap.alive
-
-
-def _present(pagemap: int, address: int) -> bool:
-    return os.pread(pagemap, 8, address // mmap.PAGESIZE * 8)[7] & 0x80 != 0
 
 
 def _map(address: int | None, length: int, protection: int, flags: int, fd: int, offset: int) -> int:

@@ -96,6 +96,21 @@ def paced(rate: float, ceiling: int, page: int = 4096) -> int:
     return max(page, min(ceiling, int(rate * 0.05) // page * page))
 
 
+def joined(landed: Iterable[Landed]) -> list[Landed]:
+    """Spans that follow one another in a file, and in the pool, as one; their order stays."""
+    runs: list[Landed] = []
+    following: tuple[int, int, int] | None = None  # file, offset and place of a span that would go on
+    for span in landed:
+        file, offset, length, place = span
+        if (file, offset, place) == following:
+            first = runs[-1]
+            runs[-1] = first._replace(length=first.length + length)
+        else:
+            runs.append(span)
+        following = file, offset + length, place + length
+    return runs
+
+
 def locate(landed: Iterable[Landed], start: int, stop: int) -> list[tuple[int, int]] | None:
     """Where bytes [start, stop) of a file are in the pool, as (pool offset, length); None where some are not there.
 

@@ -10,7 +10,7 @@ lay are those that landed, whatever was in between.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from serverless_llm.domain import CheckpointId
 from serverless_llm.loader.header import Header
@@ -53,14 +53,25 @@ class Stitched:
         """The one in which the span begins."""
         return span.file, span.offset - span.offset % self._slot_bytes
 
+    def cut(self, span: Landed) -> Iterator[Landed]:
+        """Its parts, slot by slot."""
+        at, stop = span.offset, span.offset + span.length
+        while at < stop:
+            end = min(stop, at - at % self._slot_bytes + self._slot_bytes)
+            yield Landed(span.file, at, end - at, span.pool_offset + at - span.offset)
+            at = end
+
     def show(self, spans: Iterable[Landed]) -> set[Slot]:
         """Maps the slots of these spans that are not shown; returns those whose page faults are still to be taken."""
-        wanted = {self.slot(span): span.pool_offset - span.pool_offset % self._slot_bytes for span in spans}
+        wanted: dict[Slot, int] = {}
+        for file, offset, length, place in spans:
+            first, ahead = offset - offset % self._slot_bytes, place - offset
+            wanted |= {(file, slot): slot + ahead for slot in range(first, offset + length, self._slot_bytes)}
         changed = {slot: at for slot, at in sorted(wanted.items()) if self.shown.get(slot) != at}
         for run in _runs(changed, self._slot_bytes):
             self.ranges[run.file].place(run.offset, run.length, self._pool_fd, run.pool_offset)
         self.shown |= changed
-        return changed.keys() | self._missing(wanted.keys() - changed.keys())
+        return changed.keys() | self._missing(slot for slot in wanted if slot not in changed)
 
     def _missing(self, slots: Iterable[Slot]) -> set[Slot]:
         """Slots whose pages went: their memory was given back, and taken anew; the first page tells of all."""

@@ -240,6 +240,8 @@ class Mapping(Task):
 
     def _joined(self, spans: Iterable[Landed]) -> list[Landed]:
         """Sorted spans that follow one another in a file and are equally cold, as one: their places do not matter."""
+        if self._cold:
+            spans = [part for span in spans for part in self._stitched.cut(span)]
         runs: list[Landed] = []
         following: tuple[int, int, bool] | None = None  # file, offset and coldness of a span that would go on
         for span in spans:

@@ -309,7 +309,10 @@ class Place(Message, frozen=True):
 
 
 class Landed(Message, frozen=True):
-    """Agent -> worker: bytes are in the pool: (file, offset in the file, bytes, offset in the pool)."""
+    """Agent -> worker: bytes are in the pool: (file, offset in the file, bytes, offset in the pool).
+
+    To a device that views the pool, what follows in both is told as one, over many slots; to others slot by slot.
+    """
 
     replica: int
     pieces: list[tuple[int, int, int, int]]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from serverless_llm import wire
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
-from serverless_llm.loader import digest, origin
+from serverless_llm.loader import digest, origin, plan
 from serverless_llm.loader.download import CHECKPOINT
 from serverless_llm.loader.link import Link, Priority
 from serverless_llm.loader.manifest import Manifest
@@ -279,8 +279,9 @@ class Store:
         now = time.monotonic()
         if last:
             replica.landed = now
-        pieces = [(one.file, one.offset, one.length, one.pool_offset) for one in spans]
-        self._slot(replica.order.device).send(wire.Landed(replica.order.replica, pieces, last))
+        device = replica.order.device
+        pieces = [(*one,) for one in (spans if self._copies(device) else plan.joined(spans))]
+        self._slot(device).send(wire.Landed(replica.order.replica, pieces, last))
         replica.done += sum(one.length for one in spans)
         done, total = replica.done, replica.load.total
         if now - replica.told >= PROGRESS_S or done - replica.told_bytes >= PROGRESS_SHARE * total or last:

@@ -69,6 +69,15 @@ def test_the_home_of_a_span() -> None:
     assert plan.home(Piece(2, 9, 1), 10, 4) == Piece(2, 8, 2)
 
 
+def test_spans_are_joined_that_follow_in_the_file_and_in_the_pool() -> None:
+    first, second = Landed(0, 0, 4, 8), Landed(0, 4, 2, 12)
+    apart = [Landed(0, 6, 4, 40), Landed(1, 10, 4, 44), Landed(0, 10, 4, 48)]
+    assert plan.joined([first, second, *apart]) == [Landed(0, 0, 6, 8), *apart]
+    assert plan.joined([second, first]) == [second, first]
+    assert plan.joined([first, second, Landed(0, 6, 1, 14)]) == [Landed(0, 0, 7, 8)]
+    assert plan.joined([]) == []
+
+
 def test_where_bytes_are() -> None:
     landed = [Landed(0, 8, 2, 100), Landed(0, 0, 8, 50)]
     assert plan.locate(landed, 6, 9) == [(56, 2), (100, 1)]

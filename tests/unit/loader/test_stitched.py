@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serverless_llm.errors import CapacityError
-from serverless_llm.loader import manifest
+from serverless_llm.loader import manifest, plan
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
@@ -68,7 +68,7 @@ class Worker:
         sizes = [file.size for file in source.files]
         told = self.node.fetch(source, holder)
         mapping = self.uploader.mapping(source.checkpoint, sizes, lambda *report: self.news.put(report))
-        mapping.add(told.spans)
+        mapping.add(plan.joined(told.spans) if holder % 2 else told.spans)
         done, total = 0, 1
         while done < total:
             done, total = self.news.get(timeout=30)
@@ -124,6 +124,11 @@ def test_faults_are_to_be_taken_again_where_memory_was_given_back(pool: Pool) ->
     pool.range(3 * MB, 1)[:] = bytes([9])
     assert one.show(spans) == {(0, MB), (1, 0)}
     assert firsts(one) == [[0, 9], [0]]
+
+
+def test_a_span_may_go_over_many_slots(pool: Pool) -> None:
+    one = stitched(pool, [4 * MB], [Landed(0, 0, 2 * MB, 3 * MB), Landed(0, 2 * MB + 5, MB, 6 * MB + 5)])
+    assert firsts(one) == [[3, 4, 6, 7]]
 
 
 def test_it_is_unused_once_no_view_of_any_file_is_left(pool: Pool) -> None:
@@ -224,6 +229,21 @@ def test_faults_are_taken_of_the_slots_that_lie_elsewhere(tmp_path: Path, worker
         pass
     assert moved.length < resident(home) < moved.length + FAULT_AROUND
     assert all(torch.equal(tensor, content[name]) for name, tensor in mapping.tensors().items())
+
+
+def test_faults_are_taken_of_a_slot_in_the_middle_of_a_span(tmp_path: Path, worker: Worker) -> None:
+    source = manifest.build(write(tmp_path, random(2.5)))
+    worker.drop(worker.place(source, 1), source, 1)
+    (span,) = plan.joined(sorted(worker.node.fetch(source, 2).spans))
+    mapping = worker.uploader.mapping(source.checkpoint, [source.file_bytes], lambda *report: worker.news.put(report))
+    home = mapping._stitched.ranges[0]
+    home.release(0, home.length)
+    home.populate(0, 4096)
+    home.populate(2 * MB, 4096)
+    mapping.add([span])
+    while worker.news.get(timeout=30)[0] < source.file_bytes:
+        pass
+    assert MB < resident(home) <= MB + 2 * FAULT_AROUND
 
 
 def test_a_mapping_that_went_stale_is_unmapped_in_the_background(tmp_path: Path, worker: Worker) -> None:
