@@ -99,15 +99,20 @@ def paced(rate: float, ceiling: int, page: int = 4096) -> int:
 def joined(landed: Iterable[Landed]) -> list[Landed]:
     """Spans that follow one another in a file, and in the pool, as one; their order stays."""
     runs: list[Landed] = []
-    following: tuple[int, int, int] | None = None  # file, offset and place of a span that would go on
-    for span in landed:
-        file, offset, length, place = span
-        if (file, offset, place) == following:
-            first = runs[-1]
-            runs[-1] = first._replace(length=first.length + length)
-        else:
-            runs.append(span)
-        following = file, offset + length, place + length
+    at, start, end, ahead = (
+        -1,
+        0,
+        0,
+        0,
+    )  # of the run that may go on: file, bytes [start, end), how far ahead the pool is
+    for file, offset, length, place in landed:
+        if file != at or offset != end or place - offset != ahead:
+            if start < end:
+                runs.append(Landed(at, start, end - start, start + ahead))
+            at, start, ahead = file, offset, place - offset
+        end = offset + length
+    if start < end:
+        runs.append(Landed(at, start, end - start, start + ahead))
     return runs
 
 
