@@ -99,12 +99,8 @@ def paced(rate: float, ceiling: int, page: int = 4096) -> int:
 def joined(landed: Iterable[Landed]) -> list[Landed]:
     """Spans that follow one another in a file, and in the pool, as one; their order stays."""
     runs: list[Landed] = []
-    at, start, end, ahead = (
-        -1,
-        0,
-        0,
-        0,
-    )  # of the run that may go on: file, bytes [start, end), how far ahead the pool is
+    at, start, end = -1, 0, 0  # the run that may go on: its file and bytes
+    ahead = 0  # of them, where they are in the pool
     for file, offset, length, place in landed:
         if file != at or offset != end or place - offset != ahead:
             if start < end:

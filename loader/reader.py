@@ -100,7 +100,7 @@ class Reader:
     after which a read counts as stuck, 0: those of a disk.
 
     Attributes:
-        call_bytes: most bytes of one call of the transfers to come.
+        call_bytes: most bytes of one call of the transfers to come that somebody waits for.
     """
 
     def __init__(
