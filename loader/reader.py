@@ -140,8 +140,9 @@ class Reader:
     def go_on(self, who: Hashable) -> None:
         """It came, or will not. Idempotent."""
         with self._wake:
-            self._awaited.discard(who)
-            self._wake.notify_all()
+            if who in self._awaited:
+                self._awaited.remove(who)
+                self._wake.notify_all()
 
     def rank(self, transfer: Transfer, priority: int) -> None:
         """Gives it another priority, from its next read on; what has none left stays as it is."""

@@ -10,9 +10,10 @@ lay are those that landed, whatever was in between.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from serverless_llm.domain import CheckpointId
+from serverless_llm.loader import plan
 from serverless_llm.loader.header import Header
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.plan import Landed
@@ -68,7 +69,8 @@ class Stitched:
             first, ahead = offset - offset % self._slot_bytes, place - offset
             wanted |= {(file, slot): slot + ahead for slot in range(first, offset + length, self._slot_bytes)}
         changed = {slot: at for slot, at in sorted(wanted.items()) if self.shown.get(slot) != at}
-        for run in _runs(changed, self._slot_bytes):
+        slots = (Landed(*slot, self._slot_bytes, at) for slot, at in changed.items())
+        for run in plan.joined(slots):
             self.ranges[run.file].place(run.offset, run.length, self._pool_fd, run.pool_offset)
         self.shown |= changed
         return changed.keys() | self._missing(slot for slot in wanted if slot not in changed)
@@ -122,15 +124,3 @@ class Kept:
         for name in [name for name, (_, shown) in self._kept.items() if name != checkpoint]:
             if not mine.isdisjoint(self._kept[name][1]):
                 self._discard(self._kept.pop(name)[0])
-
-
-def _runs(shown: Mapping[Slot, int], slot_bytes: int) -> list[Landed]:
-    """Slots that follow one another in the file and in the pool as one; `shown` is sorted."""
-    runs: list[Landed] = []
-    for (file, offset), at in shown.items():
-        last = runs[-1] if runs else None
-        if last and (last.file, last.offset + last.length, last.pool_offset + last.length) == (file, offset, at):
-            runs[-1] = last._replace(length=last.length + slot_bytes)
-        else:
-            runs.append(Landed(file, offset, slot_bytes, at))
-    return runs
