@@ -16,10 +16,12 @@ HEADERS ?=
 
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
+# Every server that a test starts is five processes, which would compile their modules again
+unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint unit browser screenshots soak fuzz mutate bench bench-smoke accuracy train-demo gpu report clean
+.PHONY: demo test lint unit coverage browser screenshots soak fuzz mutate bench bench-smoke accuracy train-demo gpu report clean
 
 # --- environment ---
 
@@ -47,7 +49,7 @@ $(VENV)/.installed-mutation: $(VENV)/.installed-dev
 demo: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python -m scripts.demo $(ARGS)
 
-test: lint unit
+test: lint unit coverage
 
 # --- parts ---
 
@@ -59,7 +61,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(VENV)/.installed-dev
 	$(BIN)/python scripts/coverage_gate.py
 
 # The dashboard in the machine's own Chromium (apt-get install chromium, or CHROMIUM=PATH)

@@ -201,7 +201,7 @@ class Mapping(Task):
         self._uploader.kept.handed(self._checkpoint, (self._stitched.shown[slot] for slot in own))
         self._cold |= cold
         for span in self._joined(spans):
-            self._uploader.put(self, span)
+            self._uploader.put(self, span, whole=not self._is_cold(span))
 
     def tensors(self, but: Container[str] = ()) -> dict[str, torch.Tensor]:
         """All tensors but these, once everything is there: views into the pool; of misaligned ones, copies.

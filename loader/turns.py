@@ -21,31 +21,31 @@ T = TypeVar("T", bound=Ranked)
 
 
 class Turns(Generic[T]):
-    """Spans, taken in parts: of the best priority first, then in the order of their coming.
+    """Spans, taken in parts or whole: of the best priority first, then in the order of their coming.
 
     The spans of one task stay in order. A better priority goes before the next part.
     """
 
     def __init__(self) -> None:
-        self._spans: dict[T, deque[tuple[int, Landed]]] = {}  # with their numbers
+        self._spans: dict[T, deque[tuple[int, bool, Landed]]] = {}  # with their numbers, and whether they go whole
         self._count = 0
 
     def __bool__(self) -> bool:
         return bool(self._spans)
 
-    def put(self, task: T, span: Landed) -> None:
+    def put(self, task: T, span: Landed, whole: bool = False) -> None:
         self._count += 1
-        self._spans.setdefault(task, deque()).append((self._count, span))
+        self._spans.setdefault(task, deque()).append((self._count, whole, span))
 
     def take(self, longest: int) -> tuple[T, Landed]:
-        """The part whose turn it is, of at most so many bytes; there must be one."""
+        """The part whose turn it is, of at most so many bytes if it does not go whole; there must be one."""
         task = min(self._spans, key=lambda one: (one.priority, self._spans[one][0][0]))
         spans = self._spans[task]
-        number, span = spans.popleft()
-        length = min(span.length, longest)
+        number, whole, span = spans.popleft()
+        length = span.length if whole else min(span.length, longest)
         if length < span.length:
             rest = Landed(span.file, span.offset + length, span.length - length, span.pool_offset + length)
-            spans.appendleft((number, rest))
+            spans.appendleft((number, whole, rest))
         if not spans:
             del self._spans[task]
         return task, span._replace(length=length)

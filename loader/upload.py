@@ -134,9 +134,10 @@ class Uploader:
             self._wake.notify()
         self._thread.join()
 
-    def put(self, task: Task, span: Landed) -> None:
+    def put(self, task: Task, span: Landed, whole: bool = False) -> None:
+        """Has the task begin the span, in parts; `whole`: at once, for nothing is moved. A cap takes time for both."""
         with self._wake:
-            self._turns.put(task, span)
+            self._turns.put(task, span, whole and not self.pacer.rate)
             self._wake.notify()
 
     def drop(self, task: Task) -> None:

@@ -103,7 +103,7 @@ class Engine:
         for tensors, number, place in zip(own, self._memory.extents(replica), places, strict=False):
             extents[tensors] = Extent(number, place, own[tensors])
             self._arena.fill(Range(place, own[tensors]))
-        offsets = layout(model, stored, [extents[tensors].offset for tensors in sizes])
+        offsets = layout(model, shapes, stored, [extents[tensors].offset for tensors in sizes])
         bound = {
             name: self._arena.tensor(offset, DTYPES[model.dtype], shapes[name]) for name, offset in offsets.items()
         }
@@ -113,7 +113,7 @@ class Engine:
         placed = self._placed[replica] = Placement(model, bound, extents)
         whole = len(offsets) == len(shapes)
         if whole and not any(model.needs_conversion(name, entries) for name in shapes):
-            return dests(model, {name: offsets[name] for name in placed.brought()})
+            return dests(model, shapes, {name: offsets[name] for name in placed.brought()})
         return None
 
     def shared(self, replica: ReplicaId) -> list[tuple[int, int, ReplicaId]]:

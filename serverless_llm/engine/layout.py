@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from serverless_llm.engine.architectures.description import Shape
 from serverless_llm.engine.config import Buffer, Entries, ModelConfig, numel
 from serverless_llm.loader.dest import Dest
 
@@ -17,9 +18,10 @@ def stored_buffers(config: ModelConfig, entries: Entries, weights: str) -> Itera
             yield buffer
 
 
-def layout(config: ModelConfig, buffers: list[Buffer], places: list[int]) -> dict[str, int]:
+def layout(
+    config: ModelConfig, shapes: Mapping[str, Shape], buffers: list[Buffer], places: list[int]
+) -> dict[str, int]:
     """Tensor -> byte offset in the arena, in the served dtype, the buffers beginning at `places`."""
-    shapes = config.tensors()
     offsets: dict[str, int] = {}
     for buffer, place in zip(buffers, places, strict=True):
         at = place
@@ -29,7 +31,6 @@ def layout(config: ModelConfig, buffers: list[Buffer], places: list[int]) -> dic
     return offsets
 
 
-def dests(config: ModelConfig, offsets: dict[str, int]) -> list[Dest]:
+def dests(config: ModelConfig, shapes: Mapping[str, Shape], offsets: dict[str, int]) -> list[Dest]:
     """One copy per tensor, for a checkpoint stored in the served dtype."""
-    shapes = config.tensors()
     return [Dest(name, 0, numel(shapes[name]) * config.item_bytes, offset) for name, offset in offsets.items()]

@@ -30,7 +30,7 @@ def model_of(config: ModelConfig, arena: Arena, tiled: bool) -> Model:
         at += aligned(config.buffer_bytes(buffer, shapes))
     stored = tensors_of(config)
     bound = {}
-    for name, offset in layout(config, buffers, places).items():
+    for name, offset in layout(config, shapes, buffers, places).items():
         bound[name] = arena.tensor(offset, DTYPES[config.dtype], shapes[name])
         bound[name].copy_(stored[name])
     return Model(config, bound, arena, fused=not tiled, tiled=tiled)

@@ -103,7 +103,9 @@ def test_what_nobody_waits_for_is_read_in_short_calls_until_somebody_does(
     hastened = transfer(tmp_path / "b", 4 * MB, [3, 4, 5, 6], news, Priority.PREFETCH)
     reader.submit(hastened)
     reader.rank(hastened, Priority.ONLINE)
-    let_go(tmp_path / "pipe")
+    opened = os.open(tmp_path / "pipe", os.O_RDWR)  # kept until the reader has opened it, too
+    assert until_last(others)[-1].error is not None
+    os.close(opened)
     assert [len(batch.landed) for batch in until_last(news)] == [4]
 
 

@@ -63,6 +63,7 @@ class Worker:
         self.node = node
         self.uploader = Uploader(node.pool.fd, node.pool.capacity)
         self.news: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self.reports: list[int] = []  # bytes done, of the last `place`
 
     def place(self, source: Manifest, holder: int) -> Mapping:
         sizes = [file.size for file in source.files]
@@ -70,8 +71,10 @@ class Worker:
         mapping = self.uploader.mapping(source.checkpoint, sizes, lambda *report: self.news.put(report))
         mapping.add(plan.joined(told.spans) if holder % 2 else told.spans)
         done, total = 0, 1
+        self.reports = []
         while done < total:
             done, total = self.news.get(timeout=30)
+            self.reports.append(done)
         return mapping
 
     def drop(self, mapping: Mapping, source: Manifest, holder: int) -> None:
@@ -208,7 +211,9 @@ def test_a_checkpoint_that_comes_back_takes_no_page_faults(tmp_path: Path, worke
     assert resident(home) == -(-source.file_bytes // 4096) * 4096
     worker.drop(mapping, source, 1)
     thin(home)
-    again = worker.place(source, 2)
+    worker.uploader.longest = 4096
+    again = worker.place(source, 3)
+    assert worker.reports == [source.file_bytes]  # in one turn, for nothing is moved
     assert again._stitched.ranges == [home]
     assert resident(home) == 3 * 4096  # so nothing was populated
     assert all(torch.equal(tensor, content[name]) for name, tensor in again.tensors().items())

@@ -52,24 +52,28 @@ def test_who_waits_no_more_has_no_turn() -> None:
 
 
 @given(
-    lengths=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 20)), max_size=12),
+    lengths=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 20), st.booleans()), max_size=12),
     longest=st.lists(st.integers(1, 9), min_size=1),
 )
 def test_every_byte_has_one_turn_and_a_task_s_bytes_stay_in_order(
-    lengths: list[tuple[int, int]], longest: list[int]
+    lengths: list[tuple[int, int, bool]], longest: list[int]
 ) -> None:
     turns: Turns[Waiting] = Turns()
     tasks = [Waiting(priority) for priority in (Priority.ONLINE, Priority.PREFETCH, Priority.PREFETCH)]
     put: dict[Waiting, list[int]] = {task: [] for task in tasks}
     at = 0
-    for number, length in lengths:
-        turns.put(tasks[number], Landed(0, at, length, 7 * at))
+    whole = {}
+    for number, length, uncut in lengths:
+        turns.put(tasks[number], Landed(0, at, length, 7 * at), uncut)
+        if uncut:
+            whole[at] = length
         put[tasks[number]] += range(at, at + length)
         at += 100
     got: dict[Waiting, list[int]] = {task: [] for task in tasks}
     while turns:
         most = longest.pop() if len(longest) > 1 else longest[0]
         task, part = turns.take(most)
-        assert part.length <= most
+        assert part.length == whole.get(part.offset, part.length)
+        assert part.length <= most or part.offset in whole
         got[task] += range(part.offset, part.offset + part.length)
     assert got == put
