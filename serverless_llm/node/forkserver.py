@@ -135,7 +135,6 @@ def warm() -> None:
 
     torch.set_num_threads(1)
     worker.rehearse()
-    gc.collect()
     gc.freeze()
     gc.enable()
 
