@@ -24,6 +24,7 @@ class Room:
         copies: whether a device has weights of its own, so that what it copied may leave the pool.
         arrived: told of what landed for a replica, as `Load.on_landed`.
         failed: told why a replica's load ended, and whether for good.
+        waits: told of a replica that finds no room by now.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Room:
         copies: Callable[[int], bool],
         arrived: Callable[[Replica, Sequence[Landed], bool], None],
         failed: Callable[[int, str, bool], None],
+        waits: Callable[[int], None],
     ) -> None:
         self._pipeline = pipeline
         self._sharing = sharing
@@ -41,6 +43,7 @@ class Room:
         self._copies = copies
         self._arrived = arrived
         self._failed = failed
+        self._waits = waits
 
     async def reserve(self, replica: Replica, found: Manifest) -> Load:
         """Waits for room as long as others are to give some back.
@@ -57,6 +60,7 @@ class Room:
                 returning = under_way or self._pipeline.settling
                 if not returning or not self.fits(replica, found):
                     raise
+            self._waits(replica.order.replica)
             replica.room = asyncio.get_running_loop().create_future()
             await replica.room
 

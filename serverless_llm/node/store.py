@@ -69,7 +69,9 @@ class Store:
         self._replicas: dict[int, Replica] = {}
         self._verifier = Verifier(self._pool, options.digests, loop.call_soon_threadsafe)
         self._sharing = Sharing(self._pool, self._pipeline, options.tensors, self._settled)
-        self._room = Room(self._pipeline, self._sharing, self._replicas, self._copies, self._arrived, self.failed)
+        self._room = Room(
+            self._pipeline, self._sharing, self._replicas, self._copies, self._arrived, self.failed, self._reader.go_on
+        )
 
     @property
     def pool_fd(self) -> int:
@@ -104,7 +106,9 @@ class Store:
         replica = self._replicas.get(number)
         if replica is not None:
             replica.priority = Priority.ONLINE
-            if replica.load is not None:
+            if replica.load is None and replica.room is None:
+                self._go_first(number)
+            elif replica.load is not None:
                 replica.load.hasten(Priority.ONLINE)
                 self._slot(replica.order.device).send(wire.Hasten(number))
 
@@ -196,10 +200,20 @@ class Store:
     # --- a load ---
 
     async def _begin(self, replica: Replica) -> None:
-        order = replica.order
         if replica.priority == Priority.ONLINE:
-            self._reader.yield_to(order.replica)
-            asyncio.get_running_loop().call_later(PREPARED_S, self._reader.go_on, order.replica)
+            self._go_first(replica.order.replica)
+        try:
+            await self._load(replica)
+        finally:
+            self._reader.go_on(replica.order.replica)
+
+    def _go_first(self, number: int) -> None:
+        """What nobody waits for begins no read before this replica does, fails, or waits for room."""
+        self._reader.yield_to(number)
+        asyncio.get_running_loop().call_later(PREPARED_S, self._reader.go_on, number)
+
+    async def _load(self, replica: Replica) -> None:
+        order = replica.order
         try:
             found = await self._manifests.of(order.source, order.checkpoint, dict(self._tier.residents()))
             known = await self._verifier.digests(found) if order.verify != "off" else None
@@ -236,7 +250,6 @@ class Store:
         if order.verify != "off":
             replica.check = self._check(replica, found, known)
         replica.load.start()
-        self._reader.go_on(order.replica)
 
     def _settled(self) -> bool:
         """No replica is on its way."""

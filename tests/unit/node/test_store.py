@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from serverless_llm import wire
 from serverless_llm.loader import manifest
+from serverless_llm.node import store
 from serverless_llm.node.options import AgentOptions, DeviceOptions
 from serverless_llm.node.slot import Slot
 from serverless_llm.node.store import Store
@@ -144,6 +146,44 @@ def test_the_most_urgent_finds_room_first(tmp_path: Path, hastened: bool) -> Non
     at_a_desk(tmp_path, tell)
 
 
+def test_others_read_nothing_from_a_start_that_somebody_waits_for_to_its_first_read_or_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PREPARED_S", 60.0)
+
+    async def tell(desk: Desk) -> None:
+        awaited = desk.store._reader._awaited
+        desk.start(1, SMALL)
+        desk.start(2, SMALL, online=False)
+        await asyncio.sleep(0)
+        assert awaited == {1}
+        desk.store.hasten(2)
+        assert awaited == {1, 2}
+        await desk.until(lambda: {1, 2} <= {*desk.placed})
+        assert awaited == set()
+        shutil.rmtree(tmp_path / "1")
+        desk.store.start(wire.StartLoad(3, COPY, "m3", str(tmp_path / "1"), "none", "float32", 0, True, "off"))
+        await asyncio.sleep(0)
+        assert awaited == {3}
+        await desk.until(lambda: 3 not in desk.store._replicas)
+        await desk.until(lambda: not awaited)
+
+    at_a_desk(tmp_path, tell)
+
+
+def test_who_waits_for_room_holds_up_nobody_who_may_give_some_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PREPARED_S", 60.0)
+
+    async def tell(desk: Desk) -> None:
+        await crowded(desk)
+        desk.store.hasten(3)
+        assert desk.store._reader._awaited == set()
+
+    at_a_desk(tmp_path, tell)
+
+
 def test_what_fits_does_not_wait_for_what_does_not(tmp_path: Path) -> None:
     async def tell(desk: Desk) -> None:
         await crowded(desk)
@@ -213,6 +253,20 @@ def test_room_that_comes_with_the_last_read_is_waited_for(
         await desk.until(lambda: 2 in desk.placed)
 
     at_a_desk(tmp_path, tell, disk_rate=20e6)
+
+
+def test_views_are_told_of_what_lies_side_by_side_as_one_and_copies_are_not(tmp_path: Path) -> None:
+    """A copy must not cross from one registered chunk of the pool into the next."""
+
+    async def tell(desk: Desk) -> None:
+        for number, device in ((1, VIEW), (2, COPY)):
+            desk.start(number, 2.5, device)
+            await desk.until(lambda: number in desk.landed)  # noqa: B023
+            told = [message.pieces for message in desk.heard(device) if isinstance(message, wire.Landed)]
+            assert any(length > MIB for pieces in told for _, _, length, _ in pieces) == (device == VIEW)
+            assert sum(length for pieces in told for _, _, length, _ in pieces) == desk.order(number).files[0][1]
+
+    at_a_desk(tmp_path, tell)
 
 
 def test_gpus_are_told_which_memory_went(tmp_path: Path) -> None:
