@@ -40,13 +40,14 @@ def section(result: dict[str, Any]) -> str:
     """One bench: its question, the machine, its rows."""
     bench, at = result["bench"], result["machine"]
     gpu = f", {at['gpu']}" if at.get("gpu") else ""
+    machine = f"{at['cpu']}{gpu}"
     where = f"{at['cpu']}, {at['cores']} cores, {at['ram_gib']} GiB{gpu}, torch {at['torch']}"
     table = [COLUMNS, ("---",) * len(COLUMNS), *(cells(entry) for entry in result["rows"])]
     lines = ["| " + " | ".join(line) + " |" for line in table]
     question = QUESTIONS.get(bench, bench)
     source = f"`{result['command']}` at {result['commit']} on {where}."
     targets = [f"Targets: {'; '.join(result['verdicts'])}.", ""] if result.get("verdicts") else []
-    return "\n".join([f"**{question}** (`bench/{bench}.py`)", "", *lines, "", *targets, source])
+    return "\n".join([f"**{question}** (`bench/{bench}.py`, {machine})", "", *lines, "", *targets, source])
 
 
 def cells(entry: dict[str, Any]) -> tuple[str, ...]:

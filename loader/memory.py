@@ -57,8 +57,9 @@ class Range:
         the system does not tell (proc_pid_pagemap(5))."""
         try:
             with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-                entries, start, page = pagemap.fileno(), self.address, mmap.PAGESIZE
-                return [one for one in offsets if not os.pread(entries, 8, (start + one) // page * 8)[7] & _PRESENT]
+                first, entries = self.address // mmap.PAGESIZE, pagemap.fileno()
+                pages = ((one, first + one // mmap.PAGESIZE) for one in offsets)
+                return [one for one, page in pages if not os.pread(entries, 8, 8 * page)[7] & _PRESENT]
         except OSError:
             return list(offsets)
 

@@ -78,7 +78,7 @@ def main() -> int:
     bad = [f"{path}: {missing}" for path in promised() if (missing := gaps(path, report))]
     pragmas = excuses()
     bad += [f"{path}:{line}: `no cover` without `- cuda`" for path, line, why in pragmas if "cuda" not in why.lower()]
-    print(f"coverage: {len(report)} files are promised whole; {len(pragmas)} `no cover` lines, CUDA only")
+    print(f"coverage: {len(promised())} files are promised whole; {len(pragmas)} `no cover` lines, CUDA only")
     for line in bad:
         print(f"coverage: {line}", file=sys.stderr)
     return 1 if bad else 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -18,13 +20,27 @@ from typing import Any, Self, TypeVar
 import psutil
 
 T = TypeVar("T")
+WORKERS = 16  # processes of pytest at once, at most
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """Nobody listens on it, the kernel gives it to nobody else, and no other test at work takes it."""
+    while True:
+        port = next(PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
         return port
+
+
+def ports() -> Iterator[int]:
+    """Below those for port 0 and for connections; every one of pytest's processes has its own, from anywhere on."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = range(20_000 + worker % WORKERS, 32_768, WORKERS)
+    first = random.SystemRandom().randrange(len(own))
+    return itertools.cycle([*own[first:], *own[:first]])
 
 
 def until(condition: Callable[[], T | None], what: str, seconds: float = 30.0, pause: float = 0.01) -> T:
@@ -40,6 +56,9 @@ def until(condition: Callable[[], T | None], what: str, seconds: float = 30.0, p
             return value
         time.sleep(pause)
     raise TimeoutError(f"waited {seconds} s for {what}")
+
+
+PORTS = ports()
 
 
 def hear_ctrl_c() -> None:

@@ -240,6 +240,20 @@ def test_a_client_that_gives_up_sooner_than_a_load_ends_gets_its_answer_by_tryin
         assert start["done"] == sum(file.stat().st_size for file in source.glob("*.safetensors"))
 
 
+@pytest.mark.storm
+def test_with_2_s_of_patience_and_3_retries_a_client_gets_its_answer_from_a_load_of_5_s(
+    tmp_path: Path, source: Path
+) -> None:
+    nbytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    with Server(tmp_path / "state", *OPTIONS[:-1], f"disk={nbytes // 5000}KB/s") as server:
+        deploy(server, "m", source)
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=2.0, max_retries=3) as client:
+            answer = client.completions.create(model="m", prompt="abc", max_tokens=4)
+        assert answer.usage and answer.usage.completion_tokens == 4
+        (start,) = server.status()["starts"]
+        assert start["done"] == nbytes
+
+
 def test_a_client_that_goes_away_while_it_loads_leaves_the_load_to_others(
     server: Server, model: str, source: Path, reads: FaultyReads
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ class Group:
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
         old = [Path(f"/sys/fs/cgroup/memory{path}") for _, kinds, path in lines if "memory" in kinds.split(",")]
         new = [Path(f"/sys/fs/cgroup{path}") for number, _, path in lines if number == "0"]
-        self.path = (old or new)[0] / "serverless-llm-test"
+        self.path = (old or new)[0] / f"serverless-llm-test-{os.getpid()}"
         self._limit = "memory.limit_in_bytes" if old else "memory.max"
         self._usage = "memory.usage_in_bytes" if old else "memory.current"
         self._events = "memory.oom_control" if old else "memory.events"

@@ -47,7 +47,7 @@ CHECKS = (
     negative_data_rejection,
 )
 ENDLESS = "/admin/events"  # streams until the client goes
-EXAMPLES = max(6, settings().max_examples // 50)  # each is an HTTP request, and there are many routes
+EXAMPLES = max(25, settings().max_examples // 50)  # each is an HTTP request, and there are many routes
 SCHEMA = schemathesis.openapi.from_dict(json.loads(openapi.document()))
 OPERATIONS = [one.ok() for one in SCHEMA.get_all_operations() if isinstance(one, Ok) and one.ok().path != ENDLESS]
 CASES = [(one, GenerationMode.POSITIVE) for one in OPERATIONS] + [

@@ -221,6 +221,7 @@ def test_pings_keep_a_quiet_websocket_alive() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_a_machine_that_stood_still_does_not_take_it_for_its_peer_s_silence() -> None:
     async def story() -> None:
         async with websocket_pair(beat=0.01, silence=0.08) as (_client, near, server, _):
