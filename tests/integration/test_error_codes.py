@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,12 @@ def test_every_error_has_a_row() -> None:
     """Whoever adds one adds its row, or says why this client does not see it."""
     made = {error for path in SOURCE.rglob("*.py") for error in errors(path)}
     assert made - PASSED_ON == {(row.status, row.code) for row in ROWS} | UNSEEN.keys()
+
+
+def test_every_row_is_in_the_documentation() -> None:
+    page = (SOURCE.parent / "docs" / "completions.md").read_text()
+    told = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", page, re.MULTILINE)
+    assert {(int(status), code) for status, code in told} == {(row.status, row.code) for row in ROWS}
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
