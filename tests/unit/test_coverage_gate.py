@@ -62,3 +62,8 @@ def test_other_files_are_not_promised(gate: Any, monkeypatch: pytest.MonkeyPatch
 def test_excuses_are_for_cuda_only(gate: Any, monkeypatch: pytest.MonkeyPatch, comment: str, passed: bool) -> None:
     (gate.ROOT / "kernels" / "flash.py").write_text(f"x = 1  # pragma: {comment}\n")
     assert passes(gate, {}, monkeypatch) is passed
+
+
+def test_what_is_promised_whole_is_mutated(gate: Any) -> None:
+    mutated = {path.removeprefix("serverless_llm/") for path in gate.TOOLS["mutmut"]["only_mutate"]}
+    assert {path.removeprefix("serverless_llm/") for path in gate.PROMISED} <= mutated
