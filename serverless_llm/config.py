@@ -169,7 +169,15 @@ class Given(NamedTuple):
 def load(
     flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None = None, memory: int | None = None
 ) -> Config:
-    """The configuration of a server.
+    """The configuration of a server; see `load_with_places`."""
+    return load_with_places(flags, environ, path, memory)[0]
+
+
+def load_with_places(
+    flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None = None, memory: int | None = None
+) -> tuple[Config, dict[str, str]]:
+    """The configuration of a server, and where it has each option from, for messages about it; those that nobody gave
+    are at their own names. The file is read once: it may be a pipe.
 
     Args:
         flags: options of the command line, in the names of `Config`; None stands for "not given".
@@ -182,13 +190,8 @@ def load(
     """
     given = _given(flags, environ, path)
     given.setdefault("state_dir", Given(str(default_state_dir(environ)), "state_dir"))
-    return _checked(given, count_gpus(environ), available_memory() if memory is None else memory)
-
-
-def places(flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None = None) -> dict[str, str]:
-    """Where `load` has each option from, for messages about it; those that nobody gave are at their own names."""
-    names = {name: name for name in Config.__struct_fields__}
-    return names | {name: one.where for name, one in _given(flags, environ, path).items()}
+    where = {name: name for name in Config.__struct_fields__} | {name: one.where for name, one in given.items()}
+    return _checked(given, count_gpus(environ), available_memory() if memory is None else memory), where
 
 
 def _given(flags: Mapping[str, Any], environ: Mapping[str, str], path: Path | None) -> dict[str, Given]:
@@ -313,7 +316,7 @@ def in_words(error: msgspec.ValidationError, kind: Any) -> tuple[str, str]:
     what, _, place = str(error).partition(" - at `$")
     place = place.removesuffix("`")
     if place.startswith("."):
-        kind = get_type_hints(kind)[place[1:]]
+        kind = get_type_hints(kind).get(place[1:], kind)
     if get_origin(kind) is Literal:
         return place, f"must be one of {', '.join(get_args(kind))}"
     match = EXPECTED.match(what)

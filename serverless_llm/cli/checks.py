@@ -155,7 +155,8 @@ def huge_pages(settings: Config) -> Finding:
     private = hugefile.open_file(pool.HUGE_PAGE)
     if private is not None:
         os.close(private)
-        return Finding("huge pages", OK, "the pool's own tmpfs has them, if it is of 512 MiB or more", "tmpfs")
+        least = size(pool.LARGE)
+        return Finding("huge pages", OK, f"the pool's own tmpfs has them, if it is of {least} or more", "tmpfs")
     why = f"neither shared memory nor a tmpfs of the pool's own has them, which costs some speed: echo advise > {path}"
     return Finding("huge pages", WARNING, why, "none")
 

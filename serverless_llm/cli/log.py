@@ -116,6 +116,7 @@ def logged(folder: Path, verbose: bool) -> Iterator[None]:
         raise
     finally:
         thread.stop()
-        kept.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take; why this ends is told all the same
+            kept.close()
         root.handlers, level, logging.raiseExceptions = former
         root.setLevel(level)

@@ -86,10 +86,10 @@ def _bars() -> Iterator[Told]:
         TransferSpeedColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn())
     tasks: dict[str, TaskID] = {}
     lock = threading.Lock()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), expand=True) as progress:
 
         def told(name: str, done: int, total: int) -> None:
             with lock:

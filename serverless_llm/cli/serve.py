@@ -72,11 +72,10 @@ def serve(
         click.echo(json.dumps(schema(), indent=2))
         return
     from serverless_llm.cli.log import logged
-    from serverless_llm.config import count_gpus, load, places
+    from serverless_llm.config import count_gpus, load_with_places
 
-    given = settled(flags)
-    where = places(given, os.environ, config)
-    settings = sourced(load(given, os.environ, config), where["models"])
+    settings, where = load_with_places(settled(flags), os.environ, config)
+    settings = sourced(settings, where["models"])
     demand_gpus(settings, count_gpus(os.environ), where["devices"])
     folder = made(settings.state_dir, where["state_dir"])
     with following(die_with, settings.state_dir), logged(folder, verbose):

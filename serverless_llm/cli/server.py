@@ -209,7 +209,8 @@ class Server:
         self._gateway.drain()
         requests = len({id(choice.live) for choice in self._gateway.live})
         if requests and sys.stderr.isatty():
-            log.warning("%s", draining(requests))  # by its thread: a terminal that takes nothing holds up no end
+            # by its thread: a terminal that takes nothing holds up no end
+            log.warning("%s", draining(requests, self._config.drain))
         try:
             await asyncio.wait_for(self._gateway.idle(), self._config.drain)
         except TimeoutError:
@@ -226,9 +227,10 @@ def spare_streams() -> None:
     gc.set_threshold(*gc.get_threshold()[:2], FULL_PASS)
 
 
-def draining(requests: int) -> str:
+def draining(requests: int, seconds: float) -> str:
     many = "1 request is" if requests == 1 else f"{requests} requests are"
-    return f"draining: {many} running; Ctrl-C again ends {'it' if requests == 1 else 'them'} at once"
+    them = "it" if requests == 1 else "them"
+    return f"draining: {many} running, for at most {seconds:g} s; Ctrl-C again ends {them} at once"
 
 
 def status_of(number: int) -> int:

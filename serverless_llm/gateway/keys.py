@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from serverless_llm import strict_yaml
-from serverless_llm.config import expand
+from serverless_llm.config import expand, in_words
 from serverless_llm.errors import ConfigurationError, did_you_mean
 
 Scope = Literal["inference", "admin"]
@@ -113,7 +113,9 @@ def _key(raw: Any, number: int, path: Path) -> Key:
     try:
         entry = msgspec.convert(raw, _Entry)
     except msgspec.ValidationError as error:
-        raise ConfigurationError(f"{where}: {error}") from None
+        place, what = in_words(error, _Entry)
+        named = f"{where}: {place[1:]}" if place else where
+        raise ConfigurationError(f"{named}: {what}") from None
     if not _ID.fullmatch(entry.id):
         raise ConfigurationError(f"{where}: its id must be 1 to 64 letters, digits and _.-")
     if (entry.key is None) == (entry.sha256 is None):

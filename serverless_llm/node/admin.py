@@ -88,7 +88,8 @@ def _check(spec: ModelSpec) -> None:
         if getattr(spec, field) > MOST:
             raise refusal(f"{field} must be at most {MOST}", field)
     if spec.min_replicas > spec.max_replicas:
-        raise refusal("min_replicas is more than max_replicas", "min_replicas")
+        least, most = spec.min_replicas, spec.max_replicas
+        raise refusal(f"min_replicas, {least}, is more than max_replicas, {most}", "min_replicas")
     if spec.context is not None and not 1 <= spec.context <= MOST:
         raise refusal(f"context must be 1 ... {MOST}", "context")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pwd
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -353,9 +354,19 @@ def test_a_file_that_is_no_text_is_named(file: Path) -> None:
 def test_an_options_place_is_where_it_was_given(file: Path) -> None:
     file.write_text("port: 1")
     environ = {"HOME": "/home/someone", "SERVERLESS_LLM_NODES": "2"}
-    places = config.places({"hold": "5s"}, environ, file)
+    _, places = config.load_with_places({"hold": "5s"}, environ, file)
     found = [places[name] for name in ("port", "nodes", "hold", "models")]
     assert found == [f"{file}: port", "SERVERLESS_LLM_NODES", "--hold", "models"]
+
+
+def test_a_file_may_be_a_pipe_which_can_be_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("api_key: secret",))
+    writer.start()
+    read, places = config.load_with_places({}, {"HOME": "/home/someone"}, pipe, memory=8 * GIB)
+    writer.join()
+    assert (read.api_key, places["api_key"]) == ("secret", f"{pipe}: api_key")
 
 
 @pytest.mark.parametrize(

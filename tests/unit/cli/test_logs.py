@@ -202,3 +202,9 @@ def test_what_ended_the_server_is_in_the_log(tmp_path: Path, capsys: pytest.Capt
     assert "RuntimeError: a bug" in unforeseen["exception"]
     assert logging.getLogger().handlers == before
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_on_a_full_disk_hides_no_cause(tmp_path: Path) -> None:
+    (tmp_path / "head.log").symlink_to("/dev/full")
+    with pytest.raises(ConfigurationError, match="the cause"), log.logged(tmp_path, verbose=False):
+        raise ConfigurationError("the cause")

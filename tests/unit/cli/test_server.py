@@ -131,10 +131,11 @@ def test_a_stop_that_was_asked_for_is_no_failure(number: int, status: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("requests", "text"), [(1, "1 request is running; Ctrl-C again ends it"), (2, "2 requests are running;")]
+    ("requests", "text"),
+    [(1, "1 request is running, for at most 30 s; Ctrl-C again ends it"), (2, "2 requests are running,")],
 )
 def test_who_waits_for_the_end_is_told_for_what(requests: int, text: str) -> None:
-    assert text in draining(requests)
+    assert text in draining(requests, 30.0)
 
 
 def test_a_configured_model_is_a_deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
