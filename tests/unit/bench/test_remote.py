@@ -72,16 +72,14 @@ def test_the_server_answers_ranges_as_the_loader_asks(link: Link, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_client_that_goes_leaves_no_thread_behind(link: Link) -> None:
-    def threads() -> int:
-        return link.server.num_threads()
-
-    host, port = link.address.split(":")
-    before = threads()
-    with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"GET /model/config.json HTTP/1.1\r\nHo")
-        until(lambda: threads() > before, "a thread for the client")
-    until(lambda: threads() == before, "its end")
+def test_a_client_that_goes_leaves_no_thread_behind(tmp_path: Path) -> None:
+    with Link(tmp_path, None) as link:  # of its own: clients of another may still be about to go
+        host, port = link.address.split(":")
+        before = link.server.num_threads()
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"GET /model/config.json HTTP/1.1\r\nHo")
+            until(lambda: link.server.num_threads() > before, "a thread for the client")
+        until(lambda: link.server.num_threads() == before, "its end")
 
 
 def test_a_link_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
