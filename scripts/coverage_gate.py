@@ -32,9 +32,8 @@ def measured() -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "coverage.json"
-        reported = ["--cov", f"--cov-report=json:{target}"]
-        two_files_at_once = ["-n", "2", "--dist", "loadfile"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *two_files_at_once, *reported, *TESTS], cwd=ROOT, check=True)
+        pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
+        subprocess.run([*pytest, "--cov", f"--cov-report=json:{target}", *TESTS], cwd=ROOT, check=True)
         files: dict[str, Any] = json.loads(target.read_text())["files"]
     return files
 
