@@ -79,7 +79,7 @@ def unknown_model(name: str, known: Iterable[str]) -> RequestError:
 
 def not_restored(info: wire.ModelInfo) -> RequestError:
     """503: it is deployed, and the controller does not know it since its files could not be read at a start."""
-    message = f"the model {info.name!r} cannot be served: {info.error}; mend that and deploy it again"
+    message = f"the model {info.name!r} cannot be served: {info.error}; mend that, it is tried again once a minute"
     return RequestError(503, "model_load_failed", message)
 
 

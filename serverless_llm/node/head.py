@@ -24,6 +24,7 @@ from serverless_llm.surroundings import began
 
 log = logging.getLogger(__name__)
 
+LOOK_AGAIN = 60.0  # seconds between looks at models that failed at the start; operators are told of a minute
 SHUTDOWN_LIMIT = 10.0  # seconds for local agents to free everything and exit
 
 
@@ -89,11 +90,17 @@ class Head:
         await self.registry.restore(models)
 
     async def run(self) -> None:
-        """Keeps the agents alive, and looks at the text files of the models that were restored.
+        """Keeps the agents alive, looks at the text files of restored models, and at models that failed.
 
         Cancel it to leave the agents alone, for the next head to adopt; `shut_down` ends them.
         """
-        await asyncio.gather(self._supervisor.run(), self.registry.look())
+        await asyncio.gather(self._supervisor.run(), self._look())
+
+    async def _look(self) -> None:
+        await self.registry.look()
+        while True:
+            await asyncio.sleep(LOOK_AGAIN)
+            await self.registry.look_again()
 
     def kill_agents(self) -> None:
         """Ends them at once; nothing is freed in order."""

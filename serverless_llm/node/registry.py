@@ -23,6 +23,7 @@ from serverless_llm.node.catalog import Clocks, Entry
 from serverless_llm.node.controller import Controller
 from serverless_llm.node.peers import quoted
 from serverless_llm.node.state import Deployed, State
+from serverless_llm.node.threads import apart
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ DEPLOY_LIMIT = 60.0  # seconds for them in a deploy; its client is told before i
 READERS = 64  # checkpoints whose headers are read at once; a bound on the wait for each other
 CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
 WRITE_AGAIN = 10.0  # seconds after which a client may ask again for what the disk did not take; arbitrary
-BROKEN = "%s cannot be served: %s; mend that and deploy it again, or: serverless-llm rm %s"
+BROKEN = "%s cannot be served: %s; mend that, it is tried again once a minute, or: serverless-llm rm %s"
 JSON = dict[str, Any]
 T = TypeVar("T")
 TextCheck = Callable[[str, str, str], Awaitable[bool]]
@@ -114,26 +115,25 @@ class Registry:
         self.changed(prompt=True)
 
     async def _revive(self, model: Deployed) -> None:
-        spec, footprint, why = model.spec, None, ""
+        spec, footprint, why, unexpected = model.spec, None, "", None
         former = self._entries.get(spec.name)
         try:
             if not spec.url:  # an earlier version kept none
                 url = await admin.within(READ_LIMIT, spec.source, lambda: disk_tier.url_of(Path(model.spec.source)))
                 spec = dataclasses.replace(spec, url=url)
             footprint = await self._footprint(spec, READ_LIMIT)
-        except Exception as error:  # one model's checkpoint must not keep the others from being served
-            log.warning(
-                BROKEN, spec.name, error, spec.name, exc_info=None if isinstance(error, RequestError) else error
-            )
+        except Exception as error:  # noqa: BLE001  one model's checkpoint must not keep the others from being served
             why = str(error) or type(error).__name__
+            unexpected = None if isinstance(error, RequestError) else error
         async with self._changing:
             if self._entries.get(spec.name) is former:  # else it was deployed anew, or deleted, meanwhile
                 if footprint is not None:
                     try:
                         self._keep(spec.name, await self._hold(spec))
                     except RequestError as error:
-                        log.warning(BROKEN, spec.name, error.message, spec.name)
                         why, footprint = error.message, None
+                if why and (former is None or why != former.error):
+                    log.warning(BROKEN, spec.name, why, spec.name, exc_info=unexpected)
                 self._entries[spec.name] = Entry(spec, model.created, why)
                 if footprint is not None:
                     self._controller.handle(events.Deploy(spec, footprint))
@@ -149,6 +149,25 @@ class Registry:
                 await self._look(name)
             except Exception:  # one model's files must not end the server
                 log.exception("the text files of %s", name)
+
+    async def look_again(self) -> None:
+        """Serves those failed models that can be served again: their mount may come after the server's start.
+
+        A mount that does not answer is waited for, lest looks at it pile up.
+        """
+        for entry in list(self._entries.values()):
+            if entry.error and await self._mended(entry.spec) and self._entries.get(entry.spec.name) is entry:
+                await self._revive(Deployed(entry.spec, entry.created))
+
+    async def _mended(self, spec: ModelSpec) -> bool:
+        try:
+            await apart(Path(spec.source).stat)
+            footprint = await self._footprint(spec, READ_LIMIT)
+            if self._check is not None:
+                await self._check(spec.name, spec.source, footprint.checkpoint)
+        except Exception:  # noqa: BLE001  why it failed was told when it did
+            return False
+        return True
 
     async def _look(self, name: str) -> None:
         models = self._controller.machine.state.models
@@ -321,7 +340,7 @@ class Registry:
     def _usable(self, name: str) -> Entry:
         entry = self._entry(name)
         if entry.error:
-            raise RequestError(503, "model_load_failed", f"{entry.error}; mend that and deploy it again")
+            raise RequestError(503, "model_load_failed", f"{entry.error}; mend that, it is tried again once a minute")
         return entry
 
     def _row(self, name: str) -> JSON:

@@ -72,7 +72,7 @@ def test_a_kept_model_whose_text_files_cannot_be_used_any_more_fails_until_they_
     async def tell(desk: Desk) -> None:
         assert looks == []  # none before the server listens
         assert (await desk.ask("delete", "gone"))[0] == 200
-        await desk.head.run()
+        await desk.head.registry.look()
         models = {one["name"]: one for one in (await desk.ask("status"))[1]["models"]}
         assert {name: one["state"] for name, one in models.items()} == {
             "bad": "failed", "busy": "unloaded", "good": "unloaded", "odd": "unloaded"
