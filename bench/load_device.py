@@ -3,11 +3,13 @@
 `bounce`: from DRAM, nothing of the pool registered with the device. `direct`: from DRAM, all of it registered. `disk`:
 page cache and pool empty. Each from the order to the tensors that could be used, beside the limit measured in the same
 round: pinned memory to the device, and the raw reader. A timeline of every part stands in the result.
+`library` is `load_checkpoint` from disk, `library (gds)` the same with GPUDirect Storage, where kvikio is installed.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import queue
 import shutil
@@ -23,7 +25,7 @@ from bench.common import drop_caches, row
 from bench.limits import RawReader, disk_limit, memcpy_rate, upload_rate
 from bench.verdicts import at_least
 from serverless_llm.demo.shapes import shape_of, tensors_of
-from serverless_llm.loader import manifest
+from serverless_llm.loader import library, manifest
 from serverless_llm.loader.copies import Copy
 from serverless_llm.loader.dest import Dest
 from serverless_llm.loader.headroom import available_memory
@@ -39,6 +41,7 @@ from serverless_llm.loader.views import TORCH_DTYPES
 from serverless_llm.loader.ways import Arrival, ByCpu, ByCuda, Way
 
 SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-32b")
+LIBRARY = SHAPES[:2]  # those that the library loads, too: the last one takes too long
 SHARD = 4 << 30  # bytes
 ALIGNMENT = 256  # of a tensor in the arena
 SHARE = 0.85  # of what is free that a checkpoint may take
@@ -330,6 +333,36 @@ def measure(
     return {name: found for name, found in loads.items() if found}, limits
 
 
+def measure_library(directory: Path, device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each load from disk, by what reads; every round has one of each."""
+    ways = {"library": "mmap"}
+    if device.type == "cuda" and importlib.util.find_spec("kvikio"):
+        ways["library (gds)"] = library.GDS
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, backend in ways.items():
+            drop_caches(checkpoints.weight_files(directory))
+            began = time.perf_counter()
+            tensors = library.load_checkpoint(directory, str(device), backend=backend)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - began
+            del tensors
+            if number:  # the first one begins CUDA, cuFile and threads
+                found[name].append(seconds)
+    return found
+
+
+def library_rows(case: str, nbytes: int, loads: dict[str, list[float]]) -> list[dict[str, Any]]:
+    found = []
+    for name, seconds in loads.items():
+        faster = [plain / one for plain, one in zip(loads["library"], seconds, strict=True)]
+        rates = [nbytes / one / 1e9 for one in seconds]
+        peer = None if name == "library" else "library"
+        found.append(row(case, name, "throughput", "GB/s", rates, peer_ratios=faster if peer else (), best_peer=peer))
+    return found
+
+
 def room(folder: Path, device: torch.device) -> int:
     """Bytes of a checkpoint that disk, memory and device have room for."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -356,4 +389,7 @@ def run(
         loads, limits = measure(directory, device, rounds)
         nbytes = sum(path.stat().st_size for path in checkpoints.weight_files(directory))
         timelines = {f"{case}/{name}": samples[-1].parts for name, samples in loads.items()}
-        yield rows(case, nbytes, loads, limits), verdicts(case, nbytes, loads, limits), timelines
+        found = rows(case, nbytes, loads, limits)
+        if shape in LIBRARY:
+            found += library_rows(case, nbytes, measure_library(directory, device, rounds))
+        yield found, verdicts(case, nbytes, loads, limits), timelines

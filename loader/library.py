@@ -27,7 +27,7 @@ from types import MappingProxyType
 import torch
 
 from serverless_llm.errors import CheckpointError
-from serverless_llm.loader import disk_tier, header, manifest, plan
+from serverless_llm.loader import disk_tier, gds, header, manifest, plan
 from serverless_llm.loader.header import TensorEntry
 from serverless_llm.loader.manifest import FileEntry
 from serverless_llm.loader.plan import Piece
@@ -41,7 +41,8 @@ from serverless_llm.loader.views import view
 
 GROUP_BYTES = 64 << 20  # of neighbours that `iterate` reads at once: a long call; the first one has nothing beside it
 AHEAD = 2  # groups that are read while one is used: the device has the next call while the last one is waited for
-BACKENDS = ("mmap", "pread")  # the reference's; here both mean the one way there is
+GDS = "gds"  # GPUDirect Storage
+BACKENDS = ("mmap", "pread", GDS)  # the first two are the reference's; here both mean the one way through host memory
 Device = str | int
 
 
@@ -54,18 +55,18 @@ def load_file(
     another device at most some hundred MiB, or the largest tensor, are in memory.
 
     Args:
-        backend: accepted for the reference's sake; one of `BACKENDS`.
+        backend: one of `BACKENDS`. With "gds" (extra `gds`), a CUDA device reads the file by itself, where it can.
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
         OSError: it cannot be opened.
-        ValueError: another backend.
+        ValueError: another backend, or "gds" and another device than CUDA's.
+        ConfigurationError: "gds", and kvikio cannot be used.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    _check_backend(backend, device)
     path = Path(filename)
     manifest.check_tensors_here(path.parent)
-    return _load(manifest.file_entry(path.name, path, path)[0], torch.device(device))
+    return _load(manifest.file_entry(path.name, path, path)[0], torch.device(device), backend)
 
 
 def load(data: bytes) -> dict[str, torch.Tensor]:
@@ -114,16 +115,21 @@ def load_model(
     return missing, unexpected
 
 
-def load_checkpoint(directory: str | os.PathLike[str], device: Device = "cpu") -> dict[str, torch.Tensor]:
+def load_checkpoint(
+    directory: str | os.PathLike[str], device: Device = "cpu", *, backend: str = "mmap"
+) -> dict[str, torch.Tensor]:
     """All tensors of a Hugging Face directory, sharded or not, in file order: as `load_file` of each of its files.
 
     Args:
         directory: or its URL (docs/remote.md): it is brought into the disk tier. On the CPU, what comes lands in the
             tensors' memory, too; what was there, and all on other devices, is loaded from the tier.
+        backend: as of `load_file`.
 
     Raises:
         CheckpointError: names the file and what is wrong; a `TransientError` where the system could not read it.
+        ValueError, ConfigurationError: as of `load_file`.
     """
+    _check_backend(backend, device)
     home = torch.device(device)
     landed: dict[str, memoryview] = {}
 
@@ -134,7 +140,8 @@ def load_checkpoint(directory: str | os.PathLike[str], device: Device = "cpu") -
         return landed[file.name]
 
     with local(directory, memory_for) as path:
-        return {name: one for file in manifest.weights(path) for name, one in _load(file, home, landed).items()}
+        files = manifest.weights(path)
+        return {name: one for file in files for name, one in _load(file, home, backend, landed).items()}
 
 
 def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,14 +163,17 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
 
 
 def _ahead(
-    held: ExitStack, groups: Iterator[tuple[FileEntry, Sequence[TensorEntry]]], home: torch.device
+    held: ExitStack,
+    groups: Iterator[tuple[FileEntry, Sequence[TensorEntry]]],
+    home: torch.device,
+    backend: str = "mmap",
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of all groups, the next ones read while one is used."""
     with held, ThreadPoolExecutor(AHEAD) as threads:
-        coming = deque(threads.submit(_tensors, *group, home) for group in islice(groups, AHEAD))
+        coming = deque(threads.submit(_tensors, *group, home, backend) for group in islice(groups, AHEAD))
         while coming:
             tensors = coming.popleft().result()
-            coming.extend(threads.submit(_tensors, *group, home) for group in islice(groups, 1))
+            coming.extend(threads.submit(_tensors, *group, home, backend) for group in islice(groups, 1))
             while tensors:
                 name = next(iter(tensors))
                 yield name, tensors.pop(name)
@@ -176,9 +186,11 @@ async def load_file_async(
     return await asyncio.to_thread(load_file, filename, device, backend=backend)
 
 
-async def load_checkpoint_async(directory: str | os.PathLike[str], device: Device = "cpu") -> dict[str, torch.Tensor]:
+async def load_checkpoint_async(
+    directory: str | os.PathLike[str], device: Device = "cpu", *, backend: str = "mmap"
+) -> dict[str, torch.Tensor]:
     """`load_checkpoint` in a thread; cancelled, it reads on there and drops what it read."""
-    return await asyncio.to_thread(load_checkpoint, directory, device)
+    return await asyncio.to_thread(load_checkpoint, directory, device, backend=backend)
 
 
 async def iterate_async(
@@ -222,15 +234,24 @@ def local(source: str | os.PathLike[str], memory_for: disk_tier.Placed = lambda 
         yield lease.directory
 
 
+def _check_backend(backend: str, device: Device) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    if backend == GDS:
+        if torch.device(device).type != "cuda":
+            raise ValueError(f"the backend {GDS} is for CUDA devices, not for {device}")
+        gds.kvikio()
+
+
 def _load(
-    file: FileEntry, device: torch.device, landed: Mapping[str, memoryview] = MappingProxyType({})
+    file: FileEntry, device: torch.device, backend: str, landed: Mapping[str, memoryview] = MappingProxyType({})
 ) -> dict[str, torch.Tensor]:
     """One allocation on the CPU, `landed` if its bytes came there; for another device a group at a time."""
     if file.name in landed:
         return _views(file, file.header.tensors, landed[file.name])
     if device.type == "cpu":
-        return _tensors(file, file.header.tensors, device)
-    return dict(_ahead(ExitStack(), _groups([file]), device))
+        return _tensors(file, file.header.tensors, device, backend)
+    return dict(_ahead(ExitStack(), _groups([file]), device, backend))
 
 
 def _groups(files: Sequence[FileEntry]) -> Iterator[tuple[FileEntry, Sequence[TensorEntry]]]:
@@ -245,17 +266,22 @@ def _groups(files: Sequence[FileEntry]) -> Iterator[tuple[FileEntry, Sequence[Te
         yield file, group
 
 
-def _tensors(file: FileEntry, group: Sequence[TensorEntry], device: torch.device) -> dict[str, torch.Tensor]:
+def _tensors(
+    file: FileEntry, group: Sequence[TensorEntry], device: torch.device, backend: str = "mmap"
+) -> dict[str, torch.Tensor]:
     """Neighbours of one file, read into one allocation."""
     if not group:
         return {}
-    base = group[0].start // PAGE * PAGE
-    tensors = _views(file, group, _read(file, base, group[-1].end), base)
+    base, stop = group[0].start // PAGE * PAGE, group[-1].end
+    if backend == GDS:
+        source = SourceFile(file.path, file.size, file.mtime_ns)
+        return _views(file, group, gds.read(source, base, stop, device), base)
+    tensors = _views(file, group, _read(file, base, stop), base)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _views(
-    file: FileEntry, group: Sequence[TensorEntry], content: memoryview, base: int = 0
+    file: FileEntry, group: Sequence[TensorEntry], content: memoryview | torch.Tensor, base: int = 0
 ) -> dict[str, torch.Tensor]:
     """Tensors whose bytes are in memory, from the file's byte `base` on."""
     try:

@@ -20,10 +20,11 @@ TORCH_DTYPES = {
 
 
 def view(buffer: Any, entry: TensorEntry, base: int = 0) -> torch.Tensor:
-    """A tensor of a file, on the CPU, with storage of its own bytes only.
+    """A tensor of a file, with storage of its own bytes only.
 
     Args:
-        buffer: the file from its byte `base` on, or the part of it that has the tensor. It lives as long as its views.
+        buffer: the file from its byte `base` on, or the part of it that has the tensor: host memory, or a tensor of
+            bytes on any device. It lives as long as its views.
 
     Returns:
         A view of the buffer, or a copy where the bytes are misaligned to their item size.
@@ -36,8 +37,12 @@ def view(buffer: Any, entry: TensorEntry, base: int = 0) -> torch.Tensor:
         raise CheckpointError(f"tensor {entry.name!r} has the dtype {entry.dtype}, which has no tensor type")
     shape = shape_of(entry)
     if entry.start == entry.end:
-        return torch.empty(shape, dtype=dtype)
-    raw = torch.frombuffer(buffer, dtype=torch.uint8, count=entry.nbytes, offset=entry.start - base)
+        return torch.empty(shape, dtype=dtype, device=buffer.device if isinstance(buffer, torch.Tensor) else "cpu")
+    first = entry.start - base
+    if isinstance(buffer, torch.Tensor):
+        raw = buffer.new_empty(0).set_(buffer.untyped_storage()[first : first + entry.nbytes])
+    else:
+        raw = torch.frombuffer(buffer, dtype=torch.uint8, count=entry.nbytes, offset=first)
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype).view(shape)

@@ -25,8 +25,9 @@ failed=()
 
 wheels() {
     "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-        --platform manylinux_2_5_x86_64 --platform manylinux1_x86_64 --dest "$WHEELS" --requirement bench/gpu-wheels.txt
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+        --platform manylinux2014_x86_64 --platform manylinux_2_5_x86_64 --platform manylinux1_x86_64 \
+        --dest "$WHEELS" --requirement bench/gpu-wheels.txt
 }
 
 # Installs the listed packages that this Python lacks.

@@ -48,6 +48,20 @@ def test_each_way_is_judged_by_its_own_limit() -> None:
     assert all(": MISS" in line for line in load_device.verdicts("c", NBYTES, slower, limits))
 
 
+def test_the_library_stands_beside_itself_with_another_backend() -> None:
+    loads = {"library": [1.0, 2.0, 4.0], "library (gds)": [0.5, 1.0, 2.0]}
+    plain, straight = load_device.library_rows("c", 4_000_000_000, loads)
+    assert (plain["subject"], plain["median"], plain["best_peer"]) == ("library", 2.0, None)
+    assert (straight["median"], straight["ratio_to_best_peer"], straight["best_peer"]) == (4.0, 2.0, "library")
+
+
+def test_the_library_loads_from_disk_in_every_round(tmp_path: Path) -> None:
+    make_checkpoint("tiny-llama", tmp_path / "tiny", dtype="bfloat16")
+    found = load_device.measure_library(tmp_path / "tiny", torch.device("cpu"), 2)
+    assert found.keys() == {"library"}
+    assert len(found["library"]) == 2
+
+
 def test_a_checkpoint_arrives_and_every_part_has_its_times(tmp_path: Path) -> None:
     make_checkpoint("tiny-llama", tmp_path / "tiny", dtype="bfloat16")
     with Road(tmp_path / "tiny", torch.device("cpu")) as road:

@@ -202,9 +202,9 @@ def test_the_next_groups_are_read_while_one_is_used(
     begun: SimpleQueue[Sequence[TensorEntry]] = SimpleQueue()
     read = library._tensors
 
-    def told(file: FileEntry, group: Sequence[TensorEntry], device: torch.device) -> dict[str, torch.Tensor]:
+    def told(file: FileEntry, group: Sequence[TensorEntry], *where: Any) -> dict[str, torch.Tensor]:
         begun.put(group)
-        return read(file, group, device)
+        return read(file, group, *where)
 
     monkeypatch.setattr(library, "_tensors", told)
     tensors = loader.iterate(sharded[0])
@@ -288,7 +288,7 @@ def test_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file"):
         loader.load_checkpoint(tmp_path / "file")
-    with pytest.raises(ValueError, match="backend 'io' is none of mmap, pread"):
+    with pytest.raises(ValueError, match="backend 'io' is none of mmap, pread, gds"):
         loader.load_file(tmp_path / "nothing", backend="io")
 
 
