@@ -333,7 +333,9 @@ def measure(
     return {name: found for name, found in loads.items() if found}, limits
 
 
-def measure_library(directory: Path, device: torch.device, rounds: int) -> dict[str, list[float]]:
+def measure_library(
+    directory: Path, device: torch.device, rounds: int, evict: Callable[[Sequence[Path]], object] = drop_caches
+) -> dict[str, list[float]]:
     """Seconds of each load from disk, by what reads; every round has one of each."""
     ways = {"library": "mmap"}
     if device.type == "cuda" and importlib.util.find_spec("kvikio"):
@@ -341,7 +343,7 @@ def measure_library(directory: Path, device: torch.device, rounds: int) -> dict[
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, backend in ways.items():
-            drop_caches(checkpoints.weight_files(directory))
+            evict(checkpoints.weight_files(directory))
             began = time.perf_counter()
             tensors = library.load_checkpoint(directory, str(device), backend=backend)
             if device.type == "cuda":

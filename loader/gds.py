@@ -43,15 +43,12 @@ def read(file: SourceFile, start: int, stop: int, device: torch.device) -> torch
     library = kvikio()
     content = torch.empty(stop - start, dtype=torch.uint8, device=device)
     torch.cuda.current_stream(device).synchronize()  # kernels of whoever had this memory before
-    opened = file.open()
     try:
         with library.CuFile(file.path) as handle:
             count = handle.read(content, stop - start, start)
-        opened.check()
     except (OSError, RuntimeError) as error:
         raise TransientError(f"{file.path}, bytes {start} to {stop}: {error}") from error
-    finally:
-        opened.close()
+    file.open().close()  # is it still that file?
     if count != stop - start:
         raise TransientError(f"{file.path}, bytes {start} to {stop}: {count} came")
     return content

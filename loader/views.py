@@ -40,6 +40,7 @@ def view(buffer: Any, entry: TensorEntry, base: int = 0) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=buffer.device if isinstance(buffer, torch.Tensor) else "cpu")
     first = entry.start - base
     if isinstance(buffer, torch.Tensor):
+        first += int(buffer.storage_offset())
         raw = buffer.new_empty(0).set_(buffer.untyped_storage()[first : first + entry.nbytes])
     else:
         raw = torch.frombuffer(buffer, dtype=torch.uint8, count=entry.nbytes, offset=first)

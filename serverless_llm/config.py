@@ -316,7 +316,9 @@ def in_words(error: msgspec.ValidationError, kind: Any) -> tuple[str, str]:
     what, _, place = str(error).partition(" - at `$")
     place = place.removesuffix("`")
     if place.startswith("."):
-        kind = get_type_hints(kind).get(place[1:], kind)
+        field, item, _ = place[1:].partition("[")
+        kind = get_type_hints(kind).get(field, kind)
+        kind = get_args(kind)[0] if item else kind
     if get_origin(kind) is Literal:
         return place, f"must be one of {', '.join(get_args(kind))}"
     match = EXPECTED.match(what)

@@ -27,11 +27,17 @@ class Clocks:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the head knows of a model beside the machine. `error`: why it could not even be deployed after a restart."""
+    """What the head knows of a model beside the machine.
+
+    Attributes:
+        error: why it could not even be deployed after a restart.
+        wanted: the body of the deploy that failed then; b"": that of `spec`.
+    """
 
     spec: ModelSpec
     created: int
     error: str = ""
+    wanted: bytes = b""
 
 
 def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks: Clocks) -> wire.ModelInfo:

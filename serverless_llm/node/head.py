@@ -94,13 +94,7 @@ class Head:
 
         Cancel it to leave the agents alone, for the next head to adopt; `shut_down` ends them.
         """
-        await asyncio.gather(self._supervisor.run(), self._look())
-
-    async def _look(self) -> None:
-        await self.registry.look()
-        while True:
-            await asyncio.sleep(LOOK_AGAIN)
-            await self.registry.look_again()
+        await asyncio.gather(self._supervisor.run(), self.registry.look(), self.registry.look_again(LOOK_AGAIN))
 
     def kill_agents(self) -> None:
         """Ends them at once; nothing is freed in order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -66,6 +67,7 @@ class Registry:
         self._check = check
         self._entries: dict[str, Entry] = {}
         self._unseen: list[str] = []  # models that were restored without a look at their text files
+        self._looked_at: set[str] = set()  # failed models: a mount that does not answer is asked once
         self._leases: dict[str, disk_tier.Lease] = {}
         self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
         self._readers = asyncio.Semaphore(READERS)
@@ -98,7 +100,7 @@ class Registry:
         async with asyncio.TaskGroup() as group:
             for name, model in known.items():
                 if name not in wanted:
-                    group.create_task(self._revive(model))
+                    group.create_task(self._revive(Entry(model.spec, model.created)))
                     self._unseen.append(name)
         reading = [self._read(name, body, READ_LIMIT) for name, body in wanted.items()]
         for name, found in zip(wanted, await asyncio.gather(*reading, return_exceptions=True), strict=True):
@@ -110,33 +112,42 @@ class Registry:
                 if name not in known:
                     raise RequestError(error.status, error.code, f"{name}: {error.message}", error.param) from error
                 log.warning(BROKEN, name, error.message, name)
-                self._entries[name] = Entry(known[name].spec, known[name].created, error.message)
+                self._entries[name] = Entry(known[name].spec, known[name].created, error.message, wanted[name])
         self._restored = True
         self.changed(prompt=True)
 
-    async def _revive(self, model: Deployed) -> None:
-        spec, footprint, why, unexpected = model.spec, None, "", None
-        former = self._entries.get(spec.name)
+    async def _revive(self, entry: Entry, look: bool = False) -> None:
+        """Serves it as it was wanted last, or shows why not. `look`: at its text files, too."""
+        name, why, unexpected = entry.spec.name, "", None
+        former = self._entries.get(name)
         try:
-            if not spec.url:  # an earlier version kept none
-                url = await admin.within(READ_LIMIT, spec.source, lambda: disk_tier.url_of(Path(model.spec.source)))
-                spec = dataclasses.replace(spec, url=url)
-            footprint = await self._footprint(spec, READ_LIMIT)
+            spec, footprint = await self._found(entry)
+            if look:
+                await self._look_at_text(name, spec.source, footprint)
         except Exception as error:  # noqa: BLE001  one model's checkpoint must not keep the others from being served
             why = str(error) or type(error).__name__
             unexpected = None if isinstance(error, RequestError) else error
         async with self._changing:
-            if self._entries.get(spec.name) is former:  # else it was deployed anew, or deleted, meanwhile
-                if footprint is not None:
-                    try:
-                        self._keep(spec.name, await self._hold(spec))
-                    except RequestError as error:
-                        why, footprint = error.message, None
-                if why and (former is None or why != former.error):
-                    log.warning(BROKEN, spec.name, why, spec.name, exc_info=unexpected)
-                self._entries[spec.name] = Entry(spec, model.created, why)
-                if footprint is not None:
-                    self._controller.handle(events.Deploy(spec, footprint))
+            if self._entries.get(name) is not former:  # it was deployed anew, or deleted, meanwhile
+                return
+            try:
+                if not why:
+                    await self._put(spec, entry.created, footprint, save=bool(entry.wanted))
+            except RequestError as error:
+                why = error.message
+            if why:
+                self._entries[name] = dataclasses.replace(entry, error=why)
+                if former is None or why != former.error:
+                    log.warning(BROKEN, name, why, name, exc_info=unexpected)
+
+    async def _found(self, entry: Entry) -> tuple[ModelSpec, Footprint]:
+        spec = entry.spec
+        if entry.wanted:
+            return await self._read(spec.name, entry.wanted, READ_LIMIT)
+        if not spec.url:  # an earlier version kept none
+            url = await admin.within(READ_LIMIT, spec.source, lambda: disk_tier.url_of(Path(spec.source)))
+            spec = dataclasses.replace(spec, url=url)
+        return spec, await self._footprint(spec, READ_LIMIT)
 
     async def look(self) -> None:
         """Looks at the text files of revived models, one after another; a model whose files cannot be used fails.
@@ -150,44 +161,63 @@ class Registry:
             except Exception:  # one model's files must not end the server
                 log.exception("the text files of %s", name)
 
-    async def look_again(self) -> None:
-        """Serves those failed models that can be served again: their mount may come after the server's start.
+    async def look_again(self, pause: float) -> None:
+        """Every `pause` seconds, looks at the failed models: their mounts may come after the server's start."""
+        async with asyncio.TaskGroup() as looks:
+            while True:
+                await asyncio.sleep(pause)
+                for name, entry in self._entries.items():
+                    if entry.error and name not in self._looked_at:
+                        self._looked_at.add(name)
+                        looks.create_task(self._look_again(name, entry))
 
-        A mount that does not answer is waited for, lest looks at it pile up.
-        """
-        for entry in list(self._entries.values()):
-            if entry.error and await self._mended(entry.spec) and self._entries.get(entry.spec.name) is entry:
-                await self._revive(Deployed(entry.spec, entry.created))
-
-    async def _mended(self, spec: ModelSpec) -> bool:
+    async def _look_again(self, name: str, entry: Entry) -> None:
         try:
-            await apart(Path(spec.source).stat)
-            footprint = await self._footprint(spec, READ_LIMIT)
-            if self._check is not None:
-                await self._check(spec.name, spec.source, footprint.checkpoint)
-        except Exception:  # noqa: BLE001  why it failed was told when it did
-            return False
-        return True
+            source = admin.parse(entry.wanted, admin.DeployBody).source if entry.wanted else entry.spec.source
+            await apart(lambda: os.path.exists(source))  # noqa: PTH110  never raises; as long as a dead mount takes
+            if self._entries.get(name) is entry:
+                await self._revive(entry, look=True)
+                self.changed(prompt=True)
+        except Exception:  # one model's files must not end the server
+            log.exception("another look at %s", name)
+        finally:
+            self._looked_at.remove(name)
 
     async def _look(self, name: str) -> None:
         models = self._controller.machine.state.models
-        if self._check is None or name not in models:
+        if name not in models:
             return
-        source, footprint, why = models[name].spec.source, models[name].footprint, ""
-        for _ in range(LOOKS):
-            try:
-                await self._check(name, source, footprint.checkpoint)
-            except RequestError as error:
-                why = error.message
-            else:
-                return
+        footprint = models[name].footprint
+        try:
+            await self._look_at_text(name, models[name].spec.source, footprint)
+        except RequestError as error:
+            why = error.message
+        else:
+            return
         async with self._changing:
             if name in models and models[name].footprint is footprint:  # else it was deployed anew, and checked
                 entry = self._entries[name]
                 log.warning(BROKEN, name, why, name)
-                self._entries[name] = Entry(entry.spec, entry.created, why)
+                self._entries[name] = dataclasses.replace(entry, error=why)
                 self._controller.handle(events.Delete(name))
         self.changed(prompt=True)
+
+    async def _look_at_text(self, name: str, source: str, footprint: Footprint) -> None:
+        """A look that fails once is no sign: the machine may be busy.
+
+        Raises:
+            RequestError: they cannot be used.
+        """
+        if self._check is None:
+            return
+        for left in reversed(range(LOOKS)):
+            try:
+                await self._check(name, source, footprint.checkpoint)
+            except RequestError:
+                if not left:
+                    raise
+            else:
+                return
 
     # --- what operators ask ---
 
@@ -223,19 +253,27 @@ class Registry:
         chats = self._check is None or await self._check(name, spec.source, footprint.checkpoint)
         async with self._changing:
             old = self._entries.get(name)
-            created = old.created if old else int(time.time())
-            lease = await self._hold(spec)  # first: where it fails nothing changes
-            try:
-                await self._write(self._state.save, Deployed(spec, created))
-            except BaseException:
-                if lease is not None:
-                    lease.close()
-                raise
-            self._keep(name, lease)
-            self._entries[name] = Entry(spec, created)
-            self._controller.handle(events.Deploy(spec, footprint))
+            await self._put(spec, old.created if old else int(time.time()), footprint)
         self._publish()
         return chats
+
+    async def _put(self, spec: ModelSpec, created: int, footprint: Footprint, save: bool = True) -> None:
+        """Deploys it; whoever calls holds `_changing`.
+
+        Raises:
+            RequestError: 503, the disk does not take it; nothing changed.
+        """
+        lease = await self._hold(spec)
+        try:
+            if save:
+                await self._write(self._state.save, Deployed(spec, created))
+        except BaseException:
+            if lease is not None:
+                lease.close()
+            raise
+        self._keep(spec.name, lease)
+        self._entries[spec.name] = Entry(spec, created)
+        self._controller.handle(events.Deploy(spec, footprint))
 
     async def _hold(self, spec: ModelSpec) -> disk_tier.Lease | None:
         """
@@ -275,8 +313,7 @@ class Registry:
     async def _load(self, name: str, body: bytes) -> JSON:
         entry = self._entry(name)
         if entry.error:  # what it lies on may be back
-            await self._revive(Deployed(entry.spec, entry.created))
-            await self._look(name)
+            await self._revive(entry, look=True)
         self._usable(name)
         self._controller.handle(events.Load(name))
         return self._row(name)

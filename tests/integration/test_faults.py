@@ -252,6 +252,7 @@ def test_with_2_s_of_patience_and_3_retries_a_client_gets_its_answer_from_a_load
         assert answer.usage and answer.usage.completion_tokens == 4
         (start,) = server.status()["starts"]
         assert start["done"] == nbytes
+        assert start["seconds"] > 4
 
 
 def test_a_client_that_goes_away_while_it_loads_leaves_the_load_to_others(

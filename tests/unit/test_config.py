@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pwd
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -359,13 +358,13 @@ def test_an_options_place_is_where_it_was_given(file: Path) -> None:
     assert found == [f"{file}: port", "SERVERLESS_LLM_NODES", "--hold", "models"]
 
 
-def test_a_file_may_be_a_pipe_which_can_be_read_once(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_text, args=("api_key: secret",))
-    writer.start()
-    read, places = config.load_with_places({}, {"HOME": "/home/someone"}, pipe, memory=8 * GIB)
-    writer.join()
+def test_a_file_may_be_a_pipe_which_can_be_read_once() -> None:
+    end, other = os.pipe()
+    with os.fdopen(end), os.fdopen(other, "w") as writer:
+        pipe = Path(f"/dev/fd/{end}")
+        writer.write("api_key: secret")
+        writer.close()
+        read, places = config.load_with_places({}, {"HOME": "/home/someone"}, pipe, memory=8 * GIB)
     assert (read.api_key, places["api_key"]) == ("secret", f"{pipe}: api_key")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,9 @@ def test_the_library_stands_beside_itself_with_another_backend() -> None:
 
 def test_the_library_loads_from_disk_in_every_round(tmp_path: Path) -> None:
     make_checkpoint("tiny-llama", tmp_path / "tiny", dtype="bfloat16")
-    found = load_device.measure_library(tmp_path / "tiny", torch.device("cpu"), 2)
+    evicted: list[Sequence[Path]] = []
+    found = load_device.measure_library(tmp_path / "tiny", torch.device("cpu"), 2, evicted.append)
+    assert evicted == [[tmp_path / "tiny" / "model.safetensors"]] * 3  # one before those that count
     assert found.keys() == {"library"}
     assert len(found["library"]) == 2
 
