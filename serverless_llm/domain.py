@@ -54,7 +54,7 @@ class ModelSpec:
         dtype: `auto` (the checkpoint's), `float32` (deterministic mode) or `bfloat16`.
         keep_alive: seconds a replica stays on its device after its last use; `math.inf` for ever, 0 not at all.
         max_concurrency: sequences in one replica at a time.
-        max_queue: waiting sequences beyond which a new one is rejected.
+        max_queue: sequences beyond those that have a place in a replica, up or to come; a further one is rejected.
         context: most tokens (prompt + generated) of a sequence; None: the checkpoint's own limit.
         pinned: replicas of this model are never evicted.
         verify: `off`, or whether a start compares a `sample` of the checkpoint's blocks, or `full` all of them, with

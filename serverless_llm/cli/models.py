@@ -44,7 +44,7 @@ def elsewhere(source: str) -> str:
 @click.option("--min-replicas", type=ANY_COUNT, help="Replicas that stay loaded.")
 @click.option("--max-replicas", type=COUNT, help="Most replicas at a time.")
 @click.option("--max-concurrency", type=COUNT, help="Sequences in one replica at a time.")
-@click.option("--max-queue", type=ANY_COUNT, help="Waiting requests beyond which a new one is refused.")
+@click.option("--max-queue", type=ANY_COUNT, help="Requests that may wait for a place; a further one is refused.")
 @click.option("--context", type=COUNT, help="Most tokens of a request, prompt and answer together.")
 @click.option("--pinned", is_flag=True, default=None, help="Never evict it.")
 @click.option(

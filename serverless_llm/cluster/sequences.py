@@ -35,8 +35,8 @@ def arrived(turn: Turn, event: RequestArrived) -> None:
     if model.footprint.checkpoint != event.checkpoint:
         turn.emit(_outdated(event.sequence))
         return
-    if model.demand >= model.spec.max_queue:
-        message = f"{model.demand} requests already wait for {event.model}"
+    if model.demand >= model.places() + model.spec.max_queue:
+        message = f"{event.model} is busy, and its queue is full (max_queue {model.spec.max_queue})"
         turn.emit(Reject(event.sequence, 503, "overloaded", message, _retry_after(turn, model), True))
         return
     sequence = Sequence(

@@ -273,6 +273,11 @@ class Model:
     def ready(self) -> list[Replica]:
         return [replica for replica in self.present() if replica.state is ReplicaState.READY]
 
+    def places(self) -> int:
+        """Of sequences that could run beside those that do, once its replicas are up; without any, those of one."""
+        most, present = self.spec.max_concurrency, self.present()
+        return sum(most - len(replica.running) for replica in present) if present else most
+
     def eldest(self) -> float | None:
         """When the first of those who wait arrived; an operator's request counts as one."""
         heads = [self.waiting[0].arrived] if self.waiting else []

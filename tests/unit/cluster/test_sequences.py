@@ -7,7 +7,7 @@ import pytest
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.domain import DeviceSpec, FinishReason, NodeSpec
-from tests.unit.cluster.desk import D0, D1, PHASES, QUIET, Desk, deploy, kinds, node, serving
+from tests.unit.cluster.desk import D0, D1, PHASES, QUIET, Desk, deploy, idle, kinds, node, serving
 
 DONE = FinishReason.STOP
 
@@ -103,18 +103,33 @@ def test_an_arrival_told_twice_counts_once(desk: Desk) -> None:
 def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
     desk = Desk()
     desk.tell(deploy("a", max_queue=2, max_concurrency=1))
-    desk.ask(1, "a")
-    desk.ask(2, "a")
-    assert desk.tell(e.RequestArrived(3, "a", "sha-a")) == [
-        c.Reject(3, 503, "overloaded", "2 requests already wait for a", 2.0, True)
+    for sequence in (1, 2, 3):  # the first has a place in the replica to come
+        desk.ask(sequence, "a")
+    assert desk.tell(e.RequestArrived(4, "a", "sha-a")) == [
+        c.Reject(4, 503, "overloaded", "a is busy, and its queue is full (max_queue 2)", 3.0, True)
     ]
+
+
+def test_who_has_a_place_does_not_wait_for_one() -> None:
+    """Though its prompt is still being tokenised."""
+    desk = Desk()
+    desk.join()
+    idle(desk, "a", 1, max_queue=0, max_concurrency=3)
+    for sequence in (2, 3, 4):
+        assert desk.tell(e.RequestArrived(sequence, "a", "sha-a")) == []
+    assert kinds(desk.tell(e.RequestArrived(5, "a", "sha-a"))) == ["Reject"]
+    for sequence in (2, 3, 4):
+        assert kinds(desk.tell(e.PromptReady(sequence, 10, 10))) == ["Dispatch"]
+    assert kinds(desk.tell(e.RequestArrived(6, "a", "sha-a"))) == ["Reject"]
+    desk.tell(e.SequenceDone(2, 1, FinishReason.STOP, 3))
+    assert desk.tell(e.RequestArrived(7, "a", "sha-a")) == []
 
 
 def test_retry_after_knows_of_the_start_under_way() -> None:
     desk = Desk()
     desk.join(node(devices=1))
     desk.tell(e.Heartbeat("n0", ((D0, 1, ()),), (), (("disk", 10.0),)))
-    desk.tell(deploy("a", max_queue=1))
+    desk.tell(deploy("a", max_queue=0, max_concurrency=1))
     desk.ask(1, "a")
     (reject,) = desk.tell(e.RequestArrived(2, "a", "sha-a"))
     assert isinstance(reject, c.Reject)
