@@ -465,6 +465,9 @@ class ModelInfo(Message, frozen=True):
     verify: str = "off"
     remote_bytes: int = 0  # of `bytes`, those that only a server has
     url: str = ""  # that `source` was brought from; empty where there is none
+    max_replicas: int = 1
+    max_concurrency: int = 64
+    max_queue: int = 1024
 
 
 class Catalog(Message, frozen=True):

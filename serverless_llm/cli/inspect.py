@@ -184,8 +184,8 @@ def _of_deployed(
         rows.append(("next start", f"about {seconds(start['start_s'])}; {seconds(start['from_dram_s'])} from DRAM"))
     kept = "forever" if row["pinned"] or row["keep_alive"] is None else duration(row["keep_alive"])
     rows.append(("keep alive", kept + (", pinned" if row["pinned"] else "")))
-    if row["min_replicas"]:
-        rows.append(("min replicas", f"{row['min_replicas']} kept loaded"))
+    rows.append(("replicas", f"at least {row['min_replicas']}, at most {row['max_replicas']}"))
+    rows.append(("limits", f"{row['max_concurrency']} requests at a time in each replica, {row['max_queue']} waiting"))
     if row["verify"] != "off":
         known = f"digests known on {', '.join(digests)}" if digests else "the next start learns the digests"
         rows.append(("verify", f"{row['verify']}; {known}"))

@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"Error: {error}", err=True)
         return CONFIGURATION if isinstance(error, ConfigurationError) else FAILURE
     except OSError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {error.filename}: {error.strerror}" if error.filename else f"Error: {error}", err=True)
         _give_up_output()
         return FAILURE
 

@@ -33,7 +33,7 @@ OWN = re.compile(r"(agents|logs|lock|agent-token|api-key|head\.json|serve\.log|s
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM certificate chain; speak TLS only.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key of the certificate.")
 @click.option("--keys-file", type=click.Path(path_type=Path), help="YAML list of keys with scopes and limits.")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="Database, locks, tokens and logs.")
+@click.option("--state-dir", type=click.Path(path_type=Path, readable=False), help="Database, locks, tokens and logs.")
 @click.option("--nodes", type=COUNT, help="Node agents on this machine.  [default: 1]")
 @click.option("--devices", type=DEVICES, help="Of each node: cpu:2, cuda:1, or auto.")
 @click.option("--device-memory", type=SHARE, help="Weights and KV of one device: 2GiB, 20%.")

@@ -17,6 +17,7 @@ from serverless_llm.cluster.ledger import Ledger, extent
 from serverless_llm.cluster.poison import charge
 from serverless_llm.cluster.replicas import enter, leave, send_off, vanish
 from serverless_llm.cluster.sequences import mentioned, recall
+from serverless_llm.cluster.starts import impossible
 from serverless_llm.cluster.state import PLANNED, Device, Model, Node, Replica, Sequence
 from serverless_llm.cluster.transitions import NODE, NodeState, ReplicaState, SequenceState, move
 from serverless_llm.cluster.turn import Turn
@@ -53,8 +54,10 @@ def joined(turn: Turn, event: NodeJoined) -> None:
     for held in event.held:
         _adopt(turn, held, turn.state.models.get(held.model))
     turn.arm("silent", node.spec.node, turn.policy.silent_after)
-    for name in turn.state.models:
+    for name, model in turn.state.models.items():
         turn.touch(name)
+        if not model.cool_until:  # else its error is that of a load
+            model.error = impossible(turn, model)
 
 
 def node_lost(turn: Turn, event: NodeLost) -> None:

@@ -68,6 +68,9 @@ def info(entry: Entry, model: Model | None, state: State, policy: Policy, clocks
         verify=spec.verify,
         remote_bytes=view.remote_bytes if view else 0,
         url=spec.url,
+        max_replicas=spec.max_replicas,
+        max_concurrency=spec.max_concurrency,
+        max_queue=spec.max_queue,
     )
 
 

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from serverless_llm.cli import main as cli_main
-from serverless_llm.cli.main import VERBS, Verbs, cli
+from serverless_llm.cli.main import VERBS, Verbs, cli, main
 from serverless_llm.errors import CheckpointError, ConfigurationError
 from serverless_llm.node.processes import command, environment
 from tests.unit.cli.conftest import CommandLine
@@ -148,3 +148,8 @@ def test_a_bad_configuration_is_78(cli: CommandLine, tmp_path: Path) -> None:
     outcome = cli("serve", "--config", str(file))
     assert outcome.status == 78
     assert "did you mean 'port'" in outcome.err
+
+
+def test_a_file_that_cannot_be_made_is_named_as_files_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["make-checkpoint", "/proc/none/tiny", "--like", "tiny-llama"]) == 1
+    assert capsys.readouterr().err == "Error: /proc/none: No such file or directory\n"

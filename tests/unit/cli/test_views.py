@@ -27,7 +27,7 @@ ROW = {
     "name": "m", "source": SOURCE, "checkpoint": "c", "dtype": "float32", "context": 512, "bytes": 3_000_000_000,
     "state": "loaded", "tier": "device", "progress": 1.0, "error": "", "devices": ["node0/1"], "keep_alive": 300.0,
     "pinned": False, "until": None, "estimate_s": None, "waiting": 2, "running": 1, "min_replicas": 1,
-    "verify": "off", "remote_bytes": 0, "url": "",
+    "verify": "off", "remote_bytes": 0, "url": "", "max_replicas": 2, "max_concurrency": 64, "max_queue": 1024,
 }  # fmt: skip
 DEVICE = {
     "device": "node0/1", "kind": "cpu", "weights": "view", "problem": "",
@@ -68,8 +68,9 @@ def test_show_a_deployed_model(cli: CommandLine, busy: Scripted) -> None:
     assert next(text for name, text in lines if name == "files").endswith("F32 in the file, float32 when served")
     assert ["next", "start    about 2.0 s; 20 ms from DRAM"] in lines
     assert ["requests", "1 running, 2 waiting"] in lines
-    assert ["min", "replicas  1 kept loaded"] in lines
-    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"pinned": True, "min_replicas": 0})
+    assert ["replicas", "at least 1, at most 2"] in lines
+    assert ["limits", "64 requests at a time in each replica, 1024 waiting"] in lines
+    busy.answers["GET", "/admin/models/m"] = (200, ROW | {"pinned": True})
     assert "forever, pinned\n" in cli("show", "m").out
 
 

@@ -182,6 +182,8 @@ def test_arrivals_in_the_cool_down_are_told_at_once(desk: Desk) -> None:
     assert desk.tell(e.RequestArrived(2, "a", "sha-a"), after=0.5) == [
         c.Reject(2, 503, "model_load_failed", "why", 1.0, True)
     ]
+    desk.join(node("n1"))
+    assert desk.machine.state.models["a"].error == "why"
 
 
 def test_a_permanent_failure_lasts_until_the_next_deploy(desk: Desk) -> None:
@@ -238,6 +240,10 @@ def test_what_fits_nowhere_is_told_when_it_is_deployed(size: int, dram: int, bud
     early = Desk(QUIET)
     early.tell(deploy("big", size=size))
     assert early.machine.state.models["big"].error == "", "no device is known"
+    early.join(NodeSpec("n0", dram, (DeviceSpec(0, "cpu", budget, "view"),)))
+    assert early.machine.state.models["big"].error == error
+    early.join(NodeSpec("n1", 1000, (DeviceSpec(0, "cpu", 1000, "view"),)))
+    assert early.machine.state.models["big"].error == ""
 
 
 def test_memory_that_just_suffices_is_not_blamed() -> None:

@@ -371,8 +371,14 @@ def test_a_models_url_is_kept_and_told_over_everything(tmp_path: Path, checkpoin
     on_a_desk(state, deployed)
     on_a_desk(state, kept)
     on_a_desk(state, kept, wanted={"m": body})
+
+    async def gone(desk: Desk) -> None:
+        error = (await desk.ask("show", "m"))[1]["error"]
+        assert error.startswith("s3://bucket/m is not on the disk tier any more: deploy it again (")
+
     version.rename(tmp_path / "gone")
     on_a_desk(state, kept)
+    on_a_desk(state, gone)
     on_a_desk(state, kept, wanted={"m": body})
 
 
