@@ -238,7 +238,7 @@ def local_state_dir(given: Path | None) -> Path:
     return folder
 
 
-def nobody(folder: Path) -> Unreachable:
+def nobody(folder: Path, advice: str = "; start one: serverless-llm serve") -> Unreachable:
     """No head lives in this state directory; agents of a dead one may, for a while."""
     if _is_shut(folder):
         return Unreachable(
@@ -247,7 +247,7 @@ def nobody(folder: Path) -> Unreachable:
         )
     left = orphans(folder)
     note = f", though {len(left)} agent(s) of a killed one still wait for a new one" if left else ""
-    return Unreachable(f"no server is running (looked in {folder}){note}; start one: serverless-llm serve")
+    return Unreachable(f"no server is running (looked in {folder}){note}{advice}")
 
 
 def _is_shut(folder: Path) -> bool:

@@ -76,6 +76,8 @@ def run(
     """
     began = time.monotonic()
     text = prompt if prompt is not None else _standard_input()
+    if not text:
+        raise click.UsageError("the prompt is empty")
     body = {name: value for name, value in sampling.items() if value is not None}
     body |= {"prompt": text} if raw else {"messages": [{"role": "user", "content": text}]}
     with _server(model, state_dir, quiet) as (server, name, start):

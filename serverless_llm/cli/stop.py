@@ -33,7 +33,7 @@ def stop(now: bool, timeout: float, state_dir: Path | None, as_json: bool) -> No
     folder = local_state_dir(state_dir)
     head = read_head(folder)
     if head is None:
-        raise nobody(folder)
+        raise nobody(folder, advice="")
     _tell(head["pid"], STOP)
     if now:
         time.sleep(POLL)  # signals of the same moment may come in any order

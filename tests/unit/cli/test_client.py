@@ -112,7 +112,9 @@ def test_another_process_with_the_number_of_a_dead_head_is_no_server(
     now = began(os.getpid())
     assert now is not None
     head(tmp_path, began=now - 1)
-    assert cli("stop").status == 69
+    stopped = cli("stop")
+    assert stopped.status == 69
+    assert "start one" not in stopped.err
     assert heard == []
     head(tmp_path, began=now)
     assert read_head(tmp_path) is not None

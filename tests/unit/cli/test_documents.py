@@ -95,7 +95,7 @@ def test_nobody_is_told_to_install_another_project() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     asked = re.compile(r"""constraints\.txt '\.\[([\w-]+)\]'|(?:extra|how_to_install)\("([\w-]+)\"""")
     named = {name for text in texts.values() for pair in asked.findall(text) for name in pair if name}
-    assert named == {"gds", "hub", "remote", "transformers"} <= extras.keys()  # by pages, and by errors of what is not there
+    assert named == {"gds", "hub", "remote", "transformers"} <= extras.keys()  # by pages and errors
 
 
 def test_the_keys_of_the_guide_are_keys(tmp_path: Path) -> None:

@@ -271,6 +271,12 @@ def test_a_stream_that_breaks_off_is_no_answer(cli: CommandLine, known: Scripted
     assert err.startswith(f"Error: the server at {known.url} broke off before the end")
 
 
+def test_a_prompt_that_is_empty_is_no_argument(cli: CommandLine) -> None:
+    outcome = cli("run", "demo-count", "")
+    assert outcome.status == 2
+    assert "the prompt is empty" in outcome.err
+
+
 def test_a_name_without_a_server_says_that_none_runs_and_how_to_start_one(cli: CommandLine) -> None:
     outcome = cli("run", "no-such-model", "x")
     assert outcome.status == 69
