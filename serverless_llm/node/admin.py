@@ -149,6 +149,8 @@ def footprint(spec: ModelSpec) -> Footprint:
     Raises:
         CheckpointError: it cannot be served.
     """
+    if spec.url and not Path(spec.source).exists():  # a place of our own, which nobody else can mend
+        raise CheckpointError(f"{spec.url} is not on the disk tier any more: deploy it again ({spec.source} is gone)")
     found = identity.read(Path(spec.source))
     model = ModelConfig.parse(found.config, spec.dtype)
     if spec.context is not None and spec.context > model.context:
@@ -176,8 +178,6 @@ async def read_footprint(spec: ModelSpec, limit: float) -> Footprint:
     except CheckpointError as error:
         place = spec.url or spec.source
         text = str(error) if place in str(error) or spec.source in str(error) else f"{place}: {error}"
-        if spec.url and not Path(spec.source).exists():  # a place of our own, which nobody else can mend
-            text = f"{spec.url} is not on the disk tier any more: deploy it again ({text})"
         raise RequestError(400, "invalid_checkpoint", text, "source") from error
 
 
