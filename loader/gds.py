@@ -43,12 +43,13 @@ def read(file: SourceFile, start: int, stop: int, device: torch.device) -> torch
     library = kvikio()
     content = torch.empty(stop - start, dtype=torch.uint8, device=device)
     torch.cuda.current_stream(device).synchronize()  # kernels of whoever had this memory before
+    file.open().close()  # is it that file, before the read and after?
     try:
         with library.CuFile(file.path) as handle:
             count = handle.read(content, stop - start, start)
     except (OSError, RuntimeError) as error:
         raise TransientError(f"{file.path}, bytes {start} to {stop}: {error}") from error
-    file.open().close()  # is it still that file?
+    file.open().close()
     if count != stop - start:
         raise TransientError(f"{file.path}, bytes {start} to {stop}: {count} came")
     return content

@@ -159,14 +159,14 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
     """
     home = torch.device(device)
     held, files = _opened(directory)
-    return _ahead(held, _groups(files), home)
+    return _ahead(held, _groups(files), home, BACKENDS[0])
 
 
 def _ahead(
     held: ExitStack,
     groups: Iterator[tuple[FileEntry, Sequence[TensorEntry]]],
     home: torch.device,
-    backend: str = "mmap",
+    backend: str,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of all groups, the next ones read while one is used."""
     with held, ThreadPoolExecutor(AHEAD) as threads:
@@ -200,7 +200,7 @@ async def iterate_async(
     home = torch.device(device)
     held, files = await asyncio.to_thread(_opened, directory)
     groups = _groups(files)
-    read = (asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home)) for group in groups)
+    read = (asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home, BACKENDS[0])) for group in groups)
     coming = deque(islice(read, AHEAD))
     try:
         while coming:
@@ -267,7 +267,7 @@ def _groups(files: Sequence[FileEntry]) -> Iterator[tuple[FileEntry, Sequence[Te
 
 
 def _tensors(
-    file: FileEntry, group: Sequence[TensorEntry], device: torch.device, backend: str = "mmap"
+    file: FileEntry, group: Sequence[TensorEntry], device: torch.device, backend: str
 ) -> dict[str, torch.Tensor]:
     """Neighbours of one file, read into one allocation."""
     if not group:

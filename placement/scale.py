@@ -22,6 +22,7 @@ class Demand:
         present: replicas that serve or will serve, those in `starting` included.
         room: sequences that replicas which serve could take at once.
         starting: replicas on their way.
+        spare: places that are to be left beside those who wait: whoever finds none is refused where none may wait.
     """
 
     waiting: int
@@ -31,6 +32,7 @@ class Demand:
     starting: int
     min_replicas: int
     max_replicas: int
+    spare: int = 0
 
 
 def wanted(demand: Demand) -> Want:
@@ -39,5 +41,5 @@ def wanted(demand: Demand) -> Want:
         return Want.FIRST
     if demand.present < demand.min_replicas:
         return Want.MORE
-    crowded = demand.waiting > demand.room and not demand.starting
-    return Want.MORE if crowded and demand.present < demand.max_replicas else Want.NOTHING
+    crowded = demand.waiting + demand.spare > demand.room and not demand.starting
+    return Want.MORE if crowded and 0 < demand.present < demand.max_replicas else Want.NOTHING

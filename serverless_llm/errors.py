@@ -30,6 +30,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+TRIED_AGAIN = "it is tried again once a minute"  # a model that failed; the head does
+
+
 class ServerlessLLMError(Exception):
     """Anything this project raises on purpose."""
 

@@ -42,7 +42,7 @@ def doctor(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
         click.echo()
         table(diagnosis.forecasts)
     if diagnosis.problems:
-        raise click.ClickException("would not work: " + "; ".join(diagnosis.problems))
+        raise click.ClickException("would not work:" + "".join(f"\n  {one}" for one in diagnosis.problems))
 
 
 def text_of(diagnosis: Diagnosis) -> str:

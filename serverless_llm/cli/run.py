@@ -72,7 +72,7 @@ def run(
     """Send PROMPT (or standard input) to MODEL and stream the answer; the phases of the start go to standard error.
 
     MODEL is a deployed name, a directory, a hub's owner/name, a URL, or demo-count, demo-add, demo-reverse. With no
-    server running, one is started for this answer and stopped after it, but where --state-dir names one.
+    server running, one is started for this answer and stopped after it, except with --state-dir.
     """
     began = time.monotonic()
     text = prompt if prompt is not None else _standard_input()

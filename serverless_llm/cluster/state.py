@@ -274,9 +274,11 @@ class Model:
         return [replica for replica in self.present() if replica.state is ReplicaState.READY]
 
     def places(self) -> int:
-        """Of sequences that could run beside those that do, once its replicas are up; without any, those of one."""
-        most, present = self.spec.max_concurrency, self.present()
-        return sum(most - len(replica.running) for replica in present) if present else most
+        """How many sequences could begin to run once the replicas that start are up. Without any that takes new ones,
+        those of the one to come."""
+        most = self.spec.max_concurrency
+        taking = [replica for replica in self.present() if not replica.draining_for]
+        return sum(most - len(replica.running) for replica in taking) if taking else most
 
     def eldest(self) -> float | None:
         """When the first of those who wait arrived; an operator's request counts as one."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import msgspec
 
 from serverless_llm import wire
-from serverless_llm.errors import RequestError, did_you_mean
+from serverless_llm.errors import TRIED_AGAIN, RequestError, did_you_mean
 
 MAX_RETRY_AFTER = 60  # official clients ignore larger ones
 
@@ -79,7 +79,7 @@ def unknown_model(name: str, known: Iterable[str]) -> RequestError:
 
 def not_restored(info: wire.ModelInfo) -> RequestError:
     """503: it is deployed, and the controller does not know it since its files could not be read at a start."""
-    message = f"the model {info.name!r} cannot be served: {info.error}; mend that, it is tried again once a minute"
+    message = f"the model {info.name!r} cannot be served: {info.error}; {TRIED_AGAIN}"
     return RequestError(503, "model_load_failed", message)
 
 

@@ -24,7 +24,7 @@ from serverless_llm.surroundings import began
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN = 60.0  # seconds between looks at models that failed at the start; operators are told of a minute
+LOOK_AGAIN = 60.0  # seconds between looks at models that failed; `TRIED_AGAIN` tells of them
 SHUTDOWN_LIMIT = 10.0  # seconds for local agents to free everything and exit
 
 

@@ -17,7 +17,7 @@ import msgspec
 from serverless_llm import wire
 from serverless_llm.cluster import events
 from serverless_llm.domain import Footprint, ModelSpec
-from serverless_llm.errors import RequestError, did_you_mean
+from serverless_llm.errors import TRIED_AGAIN, RequestError, did_you_mean
 from serverless_llm.loader import disk_tier
 from serverless_llm.node import admin, catalog, news
 from serverless_llm.node.catalog import Clocks, Entry
@@ -34,7 +34,7 @@ DEPLOY_LIMIT = 60.0  # seconds for them in a deploy; its client is told before i
 READERS = 64  # checkpoints whose headers are read at once; a bound on the wait for each other
 CATALOG_S = 0.2  # least seconds between two catalogs that differ only in progress and counts
 WRITE_AGAIN = 10.0  # seconds after which a client may ask again for what the disk did not take; arbitrary
-BROKEN = "%s cannot be served: %s; mend that, it is tried again once a minute, or: serverless-llm rm %s"
+BROKEN = f"%s cannot be served: %s; {TRIED_AGAIN}, or: serverless-llm rm %s"
 JSON = dict[str, Any]
 T = TypeVar("T")
 TextCheck = Callable[[str, str, str], Awaitable[bool]]
@@ -377,7 +377,7 @@ class Registry:
     def _usable(self, name: str) -> Entry:
         entry = self._entry(name)
         if entry.error:
-            raise RequestError(503, "model_load_failed", f"{entry.error}; mend that, it is tried again once a minute")
+            raise RequestError(503, "model_load_failed", f"{entry.error}; {TRIED_AGAIN}")
         return entry
 
     def _row(self, name: str) -> JSON:

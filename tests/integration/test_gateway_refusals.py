@@ -194,7 +194,7 @@ def test_a_model_that_could_not_be_restored_is_not_unknown(tmp_path: Path) -> No
             assert response.status == 503
             error = await error_of(response)
             assert error["code"] == "model_load_failed"
-            why = "model.safetensors is missing in /m; mend that, it is tried again once a minute"
+            why = "model.safetensors is missing in /m; it is tried again once a minute"
             assert error["message"] == f"the model 'lost' cannot be served: {why}"
             assert response.headers["x-should-retry"] == "false"
         assert not server.controller.all(wire.Arrive)

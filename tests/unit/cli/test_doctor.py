@@ -180,7 +180,7 @@ def test_a_running_server_is_diagnosed_as_it_runs(cli: CommandLine, tmp_path: Pa
     assert (from_disk, from_dram) == ("3.1", "20")  # with its cap, and what it learned
     assert json.loads(cli("doctor", "--json").out)["rates"]["remote"] == 5e6
     assert outcome.out.splitlines()[-1].split() == ["big", "614.0MB", "cannot", "be", "served"]
-    assert "would not work: big: big fits on no device" in outcome.err
+    assert "would not work:\n  big: big fits on no device" in outcome.err
     server.answers["GET", "/admin/status"] = (200, {"models": [row], "nodes": []})
     assert "cpu:1 of " in cli("doctor").out
     server.answers["GET", "/admin/status"] = (401, {"error": {"message": "no key"}})

@@ -154,7 +154,7 @@ def test_show_a_model_whose_files_are_gone(cli: CommandLine, busy: Scripted) -> 
 
 def test_show_says_once_why_a_model_failed(cli: CommandLine, busy: Scripted) -> None:
     why = "/nowhere: No such file or directory"
-    for error in (why, f"{why}; mend that, it is tried again once a minute"):
+    for error in (why, f"{why}; it is tried again once a minute"):
         busy.answers["GET", "/admin/models/m"] = (200, ROW | {"source": "/nowhere", "state": "failed", "error": error})
         outcome = cli("show", "m")
         assert f"failed: {error}\n" in outcome.out

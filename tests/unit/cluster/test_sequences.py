@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.domain import DeviceSpec, FinishReason, NodeSpec
-from tests.unit.cluster.desk import D0, D1, PHASES, QUIET, Desk, deploy, idle, kinds, node, serving
+from tests.unit.cluster.desk import D0, D1, PHASES, QUIET, STILL, Desk, deploy, idle, kinds, node, serving
 
 DONE = FinishReason.STOP
 
@@ -123,6 +125,30 @@ def test_who_has_a_place_does_not_wait_for_one() -> None:
     assert kinds(desk.tell(e.RequestArrived(6, "a", "sha-a"))) == ["Reject"]
     desk.tell(e.SequenceDone(2, 1, FinishReason.STOP, 3))
     assert desk.tell(e.RequestArrived(7, "a", "sha-a")) == []
+
+
+def test_where_none_may_wait_another_replica_starts_before_one_is_refused() -> None:
+    desk = Desk(replace(STILL, abandon_after=1.0))
+    desk.join(node(devices=2))
+    idle(desk, "a", 1, max_queue=0, max_concurrency=2, max_replicas=2)
+    assert kinds(desk.ask(2, "a")) == ["Dispatch"]
+    assert kinds(desk.ask(3, "a")) == ["Decided", "Reserve", "Dispatch"]
+    assert desk.tick(2.0) == []  # nobody waits for it, and yet it is wanted
+    for sequence in (4, 5):
+        assert desk.ask(sequence, "a") == []
+    assert kinds(desk.ask(6, "a")) == ["Reject"]
+    assert kinds(desk.bring_up(2, D1)) == ["Outcome", "Dispatch", "Dispatch"]
+
+
+def test_a_replica_that_takes_nothing_new_has_no_places() -> None:
+    desk = Desk(QUIET)
+    desk.join(node(devices=2))
+    idle(desk, "a", 1, max_queue=0, max_concurrency=4)
+    model = desk.machine.state.models["a"]
+    desk.ask(2, "a")
+    assert model.places() == 3
+    desk.machine.state.replicas[1].draining_for = "b"
+    assert model.places() == 4  # of the one that comes in its stead
 
 
 def test_retry_after_knows_of_the_start_under_way() -> None:

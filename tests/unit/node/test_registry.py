@@ -175,7 +175,7 @@ def test_a_start_that_cannot_keep_a_model_on_the_disk_tier_serves_the_others(tmp
         assert desk.head.controller.machine.state.models.keys() == {"a"}
         for _ in range(2):
             status, body = await desk.ask("load", "b")
-            assert (status, body["error"]["message"]) == (503, f"{why}; mend that, it is tried again once a minute")
+            assert (status, body["error"]["message"]) == (503, f"{why}; it is tried again once a minute")
         (place / disk_tier.LOCK).rmdir()
         assert (await desk.ask("load", "b"))[0] == 200
         assert desk.head.controller.machine.state.models.keys() == {"a", "b"}

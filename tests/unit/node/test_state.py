@@ -66,8 +66,10 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     database.execute("UPDATE meta SET value = 7 WHERE name = 'schema'")
     database.commit()
     database.close()
+    newer = (tmp_path / "state.db").read_bytes()
     with pytest.raises(ConfigurationError, match="schema 7"):
         State(tmp_path)
+    assert (tmp_path / "state.db").read_bytes() == newer
     assert holder(tmp_path / "lock") is None
 
 
@@ -117,6 +119,7 @@ def test_a_locked_database_is_named(tmp_path: Path) -> None:
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(ConfigurationError, match=r"state\.db is locked by another program"):
         State(tmp_path, patience=0.0)
+    assert state.LOCK_SECONDS == 5  # a backup may take so long
     other.close()
     State(tmp_path, patience=0.0).close()
 

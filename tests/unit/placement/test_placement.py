@@ -182,6 +182,10 @@ def test_a_crowd_costs_little_time_and_sends_nobody_away(options: list[choose.Op
         (scale.Demand(4, False, 1, 4, 0, 0, 4), scale.Want.NOTHING),
         (scale.Demand(5, False, 1, 4, 0, 0, 4), scale.Want.MORE),
         (scale.Demand(5, False, 4, 4, 0, 0, 4), scale.Want.NOTHING),
+        (scale.Demand(0, False, 1, 1, 0, 0, 4, spare=1), scale.Want.NOTHING),
+        (scale.Demand(0, False, 1, 0, 0, 0, 4, spare=1), scale.Want.MORE),  # before one comes who may not wait
+        (scale.Demand(0, False, 1, 0, 1, 0, 4, spare=1), scale.Want.NOTHING),
+        (scale.Demand(0, False, 0, 0, 0, 0, 4, spare=1), scale.Want.NOTHING),  # nobody has asked yet
     ],
 )
 def test_one_more_replica(demand: scale.Demand, want: scale.Want) -> None:
