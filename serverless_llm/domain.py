@@ -135,6 +135,7 @@ class Sampling:
 
     Attributes:
         top_k: likeliest tokens that are drawn from; 0: all.
+        open_end: nobody asked for `max_tokens`: it may end sooner, where the device has no memory for more.
         min_p: tokens less likely than so many times the likeliest are not drawn.
         shaping: None where logits are drawn from as the model gives them.
         logprobs: None, or how many of the likeliest tokens are told with the logprob of each drawn one.
@@ -149,6 +150,7 @@ class Sampling:
     min_p: float = 0.0
     shaping: Shaping | None = None
     logprobs: int | None = None
+    open_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,7 @@ class Run(Message, frozen=True):
     shaping: Shaping | None = None
     logprobs: int | None = None
     request_id: str = ""  # for logs
+    open_end: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -405,6 +406,8 @@ class Arrive(Message, frozen=True):
 
 
 class Prompted(Message, frozen=True):
+    """`max_tokens`: 1 where it was not asked for."""
+
     sequence: int
     prompt_tokens: int
     max_tokens: int

@@ -200,6 +200,7 @@ class Server:
 
     def _signalled(self, number: int) -> None:
         if not self._signal.done():
+            log.info("stopping: %s", "asked by `stop`" if number == STOP else signal.Signals(number).name)
             self._signal.set_result(number)
         elif number != STOP:  # another `stop` waits with the first
             self._head.kill_agents()

@@ -249,7 +249,8 @@ def refuse_oversized(turn: Turn, model: Model, sequence: Sequence) -> None:
     elif most and not fit.holds_sequence(model.footprint, most, tokens):
         needed, left = model.footprint.kv_bytes(tokens), max(0, most - model.footprint.weight_bytes)
         problem = (
-            f"the KV of {tokens} tokens takes {size(needed)}; beside the weights at most {size(left)} are available"
+            f"the KV of {tokens} tokens (prompt and max_tokens) takes {size(needed)}; beside the weights at most "
+            f"{size(left)} are available: ask for fewer, or serve with more --device-memory"
         )
     else:
         return

@@ -232,8 +232,11 @@ class Engine:
         used = [*tokens, *(token for token, _ in bias)]
         if min(used) < 0 or max(used) >= config.vocab:
             raise CapacityError(f"token ids are 0 to {config.vocab - 1}")
-        most = min(sequence.prompt_length + sequence.sampling.max_tokens, config.context)
-        needed, capacity = sequence.groups.live(most), self._memory.capacity(sequence.replica)
+        capacity = self._memory.capacity(sequence.replica)
+        if sequence.sampling.open_end:
+            sequence.context = max(sequence.prompt_length + 1, sequence.groups.longest(capacity, config.context))
+        most = min(sequence.prompt_length + sequence.sampling.max_tokens, sequence.context)
+        needed = sequence.groups.live(most)
         if needed > capacity:
             there, missing = (size(blocks * config.kv_block_bytes) for blocks in (max(0, capacity), needed))
             raise CapacityError(f"{most} tokens need {missing} of KV, {there} are there")
@@ -254,7 +257,8 @@ class Engine:
             self._arena.clear(place)
         self._memory.fresh.clear()
         for sequence in self._unrunnable(batch):
-            self._end(sequence, [], FinishReason.ERROR, result)
+            enough = sequence.sampling.open_end and sequence.generated
+            self._end(sequence, [], FinishReason.LENGTH if enough else FinishReason.ERROR, result)
         if batch is not None:
             self._run(batch, result)
         return result

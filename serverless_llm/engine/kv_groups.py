@@ -7,6 +7,7 @@ given back when the window has passed them.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -59,6 +60,11 @@ class KvGroups(NamedTuple):
         """Blocks that suffice to run a sequence up to so many tokens, a few at a time."""
         columns = self.columns(tokens)
         return self.whole * columns + self.sliding * min(columns, self.kept)
+
+    def longest(self, blocks: int, most: int) -> int:
+        """Tokens of the longest sequence, up to `most`, that so many blocks suffice for."""
+        lengths = range(0, most, BLOCK_TOKENS)
+        return most if self.live(most) <= blocks else lengths[max(1, bisect_right(lengths, blocks, key=self.live)) - 1]
 
     def views(self) -> list[View]:
         """One for each group."""

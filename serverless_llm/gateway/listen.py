@@ -235,6 +235,7 @@ def _load(context: ssl.SSLContext, certificate: Path, key: Path, where: tuple[st
         context.load_cert_chain(certificate, key, password=_no_password)
     except (ssl.SSLError, ConfigurationError) as error:
         reason = getattr(error, "reason", None) or str(error)
+        reason = "the key is another certificate's" if reason == "KEY_VALUES_MISMATCH" else reason
         raise ConfigurationError(f"{where[0]} {certificate} and {where[1]} {key}: {reason}") from None
 
 

@@ -257,6 +257,7 @@ class Choice:
             shaping=_shaping(sampling, request),
             logprobs=request.logprobs,
             request_id=self.live.request_id,
+            open_end=request.max_tokens is None,
         )
 
     def extend(self, tokens: list[int], finish: str, likelihoods: Sequence[wire.Likelihood] = ()) -> None:

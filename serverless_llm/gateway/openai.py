@@ -25,7 +25,7 @@ class CompletionRequest:
 
     Attributes:
         chat: whether it came to /v1/chat/completions; then `messages` is set, else `prompts`.
-        max_tokens: None: the rest of the context.
+        max_tokens: None: the rest of the context, or of the device's memory.
         n: choices of each prompt.
         sampling: those of `fields.SAMPLING` that were given; the others are the checkpoint's.
         logprobs: None, or how many of the likeliest tokens are told of with each generated one.

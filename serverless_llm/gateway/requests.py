@@ -66,7 +66,8 @@ class LiveRequests:
         if choice.done or choice.sequence not in self._live:
             return
         choice.prepare(prompt)
-        self._send(wire.Prompted(choice.sequence, len(prompt.ids) // 4, choice.max_tokens))
+        asked = choice.live.request.max_tokens or 1
+        self._send(wire.Prompted(choice.sequence, len(prompt.ids) // 4, asked))
 
     def close(self, live: LiveRequest, cause: str) -> None:
         """The handler is through with it; sequences that may still run are stopped."""

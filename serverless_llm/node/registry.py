@@ -364,7 +364,7 @@ class Registry:
         try:
             await asyncio.to_thread(change, value)
         except sqlite3.OperationalError as error:
-            log.exception("the state database cannot be written")
+            log.error("the state database cannot be written: %s", error)  # noqa: TRY400 - the operator's disk, not a bug
             message = f"the state database cannot be written ({error}); nothing was changed"
             raise RequestError(503, "overloaded", message, retry_after=WRITE_AGAIN) from error
 

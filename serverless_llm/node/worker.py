@@ -248,6 +248,7 @@ def _sampling(run: wire.Run) -> Sampling:
         min_p=run.min_p,
         shaping=shaping,
         logprobs=run.logprobs,
+        open_end=run.open_end,
     )
 
 

@@ -124,6 +124,7 @@ def test_a_signal_is_the_status_and_what_is_not_drained_is_told(tmp_path: Path, 
         serve.process.send_signal(number)
         assert b'"the server is stopping"' in stream.read()
     assert serve.process.wait(PATIENCE) == status
+    assert f"stopping: {signal.Signals(number).name}" in (serve.state / "logs" / "head.log").read_text()
     serve.end()
 
 

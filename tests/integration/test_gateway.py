@@ -125,6 +125,21 @@ def test_a_request_leaves_nothing_to_the_garbage_collector(tmp_path: Path, asked
         gc.enable()
 
 
+def test_a_chat_that_asks_for_no_length_may_end_where_memory_does(tmp_path: Path) -> None:
+    """Whether its prompt can ever fit is asked with one token more."""
+
+    async def scenario(server: Served) -> None:
+        for asked in ({}, {"max_tokens": 7}):
+            async with server.chat(**asked) as response:
+                assert response.status == 200
+        assert [one.max_tokens for one in server.controller.all(wire.Prompted)] == [1, 7]
+        free, bound = server.controller.all(wire.Run)
+        assert (free.max_tokens, free.open_end) == (CONTEXT - len(free.prompt) // 4, True)
+        assert (bound.max_tokens, bound.open_end) == (7, False)
+
+    run(tmp_path, says("a"), scenario)
+
+
 def test_what_a_request_asks_of_sampling(tmp_path: Path) -> None:
     async def scenario(server: Served) -> None:
         asked = {"min_p": 0.1, "frequency_penalty": 1, "logit_bias": {"7": -100, "3": 2}, "min_tokens": 2}

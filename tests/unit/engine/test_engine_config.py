@@ -194,3 +194,6 @@ def test_placement_counts_the_kv_that_the_engine_takes() -> None:
         needs = Footprint("sha", 1, 1, model.kv_column_bytes, 512, groups.sliding * model.kv_block_bytes, groups.kept)
         for tokens in (0, 1, 16, 17, 48, 49, 500):
             assert needs.kv_bytes(tokens) == groups.live(tokens) * model.kv_block_bytes
+        for blocks in range(groups.live(1000) + 2):
+            held = [tokens for tokens in (*range(0, 1000, 16), 1000) if groups.live(tokens) <= blocks]
+            assert groups.longest(blocks, 1000) == max(held)

@@ -149,6 +149,21 @@ def test_refusals() -> None:
     assert not made.runnable
 
 
+def test_what_has_no_asked_length_ends_where_the_memory_does() -> None:
+    made = engine(budget=MIB // 2)
+    open_end = replace(GREEDY, max_tokens=300, open_end=True)
+    made.add(start(1, prompt(200), open_end))
+    tokens, finish = drain(made, steps=400)[1]
+    assert finish is FinishReason.LENGTH
+    assert tokens == spoken(prompt(200), replace(GREEDY, max_tokens=len(tokens)))
+    with pytest.raises(CapacityError, match="of KV"):
+        made.add(start(2, prompt(200), replace(GREEDY, max_tokens=len(tokens) + 1)))
+    made.add(start(2, prompt(200), open_end, generated=tokens))  # as after a restart
+    assert drain(made)[2] == ([], FinishReason.LENGTH)
+    with pytest.raises(CapacityError, match="of KV"):
+        made.add(start(3, prompt(500), open_end))
+
+
 def test_a_replica_that_is_placed_but_not_active() -> None:
     made = Engine(budget=MIB)
     made.place(1, CONFIG, entries_of(TENSORS), 0)
@@ -299,6 +314,16 @@ def test_a_sequence_stranded_by_weights_ends_in_error() -> None:
     blocker = ModelConfig.parse(config_json("Qwen3ForCausalLM", vocab_size=1800, tie_word_embeddings=True))
     made.place(2, blocker, entries_of(tensors_of(blocker)), 0)
     assert drain(made, steps=50)[1][1] is FinishReason.ERROR
+    assert not made.runnable
+
+
+def test_what_has_no_asked_length_and_fits_no_more_has_ended() -> None:
+    made = engine(budget=MIB)
+    made.add(start(1, prompt(200), replace(GREEDY, max_tokens=40, open_end=True)))
+    assert made.step().tokens
+    blocker = ModelConfig.parse(config_json("Qwen3ForCausalLM", vocab_size=1800, tie_word_embeddings=True))
+    made.place(2, blocker, entries_of(tensors_of(blocker)), 0)
+    assert drain(made, steps=50)[1][1] is FinishReason.LENGTH
     assert not made.runnable
 
 
