@@ -104,11 +104,11 @@ def test_an_arrival_told_twice_counts_once(desk: Desk) -> None:
 
 def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
     desk = Desk()
-    desk.tell(deploy("a", max_queue=2, max_concurrency=1))
-    for sequence in (1, 2, 3):  # the first has a place in the replica to come
+    desk.tell(deploy("a", max_queue=4, max_concurrency=2))
+    for sequence in range(6):  # the first two have places in the replica to come
         desk.ask(sequence, "a")
-    assert desk.tell(e.RequestArrived(4, "a", "sha-a")) == [
-        c.Reject(4, 503, "overloaded", "a is busy, and its queue is full (max_queue 2)", 3.0, True)
+    assert desk.tell(e.RequestArrived(6, "a", "sha-a")) == [
+        c.Reject(6, 503, "overloaded", "a is busy, and its queue is full (max_queue 4)", 3.0, True)
     ]
 
 
