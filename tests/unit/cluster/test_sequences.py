@@ -140,6 +140,15 @@ def test_where_none_may_wait_another_replica_starts_before_one_is_refused() -> N
     assert kinds(desk.bring_up(2, D1)) == ["Outcome", "Dispatch", "Dispatch"]
 
 
+def test_where_some_may_wait_another_replica_is_not_wanted_for_nobody() -> None:
+    desk = Desk(replace(STILL, abandon_after=1.0))
+    desk.join(node(devices=2))
+    desk.serve("a", 1, max_concurrency=1, max_replicas=2)
+    assert "Reserve" in kinds(desk.ask(2, "a"))
+    desk.tell(e.ClientGone(2))
+    assert c.Evicted(2, "a", D1, "abandoned") in desk.tick(2.0)
+
+
 def test_a_replica_that_takes_nothing_new_has_no_places() -> None:
     desk = Desk(QUIET)
     desk.join(node(devices=2))
