@@ -159,7 +159,7 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
     """
     home = torch.device(device)
     held, files = _opened(directory)
-    return _ahead(held, _groups(files), home, BACKENDS[0])
+    return _ahead(held, _groups(files), home, "mmap")
 
 
 def _ahead(
@@ -200,7 +200,7 @@ async def iterate_async(
     home = torch.device(device)
     held, files = await asyncio.to_thread(_opened, directory)
     groups = _groups(files)
-    read = (asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home, BACKENDS[0])) for group in groups)
+    read = (asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home, "mmap")) for group in groups)
     coming = deque(islice(read, AHEAD))
     try:
         while coming:

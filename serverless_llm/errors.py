@@ -19,6 +19,7 @@ from itertools import islice
 NEAR = 0.7  # of 1: two letters of three are alike in names that have little to do with one another
 LONGEST_COMPARED = 100  # characters of a name
 MOST_COMPARED = 100  # names. Both bound for how long whoever asks may hold up others: some milliseconds
+TRIED_AGAIN = "it is tried again once a minute"  # a model that failed; the head does
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -28,9 +29,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     short = (one for one in known if len(one) <= LONGEST_COMPARED) if len(name) <= LONGEST_COMPARED else ()
     near = get_close_matches(name, islice(short, MOST_COMPARED), n=1, cutoff=NEAR)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-TRIED_AGAIN = "it is tried again once a minute"  # a model that failed; the head does
 
 
 class ServerlessLLMError(Exception):

@@ -225,7 +225,10 @@ def test_beside_weights_that_no_known_device_holds_there_is_no_room() -> None:
     desk.tell(deploy("a", size=150))
     (reject,) = desk.ask(1, "a")
     assert isinstance(reject, c.Reject)
-    assert "beside the weights at most 0 B are available" in reject.message
+    assert reject.message == (
+        "the KV of 20 tokens (prompt and max_tokens) takes 20 B; beside the weights at most 0 B are available: "
+        "ask for fewer, or serve with more --device-memory"
+    )
 
 
 def test_a_client_that_leaves_ends_its_sequence_wherever_it_is(desk: Desk) -> None:
