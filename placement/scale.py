@@ -22,7 +22,7 @@ class Demand:
         present: replicas that serve or will serve, those in `starting` included.
         room: sequences that replicas which serve could take at once.
         starting: replicas on their way.
-        spare: places that are to be left beside those who wait: whoever finds none is refused where none may wait.
+        spare: places to be left beside those who wait.
     """
 
     waiting: int
@@ -32,7 +32,7 @@ class Demand:
     starting: int
     min_replicas: int
     max_replicas: int
-    spare: int = 0
+    spare: int
 
 
 def wanted(demand: Demand) -> Want:

@@ -13,6 +13,6 @@ def protected(model: Model, replica: Replica) -> bool:
 
 def abandoned(model: Model, replica: Replica) -> bool:
     """On its way, and whoever wanted it is gone."""
-    spare = not model.spec.max_queue and any(other.running for other in model.present())  # as of `scale.Demand`
+    spare = model.spare() and any(other.running for other in model.present())
     wanted = model.demand or replica.solicited or protected(model, replica) or spare
     return replica.state in STARTING and not wanted

@@ -107,7 +107,7 @@ def wanted(turn: Turn, model: Model) -> scale.Want:
             sum(replica.state in STARTING for replica in present),
             model.spec.min_replicas,
             model.spec.max_replicas,
-            spare=0 if model.spec.max_queue else 1,
+            model.spare(),
         )
     )
 

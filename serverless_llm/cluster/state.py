@@ -280,6 +280,10 @@ class Model:
         taking = [replica for replica in self.present() if not replica.draining_for]
         return sum(most - len(replica.running) for replica in taking) if taking else most
 
+    def spare(self) -> int:
+        """Places to be left beside those who wait: where none may wait, whoever finds none is refused."""
+        return 0 if self.spec.max_queue else 1
+
     def eldest(self) -> float | None:
         """When the first of those who wait arrived; an operator's request counts as one."""
         heads = [self.waiting[0].arrived] if self.waiting else []

@@ -173,19 +173,19 @@ def test_a_crowd_costs_little_time_and_sends_nobody_away(options: list[choose.Op
 @pytest.mark.parametrize(
     ("demand", "want"),
     [
-        (scale.Demand(0, False, 0, 0, 0, 0, 1), scale.Want.NOTHING),
-        (scale.Demand(1, False, 0, 0, 0, 0, 1), scale.Want.FIRST),
-        (scale.Demand(0, True, 0, 0, 0, 0, 1), scale.Want.FIRST),
-        (scale.Demand(0, False, 0, 0, 0, 1, 1), scale.Want.MORE),
-        (scale.Demand(0, False, 1, 4, 1, 2, 2), scale.Want.MORE),  # min_replicas does not wait for the first
-        (scale.Demand(9, False, 1, 0, 1, 0, 4), scale.Want.NOTHING),  # waiters of one model share one load
-        (scale.Demand(4, False, 1, 4, 0, 0, 4), scale.Want.NOTHING),
-        (scale.Demand(5, False, 1, 4, 0, 0, 4), scale.Want.MORE),
-        (scale.Demand(5, False, 4, 4, 0, 0, 4), scale.Want.NOTHING),
-        (scale.Demand(0, False, 1, 1, 0, 0, 4, spare=1), scale.Want.NOTHING),
-        (scale.Demand(0, False, 1, 0, 0, 0, 4, spare=1), scale.Want.MORE),  # before one comes who may not wait
-        (scale.Demand(0, False, 1, 0, 1, 0, 4, spare=1), scale.Want.NOTHING),
-        (scale.Demand(0, False, 0, 0, 0, 0, 4, spare=1), scale.Want.NOTHING),  # nobody has asked yet
+        (scale.Demand(0, False, 0, 0, 0, 0, 1, 0), scale.Want.NOTHING),
+        (scale.Demand(1, False, 0, 0, 0, 0, 1, 0), scale.Want.FIRST),
+        (scale.Demand(0, True, 0, 0, 0, 0, 1, 0), scale.Want.FIRST),
+        (scale.Demand(0, False, 0, 0, 0, 1, 1, 0), scale.Want.MORE),
+        (scale.Demand(0, False, 1, 4, 1, 2, 2, 0), scale.Want.MORE),  # min_replicas does not wait for the first
+        (scale.Demand(9, False, 1, 0, 1, 0, 4, 0), scale.Want.NOTHING),  # waiters of one model share one load
+        (scale.Demand(4, False, 1, 4, 0, 0, 4, 0), scale.Want.NOTHING),
+        (scale.Demand(5, False, 1, 4, 0, 0, 4, 0), scale.Want.MORE),
+        (scale.Demand(5, False, 4, 4, 0, 0, 4, 0), scale.Want.NOTHING),
+        (scale.Demand(0, False, 1, 1, 0, 0, 4, 1), scale.Want.NOTHING),
+        (scale.Demand(0, False, 1, 0, 0, 0, 4, 1), scale.Want.MORE),  # before one comes who may not wait
+        (scale.Demand(0, False, 1, 0, 1, 0, 4, 1), scale.Want.NOTHING),
+        (scale.Demand(0, False, 0, 0, 0, 0, 4, 1), scale.Want.NOTHING),  # nobody has asked yet
     ],
 )
 def test_one_more_replica(demand: scale.Demand, want: scale.Want) -> None:
