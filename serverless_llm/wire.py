@@ -494,6 +494,7 @@ class Answer(Message, frozen=True):
     id: int
     status: int
     body: bytes  # JSON
+    retry_after: float | None = None  # of an error: seconds; None: a retry is useless
 
 
 class News(Message, frozen=True):

@@ -11,13 +11,14 @@ from aiohttp import web
 
 from serverless_llm import wire
 from serverless_llm.errors import RequestError
-from serverless_llm.gateway import body, records
+from serverless_llm.gateway import body
 from serverless_llm.gateway.options import GatewayOptions
 
 ACTIONS = ("load", "unload", "pin")
 
 
 class _Error(msgspec.Struct):
+    message: str
     code: str
     param: str | None
 
@@ -60,11 +61,9 @@ class Admin:
     async def status(self, _request: web.Request) -> web.Response:
         """What the controller knows, and what this gateway saw of traffic."""
         answer = await self._question("status", "", b"{}")
-        if answer.status != 200:
-            return _shown(answer.status, answer.body)
         status = msgspec.json.decode(answer.body, type=dict[str, msgspec.Raw])
         status["traffic"] = msgspec.Raw(msgspec.json.encode(self._traffic()))
-        return _shown(200, msgspec.json.encode(status))
+        return _shown(answer.status, msgspec.json.encode(status))
 
     async def nodes(self, _request: web.Request) -> web.Response:
         return await self._ask("nodes", "", b"{}")
@@ -94,6 +93,10 @@ class Admin:
         return _shown(answer.status, answer.body)
 
     async def _question(self, verb: str, name: str, raw: bytes) -> wire.Answer:
+        """
+        Raises:
+            RequestError: as the controller refuses it, or 503, it does not answer in time.
+        """
         self._number += 1
         number = self._number
         asked: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
@@ -101,16 +104,16 @@ class Admin:
         self._send(wire.Ask(number, verb, name, raw))
         try:
             async with asyncio.timeout(self._options.admin_timeout):
-                return await asked
+                answer = await asked
         except TimeoutError:
             raise RequestError(503, "overloaded", "the controller did not answer in time", retry_after=5.0) from None
         finally:
             del self._asked[number]
+        if answer.status >= 400:
+            error = msgspec.json.decode(answer.body, type=_Refused).error
+            raise RequestError(answer.status, error.code, error.message, error.param, answer.retry_after)
+        return answer
 
 
 def _shown(status: int, body: bytes) -> web.Response:
-    if status >= 400:
-        refused = msgspec.json.decode(body, type=_Refused).error
-        record = records.CURRENT.get()
-        record.end, record.param = refused.code, refused.param or ""
     return web.Response(status=status, body=body, content_type="application/json")

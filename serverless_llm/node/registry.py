@@ -224,14 +224,14 @@ class Registry:
     async def ask(self, question: wire.Ask) -> None:
         """Answers one `Ask`."""
         try:
-            status, body = 200, await self._verbs[question.verb](question.name, question.body)
+            body = await self._verbs[question.verb](question.name, question.body)
+            answer = wire.Answer(question.id, 200, msgspec.json.encode(body))
         except RequestError as error:
-            status, body = error.status, error.body()
+            answer = _refused(question, error)
         except Exception as error:  # the process's edge: whoever asked waits for an answer
             log.exception("%s of %r", question.verb, question.name)
-            why = RequestError(500, "engine_error", f"{type(error).__name__}: {error}")
-            status, body = why.status, why.body()
-        self._deliver(wire.Answer(question.id, status, msgspec.json.encode(body)))
+            answer = _refused(question, RequestError(500, "engine_error", f"{type(error).__name__}: {error}"))
+        self._deliver(answer)
 
     async def _deploy(self, name: str, body: bytes) -> JSON:
         chats = await self._admit(*await self._read(name, body, DEPLOY_LIMIT))
@@ -419,3 +419,7 @@ class Registry:
             catalog.info(entry, machine.state.models.get(name), machine.state, machine.policy, clocks)
             for name, entry in sorted(entries.items())
         ]
+
+
+def _refused(question: wire.Ask, error: RequestError) -> wire.Answer:
+    return wire.Answer(question.id, error.status, msgspec.json.encode(error.body()), error.retry_after)

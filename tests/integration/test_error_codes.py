@@ -80,6 +80,7 @@ ROWS = (
 SOURCE = Path(__file__).resolve().parents[2] / "serverless_llm"
 PLACES = {"RequestError": 0, "Fault": 0, "Rejected": 1, "Reject": 1, "reject": 2}  # of the status; the code is next
 PASSED_ON = {(f"{one}status", f"{one}code") for one in ("", "error.", "message.", "reply.")}
+PASSED_ON |= {("answer.status", "error.code")}
 UNSEEN = {
     (400, "invalid_checkpoint"): "of deploys, for which the official client has no call",
     (499, "client_gone"): "nobody reads it",
