@@ -23,6 +23,7 @@ from serverless_llm.quantities import parse_duration, parse_pairs, parse_rate, p
 from serverless_llm.surroundings import PREFIX, default_state_dir, search_path
 
 CLIENT_VARIABLES = frozenset({f"{PREFIX}URL", f"{PREFIX}CONFIG", f"{PREFIX}REMOTE_CACHE"})  # read elsewhere, no options
+KEY_VARIABLE = f"{PREFIX}API_KEY"  # empty it is a mistake, as others are not: without a key everybody may call
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
 NO_NAME = "%r is no name of a model: letters, digits, '.', '_', '-' and at most one '/', first an ASCII letter or digit"
 DEVICES = re.compile(r"(cpu|cuda)(?::([1-9][0-9]{0,5}))?")
@@ -259,7 +260,8 @@ def expand(value: Any, environ: Mapping[str, str]) -> Any:
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Given]:
     names = [name for name in environ if name.startswith(PREFIX) and name not in CLIENT_VARIABLES]
-    values = {name.removeprefix(PREFIX).lower(): Given(environ[name], name) for name in names if environ[name]}
+    there = [name for name in names if environ[name] or name == KEY_VARIABLE]
+    values = {name.removeprefix(PREFIX).lower(): Given(environ[name], name) for name in there}
     _check_keys(values, Config, "environment: ", lambda key: PREFIX + key.upper())
     return values
 
@@ -386,6 +388,14 @@ def _model(name: str, entry: object) -> ModelEntry:
     return entry_
 
 
+def _key(value: object, memory: int) -> object:
+    """Without the white space around it, which no client can send."""
+    key = value.strip() if isinstance(value, str) else value
+    if key == "":
+        raise ConfigurationError("it is empty, or the variable that it names is: give a key, or leave it out for none")
+    return key
+
+
 def _devices(value: object, memory: int) -> str:
     parse_devices(str(value))
     return str(value)
@@ -401,6 +411,7 @@ BOUNDS = {
     "body_limit": (LEAST_BODY, MANY << 20),
 }
 PARSERS: dict[str, Parser] = {
+    "api_key": _key,
     "devices": _devices,
     "limits": _limits,
     "models": _models,

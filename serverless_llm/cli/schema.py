@@ -34,6 +34,7 @@ WRITTEN: dict[str, Any] = {  # as people write it, where that is not as it is ke
     "drain": LIMITED,
     **dict.fromkeys(("hosts", "model_roots"), TEXTS),
     "body_limit": SIZE,
+    "api_key": {"type": "string", "pattern": r"\S"},
     "devices": DEVICES,
     "limits": {"anyOf": [LINKS, {"type": "string", "pattern": r"^\w+=[^,=]+(,\w+=[^,=]+)*$"}]},
 }

@@ -280,7 +280,7 @@ def read_keys(config: Config, where: str = "keys_file") -> tuple[Key, ...]:
         listed = keys.read(config.keys_file, os.environ) if config.keys_file else ()
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from error
-    single = (config.api_key or "").strip()  # no client can send white space around it
+    single = config.api_key
     if not single and not listed and config.host not in LOOPBACK:
         single = state.secret(config.state_dir / "api-key")
     found = (*listed, keys.full(single)) if single else listed

@@ -122,7 +122,7 @@ def _key(raw: Any, number: int, path: Path) -> Key:
         raise ConfigurationError(f"{where}: give key or sha256")
     if entry.sha256 is not None and not _DIGEST.fullmatch(entry.sha256):
         raise ConfigurationError(f"{where}: sha256 must be 64 hexadecimal digits")
-    if entry.key == "":
+    if entry.key is not None and not entry.key.strip():
         raise ConfigurationError(f"{where}: its key is empty")
     for name in ("requests_per_minute", "tokens_per_minute", "concurrency"):
         limit = getattr(entry, name)

@@ -296,6 +296,9 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("hosts: 5", "hosts", "a list is needed, not a whole number"),
     ("model_roots: [5]", "model_roots[0]", "5 is no path"),
     ("api_key: ${env.NOWHERE}", "api_key", "the environment variable NOWHERE is not set"),
+    ("api_key: ''", "api_key", "it is empty, or the variable that it names is: give a key, or leave it out for none"),
+    ("api_key: ${env.EMPTY}", "api_key", "it is empty, or the variable that it names is"),
+    ('api_key: "\\t \\n"', "api_key", "it is empty, or the variable that it names is"),
 ]
 
 
@@ -303,7 +306,7 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
 def test_what_a_mistake_says(file: Path, text: str, place: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigurationError) as raised:
-        load({}, {"HOME": "/home/someone"}, file, memory=8 * GIB)
+        load({}, {"HOME": "/home/someone", "EMPTY": ""}, file, memory=8 * GIB)
     assert str(raised.value).startswith(f"{file}: {place}")
     assert message in str(raised.value)
 
@@ -319,6 +322,8 @@ def test_what_a_mistake_says(file: Path, text: str, place: str, message: str) ->
         ("HOLD", "soon", "'soon' is no duration"),
         ("WEIGHTS", "move", "must be one of view, copy"),
         ("LIMITS", "disk=fast", "'fast' is no rate; write 500MB/s"),
+        ("API_KEY", "", "it is empty"),
+        ("API_KEY", " \n", "it is empty"),
         ("MODELS", "m=/x, m=/y", "'m' is given twice"),
         ("MODELS", "demo-count", "'demo-count' is not of the form name=source,name=source"),
     ],

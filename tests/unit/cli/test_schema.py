@@ -24,7 +24,7 @@ LATER = {  # no YAML, or judged below in another form
 }  # fmt: skip
 OF_THE_MACHINE = {  # which no schema knows
     "dram: 100TB", "dram: 1000", "dram: 99999999999999999999TB", "{devices: 'cuda:1', device_memory: 1000}",
-    "api_key: ${env.NOWHERE}", "limits: {disk: 500}",
+    "api_key: ${env.NOWHERE}", "api_key: ${env.EMPTY}", "limits: {disk: 500}",
     "limits: 'disk=1GB,disk=2GB'",
 }  # fmt: skip
 EXAMPLE = """

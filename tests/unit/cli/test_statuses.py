@@ -82,6 +82,7 @@ CONFIGURATION = [
         "serve --devices cuda:1",
         "--devices: cuda:1 on a machine where 0 NVIDIA GPU(s) can be seen",
     ),
+    ("API_KEY", "", "serve", "SERVERLESS_LLM_API_KEY: it is empty, or the variable that it names is: give a key, or "),
     ("STATE_DIR", "/proc/nothing", "serve", "SERVERLESS_LLM_STATE_DIR: /proc/nothing: "),
 ]
 

@@ -51,6 +51,7 @@ def test_keys_with_scopes_and_limits(tmp_path: Path) -> None:
         ("- {id: a}", "key a: give key or sha256"),
         ("- {id: a, key: canary, sha256: x}", "key a: give key or sha256"),
         ("- {id: a, key: ''}", "key a: its key is empty"),
+        ("- {id: a, key: ' '}", "key a: its key is empty"),
         ("- {id: a, sha256: canary}", "key a: sha256 must be 64"),
         ("- {id: a, key: canary, scopes: [canary]}", "key a: scopes[0]: must be one of inference, admin"),
         ("- {id: a, key: canary, concurrency: x}", "key a: concurrency: a whole number is needed, not text"),
