@@ -23,6 +23,7 @@ from serverless_llm.gateway.completions import Completions
 from serverless_llm.gateway.feed import Feed
 from serverless_llm.gateway.keys import Key
 from serverless_llm.gateway.metrics import Metrics
+from serverless_llm.gateway.openai import CompletionRequest
 from serverless_llm.gateway.options import GatewayOptions
 from serverless_llm.gateway.quotas import Quotas
 from serverless_llm.gateway.records import Record
@@ -205,6 +206,7 @@ class Gateway:
             info = self._named(_model_name(request, parsed.model))
             if not info.checkpoint:
                 raise failure.not_restored(info)
+            _check_choices(info, parsed)
             grow(parsed.choices)
             try:
                 return await self._completions.answer(request, records.CURRENT.get().request_id, info, parsed)
@@ -297,6 +299,18 @@ def _model_name(request: web.Request, given: str | None) -> str:
     if given not in (None, path):
         raise failure.invalid(f"this is the endpoint of {path!r}; the body names {given!r}", "model")
     return path
+
+
+def _check_choices(info: wire.ModelInfo, parsed: CompletionRequest) -> None:
+    """
+    Raises:
+        RequestError: 400, so many choices can never run or wait at a time: each is a sequence of its own.
+    """
+    most = info.max_concurrency * info.max_replicas + info.max_queue
+    if parsed.choices > most:
+        limits = f"max_concurrency {info.max_concurrency}, max_replicas {info.max_replicas}, max_queue {info.max_queue}"
+        message = f"{info.name} takes at most {most} choices at a time ({limits}), this request has {parsed.choices}"
+        raise failure.invalid(message, "n" if parsed.n > 1 else "prompt")
 
 
 def _shown(info: wire.ModelInfo) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tests.integration.scripted import (
     decoded,
     error_of,
     events,
+    model,
     run,
     says,
 )
@@ -71,6 +72,31 @@ def test_n_choices_are_n_sequences_of_one_prompt(tmp_path: Path) -> None:
         assert all(0 <= seed < 1 << 63 for seed in seeds)
 
     run(tmp_path, says("ab"), scenario)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [({"prompt": "a", "n": 6}, "n"), ({"prompt": ["a", "b", "c"], "n": 2}, "n"), ({"prompt": ["a"] * 6}, "prompt")],
+)
+def test_more_choices_than_the_model_can_ever_take_are_refused_for_good(
+    tmp_path: Path, asked: dict[str, Any], param: str
+) -> None:
+    async def scenario(server: Served) -> None:
+        few = model("demo", tmp_path / "demo", max_concurrency=2, max_replicas=2, max_queue=1)
+        server.gateway.receive(wire.Catalog([few], True))
+        body = {"model": "demo", "max_tokens": 1}
+        async with server.http.post("/v1/completions", json=body | asked) as response:
+            error = await error_of(response)
+            assert (response.status, error["code"], error["param"]) == (400, "invalid_request_error", param)
+            limits = "max_concurrency 2, max_replicas 2, max_queue 1"
+            assert error["message"] == f"demo takes at most 5 choices at a time ({limits}), this request has 6"
+            assert response.headers["x-should-retry"] == "false"
+            assert "Retry-After" not in response.headers
+        assert server.controller.all(wire.Arrive) == []
+        async with server.http.post("/v1/completions", json=body | {"prompt": "a", "n": 5}) as response:
+            assert response.status == 200
+
+    run(tmp_path, says("a", "length"), scenario)
 
 
 def test_a_stream_interleaves_its_choices(tmp_path: Path) -> None:
