@@ -18,7 +18,7 @@ from serverless_llm.errors import CheckpointError, ConfigurationError, RequestEr
 from serverless_llm.loader import disk_tier, filling
 from serverless_llm.node import identity
 from serverless_llm.node.threads import apart
-from serverless_llm.quantities import parse_duration
+from serverless_llm.quantities import LONGEST, parse_duration
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ def _keep_alive(asked: float | str | None, default: float) -> float:
     """Seconds; -1 is for ever, as clients of other servers know it."""
     if asked is None:
         return default
-    if isinstance(asked, float) and asked >= 0:
+    if isinstance(asked, float) and 0 <= asked < LONGEST:
         return asked
     try:
         return parse_duration(asked)

@@ -218,6 +218,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("m", {"keep_alive": "soon"}, 400, "keep_alive"),
     ("m", {"keep_alive": -5}, 400, "keep_alive"),
     ("m", {"keep_alive": "-3m"}, 400, "keep_alive"),
+    ("m", {"keep_alive": 1e300}, 400, "keep_alive"),
+    ("m", {"keep_alive": 10**12}, 400, "keep_alive"),
     ("m", {"max_replicas": 0}, 400, "max_replicas"),
     ("m", {"max_concurrency": 0}, 400, "max_concurrency"),
     ("m", {"max_queue": -1}, 400, "max_queue"),
