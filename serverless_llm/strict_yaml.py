@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise RepeatedKeyError(problem="this key is there already", problem_mark=key.start_mark)
+                raise RepeatedKeyError(problem=f"the key {key.value!r} is there already", problem_mark=key.start_mark)
             seen.add((key.tag, str(key.value)))
         return node
 
