@@ -5,6 +5,7 @@ Every field is honoured, accepted without effect, or a 400 that names it; nothin
 
 from __future__ import annotations
 
+import json
 import reprlib
 import secrets
 from collections.abc import Iterable
@@ -119,6 +120,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+class _Json(reprlib.Repr):
+    """Values as their sender writes them, cut where they are long."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return json.dumps(x if len(x) <= self.maxstring else f"{x[: self.maxstring]}...", ensure_ascii=False)
+
+    def repr_bool(self, x: bool, level: int) -> str:
+        return json.dumps(x)
+
+    def repr_NoneType(self, x: None, level: int) -> str:  # noqa: N802  reprlib calls it by the type's name
+        return "null"
+
+
+_in_json = _Json().repr
+
+
 def _is_neutral(name: str, value: Any) -> bool:
     """Whether this value of a field that is not supported asks for nothing; `1` is not `true` here."""
     return any(
@@ -128,7 +145,7 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 def _not_supported(name: str, value: Any, known: Iterable[str]) -> str:
     if name in _NEUTRAL:
-        return f"{name!r} {reprlib.repr(value)} is not supported, only {' or '.join(map(repr, _NEUTRAL[name]))}"
+        return f"{name!r} {_in_json(value)} is not supported, only {' or '.join(map(_in_json, _NEUTRAL[name]))}"
     return f"{name!r} is not supported{did_you_mean(name, known)}"
 
 

@@ -109,18 +109,20 @@ def test_a_misspelt_field_is_told_the_nearest(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "said"),
     [
-        (
-            "response_format", {"type": "json_object"},
-            "'response_format' {'type': 'json_object'} is not supported, only {'type': 'text'}",
-        ),
-        ("tool_choice", "required", "'tool_choice' 'required' is not supported, only 'none' or 'auto'"),
-        ("suffix", "x" * 1000, "'suffix' 'xxxxxxxxxxxx...xxxxxxxxxxxxx' is not supported, only ''"),
+        ("echo", True, "true is not supported, only false"),
+        ("best_of", 2, "2 is not supported, only 1"),
+        ("suffix", 'a"b', r'"a\"b" is not supported, only ""'),
+        ("suffix", "x" * 1000, f'"{"x" * 30}..." is not supported, only ""'),
+        ("tool_choice", "required", '"required" is not supported, only "none" or "auto"'),
+        ("functions", [{"strict": None}], '[{"strict": null}] is not supported, only []'),
+        ("modalities", ["text", "é"], '["text", "é"] is not supported, only ["text"]'),
+        ("response_format", {"type": "json_object"}, '{"type": "json_object"} is not supported, only {"type": "text"}'),
     ],
-)  # fmt: skip
-def test_a_value_that_is_not_supported_is_named_with_those_that_are(name: str, value: Any, message: str) -> None:
-    assert refused(CHAT | {name: value}).message == message
+)
+def test_a_value_that_is_not_supported_is_named_in_json_with_those_that_are(name: str, value: Any, said: str) -> None:
+    assert refused(CHAT | {name: value}).message == f"'{name}' {said}"
 
 
 def test_fields_of_one_route_only() -> None:
