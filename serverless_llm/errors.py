@@ -19,6 +19,7 @@ from itertools import islice
 NEAR = 0.7  # of 1: two letters of three are alike in names that have little to do with one another
 LONGEST_COMPARED = 100  # characters of a name
 MOST_COMPARED = 100  # names. Both bound for how long whoever asks may hold up others: some milliseconds
+LONGEST_TOLD = 100  # characters in a message of a name that its sender may have made of any length; arbitrary
 TRIED_AGAIN = "it is tried again once a minute"  # a model that failed; the head does
 
 
@@ -29,6 +30,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     short = (one for one in known if len(one) <= LONGEST_COMPARED) if len(name) <= LONGEST_COMPARED else ()
     near = get_close_matches(name, islice(short, MOST_COMPARED), n=1, cutoff=NEAR)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def shortened(text: str, width: int = LONGEST_TOLD) -> str:
+    """At most `width` characters of it."""
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 class ServerlessLLMError(Exception):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from serverless_llm.errors import ConfigurationError
+from serverless_llm.errors import ConfigurationError, shortened
 
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
@@ -54,7 +54,7 @@ def parse_duration(value: object, forever: bool = True) -> float:
     seconds = sum(float(number) * SECONDS[unit] for number, unit in parts) if parts else math.inf
     if seconds >= LONGEST:
         allowed = "1h30m, or -1 for ever" if forever else "or 1h30m"
-        raise ConfigurationError(f"{value!r} is no duration; write seconds, 500ms, 5m, {allowed}")
+        raise ConfigurationError(f"{shortened(repr(value))} is no duration; write seconds, 500ms, 5m, {allowed}")
     return seconds
 
 

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 import click
 
+from serverless_llm.errors import shortened
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 GAP = "  "
 SIZE = re.compile(r"(?<=[0-9]) (?=[KMGT]?B\b)")  # the blank in one
@@ -83,10 +85,6 @@ def fitted(widths: Sequence[int], room: int) -> list[int]:
     while sum(narrow) > room:
         narrow[narrow.index(max(narrow))] -= 1
     return narrow
-
-
-def shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def printable(text: str) -> str:

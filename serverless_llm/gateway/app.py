@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from serverless_llm import wire
-from serverless_llm.errors import RequestError
+from serverless_llm.errors import RequestError, shortened
 from serverless_llm.gateway import body, failure, openai, openapi, page, records
 from serverless_llm.gateway.access import Access
 from serverless_llm.gateway.admin import Admin
@@ -296,9 +296,9 @@ def _model_name(request: web.Request, given: str | None) -> str:
         if given is None:
             raise failure.invalid("model is required", "model")
         return given
-    if given not in (None, path):
-        raise failure.invalid(f"this is the endpoint of {path!r}; the body names {given!r}", "model")
-    return path
+    if given is None or given == path:
+        return path
+    raise failure.invalid(f"this is the endpoint of {path!r}; the body names {shortened(given)!r}", "model")
 
 
 def _check_choices(info: wire.ModelInfo, parsed: CompletionRequest) -> None:

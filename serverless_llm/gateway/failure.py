@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import msgspec
 
 from serverless_llm import wire
-from serverless_llm.errors import TRIED_AGAIN, RequestError, did_you_mean
+from serverless_llm.errors import TRIED_AGAIN, RequestError, did_you_mean, shortened
 
 MAX_RETRY_AFTER = 60  # official clients ignore larger ones
 
@@ -73,7 +73,7 @@ def unsupported(param: str, message: str) -> RequestError:
 
 
 def unknown_model(name: str, known: Iterable[str]) -> RequestError:
-    message = f"the model {name!r} does not exist{did_you_mean(name, known)}"
+    message = f"the model {shortened(name)!r} does not exist{did_you_mean(name, known)}"
     return RequestError(404, "model_not_found", message, "model")
 
 

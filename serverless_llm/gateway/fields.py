@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeGuard
 
 import msgspec
 
-from serverless_llm.errors import ConfigurationError
+from serverless_llm.errors import ConfigurationError, RequestError, shortened
 from serverless_llm.gateway.failure import invalid
 from serverless_llm.quantities import LONGEST, parse_duration
 
@@ -94,6 +94,11 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _no_key(name: str, key: str) -> RequestError:
+    place = f"{name}.{shortened(key)}"
+    return invalid(f"{place} is not supported", place)
+
+
 def _few(value: list[Any], most: int, name: str) -> list[Any]:
     """A list that is looked at entry by entry, while all streams wait."""
     if len(value) > most:
@@ -140,7 +145,7 @@ def stream_options(value: Any, name: str) -> bool:
         raise invalid(f"{name} must be an object", name)
     for key, entry in value.items():
         if key not in ("include_usage", "include_obfuscation") or (key == "include_obfuscation" and entry):
-            raise invalid(f"{name}.{key} is not supported", f"{name}.{key}")
+            raise _no_key(f"{name}", key)
         if entry is not None:
             boolean(entry, f"{name}.{key}")
     return bool(value.get("include_usage"))
@@ -216,7 +221,7 @@ def _message(value: Any, name: str) -> dict[str, Any]:
         if key in message or entry is None or (key in EMPTY and entry == []):
             continue
         if key != "name" or not isinstance(entry, str):
-            raise invalid(f"{name}.{key} is not supported", f"{name}.{key}")
+            raise _no_key(f"{name}", key)
         message[key] = entry
     return message
 
@@ -234,5 +239,5 @@ def _part(value: Any, name: str, index: int) -> dict[str, str]:
         raise invalid(f'{name}[{index}] must be {{"type": "text", "text": "..."}}', f"{name}[{index}]")
     for key, entry in value.items():
         if key not in ("type", "text") and entry is not None:
-            raise invalid(f"{name}[{index}].{key} is not supported", f"{name}[{index}].{key}")
+            raise _no_key(f"{name}[{index}]", key)
     return {"type": "text", "text": value["text"]}

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from serverless_llm.errors import did_you_mean
+from serverless_llm.errors import did_you_mean, shortened
 from serverless_llm.gateway import fields
 from serverless_llm.gateway.failure import invalid, unsupported
 
@@ -146,7 +146,7 @@ def _is_neutral(name: str, value: Any) -> bool:
 def _not_supported(name: str, value: Any, known: Iterable[str]) -> str:
     if name in _NEUTRAL:
         return f"{name!r} {_in_json(value)} is not supported, only {' or '.join(map(_in_json, _NEUTRAL[name]))}"
-    return f"{name!r} is not supported{did_you_mean(name, known)}"
+    return f"{shortened(name)!r} is not supported{did_you_mean(name, known)}"
 
 
 def parse(body: dict[str, Any], chat: bool) -> CompletionRequest:
@@ -164,7 +164,7 @@ def parse(body: dict[str, Any], chat: bool) -> CompletionRequest:
         if check is not None:
             given[name] = check(value, name)
         elif not _is_neutral(name, value):
-            raise unsupported(name, _not_supported(name, value, checks))
+            raise unsupported(shortened(name), _not_supported(name, value, checks))
     return _request(given, chat)
 
 

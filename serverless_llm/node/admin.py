@@ -14,7 +14,7 @@ from serverless_llm.config import NAME, NO_NAME, in_words
 from serverless_llm.demo import tasks
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
-from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError, did_you_mean
+from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError, did_you_mean, shortened
 from serverless_llm.loader import disk_tier, filling
 from serverless_llm.node import identity
 from serverless_llm.node.threads import apart
@@ -22,7 +22,7 @@ from serverless_llm.quantities import LONGEST, parse_duration
 
 T = TypeVar("T")
 
-UNKNOWN = re.compile(r"Object contains unknown field `(.+)`")  # as msgspec tells of it
+UNKNOWN = re.compile(r"(?s)Object contains unknown field `(.*)`")  # as msgspec tells of it
 MOST = 1 << 31  # of any count that a deploy may ask for; an arbitrary bound that every store and frame can hold
 
 
@@ -131,8 +131,8 @@ def parse(body: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(body or b"{}", type=kind)
     except msgspec.ValidationError as error:
         if unknown := UNKNOWN.fullmatch(str(error)):
-            near = did_you_mean(unknown[1], get_type_hints(kind))
-            raise refusal(f"unknown field {unknown[1]!r}{near}", unknown[1]) from None
+            near, name = did_you_mean(unknown[1], get_type_hints(kind)), shortened(unknown[1])
+            raise refusal(f"unknown field {name!r}{near}", name) from None
         place, what = in_words(error, kind)
         raise refusal(f"{place[1:]}: {what}" if place else what, place[1:] or None) from None
     except msgspec.DecodeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serverless_llm import errors
-from serverless_llm.errors import did_you_mean
+from serverless_llm.errors import did_you_mean, shortened
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,7 @@ from serverless_llm.errors import did_you_mean
 )
 def test_the_nearest_of_few_and_short_names(name: str, known: list[str], expected: str) -> None:
     assert did_you_mean(name, known) == expected
+
+
+def test_what_is_cut_says_so() -> None:
+    assert (shortened("abcdef", 6), shortened("abcdef", 4)) == ("abcdef", "abc…")

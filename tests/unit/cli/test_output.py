@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from serverless_llm.cli.output import duration, fitted, printable, shortened, show, table, tell, wrapped
+from serverless_llm.cli.output import duration, fitted, printable, show, table, tell, wrapped
 
 ROWS = [("demo-count", "failed: no such file in a directory\nwith a \x1b[2J name", "node0/0")]
 
@@ -52,10 +52,6 @@ def test_one_long_cell_in_a_pipe_makes_no_other_row_longer() -> None:
     long = "failed: " + "x" * 300
     header, short, other = table(("NAME", "STATE", "TIER"), [("a", "loaded", "dram"), ("b", long, "disk")])
     assert (header, short, other) == ("NAME  STATE   TIER", "a     loaded  dram", f"b     {long}  disk")
-
-
-def test_what_is_cut_says_so() -> None:
-    assert (shortened("abcdef", 6), shortened("abcdef", 4)) == ("abcdef", "abc…")
 
 
 def test_nothing_moves_the_cursor() -> None:

@@ -70,3 +70,7 @@ def test_what_is_not_supported_is_named(path: str, said: str) -> None:
     error = failure.no_route("GET", path)
     assert (error.status, error.code) == (404, "not_found")
     assert error.message.endswith(said)
+
+
+def test_an_unknown_model_is_named_in_short() -> None:
+    assert failure.unknown_model("x" * 1_000_000, ["demo"]).message == f"the model '{'x' * 99}…' does not exist"

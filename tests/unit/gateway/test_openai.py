@@ -125,6 +125,27 @@ def test_a_value_that_is_not_supported_is_named_in_json_with_those_that_are(name
     assert refused(CHAT | {name: value}).message == f"'{name}' {said}"
 
 
+LONG = "x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {LONG: 1},
+        {"stream": True, "stream_options": {LONG: True}},
+        {"messages": [{"role": "user", "content": "x", LONG: 1}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", LONG: 1}]}]},
+        {"keep_alive": LONG},
+        {"tools": [{"type": LONG}]},
+    ],
+    ids=["field", "stream_options", "message", "part", "keep_alive", "tools"],
+)
+def test_no_error_is_as_long_as_what_it_is_about(change: dict[str, Any]) -> None:
+    error = refused(CHAT | change)
+    assert "xxx" in error.message
+    assert len(error.message) + len(error.param or "") < 500
+
+
 def test_fields_of_one_route_only() -> None:
     assert refused({"prompt": "x", "messages": []}, chat=False).param == "messages"
     assert refused({"prompt": "x", "max_completion_tokens": 5}, chat=False).param == "max_completion_tokens"

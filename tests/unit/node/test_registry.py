@@ -231,6 +231,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("m", {"source": "/a\0b"}, 400, "source"),
     ("m", {"context": 1 << 20}, 400, "source"),
     ("m", {"colour": "red"}, 400, "colour"),
+    ("m", {"x" * 1_000_000: 1}, 400, "x" * 99 + "…"),
+    ("m", {"x\n": 1}, 400, "x\n"),
     ("m", {"context": "many"}, 400, "context"),
     ("m", {"verify": "some"}, 400, "verify"),
 ]
@@ -244,6 +246,7 @@ def test_a_bad_deploy_is_refused_by_name(
         given, body = await desk.ask("deploy", name, **({"source": str(checkpoint)} | change))
         assert (given, body["error"]["param"]) == (status, param)
         assert body["error"]["type"] == "invalid_request_error"
+        assert len(body["error"]["message"]) < 500
         assert desk.kept.models() == []
 
     on_a_desk(tmp_path, tell)
