@@ -253,13 +253,17 @@ class Step(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """Worker -> controller, at most every 100 ms: all its sequences, as (sequence, epoch, tokens, KV blocks)."""
+    """Worker -> controller, at most every 100 ms: all its sequences, as (sequence, epoch, tokens, KV blocks).
+
+    `preemptions`: by model, how often sequences gave their KV to others since the worker's start.
+    """
 
     device: int
     incarnation: int
     sequences: list[tuple[int, int, int, int]]
     kv_used: int
     kv_free: int
+    preemptions: dict[str, int] = {}
 
 
 # --- agent <-> worker ---

@@ -30,6 +30,7 @@ from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.state import State
 from serverless_llm.config import Config, ModelEntry
 from serverless_llm.demo import tasks
+from serverless_llm.domain import DeviceId
 from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway import keys
 from serverless_llm.gateway.app import Gateway
@@ -163,6 +164,8 @@ class Server:
                 for link, total in peers[name].link_bytes.items():
                     self._gateway.metrics.bytes_moved(name, link, total)
                 self._gateway.metrics.verified(name, peers[name].verified)
+                for number, counts in peers[name].preemptions.items():
+                    self._gateway.metrics.preempted(str(DeviceId(name, number)), counts)
             self._gateway.metrics.kv_usage(kv_usage(state, {name: peer.kv for name, peer in peers.items()}))
             for series, amounts in memory(state, peers).items():
                 self._gateway.metrics.memory(series, amounts)

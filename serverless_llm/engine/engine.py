@@ -345,6 +345,12 @@ class Engine:
         """Bytes that KV may still take."""
         return self._memory.kv_free()
 
+    def take_preempted(self) -> dict[ReplicaId, int]:
+        """How often sequences gave their KV to others since this was last asked, by replica."""
+        taken = dict(self._scheduler.preempted)
+        self._scheduler.preempted.clear()
+        return taken
+
     def sequences(self) -> list[SequenceState]:
         return [_state(sequence) for sequence in self._scheduler]
 

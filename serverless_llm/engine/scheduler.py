@@ -8,7 +8,8 @@ unless it cannot fit even alone; then it fails. So nothing waits for ever.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from serverless_llm.domain import ReplicaId, SequenceId
@@ -35,10 +36,12 @@ class Scheduler:
 
     Attributes:
         stranded: sequences that no longer fit the device even alone, to be ended by the owner.
+        preempted: how often sequences gave way to others, by replica; the owner takes from it.
     """
 
     def __init__(self, memory: Memory) -> None:
         self.stranded: list[Sequence] = []
+        self.preempted: Counter[ReplicaId] = Counter()
         self._memory = memory
         self._of: dict[ReplicaId, list[Sequence]] = {}  # each in arrival order
         self._by_id: dict[SequenceId, Sequence] = {}
@@ -91,10 +94,14 @@ class Scheduler:
 
     def preempt_youngest(self, floors: bool = True) -> bool:
         """Preempts the youngest sequence, with `floors` only of a model above its floor; False where there is none."""
-        victims = [o for o in self if o.blocks and (not floors or self._memory.above_floor(o.replica))]
-        if not victims:
+        return self._preempt_youngest_of(o for o in self if not floors or self._memory.above_floor(o.replica))
+
+    def _preempt_youngest_of(self, sequences: Iterable[Sequence]) -> bool:
+        victim = max((o for o in sequences if o.blocks), key=lambda other: other.order, default=None)
+        if victim is None:
             return False
-        self.preempt(max(victims, key=lambda other: other.order))
+        self.preempt(victim)
+        self.preempted[victim.replica] += 1
         return True
 
     def next_batch(self, rows: Callable[[ReplicaId], int]) -> Batch | None:
@@ -153,17 +160,12 @@ class Scheduler:
         return fit
 
     def _make_room(self, sequence: Sequence) -> bool:
-        victims = [
+        return self._preempt_youngest_of(
             other
             for other in self
             if other.order > sequence.order
-            and other.blocks
             and (other.replica == sequence.replica or self._memory.above_floor(other.replica))
-        ]
-        if not victims:
-            return False
-        self.preempt(max(victims, key=lambda other: other.order))
-        return True
+        )
 
     def check_invariants(self) -> None:
         """Raises InvariantError where tokens, blocks and cached counts disagree."""

@@ -68,9 +68,8 @@ _SERVED: dict[str, tuple[type[Counter] | type[Histogram], str, str, tuple[float,
     "allowed_size": (Histogram, "vllm:request_max_num_generation_tokens", "Tokens it might generate.", TOKENS),
 }
 
-# What vLLM counts and this engine does not do: it takes no running sequence's KV away and shares no prefixes.
+# What vLLM counts and this engine does not do: it shares no prefixes.
 _STILL = {
-    "vllm:num_preemptions": "Running sequences that had to give up their KV: none.",
     "vllm:prefix_cache_queries": "Prompt tokens looked up in a prefix cache: there is none.",
     "vllm:prefix_cache_hits": "Prompt tokens found in a prefix cache: there is none.",
 }
@@ -144,6 +143,9 @@ class Metrics:
         self._waiting = self._metric(Gauge, "vllm:num_requests_waiting", "Sequences without a device.", SERVED)
         self._swapped = self._metric(Gauge, "vllm:num_requests_swapped", "Sequences swapped out: none.", SERVED)
         self._still = [self._metric(Counter, name, text, SERVED) for name, text in _STILL.items()]
+        self._preemptions = self._metric(
+            Counter, "vllm:num_preemptions", "Sequences that gave their KV to others, to go on later.", SERVED
+        )
         self._kv = self._metric(Gauge, "vllm:kv_cache_usage_perc", "KV in use, 1 is all.", SERVED)
         self._ends = self._metric(
             Counter, "vllm:request_success", "Requests by how they ended.", (*SERVED, "finished_reason")
@@ -197,7 +199,7 @@ class Metrics:
         found = self._bundles.get((model, device))
         if found is None:
             children = {name: family.child(model, device) for name, family in self._served.items()}
-            for family in self._still:
+            for family in (*self._still, self._preemptions):
                 family.child(model, device)
             found = self._bundles[model, device] = ServedSeries(**children)
             if model in self._gone:  # its last sequences go on
@@ -243,6 +245,13 @@ class Metrics:
         for name, total in totals.items():
             child = self._verified.child(node) if name == "bytes" else self._differing.child(node, name)
             child.inc(self._new(total, "verified", node, name))
+
+    def preempted(self, device: str, totals: Mapping[str, int]) -> None:
+        """`totals`: by model, since the worker's start."""
+        for model, total in totals.items():
+            new = self._new(total, "preempted", device, model)
+            if model not in self._gone:
+                self._preemptions.child(model, device).inc(new)
 
     def _new(self, total: int, *key: str) -> int:
         """What has come since it was last asked for."""

@@ -18,6 +18,7 @@ class Peer:
         number: in addresses.
         workers: by device, those that are up.
         kv: by device, bytes of KV in use and free, as last reported.
+        preemptions: by device and model, since the start of the worker that last reported.
     """
 
     number: int
@@ -26,6 +27,7 @@ class Peer:
     beat: wire.Heartbeat | None = None
     workers: dict[int, wire.WorkerState] = field(default_factory=dict)
     kv: dict[int, tuple[int, int]] = field(default_factory=dict)
+    preemptions: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._up(self.hello.workers)
@@ -43,6 +45,7 @@ class Peer:
                 self.kv.pop(device, None)
             case wire.Progress():
                 self.kv[message.device] = message.kv_used, message.kv_free
+                self.preemptions[message.device] = message.preemptions
             case _:
                 return
 

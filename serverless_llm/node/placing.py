@@ -94,6 +94,10 @@ class Placing:
     def busy(self) -> bool:
         return any(not one.active for one in self._placements.values())
 
+    def model(self, replica: int) -> str:
+        """Of which model a replica that is here is one."""
+        return self._placements[replica].order.model
+
     def yield_to_steps(self, due: bool) -> None:
         """Whether steps run, beside which loads take less of the machine."""
         self._uploader.step_due = due

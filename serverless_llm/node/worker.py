@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,7 @@ class Worker:
         self._placing = Placing(self._engine, boot, pool)
         self._owners: dict[int, Owner] = {}
         self._refused: list[tuple[int, int, str]] = []
+        self._preemptions: Counter[str] = Counter()  # by model
         self._address = 0
         self._generation = 0
         self._progress_due = 0.0
@@ -138,6 +139,7 @@ class Worker:
             case wire.Landed(replica, pieces, last):
                 self._answer(self._placing.landed(replica, pieces, last))
             case wire.Drop(replica):
+                self._count_preemptions()
                 for sequence in self._placing.drop(replica):
                     del self._owners[sequence]
                 self._send(wire.Dropped(replica))
@@ -228,8 +230,14 @@ class Worker:
     def _progress(self, now: float) -> None:
         states = [(one.sequence, one.epoch, one.generated, one.kv_blocks) for one in self._engine.sequences()]
         kv = self._engine.kv_used, self._engine.kv_free
-        self._tell(wire.Progress(self._boot.device, self._boot.incarnation, states, *kv))
+        self._count_preemptions()
+        self._tell(wire.Progress(self._boot.device, self._boot.incarnation, states, *kv, self._preemptions))
         self._progress_due, self._progress_empty = now + PROGRESS, not states
+
+    def _count_preemptions(self) -> None:
+        """While their replicas' models are known."""
+        for replica, count in self._engine.take_preempted().items():
+            self._preemptions[self._placing.model(replica)] += count
 
 
 def _sampling(run: wire.Run) -> Sampling:

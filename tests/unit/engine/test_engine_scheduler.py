@@ -84,6 +84,10 @@ def test_the_youngest_gives_way() -> None:
     assert older.decoding
     assert younger.cached == 0
     assert len(younger.tokens) > 40
+    assert schedule.preempted == {1: 1}
+    schedule.remove(younger)
+    schedule.preempt(older)  # all its keys are to be turned anew
+    assert schedule.preempted == {1: 1}  # neither gave way to another
 
 
 def test_a_preempted_sequence_waits_until_it_is_likely_to_end_its_prefill() -> None:

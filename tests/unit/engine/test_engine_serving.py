@@ -230,6 +230,7 @@ def test_reserve_preempts_and_the_sequence_goes_on() -> None:
     assert made.kv_used
     assert made.reserve(made.arena.numel() - CONFIG.weight_bytes()) == 0
     assert made.kv_used == 0
+    assert (made.take_preempted(), made.take_preempted()) == ({1: 1}, {})
     assert made.sequences() == [SequenceState(1, 0, 1, 0)]
     assert drain(made)[1][0] == spoken(prompt(40))[1:]
 

@@ -105,6 +105,22 @@ def test_bytes_go_on_over_an_agents_restart() -> None:
     assert value(metrics, "serverless_llm_bytes_moved_total", node="n0", link="disk") == 190
 
 
+def test_preemptions_go_on_over_a_workers_restart_and_a_deleted_models_are_not_told() -> None:
+    metrics = filled("a")
+    served = {"model_name": "a", "engine": "n0/0"}
+    assert value(metrics, "vllm:num_preemptions_total", **served) == 0
+    for total in (3, 5, 2):
+        metrics.preempted("n0/0", {"a": total})
+    metrics.preempted("n0/1", {"a": 7})
+    assert value(metrics, "vllm:num_preemptions_total", **served) == 7
+    metrics.forget("a")
+    metrics.preempted("n0/0", {"a": 4})
+    assert b'"a"' not in metrics.page()
+    metrics.deployed(["a"])
+    metrics.preempted("n0/0", {"a": 5})
+    assert value(metrics, "vllm:num_preemptions_total", **served) == 1
+
+
 def test_what_was_verified_and_what_differed() -> None:
     metrics = Metrics()
     for totals in (

@@ -172,9 +172,10 @@ def test_a_request_from_arrival_to_its_last_token() -> None:
             await agent.send(wire.Step(0, 1, [(7, attach.epoch, 0.1)], [(7, attach.epoch, "stop", 1)], []))
             await one.until(lambda: tokens in one.delivered)
             assert late not in one.delivered
-            await agent.send(wire.Progress(0, 1, [(7, 1, 1, 1)], 5, 6))
+            await agent.send(wire.Progress(0, 1, [(7, 1, 1, 1)], 5, 6, {"m": 2}))
             await agent.answer(wire.Cancel)  # it is done: the worker must not hold it
             assert one.controller.peers["n"].kv == {0: (5, 6)}
+            assert one.controller.peers["n"].preemptions == {0: {"m": 2}}
             assert 7 not in one.controller.machine.state.sequences
 
     asyncio.run(story())

@@ -113,6 +113,17 @@ def test_an_empty_cancel_and_a_newer_head_end_everything(ready: Agent) -> None:
     assert ready.heard[-1][0].epoch == 2
 
 
+def test_preemptions_are_told_by_model_even_of_a_replica_that_left(ready: Agent) -> None:
+    ready.run(1, tokens=1500)
+    ready.until(lambda: len(ready.said(1)) > 3)
+    assert ready.answer(wire.Progress).preemptions == {}
+    ready.send(wire.Reserve(0, 9, 1 << 40))
+    ready.send(wire.Reserve(0, 9, (1 << 40) - ready.answer(wire.Refused).missing))
+    ready.send(wire.Drop(1))
+    ready.until(lambda: not ready.all(wire.Progress)[-1].sequences)
+    assert ready.all(wire.Progress)[-1].preemptions == {"tiny": 1}
+
+
 def test_only_the_newest_epoch_of_a_sequence_runs(ready: Agent) -> None:
     ready.run(1, epoch=2, gateway=1, tokens=1500)
     ready.run(1, epoch=1, gateway=2, tokens=1500)
