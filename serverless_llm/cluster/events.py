@@ -175,7 +175,7 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """`permanent`: another try without a new deploy is useless."""
+    """`permanent`: no request is to try it again."""
 
     replica: ReplicaId
     message: str

@@ -10,7 +10,7 @@ from serverless_llm.cluster.turn import Turn
 
 
 def fail(turn: Turn, model: Model, message: str, permanent: bool) -> None:
-    """A load failed. `permanent`: nothing but a new deploy can help."""
+    """A load failed. `permanent`: nothing but an operator's load or a new deploy can help."""
     model.failures += 1
     pause = _backoff(turn.policy.cooldown_s, turn.policy.cooldown_cap_s, model.failures)
     _cool(turn, model, message, math.inf if permanent else pause)
@@ -25,8 +25,14 @@ def convict(turn: Turn, model: Model, deaths: int) -> None:
 
 def forgive(turn: Turn, model: Model) -> None:
     """A load succeeded, or the model was deployed anew."""
-    model.error, model.cool_until = "", 0.0
+    model.error = ""
     model.failures = model.convictions = model.expiries = model.load_deaths = 0
+    end_pause(turn, model)
+
+
+def end_pause(turn: Turn, model: Model) -> None:
+    """It may be loaded now; the pause after another failure is still twice as long."""
+    model.cool_until = 0.0
     turn.disarm("cool", model.spec.name)
 
 
@@ -38,7 +44,7 @@ def reject_waiters(turn: Turn, model: Model, message: str, retry_after: float | 
 
 
 def retry_after(turn: Turn, model: Model) -> float | None:
-    """Seconds until the model may be loaded again, None: never."""
+    """Seconds until a request may load the model again, None: none ever may."""
     left = model.cool_until - turn.now
     return None if math.isinf(left) else max(turn.policy.retry_floor_s, left)
 

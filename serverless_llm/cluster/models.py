@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from serverless_llm.cluster.events import Delete, Deploy, Load, Pin, UnloadModel
-from serverless_llm.cluster.failures import forgive
+from serverless_llm.cluster.failures import end_pause, forgive
 from serverless_llm.cluster.replicas import send_off
 from serverless_llm.cluster.sequences import reject_not_found, reject_outdated
 from serverless_llm.cluster.starts import drain, impossible
@@ -57,8 +57,10 @@ def delete(turn: Turn, event: Delete) -> None:
 
 
 def load(turn: Turn, event: Load) -> None:
+    """A new try, whatever became of the last one."""
     model = turn.state.models.get(event.model)
     if model is not None and not model.present():
+        end_pause(turn, model)
         model.requested_at = turn.now
         turn.touch(event.model)
 

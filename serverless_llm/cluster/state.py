@@ -237,7 +237,7 @@ class Model:
         unready: sequences that cannot: their prompts are being tokenised, they rest, or they await their trial.
         requested_at: an operator asked for a replica then.
         error: why its last load failed, empty once one succeeded.
-        cool_until: no start before; `math.inf` until it is deployed anew.
+        cool_until: no start before; `math.inf` until an operator loads or deploys it.
         expiries: loads in a row that got stuck.
         load_deaths: workers that died in a row while it was loading there.
         drains: replicas that take no new sequences, so that this model gets their room.

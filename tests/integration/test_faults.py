@@ -101,6 +101,20 @@ def test_a_file_that_changed_while_its_model_was_deployed(
     assert ask(server, model)[0] == 200
 
 
+def test_files_that_are_as_they_were_deployed_again_are_served_once_an_operator_loads_them(
+    server: Server, model: str, source: Path
+) -> None:
+    path = source / LAST
+    whole, stat = path.read_bytes(), path.stat()
+    truncated(path)
+    assert ask(server, model)[0] == 503
+    path.write_bytes(whole)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert ask(server, model)[0] == 503
+    server.put(f"/admin/models/{model}/load", {}, "POST")
+    assert ask(server, model)[0] == 200
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_while_its_model_loads(
     server: Server, model: str, source: Path, reads: FaultyReads, change: Callable[[Path], None]

@@ -197,6 +197,19 @@ def test_a_permanent_failure_lasts_until_the_next_deploy(desk: Desk) -> None:
     assert kinds(desk.ask(3, "a")) == ["Decided", "Reserve"]
 
 
+@pytest.mark.parametrize("permanent", [True, False])
+def test_an_operators_load_is_a_new_try_whatever_failed(desk: Desk, permanent: bool) -> None:
+    for replica in (1, 2):
+        assert kinds(desk.tell(e.Load("a"))) == ["Decided", "Reserve"]
+        desk.tell(e.Reserved(D0, replica))
+        desk.tell(e.LoadFailed(replica, "why", permanent))
+        desk.tell(e.Unloaded(replica))
+    pause = None if permanent else 2.0  # the second in a row
+    assert desk.tell(e.RequestArrived(1, "a", "sha-a")) == [
+        c.Reject(1, 503, "model_load_failed", "why", pause, not permanent)
+    ]
+
+
 def test_a_load_that_fails_beside_a_replica_that_serves_rejects_nobody() -> None:
     desk = Desk(QUIET)
     desk.join(node(devices=2))
