@@ -40,9 +40,10 @@ class Manifests:
         if found is None or await apart(partial(identity.written_anew, found)):
             try:
                 found = await asyncio.shield(self._read(source, checkpoint))
+            except TransientError as error:
+                raise TransientError(f"{error}; mend that, and it is served again within a minute") from error
             except CheckpointError as error:  # it was whole when it was deployed
-                kind = TransientError if isinstance(error, TransientError) else CheckpointError
-                raise kind(f"{error}; mend that and deploy it again") from error
+                raise CheckpointError(f"{error}; mend that and deploy it again") from error
             if found.checkpoint != checkpoint:
                 raise CheckpointError(f"{source} was changed after it was deployed: deploy it again")
             self._known[checkpoint] = found

@@ -90,7 +90,7 @@ def test_a_file_that_changed_while_its_model_was_deployed(
         rewritten: f"{source} was changed after it was deployed: deploy it again",
         truncated: f"{source / LAST}: truncated: tensors end at byte {size}, the file at {size - 4096};"
         " mend that and deploy it again",
-        deleted: f"{LAST} is missing in {source}; mend that and deploy it again",
+        deleted: f"{LAST} is missing in {source}; mend that, and it is served again within a minute",
     }
     assert error["message"] == why[change]
     assert status(server, model)["value"] == "failed"

@@ -97,7 +97,7 @@ def test_a_directory_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> Non
     source = tmp_path / "gone"
     with pytest.raises(TransientError) as told:
         asyncio.run(Manifests().of(str(source), "it", {}))
-    assert str(told.value) == f"{source}: No such file or directory; mend that and deploy it again"
+    assert str(told.value) == f"{source}: No such file or directory; mend that, and it is served again within a minute"
 
 
 def test_any_other_checkpoint_is_another_with_another_time(tmp_path: Path) -> None:
