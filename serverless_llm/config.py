@@ -26,6 +26,7 @@ CLIENT_VARIABLES = frozenset({f"{PREFIX}URL", f"{PREFIX}CONFIG", f"{PREFIX}REMOT
 KEY_VARIABLE = f"{PREFIX}API_KEY"  # empty it is a mistake, as others are not: without a key everybody may call
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # a model's name
 NO_NAME = "%r is no name of a model: letters, digits, '.', '_', '-' and at most one '/', first an ASCII letter or digit"
+HOST = re.compile(r"[^\s:/*,@?#\[\]]+|[0-9A-Fa-f.]*(:[0-9A-Fa-f.]*){2,}")  # a name or an address; the port is any
 DEVICES = re.compile(r"(cpu|cuda)(?::([1-9][0-9]{0,5}))?")
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 KINDS |= {"array": "a list", "object": "a mapping", "null": "nothing"}  # as msgspec names them
@@ -72,7 +73,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         host: address to listen on; off loopback a key is needed.
         port: 0 takes a free one.
-        hosts: further names by which clients may call this server (`Host` header); `/admin/` needs a key under them.
+        hosts: further names by which clients may call this server (`Host` header), whatever its port; `/admin/` needs a
+            key under them.
         api_key: what clients send; None on loopback needs none, elsewhere one is generated and kept in `state_dir`.
         keys_file: a YAML list of keys with scopes and limits (docs/operations.md), beside or instead of `api_key`.
         tls_cert: PEM certificate chain; with it and `tls_key` the server speaks TLS only.
@@ -396,6 +398,16 @@ def _key(value: object, memory: int) -> object:
     return key
 
 
+def _hosts(value: object, memory: int) -> object:
+    listed = _list(value)
+    for name in listed if isinstance(listed, list) else ():
+        if isinstance(name, str) and not HOST.fullmatch(name):
+            raise ConfigurationError(
+                f"{name!r} is no host: a name alone is needed, as llm.example.org, without scheme, port or *"
+            )
+    return listed
+
+
 def _devices(value: object, memory: int) -> str:
     parse_devices(str(value))
     return str(value)
@@ -415,7 +427,8 @@ PARSERS: dict[str, Parser] = {
     "devices": _devices,
     "limits": _limits,
     "models": _models,
-    **dict.fromkeys(("hosts", "model_roots"), lambda value, _: _list(value)),
+    "hosts": _hosts,
+    "model_roots": lambda value, _: _list(value),
     **dict.fromkeys(("dram", "device_memory"), parse_size),
     "body_limit": lambda value, _: parse_size(value),
     **dict.fromkeys(("keep_alive", "hold", "abandon_after", "orphan_grace"), lambda value, _: parse_duration(value)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from serverless_llm.config import BOUNDS, NAME, Config, Limits, ModelEntry
+from serverless_llm.config import BOUNDS, HOST, NAME, Config, Limits, ModelEntry
 from serverless_llm.quantities import ENDLESS, UNITS
 
 FROM_ENVIRONMENT = {"type": "string", "pattern": r"^\$\{env\.\w+\}$"}
@@ -27,12 +27,20 @@ TIME = {
 }
 DEVICES = {"type": "string", "pattern": r"^(auto|(cpu|cuda)(:[1-9][0-9]*)?)$"}
 TEXTS = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
+_HOST = rf"({HOST.pattern})"
+HOSTS = {
+    "anyOf": [
+        {"type": "array", "items": {"type": "string", "pattern": f"^{_HOST}$"}},
+        {"type": "string", "pattern": f"^{_HOST}(,{_HOST})*$"},
+    ]
+}
 LINKS = {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(Limits.__struct_fields__, RATE)}
 WRITTEN: dict[str, Any] = {  # as people write it, where that is not as it is kept
     **dict.fromkeys(("dram", "device_memory"), SHARE),
     **dict.fromkeys(("keep_alive", "hold", "abandon_after", "orphan_grace"), TIME),
     "drain": LIMITED,
-    **dict.fromkeys(("hosts", "model_roots"), TEXTS),
+    "hosts": HOSTS,
+    "model_roots": TEXTS,
     "body_limit": SIZE,
     "api_key": {"type": "string", "pattern": r"\S"},
     "devices": DEVICES,

@@ -95,8 +95,8 @@ def test_secrets_come_from_the_environment(file: Path) -> None:
 
 
 def test_lists_and_pairs_in_the_environment() -> None:
-    read = loaded(SERVERLESS_LLM_HOSTS="a,b", SERVERLESS_LLM_LIMITS="disk=20MB/s,upload=1GB/s,remote=1MB/s")
-    assert read.hosts == ("a", "b")
+    read = loaded(SERVERLESS_LLM_HOSTS="a,2001:db8::1", SERVERLESS_LLM_LIMITS="disk=20MB/s,upload=1GB/s,remote=1MB/s")
+    assert read.hosts == ("a", "2001:db8::1")
     assert read.limits == config.Limits(disk=20e6, upload=1e9, remote=1e6)
 
 
@@ -297,6 +297,11 @@ MISTAKES = [  # in a file, the place that the message names after the file, and 
     ("pinned: true", "", "unknown key 'pinned'"),
     ("limits: 'disk=1GB,disk=2GB'", "limits", "'disk' is given twice"),
     ("limits: disk", "limits", "'disk' is not of the form name=value"),
+    ("hosts: ['llm.example.org:443']", "hosts", "'llm.example.org:443' is no host: a name alone is needed"),
+    ("hosts: ['*.foo.org']", "hosts", "'*.foo.org' is no host"),
+    ("hosts: 'https://foo.org'", "hosts", "'https://foo.org' is no host"),
+    ("hosts: a.example, b.example", "hosts", "' b.example' is no host"),
+    ("hosts: ['[2001:db8::1]']", "hosts", "'[2001:db8::1]' is no host"),
     ("hosts: 5", "hosts", "a list is needed, not a whole number"),
     ("model_roots: [5]", "model_roots[0]", "5 is no path"),
     ("api_key: ${env.NOWHERE}", "api_key", "the environment variable NOWHERE is not set"),
