@@ -81,6 +81,7 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
         click.echo(f"{name} has no chat template: chats are refused; /v1/completions and run --raw work", err=True)
     if answer.get("error"):
         click.echo(f"{name} cannot be served as things are: {answer['error']}", err=True)
+    _tell_of_restarts(name, answer)
     say(answer, f"{name}: {server.public or server.url}/models/{urllib.parse.quote(name)}/v1", as_json)
 
 
@@ -113,8 +114,14 @@ def origin(row: dict[str, Any]) -> str:
 def rm(name: str, state_dir: Path | None, as_json: bool) -> None:
     """Take the model NAME away; its files stay."""
     check_name(name, "'NAME'")
-    find(state_dir).call("DELETE", model_path(name))
+    answer = find(state_dir).call("DELETE", model_path(name))
+    _tell_of_restarts(name, answer)
     say({"id": name, "deleted": True}, f"{name}: no longer deployed", as_json)
+
+
+def _tell_of_restarts(name: str, answer: dict[str, Any]) -> None:
+    if answer.get("configured"):
+        click.echo(f"{name} is in the server's configuration: a restart with that deploys it as it is there", err=True)
 
 
 @click.command()

@@ -71,6 +71,7 @@ class Registry:
         self._leases: dict[str, disk_tier.Lease] = {}
         self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
         self._readers = asyncio.Semaphore(READERS)
+        self._configured: frozenset[str] = frozenset()  # models that every start with this configuration deploys
         self._restored = False
         self._published: wire.Catalog | None = None
         self._publishing: asyncio.Handle | None = None
@@ -97,6 +98,7 @@ class Registry:
             RequestError: one of `wanted` that was never deployed before is refused; names it.
         """
         known = {model.spec.name: model for model in self._state.models()}
+        self._configured = frozenset(wanted)
         async with asyncio.TaskGroup() as group:
             for name, model in known.items():
                 if name not in wanted:
@@ -235,7 +237,7 @@ class Registry:
 
     async def _deploy(self, name: str, body: bytes) -> JSON:
         chats = await self._admit(*await self._read(name, body, DEPLOY_LIMIT))
-        return self._row(name) | {"chat": chats}
+        return self._row(name) | {"chat": chats, "configured": name in self._configured}
 
     async def _read(self, name: str, body: bytes, limit: float) -> tuple[ModelSpec, Footprint]:
         """What a deploy asks for, as far as `limit` seconds tell; its source may lie on a mount that is dead."""
@@ -305,7 +307,7 @@ class Registry:
             if not entry.error:
                 self._controller.handle(events.Delete(name))
         self._publish()
-        return {"name": name, "deleted": True}
+        return {"name": name, "deleted": True, "configured": name in self._configured}
 
     async def _show(self, name: str, body: bytes) -> JSON:
         return self._row(name)

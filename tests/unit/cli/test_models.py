@@ -285,8 +285,17 @@ def test_deploy_refuses_what_is_no_time(cli: CommandLine, running: Scripted, tmp
 
 
 def test_rm_says_what_it_did(cli: CommandLine, running: Scripted) -> None:
-    running.answers["DELETE", "/admin/models/m"] = (204, b"")
+    running.answers["DELETE", "/admin/models/m"] = (200, {"configured": False})
     assert cli("rm", "m") == (0, "m: no longer deployed\n", "")
+
+
+@pytest.mark.parametrize(("verb", "method"), [(("rm",), "DELETE"), (("deploy", "demo-add"), "PUT")])
+def test_who_changes_a_configured_model_is_told_that_a_restart_undoes_it(
+    cli: CommandLine, running: Scripted, verb: tuple[str, ...], method: str
+) -> None:
+    running.answers[method, "/admin/models/m"] = (200, {"configured": True})
+    told = "m is in the server's configuration: a restart with that deploys it as it is there\n"
+    assert cli(verb[0], "m", *verb[1:]).err == told
 
 
 # --- lists ---

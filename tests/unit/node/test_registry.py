@@ -33,6 +33,7 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         assert (row["name"], row["state"], row["keep_alive"], row["context"]) == ("org/tiny", "unloaded", 300.0, 100)
         assert row["estimate_s"] is None
         assert row.pop("chat")  # nobody looked
+        assert not row.pop("configured")
         assert row["bytes"] == (checkpoint / "model.safetensors").stat().st_size
         assert desk.catalogs[-1].models[0].name == "org/tiny"
         assert not desk.catalogs[-1].ready
@@ -49,7 +50,10 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         assert (status, body["error"]["message"]) == (404, "no node 'node0' has joined")
         _, body = await desk.ask("load", "org/tini")
         assert body["error"]["message"] == "no model 'org/tini' is deployed; did you mean 'org/tiny'?"
-        assert await desk.ask("delete", "org/tiny") == (200, {"name": "org/tiny", "deleted": True})
+        assert await desk.ask("delete", "org/tiny") == (
+            200,
+            {"name": "org/tiny", "deleted": True, "configured": False},
+        )
         assert desk.catalogs[-1].models == []
         for verb in ("show", "delete", "load", "unload", "pin"):
             status, body = await desk.ask(verb, "org/tiny")
@@ -423,6 +427,16 @@ def test_a_configured_model_that_breaks_fails_alone_but_a_new_one_is_refused_by_
         await desk.head.restore(wanted)
         assert [model.state for model in desk.catalogs[-1].models] == ["unloaded"]
 
+    async def removed(desk: Desk) -> None:
+        await desk.head.restore(wanted)
+        assert (await desk.ask("deploy", "tiny", source=str(tmp_path / "tiny"), context=100))[1]["configured"]
+        assert (await desk.ask("delete", "tiny"))[1]["configured"]
+
+    async def back(desk: Desk) -> None:
+        await desk.head.restore(wanted)
+        (model,) = desk.catalogs[-1].models
+        assert model.context != 100
+
     async def broken(desk: Desk) -> None:
         await desk.head.restore(wanted)
         (model,) = desk.catalogs[-1].models
@@ -432,6 +446,8 @@ def test_a_configured_model_that_breaks_fails_alone_but_a_new_one_is_refused_by_
             await desk.head.restore({"other": wanted["tiny"]})
 
     on_a_desk(state, restored)
+    on_a_desk(state, removed)
+    on_a_desk(state, back)
     (tmp_path / "tiny" / "model.safetensors").write_bytes(b"cut")
     on_a_desk(state, broken)
 
