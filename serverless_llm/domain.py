@@ -41,8 +41,7 @@ class Tier(StrEnum):
 class FinishReason(StrEnum):
     STOP = "stop"  # a stop id was generated
     LENGTH = "length"  # max_tokens or the context was reached
-    ERROR = "error"  # the engine failed this sequence alone
-    NOT_FINITE = "not_finite"  # ... because its model gave NaN or infinite logits
+    NOT_FINITE = "not_finite"  # its model gave NaN or infinite logits
 
 
 @dataclass(frozen=True, slots=True)

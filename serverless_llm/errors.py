@@ -61,6 +61,20 @@ class CapacityError(ServerlessLLMError):
     """Something that does not fit, now or ever: whoever asked knows whether room may come."""
 
 
+class KvCapacityError(CapacityError):
+    """A sequence whose KV does not fit.
+
+    Attributes:
+        missing: bytes of the device that would do if weights gave them up.
+        never: not even if no other model were there.
+    """
+
+    def __init__(self, message: str, missing: int, never: bool) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.never = never
+
+
 class ProtocolError(ServerlessLLMError):
     """A frame that breaks the wire's rules."""
 

@@ -242,14 +242,14 @@ class Step(Message, frozen=True):
     """Worker -> controller, only when there is something: terminal and first-token news of a step.
 
     `first`: (sequence, epoch, prefill seconds); `done`: (sequence, epoch, finish reason, generated tokens);
-    `refused`: (sequence, epoch, why), sequences that this worker cannot run.
+    `refused`: (sequence, epoch, why, missing bytes, never), sequences that it does not run: see `SequenceRefused`.
     """
 
     device: int
     incarnation: int
     first: list[tuple[int, int, float]]
     done: list[tuple[int, int, str, int]]
-    refused: list[tuple[int, int, str]]
+    refused: list[tuple[int, int, str, int, bool]]
 
 
 class Progress(Message, frozen=True):

@@ -125,11 +125,16 @@ class SequenceDone:
 
 @dataclass(frozen=True, slots=True)
 class SequenceRefused:
-    """The worker does not run this sequence: it has no such replica, or no room that can ever do."""
+    """The worker does not run this sequence, or no longer: it has no such replica, or no memory for its KV.
+
+    `missing`: bytes that would do if idle models left; `never`: its device has too few even then.
+    """
 
     sequence: SequenceId
     epoch: int
     why: str
+    missing: int = 0
+    never: bool = False
 
 
 @dataclass(frozen=True, slots=True)

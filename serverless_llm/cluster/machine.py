@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serverless_llm.cluster import events as e
-from serverless_llm.cluster import models, nodes, poison, replicas, schedule, sequences
+from serverless_llm.cluster import models, nodes, poison, refusals, replicas, schedule, sequences
 from serverless_llm.cluster.commands import Command, WakeAt
 from serverless_llm.cluster.policy import Policy
 from serverless_llm.cluster.state import State
@@ -34,7 +34,7 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     e.ClientGone: sequences.client_gone,
     e.FirstToken: sequences.first_token,
     e.SequenceDone: sequences.done,
-    e.SequenceRefused: sequences.refused,
+    e.SequenceRefused: refusals.refused,
     e.Progress: nodes.progress,
     e.Reserved: replicas.reserved,
     e.Refused: replicas.refused,

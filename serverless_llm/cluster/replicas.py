@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 from serverless_llm.cluster.commands import (
-    Decided,
     Evicted,
     Hasten,
     KillWorker,
@@ -68,12 +67,8 @@ def enter(turn: Turn, replica: Replica) -> None:
     turn.touch(replica.model)
 
 
-def start(turn: Turn, replica: Replica, victims: tuple[Replica, ...]) -> None:
-    """Claim room for a new replica; what must leave for it is told to."""
-    names = tuple(victim.id for victim in victims)
-    turn.emit(Decided(replica.id, replica.model, replica.device, replica.predicted_s, names))
-    for victim in victims:
-        unload(turn, victim, "memory" if victim.state is ReplicaState.READY else "abandoned")
+def start(turn: Turn, replica: Replica) -> None:
+    """Claim room for a new replica; what must leave for it was told to."""
     enter(turn, replica)
     claim(turn, turn.state.nodes[replica.device.node])
 

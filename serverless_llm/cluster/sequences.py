@@ -13,7 +13,6 @@ from serverless_llm.cluster.events import (
     RequestArrived,
     Resumed,
     SequenceDone,
-    SequenceRefused,
 )
 from serverless_llm.cluster.state import ON_WORKER, Device, Model, Replica, Sequence
 from serverless_llm.cluster.transitions import SEQUENCE, SequenceState, move
@@ -70,7 +69,7 @@ def prompt_ready(turn: Turn, event: PromptReady) -> None:
 
 def resumed(turn: Turn, event: Resumed) -> None:
     """Tokens that its dead worker never reported are no progress of this run."""
-    sequence = _current(turn, event.sequence, event.epoch)
+    sequence = current(turn, event.sequence, event.epoch)
     if sequence is None:
         return
     sequence.generated = sequence.resumed_at = max(sequence.generated, event.tokens)
@@ -85,31 +84,15 @@ def client_gone(turn: Turn, event: ClientGone) -> None:
 
 
 def first_token(turn: Turn, event: FirstToken) -> None:
-    sequence = _current(turn, event.sequence, event.epoch)
+    sequence = current(turn, event.sequence, event.epoch)
     if sequence is not None:
         mentioned(turn, sequence, max(1, sequence.generated))
 
 
 def done(turn: Turn, event: SequenceDone) -> None:
-    sequence = _current(turn, event.sequence, event.epoch)
+    sequence = current(turn, event.sequence, event.epoch)
     if sequence is not None:
         end(turn, sequence)
-
-
-def refused(turn: Turn, event: SequenceRefused) -> None:
-    """The worker does not take it: once more after a rest, with a new epoch; in the end it is rejected."""
-    sequence = _current(turn, event.sequence, event.epoch)
-    if sequence is None:
-        return
-    sequence.refusals += 1
-    if sequence.refusals > turn.policy.refusals:
-        message = f"the engine refused it {sequence.refusals} times: {event.why}"
-        reject(turn, sequence, 503, "overloaded", message, turn.policy.retry_floor_s)
-        return
-    model = withdraw(turn, sequence, "refused")
-    if model is not None:
-        model.unready[sequence.id] = sequence
-        turn.arm("rest", sequence.id, turn.policy.rest_s * 2.0 ** (sequence.refusals - 1))
 
 
 # --- deadlines ---
@@ -159,7 +142,8 @@ def dispatch(turn: Turn, sequence: Sequence, replica: Replica) -> None:
 def mentioned(turn: Turn, sequence: Sequence, generated: int) -> None:
     """Its worker spoke of it."""
     sequence.mentioned, sequence.absent_since = turn.now, None
-    sequence.generated = max(sequence.generated, generated)
+    if generated > sequence.generated:
+        sequence.generated, sequence.refusals = generated, 0
     if sequence.state is SequenceState.DISPATCHED:
         move(SEQUENCE, sequence, "token", turn.now)
 
@@ -207,6 +191,13 @@ def accuse(turn: Turn, sequence: Sequence) -> None:
     model.waiting.remove(sequence)
     move(SEQUENCE, sequence, "suspected", turn.now)
     turn.state.suspects[sequence.id] = model.unready[sequence.id] = sequence
+
+
+def current(turn: Turn, sequence_id: SequenceId, epoch: int) -> Sequence | None:
+    """The sequence that a worker speaks of, unless what it says is out of date."""
+    sequence = turn.state.sequences.get(sequence_id)
+    current = sequence is not None and sequence.epoch == epoch and sequence.state in ON_WORKER
+    return sequence if current else None
 
 
 def reject(
@@ -278,13 +269,6 @@ def _take_back(turn: Turn, sequence: Sequence) -> None:
     if sequence.replica is not None:
         turn.device(sequence.replica.device).recalled.add(sequence.id)
         turn.emit(Cancel(sequence.replica.device, sequence.id, sequence.epoch))
-
-
-def _current(turn: Turn, sequence_id: SequenceId, epoch: int) -> Sequence | None:
-    """The sequence that a worker speaks of, unless what it says is out of date."""
-    sequence = turn.state.sequences.get(sequence_id)
-    current = sequence is not None and sequence.epoch == epoch and sequence.state in ON_WORKER
-    return sequence if current else None
 
 
 def _release(turn: Turn, sequence: Sequence) -> None:

@@ -18,9 +18,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from serverless_llm.cluster.commands import Decided
 from serverless_llm.cluster.failures import reject_waiters
 from serverless_llm.cluster.poison import isolate
-from serverless_llm.cluster.replicas import hasten, start
+from serverless_llm.cluster.replicas import hasten, start, unload
 from serverless_llm.cluster.standing import abandoned, protected
 from serverless_llm.cluster.state import PLANNED, STARTING, Device, Model, Node, Replica
 from serverless_llm.cluster.transitions import ReplicaState
@@ -137,6 +138,18 @@ def patience_s(turn: Turn, model: Model, replica: Replica) -> float:
     return evict.patience_s(
         _bring_back_s(turn, replica), turn.policy.patience_s, turn.policy.patience_cap_s, len(model.switches)
     )
+
+
+def make_room(turn: Turn, model: Model, device: Device, missing: int, since: float) -> None:
+    """Idle replicas of others leave the device, as for a model that nothing serves, so that the KV of a sequence that
+    came at `since` has `missing` bytes more; none where that cannot be had."""
+    claim = Claim(model, scale.Want.FIRST, since)
+
+    def leaves(replica: Replica) -> bool:
+        return not replica.running and _leaves_at(turn, claim, replica) <= turn.now
+
+    for candidate in _device_victims(turn, device, leaves, missing) or ():
+        _send_away(turn, [turn.state.replicas[replica] for replica in candidate.replicas])
 
 
 # --- one device ---
@@ -283,7 +296,7 @@ def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
         turn.history(),
         model.spec.keep_alive,
         model.spec.verify,
-        solicited=model.demand == 0,
+        solicited=model.requested_at is not None or len(model.present()) < model.spec.min_replicas,
         online=model.demand > 0,
         predicted_s=seconds,
         transfer_s=transfer,
@@ -291,19 +304,21 @@ def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
     )
     turn.state.next_replica += 1
     model.requested_at = None
-    victims = tuple(turn.state.replicas[victim] for victim in option.victims)
-    for victim in victims:
-        _note_switch(turn, victim)
-    start(turn, replica, victims)
+    turn.emit(Decided(replica.id, replica.model, replica.device, replica.predicted_s, option.victims))
+    _send_away(turn, [turn.state.replicas[victim] for victim in option.victims])
+    start(turn, replica)
     if model.load_deaths >= turn.policy.suspect_deaths:
         isolate(turn, device, ("load", replica.id))
 
 
-def _note_switch(turn: Turn, victim: Replica) -> None:
-    """Taken before its time was over: next time its model keeps its place for longer."""
-    early = victim.state is ReplicaState.READY and turn.now < victim.idle_since + hold_s(turn, victim)
-    if early:
-        turn.state.models[victim.model].switches.append(turn.now)
+def _send_away(turn: Turn, victims: list[Replica]) -> None:
+    """They leave for others. Whose model is taken before its time was over keeps its place for longer next time."""
+    for victim in victims:
+        ready = victim.state is ReplicaState.READY
+        if ready and turn.now < victim.idle_since + hold_s(turn, victim):
+            turn.state.models[victim.model].switches.append(turn.now)
+    for victim in victims:
+        unload(turn, victim, "memory" if victim.state is ReplicaState.READY else "abandoned")
 
 
 def drain(turn: Turn, name: str, victims: tuple[ReplicaId, ...]) -> None:

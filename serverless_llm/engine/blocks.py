@@ -229,6 +229,12 @@ class Memory:
         slabs = min(whole, len(self._open) + self._held())
         return (slabs - self._floors(replica)) // pool.run * pool.span_blocks
 
+    def most(self, replica: ReplicaId) -> int:
+        """Blocks that this model could have if no other were here."""
+        pool = self._pools[replica]
+        weights = sum(self._extents[number].size for number in self._referred[replica]) + self._pinned[replica]
+        return max(0, self.budget - weights) // self.slab // pool.run * pool.span_blocks
+
     def above_floor(self, replica: ReplicaId) -> bool:
         """Whether some of this model's KV can be taken from it."""
         pool = self._pools[replica]

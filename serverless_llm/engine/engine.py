@@ -24,8 +24,16 @@ from serverless_llm.engine.model import DTYPES, Model
 from serverless_llm.engine.runner import AnyModel, run
 from serverless_llm.engine.sampler import draw, greedy, likelihood, shaped
 from serverless_llm.engine.scheduler import Batch, Scheduler
-from serverless_llm.engine.sequence import Emission, FirstToken, Sequence, SequenceStart, SequenceState, StepResult
-from serverless_llm.errors import CapacityError
+from serverless_llm.engine.sequence import (
+    Emission,
+    FirstToken,
+    Refusal,
+    Sequence,
+    SequenceStart,
+    SequenceState,
+    StepResult,
+)
+from serverless_llm.errors import CapacityError, KvCapacityError
 from serverless_llm.loader.dest import Dest
 from serverless_llm.quantities import size
 
@@ -193,8 +201,8 @@ class Engine:
 
         Raises:
             KeyError: the replica is not active here.
-            CapacityError: its KV can never fit, it is longer than the model's context, or it is no sequence of this
-                model's tokens.
+            KvCapacityError: its KV does not fit beside the weights that are here.
+            CapacityError: it is longer than the model's context, or it is no sequence of this model's tokens.
         """
         config = self._models[start.replica].config
         sequence = self._sequence(start, config)
@@ -232,14 +240,15 @@ class Engine:
         used = [*tokens, *(token for token, _ in bias)]
         if min(used) < 0 or max(used) >= config.vocab:
             raise CapacityError(f"token ids are 0 to {config.vocab - 1}")
-        capacity = self._memory.capacity(sequence.replica)
+        capacity = max(0, self._memory.capacity(sequence.replica))
         if sequence.sampling.open_end:
             sequence.context = max(sequence.prompt_length + 1, sequence.groups.longest(capacity, config.context))
         most = min(sequence.prompt_length + sequence.sampling.max_tokens, sequence.context)
-        needed = sequence.groups.live(most)
+        needed, block = sequence.groups.live(most), config.kv_block_bytes
         if needed > capacity:
-            there, missing = (size(blocks * config.kv_block_bytes) for blocks in (max(0, capacity), needed))
-            raise CapacityError(f"{most} tokens need {missing} of KV, {there} are there")
+            why = f"{most} tokens need {size(needed * block)} of KV, {size(capacity * block)} are there"
+            never = needed > self._memory.most(sequence.replica)
+            raise KvCapacityError(why, (needed - capacity) * block, never)
 
     def cancel(self, sequence: SequenceId, epoch: int) -> None:
         """Ends a sequence without a word if it is here with this epoch or an older one."""
@@ -250,15 +259,14 @@ class Engine:
 
     def step(self) -> StepResult:
         """Runs one batch of one model; models with work take turns."""
-        result = StepResult(self._ended, [], {})
+        result = StepResult(self._ended, [], {}, [])
         self._ended = []
         batch = self._scheduler.next_batch(self._rows)
         for place in self._memory.fresh:
             self._arena.clear(place)
         self._memory.fresh.clear()
         for sequence in self._unrunnable(batch):
-            enough = sequence.sampling.open_end and sequence.generated
-            self._end(sequence, [], FinishReason.LENGTH if enough else FinishReason.ERROR, result)
+            self._refuse(sequence, "weights took the memory of its KV", result)
         if batch is not None:
             self._run(batch, result)
         return result
@@ -301,10 +309,25 @@ class Engine:
             result.first.append(FirstToken(sequence.sequence, sequence.epoch, now - sequence.started))
             sequence.emitted = True
         finish = sequence.finish()
-        if finish is None:
+        goes_on = finish is FinishReason.LENGTH and self._could_go_on(sequence)
+        if finish is None or goes_on:
             result.tokens.append(Emission(sequence.sequence, sequence.epoch, [token], None))
         else:
             self._end(sequence, [token], finish, result)
+        if goes_on:
+            self._refuse(sequence, "weights have the memory of its further KV", result)
+
+    def _could_go_on(self, sequence: Sequence) -> bool:
+        """Whether its end is open, and other models' weights are what it ends at."""
+        config = self._models[sequence.replica].config
+        alone = sequence.groups.longest(self._memory.most(sequence.replica), config.context)
+        return sequence.sampling.open_end and len(sequence.tokens) < alone
+
+    def _refuse(self, sequence: Sequence, why: str, result: StepResult) -> None:
+        """Whoever sent it may make room, and send it again: what was generated is not lost."""
+        self._scheduler.remove(sequence)
+        column = sequence.groups.total * self._models[sequence.replica].config.kv_block_bytes
+        result.refused.append(Refusal(sequence.sequence, sequence.epoch, why, column))
 
     def _end(self, sequence: Sequence, tokens: list[int], finish: FinishReason, result: StepResult) -> None:
         self._scheduler.remove(sequence)

@@ -57,12 +57,23 @@ class Likelihood(NamedTuple):
     logprobs: list[float]
 
 
+class Refusal(NamedTuple):
+    """A sequence that is not run, or no longer; `missing` and `never`: as of `KvCapacityError`."""
+
+    sequence: SequenceId
+    epoch: int
+    why: str
+    missing: int = 0
+    never: bool = False
+
+
 class StepResult(NamedTuple):
     """`likelihoods`: of the new tokens of sequences that asked for them."""
 
     tokens: list[Emission]
     first: list[FirstToken]
     likelihoods: dict[SequenceId, list[Likelihood]]
+    refused: list[Refusal]
 
 
 @dataclass(slots=True, eq=False)

@@ -23,7 +23,6 @@ from serverless_llm.gateway.openai import CompletionRequest
 from serverless_llm.gateway.text import TokenisedPrompt
 
 FAILURES = {  # how a worker ends a sequence that has no more text, and what its client is told
-    "error": "the engine failed on this sequence",
     "not_finite": "the model's logits are NaN or infinite, so that there is no next token: its weights are damaged, "
     "or its numbers overflow in its dtype; check the checkpoint, or deploy it with dtype float32",
 }

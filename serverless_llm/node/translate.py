@@ -53,8 +53,8 @@ def _step(node: NodeId, step: wire.Step) -> Iterable[events.Event]:
         yield events.FirstToken(sequence, epoch, prefill_s)
     for sequence, epoch, reason, tokens in step.done:
         yield events.SequenceDone(sequence, epoch, FinishReason(reason), tokens)
-    for sequence, epoch, why in step.refused:
-        yield events.SequenceRefused(sequence, epoch, why)
+    for refusal in step.refused:
+        yield events.SequenceRefused(*refusal)
 
 
 def _progress(node: NodeId, one: wire.Progress) -> Iterable[events.Event]:

@@ -22,8 +22,8 @@ import numpy as np
 from serverless_llm import framing, wire
 from serverless_llm.domain import Sampling, Shaping
 from serverless_llm.engine.engine import Engine
-from serverless_llm.engine.sequence import Emission, SequenceStart, StepResult
-from serverless_llm.errors import CapacityError, ProtocolError
+from serverless_llm.engine.sequence import Emission, Refusal, SequenceStart, StepResult
+from serverless_llm.errors import CapacityError, KvCapacityError, ProtocolError
 from serverless_llm.node import rehearsal
 from serverless_llm.node.placing import Placing
 
@@ -56,7 +56,7 @@ class Worker:
         self._splitter = framing.Splitter()
         self._placing = Placing(self._engine, boot, pool)
         self._owners: dict[int, Owner] = {}
-        self._refused: list[tuple[int, int, str]] = []
+        self._refused: list[Refusal] = []
         self._preemptions: Counter[str] = Counter()  # by model
         self._address = 0
         self._generation = 0
@@ -165,9 +165,12 @@ class Worker:
         prompt, generated = np.frombuffer(run.prompt, np.int32), np.frombuffer(run.generated, np.int32)
         try:
             self._engine.add(SequenceStart(run.sequence, run.epoch, run.replica, prompt, generated, _sampling(run)))
+        except KvCapacityError as error:
+            self._refused.append(Refusal(run.sequence, run.epoch, str(error), error.missing, error.never))
+            return
         except (KeyError, CapacityError) as error:
             why = str(error) if isinstance(error, CapacityError) else f"replica {run.replica} is not here"
-            self._refused.append((run.sequence, run.epoch, why))
+            self._refused.append(Refusal(run.sequence, run.epoch, why))
             return
         self._owners[run.sequence] = Owner(run.epoch, header.source, len(generated), run.request_id)
         self._progress_empty = False  # it is reported, or its end is
@@ -202,6 +205,9 @@ class Worker:
         for gateway, group in entries.items():
             told = {entry[0]: likely[entry[0]] for entry in group if entry[0] in likely} if likely else {}
             self._send(wire.Tokens(group, told), gateway)
+        for refusal in result.refused:
+            del self._owners[refusal.sequence]
+            self._refused.append(refusal)
         if result.first or done:
             first = [(one.sequence, one.epoch, one.prefill_s) for one in result.first]
             self._tell(wire.Step(self._boot.device, self._boot.incarnation, first, done, []))
@@ -218,7 +224,7 @@ class Worker:
 
     def _report(self, now: float) -> None:
         if self._refused:
-            self._tell(wire.Step(self._boot.device, self._boot.incarnation, [], [], self._refused))
+            self._tell(wire.Step(self._boot.device, self._boot.incarnation, [], [], [*self._refused]))
             self._refused = []
         sequences = bool(self._owners)
         if (sequences and now >= self._progress_due) or (not sequences and not self._progress_empty):

@@ -140,6 +140,16 @@ def test_where_none_may_wait_another_replica_starts_before_one_is_refused() -> N
     assert kinds(desk.bring_up(2, D1)) == ["Outcome", "Dispatch", "Dispatch"]
 
 
+def test_where_none_may_wait_a_start_that_nobody_needs_any_more_is_given_up() -> None:
+    desk = Desk(replace(STILL, abandon_after=1.0))
+    desk.join(node(devices=2))
+    desk.tell(deploy("a", max_queue=0, max_concurrency=1, max_replicas=2))
+    desk.ask(1, "a")
+    assert kinds(desk.bring_up(1)) == ["Outcome", "Dispatch", "Decided", "Reserve"]
+    desk.tell(e.SequenceDone(1, 1, DONE, 3))
+    assert c.Evicted(2, "a", D1, "abandoned") in desk.tick(2.0)
+
+
 def test_where_some_may_wait_another_replica_is_not_wanted_for_nobody() -> None:
     desk = Desk(replace(STILL, abandon_after=1.0))
     desk.join(node(devices=2))
@@ -158,6 +168,9 @@ def test_a_replica_that_takes_nothing_new_has_no_places() -> None:
     assert model.places() == 3
     desk.machine.state.replicas[1].draining_for = "b"
     assert model.places() == 4  # of the one that comes in its stead
+    for sequence in (3, 4, 5, 6):
+        assert desk.tell(e.RequestArrived(sequence, "a", "sha-a")) == []
+    assert kinds(desk.tell(e.RequestArrived(7, "a", "sha-a"))) == ["Reject"]
 
 
 def test_retry_after_knows_of_the_start_under_way() -> None:
@@ -271,33 +284,6 @@ def test_lost_sequences_come_back_in_their_old_order_with_a_new_epoch() -> None:
     desk.tell(e.WorkerUp(D0, 2))
     out = desk.bring_up(2)
     assert [(one.sequence, one.epoch) for one in out if isinstance(one, c.Dispatch)] == [(1, 2), (2, 2)]
-
-
-def test_a_refused_sequence_is_tried_again_after_a_rest_and_rejected_in_the_end(desk: Desk) -> None:
-    for epoch, rest in enumerate([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], start=1):
-        assert desk.tell(e.SequenceRefused(1, epoch, "no such replica")) == []
-        assert desk.tick(rest - 0.05) == []
-        assert [type(one) for one in desk.tick(0.06)] == [c.Dispatch]
-    assert desk.tell(e.SequenceRefused(1, 7, "no such replica")) == [
-        c.Reject(1, 503, "overloaded", "the engine refused it 7 times: no such replica", 1.0, True)
-    ]
-
-
-def test_who_has_rested_has_its_old_place_in_the_queue() -> None:
-    desk = Desk(QUIET)
-    desk.join()
-    desk.serve("a", 1, max_concurrency=1)
-    desk.ask(2, "a")
-    desk.ask(3, "a")
-    assert desk.tell(e.SequenceRefused(1, 1, "no room")) == [c.Dispatch(2, 1, 1, D0, 0.0, None)]
-    desk.tick(0.1)
-    assert desk.tell(e.SequenceDone(2, 1, DONE, 3)) == [c.Dispatch(1, 2, 1, D0, 0.1, None)]
-
-
-def test_a_resting_sequence_may_leave(desk: Desk) -> None:
-    desk.tell(e.SequenceRefused(1, 1, "no room"))
-    desk.tell(e.ClientGone(1))
-    assert desk.tick(60.0) == []
 
 
 def test_a_sequence_nobody_speaks_of_is_taken_back() -> None:

@@ -14,7 +14,7 @@ from serverless_llm.engine.config import ModelConfig
 from serverless_llm.engine.engine import Engine
 from serverless_llm.engine.sampler import uniform
 from serverless_llm.engine.sequence import SequenceState
-from serverless_llm.errors import CapacityError, CheckpointError
+from serverless_llm.errors import CapacityError, CheckpointError, KvCapacityError
 from serverless_llm.loader.staging import SETTING
 from tests.unit.engine.tiny import (
     GREEDY,
@@ -144,8 +144,9 @@ def test_refusals() -> None:
     for tokens in ([], [-1], [160], prompt(513)):
         with pytest.raises(CapacityError):
             made.add(start(1, tokens))
-    with pytest.raises(CapacityError, match=r"tokens need \d+\.\d KB of KV, \d+\.\d KB are there"):
+    with pytest.raises(KvCapacityError, match=r"tokens need \d+\.\d KB of KV, \d+\.\d KB are there") as alone:
         made.add(start(1, prompt(200), replace(GREEDY, max_tokens=300)))
+    assert alone.value.never
     assert not made.runnable
 
 
@@ -294,7 +295,7 @@ def test_weights_that_find_no_gap() -> None:
 
 
 def test_nothing_waits_for_a_run_of_slabs_that_cannot_be() -> None:
-    """Blocks of three slabs, and weights that leave gaps of less: the sequence fails instead of waiting for ever."""
+    """Blocks of three slabs, and weights that leave gaps of less: the sequence is refused, and does not wait here."""
     tiny = config_json(hidden_size=8, num_hidden_layers=1, intermediate_size=8, head_dim=4, tie_word_embeddings=True)
     large = tiny | {"num_hidden_layers": 5, "head_dim": 64, "num_key_value_heads": 4}
     made = Engine(budget=MIB, weights="copy")
@@ -306,26 +307,58 @@ def test_nothing_waits_for_a_run_of_slabs_that_cannot_be() -> None:
     for replica in range(2, 10, 2):
         made.drop(replica)
     made.add(start(1, prompt(5), replace(GREEDY, max_tokens=3)))
-    assert drain(made, steps=10) == {1: ([], FinishReason.ERROR)}
-
-
-def test_a_sequence_stranded_by_weights_ends_in_error() -> None:
-    made = engine(budget=MIB)
-    made.add(start(1, prompt(200), replace(GREEDY, max_tokens=40)))
-    blocker = ModelConfig.parse(config_json("Qwen3ForCausalLM", vocab_size=1800, tie_word_embeddings=True))
-    made.place(2, blocker, entries_of(tensors_of(blocker)), 0)
-    assert drain(made, steps=50)[1][1] is FinishReason.ERROR
+    result = made.step()
+    assert result.tokens == []
+    assert [(one.sequence, one.missing) for one in result.refused] == [(1, config.kv_block_bytes)]
     assert not made.runnable
 
 
-def test_what_has_no_asked_length_and_fits_no_more_has_ended() -> None:
+def block(made: Engine, vocab: int) -> None:
+    """Weights of another model take memory."""
+    large = ModelConfig.parse(config_json("Qwen3ForCausalLM", vocab_size=vocab, tie_word_embeddings=True))
+    made.place(2, large, entries_of(tensors_of(large)), 0)
+
+
+@pytest.mark.parametrize("open_end", [False, True])
+def test_what_weights_strand_is_refused_and_goes_on_when_they_are_gone(open_end: bool) -> None:
     made = engine(budget=MIB)
-    made.add(start(1, prompt(200), replace(GREEDY, max_tokens=40, open_end=True)))
-    assert made.step().tokens
-    blocker = ModelConfig.parse(config_json("Qwen3ForCausalLM", vocab_size=1800, tie_word_embeddings=True))
-    made.place(2, blocker, entries_of(tensors_of(blocker)), 0)
-    assert drain(made, steps=50)[1][1] is FinishReason.LENGTH
+    sampling = replace(GREEDY, max_tokens=40, open_end=open_end)
+    made.add(start(1, prompt(200), sampling))
+    begun = made.step().tokens[0].tokens
+    block(made, 1800)
+    (refusal,) = made.step().refused
+    assert (refusal.sequence, refusal.never) == (1, False)
     assert not made.runnable
+    with pytest.raises(KvCapacityError) as beside:
+        made.add(start(1, prompt(200), sampling, epoch=2))
+    assert not beside.value.never
+    assert beside.value.missing % CONFIG.kv_block_bytes == 0 < beside.value.missing
+    made.drop(2)
+    made.add(start(1, prompt(200), sampling, generated=begun, epoch=3))
+    assert begun + drain(made)[1][0] == spoken(prompt(200), replace(GREEDY, max_tokens=40))
+
+
+def test_an_open_end_is_where_memory_ends_and_not_where_other_weights_begin() -> None:
+    """What ends at the weights of others is refused, to go on when they have left, or to end where they stay."""
+    alone, made = engine(budget=MIB), engine(budget=MIB)
+    sampling = replace(GREEDY, max_tokens=CONFIG.context, open_end=True)
+    alone.add(start(1, prompt(20), sampling))
+    longest, finish = drain(alone)[1]
+    assert finish is FinishReason.LENGTH
+    block(made, 1400)
+    made.add(start(1, prompt(20), sampling))
+    said, refused = [], []
+    while made.runnable:
+        result = made.step()
+        said += [token for emission in result.tokens for token in emission.tokens]
+        refused += result.refused
+    assert [(one.sequence, one.epoch, one.never) for one in refused] == [(1, 0, False)]
+    assert said == longest[: len(said)]
+    made.add(start(1, prompt(20), sampling, generated=said, epoch=2))
+    assert drain(made) == {1: ([], FinishReason.LENGTH)}
+    made.drop(2)
+    made.add(start(1, prompt(20), sampling, generated=said, epoch=3))
+    assert said + drain(made)[1][0] == longest
 
 
 def test_nan_ends_its_sequence_alone() -> None:
