@@ -45,7 +45,7 @@ class Agents(Time):
         self.broken: dict[ModelName, tuple[str, bool]] = {}  # loads fail: message, permanent
         self.stuck: set[ModelName] = set()  # loads never end
         self.mute: set[type] = set()  # commands that nobody answers
-        self.refusing: dict[DeviceId, int] = {}
+        self.refusing: dict[DeviceId, int] = {}  # bytes that loads lack there, and KV beside other models
         self.rtt_s, self.load_s, self.prefill_s, self.token_s = 0.001, 0.08, 0.02, 0.01
         self.disk_bps, self.restart_s, self.progress_s = 2.0 * GIB, 0.3, 0.1
 
@@ -315,6 +315,10 @@ class Agents(Time):
                 return
             if old is not None:
                 self.stop(worker, old)
+            missing = self.refusing.get(worker.device, 0)
+            if missing and len(worker.replicas) > 1:
+                self.up_link(agent, e.SequenceRefused(command.sequence, command.epoch, "no room", missing))
+                return
             self._run(agent, worker, Run(command.sequence, command.epoch, command.replica, client.log, self.now))
 
         self.down_link(command.device, command, arrive)
