@@ -16,6 +16,14 @@ def kv_floor(footprint: Footprint, budget: int, tokens: int, share: float) -> in
     return max(block, min(footprint.kv_bytes(min(footprint.context, tokens)), most))
 
 
+def least_budget(footprint: Footprint, tokens: int, share: float) -> int:
+    """Bytes of the smallest device that could hold a replica with its floor, which grows with the device."""
+    budget = footprint.weight_bytes
+    while (needed := footprint.weight_bytes + kv_floor(footprint, budget, tokens, share)) > budget:
+        budget = needed
+    return budget
+
+
 def holds_weights(footprint: Footprint, device: DeviceSpec, dram: int, floor: int) -> bool:
     """Whether an empty device could hold a replica; in view mode its node's DRAM must hold the files too."""
     fits = footprint.weight_bytes + floor <= device.budget

@@ -76,9 +76,20 @@ def parse_pairs(value: object) -> dict[str, Any]:
 
 def size(count: float) -> str:
     """Bytes as Ollama prints them: 3.8 MB."""
+    value, unit = _in_units(count)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def enough(count: float) -> str:
+    """As `size`, rounded up: who gives that much has given enough."""
+    value, unit = _in_units(count)
+    return f"{math.ceil(value)} {unit}" if unit == "B" else f"{math.ceil(value * 10) / 10:.1f} {unit}"
+
+
+def _in_units(count: float) -> tuple[float, str]:
     units = ["B", "KB", "MB", "GB", "TB"]
     value = float(count)
     while value >= 1000 and len(units) > 1:
         value /= 1000
         units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+    return value, units[0]

@@ -14,7 +14,7 @@ from serverless_llm.cli.checks import FAILURE, OK, WARNING, Finding, checks, ver
 from serverless_llm.cli.client import Refusal, Unreachable, find, read_head
 from serverless_llm.config import Config, Limits, ModelEntry, parse_devices
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError
-from serverless_llm.quantities import size
+from serverless_llm.quantities import enough, size
 
 UNKNOWN = 1 << 62  # bytes of a GPU whose memory is not known: nothing is said not to fit
 
@@ -261,7 +261,8 @@ def forecast(name: str, path: Path, settings: Config, rates: Rates, overhead_s: 
     floor = fit.kv_floor(needs, budget, policy.kv_floor_tokens, policy.kv_floor_share)
     device = DeviceSpec(0, kind, budget, "view" if view else "copy")
     if not fit.holds_weights(needs, device, settings.dram, floor):
-        why = f"{size(needs.weight_bytes)} of weights and {size(floor)} of KV do not fit a device of {size(budget)}"
+        least = fit.least_budget(needs, policy.kv_floor_tokens, policy.kv_floor_share)
+        why = f"{enough(least)} of weights and least KV do not fit a device of {size(budget)}"
         return Forecast(name, str(path), needs.file_bytes, error=f"{why} with {size(settings.dram)} of DRAM")
     disk = min(rates.disk.get(path.stat().st_dev, policy.disk_bps), settings.limits.disk or math.inf)
     upload = min(rates.device or rates.memcpy, settings.limits.upload or math.inf)

@@ -29,7 +29,7 @@ from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import CheckpointId, Footprint, ReplicaId
 from serverless_llm.placement import choose, evict, fit, scale
 from serverless_llm.placement.estimate import Links, Start, reuse, startup_s
-from serverless_llm.quantities import size
+from serverless_llm.quantities import enough, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,12 +358,12 @@ def impossible(turn: Turn, model: Model) -> str:
 
 
 def _too_large(turn: Turn, model: Model) -> str:
-    footprint = model.footprint
-    needed = min(footprint.weight_bytes + _floor(turn, model, device) for device in turn.state.devices.values())
+    footprint, policy = model.footprint, turn.policy
+    needed = fit.least_budget(footprint, policy.kv_floor_tokens, policy.kv_floor_share)
     most = max(device.spec.budget for device in turn.state.devices.values())
     dram = max(node.spec.dram for node in turn.state.nodes.values())
     short = [
-        f"it takes {size(needed)} (weights and least KV) of a device that has at most {size(most)}: serve has"
+        f"it takes {enough(needed)} (weights and least KV) of a device that has at most {size(most)}: serve has"
         " --device-memory"
     ] * (needed > most) + [
         f"views of its weights take {size(footprint.file_bytes)} of a node's DRAM that has at most {size(dram)}: serve"

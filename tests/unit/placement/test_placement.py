@@ -25,6 +25,19 @@ def test_the_floor_takes_no_more_than_its_share_but_at_least_a_block() -> None:
     assert fit.kv_floor(FOOTPRINT, budget=50, tokens=2048, share=0.1) == 10
 
 
+@given(st.integers(1, 10_000), st.sampled_from([0.0, 0.1, 0.3]))
+def test_the_least_device_holds_a_replica_and_no_smaller_one_does(weights: int, share: float) -> None:
+    footprint = Footprint("sha", weights, weights, kv_block_bytes=10, context=64)
+
+    def holds(budget: int) -> bool:
+        floor = fit.kv_floor(footprint, budget, 2048, share)
+        return fit.holds_weights(footprint, DeviceSpec(0, "cpu", budget, "copy"), 0, floor)
+
+    least = fit.least_budget(footprint, 2048, share)
+    assert holds(least)
+    assert not any(holds(budget) for budget in range(weights, least))
+
+
 @pytest.mark.parametrize(
     ("weights", "budget", "dram", "holds"),
     [("copy", 940, 0, True), ("copy", 939, 9999, False), ("view", 940, 1000, True), ("view", 940, 999, False)],
