@@ -35,7 +35,7 @@ class Scheduler:
     """All sequences of one device; `memory` is theirs to allocate from.
 
     Attributes:
-        stranded: sequences that no longer fit the device even alone, to be ended by the owner.
+        stranded: sequences that no longer fit beside the weights that are here, for the owner to give back.
         preempted: how often sequences gave way to others, by replica; the owner takes from it.
     """
 
