@@ -145,7 +145,7 @@ def stream_options(value: Any, name: str) -> bool:
         raise invalid(f"{name} must be an object", name)
     for key, entry in value.items():
         if key not in ("include_usage", "include_obfuscation") or (key == "include_obfuscation" and entry):
-            raise _no_key(f"{name}", key)
+            raise _no_key(name, key)
         if entry is not None:
             boolean(entry, f"{name}.{key}")
     return bool(value.get("include_usage"))
@@ -221,7 +221,7 @@ def _message(value: Any, name: str) -> dict[str, Any]:
         if key in message or entry is None or (key in EMPTY and entry == []):
             continue
         if key != "name" or not isinstance(entry, str):
-            raise _no_key(f"{name}", key)
+            raise _no_key(name, key)
         message[key] = entry
     return message
 
