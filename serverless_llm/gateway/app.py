@@ -148,6 +148,8 @@ class Gateway:
         try:
             response = await self._answer(request, handler, record)
             record.status = response.status
+            if record.status >= 400 and record.end:
+                self.metrics.refused(record.end)
         except asyncio.CancelledError:
             record.status, record.end = CLIENT_GONE, record.end or "client gone"
             raise

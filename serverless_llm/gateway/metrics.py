@@ -75,6 +75,7 @@ _STILL = {
 }
 _STATES = ("unloaded", "loading", "loaded", "failed")
 _REASONS = ("memory", "keep-alive", "unload", "delete", "abandoned", "rollover", "drain")  # of `commands.Evicted`
+_CODES = ("overloaded", "model_loading", "model_load_failed", "rate_limit_exceeded", "engine_error")  # to alert on
 _MEMORY = {
     "dram_used_bytes": ("Checkpoints in the DRAM tier.", "node"),
     "dram_budget_bytes": ("What the DRAM tier may hold.", "node"),
@@ -154,6 +155,7 @@ class Metrics:
         self._cold_first = self._ours(Histogram, "cold_start_seconds", "Cold: arrival to first token.", buckets=LOAD)
         self._load = self._ours(Histogram, "load_seconds", "Seconds of loads by phase.", "phase", buckets=LOAD)
         self._error = self._ours(Histogram, "estimate_ratio", "Actual over predicted load time.", buckets=RATIO)
+        self._errors = self._ours(Counter, "errors", "Requests answered with an error status, by code.", "code", of_model=False)
         self._evictions = self._ours(Counter, "evictions", "Replicas that left a device.", "reason", of_model=False)
         self._states = self._ours(Gauge, "models", "Deployed models by state.", "state", of_model=False)
         self._failed = self._ours(Gauge, "model_failed", "1 while a model cannot be loaded, else 0.")
@@ -170,6 +172,8 @@ class Metrics:
         )
         for reason in _REASONS:
             self._evictions.child(reason)
+        for code in _CODES:
+            self._errors.child(code)
         self._totals: dict[tuple[str, ...], int] = {}
         self.registry.register(_Aliases(self._families))
 
@@ -210,6 +214,10 @@ class Metrics:
         """A request ended: stop, length, abort (client gone) or error."""
         self._ends.child(model, device, reason).inc()
         self.traffic.ended(reason == "error", time.monotonic())
+
+    def refused(self, code: str) -> None:
+        """A request, of whatever route, was answered with an error's status."""
+        self._errors.child(code).inc()
 
     def cold_start(self, model: str, seconds: float) -> None:
         """From a request's arrival, no replica being resident, to its first token."""

@@ -58,6 +58,8 @@ def test_what_the_controller_refuses(
             assert response.status == status
             assert (await error_of(response))["code"] == code
             assert response.headers.items() >= headers.items()
+        async with server.http.get("/metrics") as page:
+            assert f'serverless_llm_errors_total{{code="{code}"}} 1.0' in await page.text()
         assert not server.controller.all(wire.Gone)
 
     run(tmp_path, refuses, scenario)

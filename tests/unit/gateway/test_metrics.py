@@ -59,6 +59,7 @@ def test_what_is_counted_as_it_happens_begins_at_none() -> None:
     for source in ("remote", "disk", "dram"):
         assert value(metrics, "serverless_llm_cold_starts_total", model_name="a", source=source) == 0
     assert value(metrics, "serverless_llm_evictions_total", reason="keep-alive") == 0
+    assert value(metrics, "serverless_llm_errors_total", code="overloaded") == 0
     metrics.forget("a")
     assert b'"a"' not in metrics.page()
 
