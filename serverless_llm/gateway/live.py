@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from serverless_llm import wire
+from serverless_llm.domain import FinishReason
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway import fields
 from serverless_llm.gateway.detokenise import NEIGHBOURS, Detokeniser, StopStrings
@@ -22,10 +23,10 @@ from serverless_llm.gateway.metrics import ServedSeries
 from serverless_llm.gateway.openai import CompletionRequest
 from serverless_llm.gateway.text import TokenisedPrompt
 
-FAILURES = {  # how a worker ends a sequence that has no more text, and what its client is told
-    "not_finite": "the model's logits are NaN or infinite, so that there is no next token: its weights are damaged, "
-    "or its numbers overflow in its dtype; check the checkpoint, or deploy it with dtype float32",
-}
+NOT_FINITE = (
+    "the model's logits are NaN or infinite, so that there is no next token: its weights are damaged, or its numbers "
+    "overflow in its dtype; check the checkpoint, or deploy it with dtype float32"
+)
 GOLDEN = 0x9E3779B97F4A7C15  # between the seeds of two choices, as between the states of SplitMix64
 
 
@@ -264,8 +265,8 @@ class Choice:
         assert self._detokeniser is not None, "tokens before the prompt"
         self.log.extend(tokens)
         self.told = bool(finish)
-        if finish in FAILURES:
-            self.fail(RequestError(500, "engine_error", FAILURES[finish]))
+        if finish == FinishReason.NOT_FINITE:
+            self.fail(RequestError(500, "engine_error", NOT_FINITE))
             return
         shown = tokens[:-1] if finish == "stop" and tokens and tokens[-1] in self._stop_ids else tokens
         if self._scores is None:

@@ -155,7 +155,9 @@ class Metrics:
         self._cold_first = self._ours(Histogram, "cold_start_seconds", "Cold: arrival to first token.", buckets=LOAD)
         self._load = self._ours(Histogram, "load_seconds", "Seconds of loads by phase.", "phase", buckets=LOAD)
         self._error = self._ours(Histogram, "estimate_ratio", "Actual over predicted load time.", buckets=RATIO)
-        self._errors = self._ours(Counter, "errors", "Requests answered with an error status, by code.", "code", of_model=False)
+        self._errors = self._ours(
+            Counter, "errors", "Requests answered with an error status, by code.", "code", of_model=False
+        )
         self._evictions = self._ours(Counter, "evictions", "Replicas that left a device.", "reason", of_model=False)
         self._states = self._ours(Gauge, "models", "Deployed models by state.", "state", of_model=False)
         self._failed = self._ours(Gauge, "model_failed", "1 while a model cannot be loaded, else 0.")

@@ -165,7 +165,7 @@ def test_one_choice_that_fails_ends_all(tmp_path: Path, stream: bool) -> None:
             (await server.controller.saw(wire.Run, 1)).sequence,
             (await server.controller.saw(wire.Run, 2)).sequence,
         )
-        server.controller.tokens(one, [], "error")
+        server.controller.tokens(one, [], "not_finite")
         async with await asking as response:
             assert (response.status, (await error_of(response))["code"]) == (500, "engine_error")
         assert server.controller.all(wire.Gone) == [wire.Gone([two], "engine_error")]
