@@ -1,8 +1,8 @@
 """The disk tier fills behind a load that reads from a server: what came is written while the next bytes come.
 
-The load waits for none of it. Where the disk is full, or so slow that more than `WAITING` bytes would wait for it, what
-comes is dropped, and at the end the log has how much: that part of the version is asked for again another time, or by
-`serverless-llm pull`.
+The load waits for none of it. What stays in DRAM is written from there, however slow the disk is; of what does not,
+`WAITING` bytes are kept. What the disk does not take is dropped, and at the end the log has how much: that part of the
+version is asked for again another time, or by `serverless-llm pull`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from serverless_llm.errors import CheckpointError, ServerlessLLMError
@@ -19,11 +19,12 @@ from serverless_llm.loader.filling import Filling, lacking
 from serverless_llm.quantities import size
 
 WAITING = 128 << 20  # bytes: a second of a fast disk; this much memory is used beside the pool
+BATCH = 32 << 20  # bytes that are made to last at once: who gives up waits for no more than these
 log = logging.getLogger(__name__)
 
 
 class _Chunk(NamedTuple):
-    """Bytes at `start` of the file of this number, kept until they are written."""
+    """Bytes at `start` of the file of this number."""
 
     file: int
     start: int
@@ -31,10 +32,15 @@ class _Chunk(NamedTuple):
 
 
 class Behind:
-    """Writes to one version, on a thread of its own, which holds it until `close`."""
+    """Writes to one version, on a thread of its own, which holds it until `close`.
 
-    def __init__(self, filling: Filling) -> None:
+    `written`: called once, there, when nothing that was put is referred to any more: until then it may be written from
+    where it is. None: what is put is kept here, as far as there is room.
+    """
+
+    def __init__(self, filling: Filling, written: Callable[[], None] | None = None) -> None:
         self._filling = filling
+        self._written = written
         self._chunks: deque[_Chunk] = deque()
         self._waiting = 0  # bytes
         self._takes = True
@@ -43,15 +49,26 @@ class Behind:
         self._wake = threading.Condition()  # guards all of these
         threading.Thread(target=self._run, name="behind", daemon=True).start()
 
-    def put(self, file: int, start: int, data: memoryview) -> None:
-        """Keeps the bytes, unless the disk is behind already. Never waits."""
+    def put(self, file: int, start: int, data: memoryview, landed: Sequence[memoryview]) -> None:
+        """Takes the bytes, unless the disk is behind already: from `landed`, where `data` was copied to and stays if
+        there is somebody to be told when it was written. Never waits."""
         with self._wake:
-            if self._takes and not self._closed and self._waiting + len(data) <= WAITING:
-                self._chunks.append(_Chunk(file, start, data))
-                self._waiting += len(data)
-                self._wake.notify()
-            else:
+            room = self._written or self._waiting + len(data) <= WAITING
+            if not self._takes or self._closed or not room:
                 self._dropped = True
+                return
+            for view in landed if self._written else [data]:
+                self._chunks.append(_Chunk(file, start, view))
+                self._waiting += len(view)
+                start += len(view)
+            self._wake.notify()
+
+    def give_up(self) -> None:
+        """What waits for the disk is dropped."""
+        with self._wake:
+            self._takes = False
+            self._chunks.clear()
+            self._wake.notify()
 
     def close(self) -> None:
         """Nothing comes any more, and nobody reads of what is there. What came is still written."""
@@ -63,11 +80,16 @@ class Behind:
         try:
             self._fill()
         except (ServerlessLLMError, OSError) as error:
-            log.warning("%s: what comes is not kept on the disk: %s", self._filling.url, error)
+            log.warning(
+                "%s: what comes is not kept on the disk: %s", self._filling.url, str(error)
+            )  # its frames have views
         finally:
             with self._wake:
                 self._takes = False
                 self._chunks.clear()
+            if self._written:
+                self._written()
+            with self._wake:
                 self._wake.wait_for(lambda: self._closed)
                 dropped = self._dropped or self._waiting > 0
             if dropped:
@@ -99,12 +121,13 @@ class Behind:
         self._filling.end()
 
     def _next(self) -> list[_Chunk]:
-        """All that came; waits for something. Empty at the end."""
+        """The first `BATCH` bytes of what came; waits for something. Empty at the end."""
+        chunks: list[_Chunk] = []
         with self._wake:
-            self._wake.wait_for(lambda: self._chunks or self._closed)
-            chunks = list(self._chunks)
-            self._chunks.clear()
-            return chunks
+            self._wake.wait_for(lambda: self._chunks or self._closed or not self._takes)
+            while self._chunks and sum(len(one.data) for one in chunks) < BATCH:
+                chunks.append(self._chunks.popleft())
+        return chunks
 
     def _write(self, chunks: Sequence[_Chunk]) -> None:
         """They count once they are on the disk."""

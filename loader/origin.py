@@ -1,7 +1,8 @@
 """Where a load finds the bytes of a checkpoint that was announced and is not whole: on the disk in part,
 else on its server.
 
-What comes from the server lands in the pool's slots, and is handed on to be written to the disk tier (`behind`).
+What comes from the server lands in the pool's slots, and is handed on to be written to the disk tier (`behind`), from
+the slots where somebody holds them for it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,8 @@ class Origin:
         self._source = Remote(url, SILENCE, LONGEST)
         self._filling: Filling | None = None
         self._behind: Behind | None = None
-        self._closed = False
+        self._written: Callable[[], None] | None = None  # until a writer has it
+        self._closed = self._over = False
         self._users = 0  # files that are open and may be read from the disk
         self._lock = threading.Lock()  # guards all of these; never held while the disk is waited for
         self._began = False
@@ -55,6 +57,18 @@ class Origin:
     def sources(self, manifest: Manifest, pacer: Pacer) -> list[Source]:
         """The files of weights, as a reader wants them; what the server is asked for waits for the pacer."""
         return [RemoteSource(self, file.name, file.size, pacer) for file in manifest.files]
+
+    def hold(self, written: Callable[[], None]) -> None:
+        """What lands stays there until `written` is called, once, by any thread: after `close`, `give_up`, or a failure
+        of the disk. Before the first read."""
+        self._written = written
+
+    def give_up(self) -> None:
+        """What lands may leave: what the disk tier lacks of it is not written."""
+        with self._lock:
+            if self._behind is not None:
+                self._behind.give_up()
+            self._leave_be()
 
     def close(self) -> None:
         """The load is over: files that are open stay so, later ones are read from the server alone. Idempotent."""
@@ -69,7 +83,7 @@ class Origin:
                 self._began = True
                 self._begin()
         with self._lock:
-            if self._behind is None:
+            if self._behind is None or self._over:
                 return False
             self._users += 1
             return True
@@ -88,14 +102,22 @@ class Origin:
             log.warning("%s: what comes is not kept on the disk: %s", self.url, error)
         else:
             with self._lock:
-                self._filling, self._behind = filling, Behind(filling)
+                self._filling, self._behind, self._written = filling, Behind(filling, self._written), None
                 self._let_go()  # it may have been closed meanwhile
 
     def _let_go(self) -> None:
         """Another process may use or remove what is in the disk tier, once all is written. Caller holds `_lock`."""
-        if self._closed and not self._users and self._behind is not None:
-            self._behind.close()
-            self._behind = None
+        if self._closed and not self._users:
+            self._over = True
+            if self._behind is not None:
+                self._behind.close()
+            self._leave_be()
+
+    def _leave_be(self) -> None:
+        """Where no writer began, none will refer to what lands. Caller holds `_lock`."""
+        if self._written is not None:
+            self._written()
+            self._written = None
 
     def parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """A range of a file as (start, stop, whether the disk has it)."""
@@ -122,20 +144,20 @@ class Origin:
             CheckpointError: the server has another file by now, or none.
             TransientError: the server fails.
         """
-        number, file = self._files[name]
+        _, file = self._files[name]
         try:
             for chunk in self._source.read(file, start, stop, CHUNK):
-                data = memoryview(chunk)
-                behind = self._behind
-                if behind is not None:
-                    behind.put(number, start, data)
-                start += len(data)
-                yield data
+                yield memoryview(chunk)
         except (ChangedError, MissingError) as error:
             why = "was changed" if isinstance(error, ChangedError) else "was removed"
             raise CheckpointError(f"{self.url}/{name} {why} after it was deployed: deploy it again") from error
         except TransientError as error:
             raise TransientError(f"{error}; what came is kept, the next start asks for the rest") from error
+
+    def keep(self, name: str, start: int, data: memoryview, landed: Sequence[memoryview]) -> None:
+        """Bytes at `start` of a file, and where they landed, are for the disk."""
+        if self._behind is not None and not self._over:
+            self._behind.put(self._files[name][0], start, data, landed)
 
 
 class RemoteSource(NamedTuple):
@@ -183,7 +205,9 @@ class RemoteOpened:
             came += Came(remote=stop - start)
             self._file.pacer.wait(stop - start)
             for data in origin.ask(name, start, stop):
-                _copy(data, _cut(buffers, start - offset, start - offset + len(data)))
+                landed = _cut(buffers, start - offset, start - offset + len(data))
+                _copy(data, landed)
+                origin.keep(name, start, data, landed)
                 start += len(data)
         return came
 

@@ -5,9 +5,12 @@ Everything here runs on the thread that owns the tier (the agent's event loop); 
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CapacityError, CheckpointError
@@ -18,7 +21,7 @@ from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.origin import Origin
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
-from serverless_llm.loader.reader import Batch, Reader, Transfer
+from serverless_llm.loader.reader import STUCK_S, Batch, Reader, Transfer
 from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.ring import Ring
 from serverless_llm.loader.routes import Route, Routes
@@ -48,6 +51,13 @@ class _Fill:
     cancelled: bool = False
     distrusted: set[Piece] = field(default_factory=set)
     came: Came = field(default_factory=Came)
+
+
+class _Writing(NamedTuple):
+    """What an origin brought, on its way from the tier's slots to the disk."""
+
+    origin: Origin
+    ended: threading.Event
 
 
 class Pipeline:
@@ -84,6 +94,9 @@ class Pipeline:
         self._freed = freed
         self._fills: dict[CheckpointId, _Fill] = {}
         self._rings: dict[ReplicaId, Ring] = {}
+        self._writing: dict[ReplicaId, _Writing] = {}  # by holders of their own
+        self._reclaimed: set[ReplicaId] = set()  # those who were told to give up
+        self._writers = itertools.count(-1, -1)
         self._ahead = Ahead(pool, tier, post, pause, lambda: not self._fills)
         self.tier.wanted = ahead // pool.slot_bytes
         self._ahead.trim()
@@ -91,7 +104,7 @@ class Pipeline:
     @property
     def settling(self) -> bool:
         """`freed` will be called though nobody releases anything more."""
-        return bool(self._fills or self.tier.lent)
+        return bool(self._fills or self.tier.lent or self._reclaimed)
 
     def fits(self, manifest: Manifest, ring: bool = False) -> bool:
         """Whether the checkpoint could be loaded through an otherwise empty pool."""
@@ -114,7 +127,8 @@ class Pipeline:
             priority: lower goes first; equal ones in order.
             ring: `holder` copies what it is told of, so that slots may be used again: where there are too few, the
                 headers and what finds free slots stay in the tier, and all else passes through a ring.
-            origin: where the files are that are not on the disk; the load closes it at its end.
+            origin: where the files are that are not on the disk; the load closes it at its end. Of what has slots, it
+                fills the disk tier from there: they are leased until it has, or others find no room.
             loan: what of it other checkpoints have in the tier, found in this turn of the loop; leased from them, too.
                 The load tells of it as of files that are numbered on from its own.
 
@@ -132,6 +146,7 @@ class Pipeline:
             lent = self.tier.lend(manifest.checkpoint, width)
         except CapacityError:
             self.lending.repay(holder, begun)
+            self._reclaim()
             raise
         slots = self.tier.reserve(manifest.checkpoint, kept, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
@@ -144,6 +159,8 @@ class Pipeline:
         )  # fmt: skip
         if passing:
             load.ring = self._rings[holder] = self._ring(load, passing, lent)
+        elif origin is not None:
+            self._write_behind(manifest.checkpoint, origin)
         return load
 
     def release(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
@@ -181,13 +198,39 @@ class Pipeline:
         """Before the pool is closed: no memory is taken or given back any more.
 
         Returns:
-            False when a server keeps a read waiting: it may still write to the pool.
+            False when a server keeps a read waiting, or the disk tier a write: they may still use the pool.
         """
         self._ahead.close()
-        return self._routes.close()
+        self._reclaim()
+        returned = self._routes.close()
+        return all(one.ended.wait(STUCK_S) for one in self._writing.values()) and returned
 
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
+
+    # --- what came from a server, on its way to the disk ---
+
+    def _write_behind(self, checkpoint: CheckpointId, origin: Origin) -> None:
+        holder = next(self._writers)
+        self.tier.lease(checkpoint, holder)
+        writing = self._writing[holder] = _Writing(origin, threading.Event())
+
+        def release() -> None:
+            del self._writing[holder]
+            self._reclaimed.discard(holder)
+            self.release(checkpoint, holder)
+
+        def written() -> None:
+            writing.ended.set()
+            self._post(release)
+
+        origin.hold(written)
+
+    def _reclaim(self) -> None:
+        """Others need the room: the disk tier gets what came another time."""
+        for one in self._writing.values():
+            one.origin.give_up()
+        self._reclaimed.update(self._writing)
 
     # --- what is larger than the room for it ---
 
