@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -178,6 +180,17 @@ def test_a_worker_that_breaks_names_the_requests_that_ran(ready: Agent, monkeypa
     assert died[0].exc_value.__notes__ == ["requests that ran here: request-1"]
 
 
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `main` sets for all of its process is as it was afterwards: the next unhandled exception of a thread would
+    end this one."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    interval = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("process")
 def test_the_process_reads_its_boot_first_and_ends_with_its_agent() -> None:
     pool = Pool(MIB)
     ours, theirs = socket.socketpair()
