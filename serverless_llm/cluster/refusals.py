@@ -12,8 +12,9 @@ from serverless_llm.cluster.turn import Turn
 def refused(turn: Turn, event: SequenceRefused) -> None:
     """In the end it is rejected; at once where its KV fits no device that there is."""
     sequence = current(turn, event.sequence, event.epoch)
-    if sequence is None or sequence.replica is None:
+    if sequence is None:
         return
+    assert sequence.replica is not None
     device = turn.device(sequence.replica.device)
     if event.never and device.spec.budget >= turn.state.largest:
         message = f"{event.why}: ask for fewer, or serve with more --device-memory"

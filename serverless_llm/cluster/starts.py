@@ -317,8 +317,7 @@ def _send_away(turn: Turn, victims: list[Replica]) -> None:
         ready = victim.state is ReplicaState.READY
         if ready and turn.now < victim.idle_since + hold_s(turn, victim):
             turn.state.models[victim.model].switches.append(turn.now)
-    for victim in victims:
-        unload(turn, victim, "memory" if victim.state is ReplicaState.READY else "abandoned")
+        unload(turn, victim, "memory" if ready else "abandoned")
 
 
 def drain(turn: Turn, name: str, victims: tuple[ReplicaId, ...]) -> None:

@@ -36,7 +36,7 @@ def rejects(status: int, code: str, after: float | None) -> Behaviour:
 def fails(controller: Controller, message: wire.Message) -> None:
     attaches(controller, message)
     if isinstance(message, wire.Run):
-        controller.tokens(message.sequence, [], "error")
+        controller.tokens(message.sequence, [], "not_finite")
 
 
 @dataclass(frozen=True)
