@@ -80,9 +80,8 @@ class Behind:
         try:
             self._fill()
         except (ServerlessLLMError, OSError) as error:
-            log.warning(
-                "%s: what comes is not kept on the disk: %s", self._filling.url, str(error)
-            )  # its frames have views
+            why = str(error)  # not itself, which a log may keep: its frames refer to what was put
+            log.warning("%s: what comes is not kept on the disk: %s", self._filling.url, why)
         finally:
             with self._wake:
                 self._takes = False
@@ -123,10 +122,12 @@ class Behind:
     def _next(self) -> list[_Chunk]:
         """The first `BATCH` bytes of what came; waits for something. Empty at the end."""
         chunks: list[_Chunk] = []
+        nbytes = 0
         with self._wake:
             self._wake.wait_for(lambda: self._chunks or self._closed or not self._takes)
-            while self._chunks and sum(len(one.data) for one in chunks) < BATCH:
+            while self._chunks and nbytes < BATCH:
                 chunks.append(self._chunks.popleft())
+                nbytes += len(chunks[-1].data)
         return chunks
 
     def _write(self, chunks: Sequence[_Chunk]) -> None:
