@@ -98,6 +98,14 @@ def test_who_was_just_idle_keeps_its_place_for_its_hold() -> None:
     assert "Evicted" in kinds(desk.tell(e.SequenceRefused(1, 2, "no room", missing=30), after=0.2))
 
 
+def test_who_is_in_steady_use_gives_its_place_to_what_came_long_ago() -> None:
+    desk = beside()
+    desk.tick(60.0)
+    desk.ask(2, "idle")
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))) == ["Evicted", "Unload"]
+
+
 def test_what_fits_no_device_is_refused_for_good(desk: Desk) -> None:
     assert desk.tell(e.SequenceRefused(1, 1, "20 tokens need 2 KB", missing=30, never=True)) == [
         c.Reject(
