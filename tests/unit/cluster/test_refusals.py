@@ -44,6 +44,14 @@ def test_a_resting_sequence_may_leave(desk: Desk) -> None:
     assert desk.tick(60.0) == []
 
 
+def test_what_a_worker_took_and_gave_back_untouched_did_not_go_on(desk: Desk) -> None:
+    for epoch in range(1, 7):
+        assert kinds(desk.tell(e.SequenceRefused(1, epoch, "no room"))) == []
+        assert "Dispatch" in kinds(desk.tick(4.0))
+        desk.tell(e.Progress(D0, 1, ((1, epoch + 1, 0, 1),)))
+    assert kinds(desk.tell(e.SequenceRefused(1, 7, "no room"))) == ["Reject"]
+
+
 def beside(**spec: object) -> Desk:
     """Sequence 1 runs beside a model of 30 bytes that was idle for longer than it would take to bring back."""
     desk = Desk(STILL)
