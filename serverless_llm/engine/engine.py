@@ -243,6 +243,8 @@ class Engine:
         capacity = max(0, self._memory.capacity(sequence.replica))
         if sequence.sampling.open_end:
             sequence.context = max(sequence.prompt_length + 1, sequence.groups.longest(capacity, config.context))
+        if sequence.finish() is not None:
+            return
         most = min(sequence.prompt_length + sequence.sampling.max_tokens, sequence.context)
         needed, block = sequence.groups.live(most), config.kv_block_bytes
         if needed > capacity:

@@ -333,6 +333,9 @@ def test_what_weights_strand_is_refused_and_goes_on_when_they_are_gone(open_end:
         made.add(start(1, prompt(200), sampling, epoch=2))
     assert not beside.value.never
     assert beside.value.missing % CONFIG.kv_block_bytes == 0 < beside.value.missing
+    if open_end:
+        made.add(start(1, prompt(200), sampling, generated=begun, epoch=2))
+        assert drain(made) == {1: ([], FinishReason.LENGTH)}
     made.drop(2)
     made.add(start(1, prompt(200), sampling, generated=begun, epoch=3))
     assert begun + drain(made)[1][0] == spoken(prompt(200), replace(GREEDY, max_tokens=40))
