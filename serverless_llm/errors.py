@@ -6,6 +6,7 @@ ServerlessLLMError
 ├── CheckpointError         a checkpoint that cannot be served; the message names the file and what is wrong
 │   └── TransientError      the system failed on it (I/O, descriptors, a mount): worth another try later
 ├── CapacityError           no room, now or ever; the message names the needed and the available bytes
+│   └── KvCapacityError     a sequence's KV does not fit beside the weights that are here
 ├── ProtocolError           a frame that breaks the wire's rules; the link is closed
 ├── InvariantError          state that cannot be: a bug; carries the object's history
 └── RequestError            a request that must be refused, as the HTTP surface shows it

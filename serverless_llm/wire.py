@@ -263,7 +263,7 @@ class Progress(Message, frozen=True):
     sequences: list[tuple[int, int, int, int]]
     kv_used: int
     kv_free: int
-    preemptions: dict[str, int] = {}
+    preemptions: dict[str, int]
 
 
 # --- agent <-> worker ---

@@ -47,6 +47,9 @@ def _one_queue(state: State) -> Iterator[object]:
         for sequence in model.unready.values():
             if sequence.state in ON_WORKER or state.sequences.get(sequence.id) is not sequence:
                 yield sequence
+        cramped = {s.id: s for s in (*model.waiting, *model.unready.values()) if s.kv_bytes}
+        if model.cramped != cramped:
+            yield model.spec.name, model.cramped
     if queued != sum(sequence.state not in ON_WORKER for sequence in state.sequences.values()):
         yield queued
 
@@ -68,6 +71,7 @@ def _ledgers_equal_residencies(state: State) -> Iterator[object]:
                 held = [replica for replica in device.replicas.values() if replica.state in states]
                 ledger = device.planned if states is PLANNED else device.actual
                 charges = Counter(charge for replica in held for charge in replica.charges)
+                charges += Counter(replica.promised for replica in held if replica.promises and states is PLANNED)
                 if ledger.held != {key: (count, size) for (key, size), count in charges.items()}:
                     yield device, ledger
                 for replica in held if device.view else ():

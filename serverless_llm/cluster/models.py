@@ -8,9 +8,10 @@ from serverless_llm.cluster.events import Delete, Deploy, Load, Pin, UnloadModel
 from serverless_llm.cluster.failures import end_pause, forgive
 from serverless_llm.cluster.replicas import send_off
 from serverless_llm.cluster.sequences import reject_not_found, reject_outdated
-from serverless_llm.cluster.starts import drain, impossible
+from serverless_llm.cluster.starts import impossible
 from serverless_llm.cluster.state import STARTING, Model
 from serverless_llm.cluster.turn import Turn
+from serverless_llm.cluster.victims import drain
 from serverless_llm.domain import ModelName
 
 

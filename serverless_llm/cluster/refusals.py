@@ -1,12 +1,14 @@
 """Sequences that a worker does not run, or no longer: each is tried again after a rest, with a new epoch. Where memory
-for its KV is what lacks, idle models leave for it."""
+for its KV is what lacks, others leave for it."""
 
 from __future__ import annotations
 
 from serverless_llm.cluster.events import SequenceRefused
 from serverless_llm.cluster.sequences import current, reject, withdraw
-from serverless_llm.cluster.starts import make_room
+from serverless_llm.cluster.state import Replica, Sequence
+from serverless_llm.cluster.transitions import SequenceState
 from serverless_llm.cluster.turn import Turn
+from serverless_llm.cluster.victims import make_room
 
 
 def refused(turn: Turn, event: SequenceRefused) -> None:
@@ -14,8 +16,9 @@ def refused(turn: Turn, event: SequenceRefused) -> None:
     sequence = current(turn, event.sequence, event.epoch)
     if sequence is None:
         return
-    assert sequence.replica is not None
-    device = turn.device(sequence.replica.device)
+    replica = sequence.replica
+    assert replica is not None
+    device = turn.device(replica.device)
     if event.never and device.spec.budget >= turn.state.largest:
         message = f"{event.why}: ask for fewer, or serve with more --device-memory"
         reject(turn, sequence, 400, "context_length_exceeded", message, None, retry=False)
@@ -25,10 +28,21 @@ def refused(turn: Turn, event: SequenceRefused) -> None:
         message = f"the engine refused it {sequence.refusals} times: {event.why}"
         reject(turn, sequence, 503, "overloaded", message, turn.policy.retry_floor_s)
         return
+    rest_s = turn.policy.rest_s * 2.0 ** (sequence.refusals - 1)
+    if event.missing and sequence.state is SequenceState.RUNNING:
+        rest_s = max(rest_s, make_room(turn, replica, event.missing, sequence.arrived) - turn.now)
+    elif event.missing:
+        _learn(turn, sequence, replica, event)
     model = withdraw(turn, sequence, "refused")
     if model is None:
         return
     model.unready[sequence.id] = sequence
-    turn.arm("rest", sequence.id, turn.policy.rest_s * 2.0 ** (sequence.refusals - 1))
-    if event.missing:
-        make_room(turn, model, device, event.missing, sequence.arrived)
+    turn.arm("rest", sequence.id, rest_s)
+
+
+def _learn(turn: Turn, sequence: Sequence, replica: Replica, event: SequenceRefused) -> None:
+    """What its KV takes, by the ledger; the worker, who counts in slabs, may have less left."""
+    device = turn.device(replica.device)
+    had = replica.kv_floor + device.actual.free
+    alone = device.spec.budget - replica.footprint.weight_bytes
+    sequence.kv_bytes = had + event.missing if event.never else min(had + event.missing, alone)

@@ -42,6 +42,8 @@ def shift(turn: Turn, replica: Replica, cause: str) -> None:
     ):
         if before in states and replica.state not in states:
             _discharge(ledger, replica)
+            if replica.promised[0] in ledger.held:
+                ledger.remove(replica.promised[0])
             if device.view:
                 dram.remove(replica.checkpoint)
             turn.room = True
@@ -118,6 +120,9 @@ def leave(turn: Turn, replica: Replica, cause: str) -> None:
     for kind in ("replica", "idle", "abandon"):
         turn.disarm(kind, replica.id)
     del turn.state.replicas[replica.id], device.replicas[replica.id]
+    for other in device.replicas.values():
+        if other.promises:
+            turn.touch(other.model)
     model = turn.state.models.get(replica.model)
     if model is not None:
         model.replicas.pop(replica.id, None)

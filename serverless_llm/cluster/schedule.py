@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from serverless_llm.cluster.failures import reject_waiters, retry_after
 from serverless_llm.cluster.poison import try_suspects
+from serverless_llm.cluster.promises import kept
 from serverless_llm.cluster.replicas import unload
 from serverless_llm.cluster.sequences import dispatch
 from serverless_llm.cluster.standing import abandoned, protected
 from serverless_llm.cluster.starts import consider
-from serverless_llm.cluster.state import STARTING, Model, Replica
+from serverless_llm.cluster.state import STARTING, Model, Replica, Sequence
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import ModelName, ReplicaId
@@ -58,8 +59,16 @@ def _send_off(turn: Turn) -> None:
 def _tend(turn: Turn, model: Model) -> None:
     if turn.now < model.cool_until and not model.present():
         reject_waiters(turn, model, model.error, retry_after(turn, model))
-    while model.waiting and (replica := _least_busy(turn, model)) is not None:
-        dispatch(turn, model.waiting.pop(0), replica)
+    passed = 0  # they wait for room of their own
+    while passed < len(model.waiting):
+        sequence = model.waiting[passed]
+        replica = _least_busy(turn, model, sequence)
+        if replica is not None:
+            dispatch(turn, model.waiting.pop(passed), replica)
+        elif sequence.kv_bytes:
+            passed += 1
+        else:
+            break
     for replica in model.present():
         if replica.state in STARTING:
             _watch_load(turn, model, replica)
@@ -67,8 +76,10 @@ def _tend(turn: Turn, model: Model) -> None:
             _watch_idle(turn, model, replica)
 
 
-def _least_busy(turn: Turn, model: Model) -> Replica | None:
+def _least_busy(turn: Turn, model: Model, sequence: Sequence) -> Replica | None:
     free = [replica for replica in model.ready() if _takes(turn, model, replica)]
+    if sequence.kv_bytes:
+        free = [replica for replica in free if kept(turn, replica, sequence)]
     return min(free, key=lambda replica: (len(replica.running), replica.device, replica.id), default=None)
 
 

@@ -14,6 +14,7 @@ from serverless_llm.cluster.events import (
     Resumed,
     SequenceDone,
 )
+from serverless_llm.cluster.promises import unpromise
 from serverless_llm.cluster.state import ON_WORKER, Device, Model, Replica, Sequence
 from serverless_llm.cluster.transitions import SEQUENCE, SequenceState, move
 from serverless_llm.cluster.turn import Turn
@@ -72,7 +73,9 @@ def resumed(turn: Turn, event: Resumed) -> None:
     sequence = current(turn, event.sequence, event.epoch)
     if sequence is None:
         return
-    sequence.generated = sequence.resumed_at = max(sequence.generated, event.tokens)
+    if event.tokens > sequence.generated:
+        sequence.generated, sequence.refusals = event.tokens, 0
+    sequence.resumed_at = sequence.generated
 
 
 def client_gone(turn: Turn, event: ClientGone) -> None:
@@ -127,6 +130,10 @@ def dispatch(turn: Turn, sequence: Sequence, replica: Replica) -> None:
     """From its queue to a worker."""
     model = turn.state.models[sequence.model]
     model.unready.pop(sequence.id, None)
+    model.cramped.pop(sequence.id, None)
+    for other in model.replicas.values():
+        if other is not replica:
+            unpromise(turn, other, sequence)
     move(SEQUENCE, sequence, "dispatch", turn.now)
     sequence.replica, sequence.mentioned, sequence.absent_since = replica, turn.now, None
     sequence.dispatched, sequence.resumed_at = turn.now, sequence.generated
@@ -155,6 +162,8 @@ def withdraw(turn: Turn, sequence: Sequence, cause: str) -> Model | None:
     move(SEQUENCE, sequence, cause, turn.now)
     model = turn.state.models.get(sequence.model)
     if model is not None and model.revision == sequence.revision:
+        if sequence.kv_bytes:
+            model.cramped[sequence.id] = sequence
         return model
     turn.emit(_not_found(sequence.id, sequence.model) if model is None else _outdated(sequence.id))
     _close(turn, sequence)
@@ -196,8 +205,9 @@ def accuse(turn: Turn, sequence: Sequence) -> None:
 def current(turn: Turn, sequence_id: SequenceId, epoch: int) -> Sequence | None:
     """The sequence that a worker speaks of, unless what it says is out of date."""
     sequence = turn.state.sequences.get(sequence_id)
-    current = sequence is not None and sequence.epoch == epoch and sequence.state in ON_WORKER
-    return sequence if current else None
+    if sequence is None or sequence.epoch != epoch or sequence.state not in ON_WORKER:
+        return None
+    return sequence
 
 
 def reject(
@@ -223,12 +233,20 @@ def end(turn: Turn, sequence: Sequence) -> None:
     model = turn.state.models.get(sequence.model)
     if sequence.state in ON_WORKER:
         _release(turn, sequence)
-    elif model is not None and sequence.state is SequenceState.WAITING:
-        model.waiting.remove(sequence)
     elif model is not None:
-        del model.unready[sequence.id]
+        _leave_queue(turn, model, sequence)
     turn.touch(sequence.model)
     _close(turn, sequence)
+
+
+def _leave_queue(turn: Turn, model: Model, sequence: Sequence) -> None:
+    if sequence.state is SequenceState.WAITING:
+        model.waiting.remove(sequence)
+    else:
+        del model.unready[sequence.id]
+    model.cramped.pop(sequence.id, None)
+    for replica in model.replicas.values():
+        unpromise(turn, replica, sequence)
 
 
 def refuse_oversized(turn: Turn, model: Model, sequence: Sequence) -> None:
@@ -275,6 +293,7 @@ def _release(turn: Turn, sequence: Sequence) -> None:
     replica = sequence.replica
     assert replica is not None
     del replica.running[sequence.id]
+    unpromise(turn, replica, sequence)
     sequence.replica = None
     turn.disarm("mention", sequence.id)
     if not replica.running:
@@ -299,7 +318,7 @@ def _not_found(sequence: SequenceId, model: str) -> Reject:
 
 
 def _outdated(sequence: SequenceId) -> Reject:
-    return Reject(sequence, 503, "model_loading", "the model was deployed anew while the request waited", 1.0, True)
+    return Reject(sequence, 503, "model_loading", "the model was deployed anew before the request had ended", 1.0, True)
 
 
 def _retry_after(turn: Turn, model: Model) -> float:

@@ -43,6 +43,7 @@ class Sequence:
         generated: tokens known to be generated.
         mentioned: when its worker last spoke of it, or when it was dispatched.
         absent_since: its worker's reports leave it out since then.
+        kv_bytes: what its KV takes, once a worker gave it back as it had not that much; 0 before.
         dispatched: when it last was.
         resumed_at: tokens it had then.
         deaths: charges: workers that died with it, as far as neither a trial nor a long life has cleared it.
@@ -66,6 +67,7 @@ class Sequence:
     mentioned: float = 0.0
     absent_since: float | None = None
     refusals: int = 0
+    kv_bytes: int = 0
     dispatched: float = 0.0
     resumed_at: int = 0
     deaths: int = 0
@@ -86,6 +88,7 @@ class Replica:
         retiring: why it takes no new sequences, empty while it does.
         draining_for: a model that waits for its memory; it takes no new sequences.
         absent_since: its node's heartbeats leave it out since then.
+        promises: sequences for whose KV room is kept beyond the floor, and what that takes.
         progress_done: bytes of its load that are done, of `progress_total`.
         transfer_s: of `predicted_s`, what its bytes take.
         left_s: seconds without news after which its load counts as stuck, while others go before it.
@@ -120,6 +123,7 @@ class Replica:
     absent_since: float | None = None
     shared: tuple[Charge, ...] = ()
     running: dict[SequenceId, Sequence] = field(default_factory=dict, repr=False)
+    promises: dict[SequenceId, int] = field(default_factory=dict, repr=False)
 
     @property
     def grant(self) -> int:
@@ -129,6 +133,11 @@ class Replica:
     def charges(self) -> list[Charge]:
         """`grant`, as the ledgers of its device have it: each extent that may have other holders, and the rest."""
         return [(self.id, self.grant - sum(size for _, size in self.shared)), *self.shared]
+
+    @property
+    def promised(self) -> Charge:
+        """What `planned` of its device has beside its grant."""
+        return ("promised", self.id), max(0, max(self.promises.values(), default=0) - self.kv_floor)
 
 
 @dataclass(slots=True, eq=False)
@@ -142,8 +151,9 @@ class Device:
         cause: why the last worker died.
         killing: its worker was told to die.
         drained: an operator wants it empty.
-        planned: grants of the replicas that have a claim, those that leave not counted; what they share counts once.
-        actual: grants of the replicas that may hold memory now, likewise.
+        planned: grants of the replicas that have a claim, and what they promised sequences; those that leave do not
+            count, what they share counts once.
+        actual: grants of the replicas that may hold memory now; what they share counts once.
         trial: the sequence or the load ("sequence" | "load", id) that has it for itself.
         isolated_at: when the latest trial began.
         court_at: when the next one may, while others want the device.
@@ -235,6 +245,7 @@ class Model:
     Attributes:
         waiting: sequences that can be dispatched, by arrival.
         unready: sequences that cannot: their prompts are being tokenised, they rest, or they await their trial.
+        cramped: those of both whose KV a worker had no room for.
         requested_at: an operator asked for a replica then.
         error: why its last load failed, empty once one succeeded.
         cool_until: no start before; `math.inf` until an operator loads or deploys it.
@@ -249,6 +260,7 @@ class Model:
     revision: int
     waiting: list[Sequence] = field(default_factory=list, repr=False)
     unready: dict[SequenceId, Sequence] = field(default_factory=dict, repr=False)
+    cramped: dict[SequenceId, Sequence] = field(default_factory=dict, repr=False)
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict, repr=False)
     requested_at: float | None = None
     error: str = ""

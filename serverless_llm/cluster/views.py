@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from serverless_llm.cluster.estimates import predicted_s
 from serverless_llm.cluster.policy import Policy
-from serverless_llm.cluster.starts import predicted_s
 from serverless_llm.cluster.state import STARTING, Model, Replica, State
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.cluster.turn import Turn

@@ -39,6 +39,7 @@ from serverless_llm.quantities import size
 
 FALLBACK = "serverless_llm.engine.fallback"  # imported where it is needed: it needs an extra
 KERNELS = 3  # bumped when the same input may give other bits than before
+TAKEN = "weights took the memory of its KV"
 STEP_S = 0.2  # seconds a step of prefill should take at most, so that the tokens of other sequences keep flowing
 ROWS_LEAST, ROWS_MOST = 32, 512  # tokens of a step; 32 is what `kernels.linear` takes at once
 CUDA_ROWS = 2048
@@ -267,18 +268,22 @@ class Engine:
         for place in self._memory.fresh:
             self._arena.clear(place)
         self._memory.fresh.clear()
-        for sequence in self._unrunnable(batch):
-            self._refuse(sequence, "weights took the memory of its KV", result)
+        stranded, self._scheduler.stranded = self._scheduler.stranded, []
+        for sequence in stranded:
+            self._refuse(sequence, TAKEN, result)
         if batch is not None:
             self._run(batch, result)
+        elif not stranded and len(self._scheduler):
+            self._unblock(result)
         return result
 
-    def _unrunnable(self, batch: Batch | None) -> list[Sequence]:
-        """Sequences that fit no more, as weights came; the oldest where nothing at all can run, so that none waits."""
-        stranded, self._scheduler.stranded = self._scheduler.stranded, []
-        if batch is None and not stranded and len(self._scheduler):
-            return [min(self._scheduler, key=lambda sequence: sequence.order)]
-        return stranded
+    def _unblock(self, result: StepResult) -> None:
+        """Nothing can run, as the free memory lies in pieces: the oldest goes, so that none waits for ever."""
+        oldest = min(self._scheduler, key=lambda sequence: sequence.order)
+        if oldest.sampling.open_end and len(oldest.tokens) > oldest.prompt_length:
+            self._end(oldest, [], FinishReason.LENGTH, result)
+        else:
+            self._refuse(oldest, TAKEN, result)
 
     def _run(self, batch: Batch, result: StepResult) -> None:
         begun = self._clock()

@@ -2,7 +2,7 @@
 
 The older of two sequences (by arrival at this engine) always wins: where KV is short, the youngest is preempted, its
 blocks freed, and it runs again from its tokens later. The oldest sequence of the device therefore always gets on,
-unless it cannot fit even alone; then it fails. So nothing waits for ever.
+unless it does not fit beside the weights; then it is given back. So nothing waits for ever.
 """
 
 from __future__ import annotations

@@ -102,6 +102,10 @@ class Storm(RuleBasedStateMachine):
         for _ in range(count):
             self.world.request(model, tokens=tokens)
 
+    @rule(model=st.sampled_from(MODELS), kv=st.integers(1, 900))
+    def ask_for_much_kv(self, model: str, kv: int) -> None:
+        self.world.request(model, tokens=50, kv=kv << 20)
+
     @rule(number=st.integers(0, 99), model=st.sampled_from(MODELS), after=st.sampled_from([0.0, 0.1, 1.0]))
     def ask_poisonously(self, number: int, model: str, after: float) -> None:
         if number < 15:
@@ -203,6 +207,7 @@ def make_trouble(trouble: Storm, chance: random.Random) -> None:
         lambda: trouble.ask_poisonously(number, MODELS[number], number / 3),
         lambda: operate(trouble.world, MODELS[number], what),
         lambda: trouble.drain(number % 2, 5.0),
+        lambda: trouble.ask_for_much_kv(MODELS[number], chance.randrange(1, 900)),
     ]
     chance.choice(actions)()
 

@@ -45,7 +45,7 @@ class Agents(Time):
         self.broken: dict[ModelName, tuple[str, bool]] = {}  # loads fail: message, permanent
         self.stuck: set[ModelName] = set()  # loads never end
         self.mute: set[type] = set()  # commands that nobody answers
-        self.refusing: dict[DeviceId, int] = {}  # bytes that loads lack there, and KV beside other models
+        self.refusing: dict[DeviceId, int] = {}  # bytes that loads lack there
         self.rtt_s, self.load_s, self.prefill_s, self.token_s = 0.001, 0.08, 0.02, 0.01
         self.disk_bps, self.restart_s, self.progress_s = 2.0 * GIB, 0.3, 0.1
 
@@ -233,6 +233,7 @@ class Agents(Time):
             self._drop(worker, command.replica)
             self.up_link(agent, e.LoadFailed(command.replica, "no room", False))
             return
+        self._strand(agent, worker)
         worker.loading.add(command.replica)
         incarnation = worker.incarnation
         missing = 0 if command.checkpoint in agent.resident else footprint.file_bytes
@@ -270,6 +271,13 @@ class Agents(Time):
 
         self.after(seconds / 2, half)
         self.after(seconds, whole)
+
+    def _strand(self, agent: Agent, worker: Worker) -> None:
+        """Weights came: what does not fit beside them is given back."""
+        for run in list(worker.runs.values()):
+            if self.clients[run.sequence].kv > worker.budget - worker.used(self.sizes):
+                self.stop(worker, run)
+                self.up_link(agent, e.SequenceRefused(run.sequence, run.epoch, "weights came", 1 << 20))
 
     def _place(self, agent: Agent, worker: Worker, command: c.StartLoad) -> tuple[tuple[int, int, ReplicaId], ...]:
         """Its weights, but for what a replica that serves has there already; that, as in `ReplicaReady`."""
@@ -315,9 +323,11 @@ class Agents(Time):
                 return
             if old is not None:
                 self.stop(worker, old)
-            missing = self.refusing.get(worker.device, 0)
-            if missing and len(worker.replicas) > 1:
-                self.up_link(agent, e.SequenceRefused(command.sequence, command.epoch, "no room", missing))
+            missing = client.kv - (worker.budget - worker.used(self.sizes))
+            if missing > 0:
+                never = client.kv > worker.budget - worker.alone(command.replica, self.sizes)
+                refusal = e.SequenceRefused(command.sequence, command.epoch, "no room", missing, never)
+                self.up_link(agent, refusal)
                 return
             self._run(agent, worker, Run(command.sequence, command.epoch, command.replica, client.log, self.now))
 

@@ -77,6 +77,10 @@ class Worker:
         ready = (name for name in self.replicas if content in self.extents.get(name, {}))
         return next(((self.extents[name][content], name) for name in ready), None)
 
+    def alone(self, replica: ReplicaId, sizes: Mapping[str, int]) -> int:
+        """Bytes that it takes where nothing else is."""
+        return self.taken[replica] + sum(sizes[content] for content in self.extents[replica])
+
     def used(self, sizes: Mapping[str, int]) -> int:
         """Bytes. `sizes`: of contents."""
         extents = {number: sizes[content] for held in self.extents.values() for content, number in held.items()}
@@ -95,7 +99,7 @@ class Agent:
 
 @dataclass(eq=False)
 class Client:
-    """One request at the gateway: its token log, its current epoch, and how it ended."""
+    """One request at the gateway: its token log, its current epoch, and how it ended. `kv`: bytes beyond the floor."""
 
     model: ModelName
     checkpoint: CheckpointId
@@ -103,6 +107,7 @@ class Client:
     tokens: int
     arrived: float
     then: Callable[[], object] | None
+    kv: int = 0
     log: int = 0
     epoch: int = 0
     end: str = ""

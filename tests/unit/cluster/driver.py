@@ -111,11 +111,13 @@ class World(Agents):
         keep_alive: float | None = None,
         then: Callable[[], object] | None = None,
         tokenise_s: float | None = 0.002,
+        kv: int = 0,
     ) -> SequenceId:
-        """A client asks now. `then` is called when it has its answer. `tokenise_s` None: its prompt never is."""
+        """A client asks now. `then` is called when it has its answer. `tokenise_s` None: its prompt never is. `kv`: as
+        of `Client`."""
         sequence = len(self.clients) + 1
         checkpoint = self.shown.get(model, "")
-        self.clients[sequence] = Client(model, checkpoint, prompt, tokens, self.now, then)
+        self.clients[sequence] = Client(model, checkpoint, prompt, tokens, self.now, then, kv)
         self.handle(e.RequestArrived(sequence, model, checkpoint, keep_alive=keep_alive))
         if tokenise_s is not None:
             self.after(tokenise_s, lambda: self.tell(e.PromptReady(sequence, prompt, tokens)))

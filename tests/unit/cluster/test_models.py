@@ -12,7 +12,7 @@ from serverless_llm.domain import FinishReason
 from tests.unit.cluster.desk import D0, D1, QUIET, Desk, deploy, kinds, node, serving
 
 DONE = FinishReason.STOP
-OUTDATED = "the model was deployed anew while the request waited"
+OUTDATED = "the model was deployed anew before the request had ended"
 
 
 def outdated(sequence: int) -> c.Reject:

@@ -7,7 +7,7 @@ import pytest
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
 from serverless_llm.domain import DeviceSpec, FinishReason, NodeSpec
-from tests.unit.cluster.desk import D0, QUIET, STILL, Desk, idle, kinds, serving
+from tests.unit.cluster.desk import D0, D1, QUIET, STILL, Desk, decided, deploy, idle, kinds, serving
 
 DONE = FinishReason.STOP
 
@@ -80,21 +80,30 @@ def test_no_more_models_leave_than_have_to() -> None:
 
 
 @pytest.mark.parametrize("spec", [{"min_replicas": 1}, {"pinned": True}], ids=str)
-def test_what_may_not_be_taken_stays(spec: dict[str, object]) -> None:
-    desk = beside(**spec)
-    assert desk.tell(e.SequenceRefused(1, 1, "no room", missing=30)) == []
-    assert kinds(desk.tick(0.1)) == ["Dispatch"]
+def test_what_would_have_to_take_what_may_not_leave_is_told(spec: dict[str, object]) -> None:
+    assert beside(**spec).tell(e.SequenceRefused(1, 1, "no room", missing=30)) == [
+        c.Reject(
+            1, 400, "context_length_exceeded",
+            "its KV takes 60 B, which no device has beside the weights and the models that may not leave (pinned, "
+            "min_replicas): ask for fewer tokens, or serve with more --device-memory", None, False,
+        )
+    ]  # fmt: skip
 
 
-def test_what_would_not_do_stays() -> None:
-    desk = beside()
-    assert desk.tell(e.SequenceRefused(1, 1, "no room", missing=60)) == []
+def test_nobody_is_told_while_every_device_is_drained() -> None:
+    desk = beside(pinned=True)
+    desk.tell(e.Drain("n0", True))
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=90))) == ["Evicted", "Unload"]
 
 
-def test_what_runs_something_stays() -> None:
+def test_what_is_busy_leaves_after_its_patience_and_takes_nothing_new() -> None:
     desk = beside()
     desk.ask(2, "idle")
-    assert desk.tell(e.SequenceRefused(1, 1, "no room", missing=30)) == []
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))) == []
+    assert kinds(desk.tick(60.0)) == []
+    desk.ask(3, "idle")
+    assert kinds(desk.tell(e.SequenceDone(2, 1, DONE, 3))) == ["Evicted", "Unload"]
+    assert desk.tell(e.Unloaded(1)) == [c.Dispatch(1, 2, 2, D0, 60.0, None)]
 
 
 def test_who_was_just_idle_keeps_its_place_for_its_hold() -> None:
@@ -102,8 +111,97 @@ def test_who_was_just_idle_keeps_its_place_for_its_hold() -> None:
     desk.ask(2, "idle")
     desk.tell(e.SequenceDone(2, 1, DONE, 3))
     assert desk.tell(e.SequenceRefused(1, 1, "no room", missing=30)) == []
+    assert desk.tick(0.2) == []
+    assert kinds(desk.tick(0.1)) == ["Evicted", "Unload"]
+
+
+def test_who_waits_for_room_lets_others_pass() -> None:
+    desk = beside()
+    desk.ask(2, "idle")
+    desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))
+    assert desk.tick(1.0) == []
+    assert desk.ask(3, "a") == [c.Dispatch(3, 1, 2, D0, 0.0, None)]
+
+
+def test_who_waits_for_room_may_leave() -> None:
+    desk = beside()
+    desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))
+    desk.tell(e.ClientGone(1))
+    assert desk.machine.state.devices[D0].planned.free == 60
+    assert desk.tell(e.Unloaded(1)) == []
+
+
+def test_room_that_was_made_is_nobody_elses_until_it_is_done() -> None:
+    desk = beside()
+    desk.tell(deploy("other", size=40))
+    desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))
+    assert kinds(desk.ask(2, "other")) == []
+    assert kinds(desk.tell(e.Unloaded(1))) == []
     assert kinds(desk.tick(0.1)) == ["Dispatch"]
-    assert "Evicted" in kinds(desk.tell(e.SequenceRefused(1, 2, "no room", missing=30), after=0.2))
+    assert kinds(desk.tell(e.SequenceDone(1, 2, DONE, 3))) == ["Decided", "Reserve"]
+
+
+def test_several_need_the_room_of_one() -> None:
+    """They give way to each other there."""
+    desk = Desk(STILL)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 150, "copy"),)))
+    for name, size in (("idle", 30), ("x", 1), ("y", 1)):
+        idle(desk, name, ord(name[0]), size=size)
+    desk.tick(60.0)
+    desk.serve("a", 1, size=30)
+    for sequence in (2, 3):
+        desk.ask(sequence, "a")
+    out = [one for sequence in (1, 2, 3) for one in desk.tell(e.SequenceRefused(sequence, 1, "no room", missing=30))]
+    assert kinds(out) == ["Evicted", "Unload"]
+    assert kinds(desk.tell(e.Unloaded(1))) == []
+    assert kinds(desk.tick(0.1)) == ["Dispatch"] * 3
+
+
+def test_two_that_lack_each_others_room_go_by_age() -> None:
+    desk = beside()
+    desk.tick(1.0)
+    desk.ask(2, "idle")
+    assert desk.tell(e.SequenceRefused(2, 1, "no room", missing=30)) == []
+    assert desk.tell(e.SequenceRefused(1, 1, "no room", missing=30)) == []
+    assert desk.tick(0.3) == [c.Evicted(1, "idle", D0, "memory"), c.Unload(1, D0)]
+    assert [type(one) for one in desk.tell(e.Unloaded(1))] == [c.Dispatch]
+    assert kinds(desk.tick(10.0)) == []
+    assert kinds(desk.tell(e.SequenceDone(1, 2, DONE, 3))) == ["Decided", "Evicted", "Unload", "Reserve"]
+    assert kinds(desk.tell(e.Unloaded(2))) == []
+    assert [type(one) for one in desk.bring_up(3)][-1] is c.Dispatch
+
+
+def test_a_start_reckons_with_the_room_of_those_that_wait_for_it() -> None:
+    desk = beside()
+    desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))
+    desk.tell(e.WorkerLost(D0, 1, "killed"))
+    desk.tick(1.0)
+    desk.ask(2, "idle")
+    assert decided(desk.tell(e.WorkerUp(D0, 2))).model == "a"
+    assert desk.machine.state.devices[D0].planned.free == 10
+
+
+def test_what_runs_on_is_tried_again_whether_there_is_room_or_not() -> None:
+    """It may end where the memory does: the worker knows."""
+    desk = beside()
+    desk.ask(2, "idle")
+    desk.tell(e.FirstToken(1, 1, 0.1))
+    assert desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30)) == []
+    assert kinds(desk.tick(0.1)) == ["Dispatch"]
+
+
+def test_what_runs_on_waits_for_who_is_idle() -> None:
+    desk = beside()
+    desk.ask(2, "idle")
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    desk.tell(e.FirstToken(1, 1, 0.1))
+    assert desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30)) == []
+    assert kinds(desk.tick(0.26)) == ["Dispatch"]
+    desk.tell(e.FirstToken(1, 2, 0.1))
+    assert kinds(desk.tell(e.SequenceRefused(1, 2, "weights came", missing=30))) == ["Evicted", "Unload"]
+    assert kinds(desk.tick(0.2)) == ["Dispatch"]
+    desk.tell(e.FirstToken(1, 3, 0.1))
+    assert kinds(desk.tell(e.SequenceRefused(1, 3, "weights came", missing=30))) == []
 
 
 def test_who_is_in_steady_use_gives_its_place_to_what_came_long_ago() -> None:
@@ -123,12 +221,41 @@ def test_what_fits_no_device_is_refused_for_good(desk: Desk) -> None:
     ]  # fmt: skip
 
 
-def test_what_fits_a_larger_device_is_not() -> None:
-    desk = Desk(QUIET)
+def test_what_fits_a_larger_device_only_goes_there() -> None:
+    desk = Desk(STILL)
     desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cpu", 200, "copy"))))
     desk.serve("a", 1)
     assert desk.machine.state.replicas[1].device == D0
-    assert desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True)) == []
+    out = desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))
+    assert out[0] == c.Evicted(1, "a", D0, "memory")
+    assert decided(out).device == D1
+    assert [type(one) for one in desk.bring_up(2, D1)] == [c.Outcome]
+    assert kinds(desk.tick(0.1)) == ["Dispatch"]
+
+
+def test_what_moves_to_a_larger_device_ends_what_it_runs_where_it_was() -> None:
+    desk = Desk(STILL)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cpu", 200, "copy"))))
+    idle(desk, "large", 9, size=170)
+    desk.tick(60.0)
+    desk.serve("a", 1)
+    desk.ask(2, "a")
+    desk.ask(3, "large")
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))) == []
+    assert kinds(desk.tick(60.0)) == []
+    assert decided(desk.tell(e.SequenceDone(3, 1, DONE, 3))).device == D1
+    assert kinds(desk.tell(e.SequenceDone(2, 1, DONE, 3))) == ["Evicted", "Unload"]
+
+
+@pytest.mark.parametrize("told", [0, 2])
+def test_tokens_that_only_the_log_knows_are_progress(told: int) -> None:
+    desk = serving()
+    for epoch in range(1, 12):
+        if "Reject" in kinds(desk.tell(e.SequenceRefused(1, epoch, "no room"))):
+            break
+        assert kinds(desk.tick(4.0)) == ["Dispatch"]
+        desk.tell(e.Resumed(1, epoch + 1, told * epoch))
+    assert epoch == (7 if told == 0 else 11)
 
 
 def test_refusals_are_counted_anew_once_it_went_on(desk: Desk) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
-from serverless_llm.cluster.starts import hold_s
 from serverless_llm.cluster.turn import Turn
+from serverless_llm.cluster.victims import hold_s
 from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
 from tests.unit.cluster.desk import D0, D1, STILL, Desk, decided, deploy, idle, kinds, node
 

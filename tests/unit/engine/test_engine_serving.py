@@ -295,7 +295,8 @@ def test_weights_that_find_no_gap() -> None:
 
 
 def test_nothing_waits_for_a_run_of_slabs_that_cannot_be() -> None:
-    """Blocks of three slabs, and weights that leave gaps of less: the sequence is refused, and does not wait here."""
+    """Blocks of three slabs, and weights that leave gaps of less: the sequence is refused, and does not wait here. One
+    that may end anywhere, and has begun, ends."""
     tiny = config_json(hidden_size=8, num_hidden_layers=1, intermediate_size=8, head_dim=4, tie_word_embeddings=True)
     large = tiny | {"num_hidden_layers": 5, "head_dim": 64, "num_key_value_heads": 4}
     made = Engine(budget=MIB, weights="copy")
@@ -311,6 +312,11 @@ def test_nothing_waits_for_a_run_of_slabs_that_cannot_be() -> None:
     assert result.tokens == []
     assert [(one.sequence, one.missing) for one in result.refused] == [(1, config.kv_block_bytes)]
     assert not made.runnable
+    open_end = replace(GREEDY, max_tokens=3, open_end=True)
+    made.add(start(2, prompt(5), open_end))
+    assert [one.sequence for one in made.step().refused] == [2]
+    made.add(start(2, prompt(5), open_end, generated=[4], epoch=2))
+    assert drain(made) == {2: ([], FinishReason.LENGTH)}
 
 
 def block(made: Engine, vocab: int) -> None:

@@ -33,7 +33,7 @@ FROM_NODE: list[tuple[wire.Message, list[events.Event]]] = [
             events.SequenceRefused(6, 4, "why", 8, True),
         ],
     ),
-    (wire.Progress(1, 3, [(7, 1, 2, 3)], 10, 20), [events.Progress(DEVICE, 3, ((7, 1, 2, 3),))]),
+    (wire.Progress(1, 3, [(7, 1, 2, 3)], 10, 20, {}), [events.Progress(DEVICE, 3, ((7, 1, 2, 3),))]),
     (
         wire.Heartbeat(
             [wire.WorkerState(1, 3, 99, 5, "id", [4]), wire.WorkerState(2, 0, 0, 0, "", [])],
