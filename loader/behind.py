@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 from serverless_llm.errors import CheckpointError, ServerlessLLMError
@@ -19,7 +20,7 @@ from serverless_llm.loader.filling import Filling, lacking
 from serverless_llm.quantities import size
 
 WAITING = 128 << 20  # bytes: a second of a fast disk; this much memory is used beside the pool
-BATCH = 32 << 20  # bytes that are made to last at once: who gives up waits for no more than these
+BATCH = 32 << 20  # bytes that are made to last at once: who gives up waits for these alone, once the tier has room
 log = logging.getLogger(__name__)
 
 
@@ -77,23 +78,34 @@ class Behind:
             self._wake.notify()
 
     def _run(self) -> None:
+        with closing(self._filling):
+            try:
+                filled = self._succeeds(self._fill)
+            finally:
+                self._leave()
+            if filled:
+                self._succeeds(self._filling.end)  # only now: it may take the folder away that the load reads
+            if self._dropped or self._waiting:
+                self._tell()
+
+    def _succeeds(self, step: Callable[[], None]) -> bool:
         try:
-            self._fill()
+            step()
         except (ServerlessLLMError, OSError) as error:
             why = str(error)  # not itself, which a log may keep: its frames refer to what was put
             log.warning("%s: what comes is not kept on the disk: %s", self._filling.url, why)
-        finally:
-            with self._wake:
-                self._takes = False
-                self._chunks.clear()
-            if self._written:
-                self._written()
-            with self._wake:
-                self._wake.wait_for(lambda: self._closed)
-                dropped = self._dropped or self._waiting > 0
-            if dropped:
-                self._tell()
-            self._filling.close()
+            return False
+        return True
+
+    def _leave(self) -> None:
+        """Refers to nothing that was put from here on; waits for the end of the load."""
+        with self._wake:
+            self._takes = False
+            self._chunks.clear()
+        if self._written:
+            self._written()
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed)
 
     def _tell(self) -> None:
         """What the disk lacks, and what brings it."""
@@ -117,15 +129,14 @@ class Behind:
             self._write(chunks)
             with self._wake:
                 self._waiting -= sum(len(one.data) for one in chunks)
-        self._filling.end()
 
     def _next(self) -> list[_Chunk]:
-        """The first `BATCH` bytes of what came; waits for something. Empty at the end."""
+        """The first `BATCH` bytes of what came, or the first chunk; waits for something. Empty at the end."""
         chunks: list[_Chunk] = []
         nbytes = 0
         with self._wake:
             self._wake.wait_for(lambda: self._chunks or self._closed or not self._takes)
-            while self._chunks and nbytes < BATCH:
+            while self._chunks and (not chunks or nbytes + len(self._chunks[0].data) <= BATCH):
                 chunks.append(self._chunks.popleft())
                 nbytes += len(chunks[-1].data)
         return chunks

@@ -23,7 +23,8 @@ from serverless_llm.loader import (
     remote,
 )
 from serverless_llm.loader.disk_tier import DiskTier, Lease
-from serverless_llm.loader.source import Came
+from serverless_llm.loader.pacer import Pacer
+from serverless_llm.loader.source import Came, Source
 from serverless_llm.quantities import size
 from tests.range_server import RangeServer
 from tests.serving import until
@@ -231,6 +232,65 @@ def test_others_that_find_no_room_go_before_the_disk(
     server.sent = 0
     check(node, found, fetch(node, found), server)
     assert server.sent == found.file_bytes - there
+    until(lambda: whole(lease.directory), "the disk tier to be whole")
+
+
+def read(source: Source) -> bytes:
+    opened, data = source.open(), bytearray(source.size)
+    opened.read([memoryview(data)], 0, source.size)
+    opened.close()
+    return bytes(data)
+
+
+def test_what_a_load_still_reads_stays_though_its_writer_was_told_to_give_up(
+    server: RangeServer, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, there, ended = manifest.build(lease.directory), origin.of(lease.directory), threading.Event()
+    assert there is not None
+    read(there.sources(found, Pacer(0))[0])
+    there.close()
+    until(lambda: not writers(), "an earlier start to end")
+    where, gone, end = origin.of(lease.directory), threading.Event(), filling.Filling.end
+
+    def told(self: filling.Filling) -> None:
+        end(self)
+        ended.set()
+
+    monkeypatch.setattr(filling.Filling, "end", told)
+    assert where is not None
+    where.hold(gone.set)
+    first, second = where.sources(found, Pacer(0))
+    opened = first.open()
+    read(second)
+    until(lambda: filling.lacking(lease.directory) == 0, "all to be on the disk")
+    where.give_up()
+    assert gone.wait(30)
+    assert read(first) == server.files[f"m/{found.files[0].name}"]
+    assert not ended.is_set()
+    where.close()
+    opened.close()
+    assert ended.wait(30)
+    until(lambda: not writers(), "its writer to end")
+    assert held(lease.directory) == server.files
+
+
+def test_no_slot_waits_for_the_check_of_what_was_written(
+    lease: Lease, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, end = threading.Event(), filling.Filling.end
+
+    def wait(self: filling.Filling) -> None:
+        checked.wait(60)
+        end(self)
+
+    monkeypatch.setattr(filling.Filling, "end", wait)
+    found = manifest.build(lease.directory)
+    fetch(node, found)
+    forget(node, found)
+    assert not checked.is_set()
+    assert node.tier.used_bytes == 0
+    assert writers()
+    checked.set()
     until(lambda: whole(lease.directory), "the disk tier to be whole")
 
 
