@@ -5,23 +5,21 @@ Everything here runs on the thread that owns the tier (the agent's event loop); 
 
 from __future__ import annotations
 
-import itertools
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CapacityError, CheckpointError
 from serverless_llm.loader import division, plan
 from serverless_llm.loader.ahead import Ahead
+from serverless_llm.loader.drain import Drain
 from serverless_llm.loader.lending import Lending
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.origin import Origin
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
-from serverless_llm.loader.reader import STUCK_S, Batch, Reader, Transfer
+from serverless_llm.loader.reader import Batch, Reader, Transfer
 from serverless_llm.loader.residency import Tier
 from serverless_llm.loader.ring import Ring
 from serverless_llm.loader.routes import Route, Routes
@@ -51,13 +49,6 @@ class _Fill:
     cancelled: bool = False
     distrusted: set[Piece] = field(default_factory=set)
     came: Came = field(default_factory=Came)
-
-
-class _Writing(NamedTuple):
-    """What an origin brought, on its way from the tier's slots to the disk."""
-
-    origin: Origin
-    ended: threading.Event
 
 
 class Pipeline:
@@ -94,9 +85,7 @@ class Pipeline:
         self._freed = freed
         self._fills: dict[CheckpointId, _Fill] = {}
         self._rings: dict[ReplicaId, Ring] = {}
-        self._writing: dict[ReplicaId, _Writing] = {}  # by holders of their own
-        self._reclaimed: set[ReplicaId] = set()  # those who were told to give up
-        self._writers = itertools.count(-1, -1)
+        self._drain = Drain(tier, post, self.release)
         self._ahead = Ahead(pool, tier, post, pause, lambda: not self._fills)
         self.tier.wanted = ahead // pool.slot_bytes
         self._ahead.trim()
@@ -104,7 +93,7 @@ class Pipeline:
     @property
     def settling(self) -> bool:
         """`freed` will be called though nobody releases anything more."""
-        return bool(self._fills or self.tier.lent or self._reclaimed)
+        return bool(self._fills or self.tier.lent or self._drain.giving_up)
 
     def fits(self, manifest: Manifest, ring: bool = False) -> bool:
         """Whether the checkpoint could be loaded through an otherwise empty pool."""
@@ -146,7 +135,7 @@ class Pipeline:
             lent = self.tier.lend(manifest.checkpoint, width)
         except CapacityError:
             self.lending.repay(holder, begun)
-            self._reclaim()
+            self._drain.reclaim()
             raise
         slots = self.tier.reserve(manifest.checkpoint, kept, begun).slots
         self.tier.lease(manifest.checkpoint, holder)
@@ -160,7 +149,7 @@ class Pipeline:
         if passing:
             load.ring = self._rings[holder] = self._ring(load, passing, lent)
         elif origin is not None:
-            self._write_behind(manifest.checkpoint, origin)
+            self._drain.begin(manifest.checkpoint, origin)
         return load
 
     def release(self, checkpoint: CheckpointId, holder: ReplicaId) -> None:
@@ -201,36 +190,11 @@ class Pipeline:
             False when a server keeps a read waiting, or the disk tier a write: they may still use the pool.
         """
         self._ahead.close()
-        self._reclaim()
         returned = self._routes.close()
-        return all(one.ended.wait(STUCK_S) for one in self._writing.values()) and returned
+        return self._drain.close() and returned
 
     def _pieces(self, manifest: Manifest) -> list[Piece]:
         return plan.pieces(manifest.files, (), self._pool.slot_bytes)
-
-    # --- what came from a server, on its way to the disk ---
-
-    def _write_behind(self, checkpoint: CheckpointId, origin: Origin) -> None:
-        holder = next(self._writers)
-        self.tier.lease(checkpoint, holder)
-        writing = self._writing[holder] = _Writing(origin, threading.Event())
-
-        def release() -> None:
-            del self._writing[holder]
-            self._reclaimed.discard(holder)
-            self.release(checkpoint, holder)
-
-        def written() -> None:
-            writing.ended.set()
-            self._post(release)
-
-        origin.hold(written)
-
-    def _reclaim(self) -> None:
-        """Others need the room: the disk tier gets what came another time."""
-        for one in self._writing.values():
-            one.origin.give_up()
-        self._reclaimed.update(self._writing)
 
     # --- what is larger than the room for it ---
 

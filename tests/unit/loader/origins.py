@@ -50,7 +50,7 @@ def fetch(node: Node, found: Manifest) -> Told:
 def forget(node: Node, found: Manifest) -> None:
     """It leaves DRAM, as soon as none of it waits for the disk."""
     node.pipeline.forget(found.checkpoint)
-    while node.pipeline._writing:
+    while node.pipeline._drain._writing:
         node.turn()
 
 

@@ -16,10 +16,10 @@ from serverless_llm.loader import (
     behind,
     disk_tier,
     download,
+    drain,
     filling,
     manifest,
     origin,
-    pipeline,
     remote,
 )
 from serverless_llm.loader.disk_tier import DiskTier, Lease
@@ -306,11 +306,13 @@ def test_the_end_waits_for_one_write_and_for_none_that_hangs(
             disk.set()
 
     monkeypatch.setattr(behind.Behind, "give_up", told)
-    monkeypatch.setattr(pipeline, "STUCK_S", 0.1 if hangs else 30)
+    monkeypatch.setattr(drain, "STUCK_S", 0.1 if hangs else 30)
     fetch(node, manifest.build(lease.directory))
+    posted = node.posts.qsize()
     assert node.pipeline.close() is not hangs
     disk.set()
     until(lambda: not writers(), "its writer to end")
+    assert node.posts.qsize() == posted  # the loop may be closed by then
     assert not whole(lease.directory)
 
 
