@@ -67,10 +67,11 @@ class Drain:
         origin.hold(written)
 
     def reclaim(self) -> None:
-        """Others need the room: the disk tier gets what came another time."""
+        """Others need the room: of what nobody else holds, the disk tier gets the rest another time."""
         for holder, one in self._writing.items():
-            one.origin.give_up()
-            self._giving_up.add(holder)
+            if self._tier.holders(one.checkpoint) <= self._writing.keys():
+                one.origin.give_up()
+                self._giving_up.add(holder)
 
     def close(self) -> bool:
         """What waits for the disk is dropped, and nothing is posted any more.

@@ -119,7 +119,8 @@ class Pipeline:
             origin: where the files are that are not on the disk; the load closes it at its end. Of what has slots, it
                 fills the disk tier from there: they are leased until it has, or others find no room.
             loan: what of it other checkpoints have in the tier, found in this turn of the loop; leased from them, too.
-                The load tells of it as of files that are numbered on from its own.
+                The load tells of it as of files that are numbered on from its own. Where there is no room, the disk
+                keeps its leases: there may be some without.
 
         Raises:
             CapacityError: it does not fit beside what is leased; `fits` tells whether it ever could.
@@ -135,7 +136,8 @@ class Pipeline:
             lent = self.tier.lend(manifest.checkpoint, width)
         except CapacityError:
             self.lending.repay(holder, begun)
-            self._drain.reclaim()
+            if loan is None:
+                self._drain.reclaim()
             raise
         slots = self.tier.reserve(manifest.checkpoint, kept, begun).slots
         self.tier.lease(manifest.checkpoint, holder)

@@ -24,6 +24,7 @@ from serverless_llm.loader import (
 )
 from serverless_llm.loader.disk_tier import DiskTier, Lease
 from serverless_llm.loader.pacer import Pacer
+from serverless_llm.loader.sharing import Loan
 from serverless_llm.loader.source import Came, Source
 from serverless_llm.quantities import size
 from tests.range_server import RangeServer
@@ -233,6 +234,26 @@ def test_others_that_find_no_room_go_before_the_disk(
     check(node, found, fetch(node, found), server)
     assert server.sent == found.file_bytes - there
     until(lambda: whole(lease.directory), "the disk tier to be whole")
+
+
+def test_the_disk_keeps_its_leases_where_others_would_find_no_room_without(
+    server: RangeServer, lease: Lease, node: Node, disk: threading.Event, tmp_path: Path
+) -> None:
+    found, other = manifest.build(lease.directory), manifest.build(write(tmp_path / "other", random(5.5)))
+    told = begin(node, found)
+    while not told.over:
+        node.turn()
+    with pytest.raises(CapacityError):
+        node.load(other)  # a replica refers to all that the disk waits for
+    assert not node.pipeline.settling
+    node.pipeline.release(found.checkpoint, 1)
+    with pytest.raises(CapacityError):
+        node.pipeline.load(other, 2, told.landed, told.failures.append, loan=Loan([], [], [], frozenset()))
+    assert not node.pipeline.settling
+    disk.set()
+    forget(node, found)
+    until(lambda: whole(lease.directory), "the disk tier to be whole")
+    assert held(lease.directory) == server.files
 
 
 def read(source: Source) -> bytes:
