@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from serverless_llm.quantities import size
 
 WAITING = 128 << 20  # bytes: a second of a fast disk; this much memory is used beside the pool
 BATCH = 32 << 20  # bytes that are made to last at once: who gives up waits for these alone, once the tier has room
+HANDING_S = 3.0  # for a writer to end what it is writing; less than a load may go without progress
 log = logging.getLogger(__name__)
 
 
@@ -37,18 +38,22 @@ class Behind:
 
     `written`: called once, there, when nothing that was put is referred to any more: until then it may be written from
     where it is. None: what is put is kept here, as far as there is room.
+    `left`: by the last writer, which goes first.
     """
 
-    def __init__(self, filling: Filling, written: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, filling: Filling, written: Callable[[], None] | None = None, left: Sequence[_Chunk] = ()
+    ) -> None:
         self._filling = filling
         self._written = written
-        self._chunks: deque[_Chunk] = deque()
-        self._waiting = 0  # bytes
+        self._chunks = deque(left)
+        self._waiting = _nbytes(left)
         self._takes = True
         self._dropped = False
         self._closed = False
         self._wake = threading.Condition()  # guards all of these
-        threading.Thread(target=self._run, name="behind", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="behind", daemon=True)
+        self._thread.start()
 
     def put(self, file: int, start: int, data: memoryview, landed: Sequence[memoryview]) -> None:
         """Takes the bytes, unless the disk is behind already: from `landed`, where `data` was copied to and stays if
@@ -70,6 +75,18 @@ class Behind:
             self._takes = False
             self._chunks.clear()
             self._wake.notify()
+
+    def hand_over(self, held: bool) -> list[_Chunk]:
+        """What the disk lacks, for the version's next writer, once the load is over; of slots, if they are `held` for
+        that one, too. Waits for the end of what is being written, unless that takes too long."""
+        with self._wake:
+            if not self._closed:
+                return []
+            left = [*self._chunks] if held or not self._written else []
+            self._waiting -= _nbytes(left)
+            self.give_up()
+        self._thread.join(HANDING_S)
+        return left
 
     def close(self) -> None:
         """Nothing comes any more, and nobody reads of what is there. What came is still written."""
@@ -128,7 +145,7 @@ class Behind:
                 begun = True
             self._write(chunks)
             with self._wake:
-                self._waiting -= sum(len(one.data) for one in chunks)
+                self._waiting -= _nbytes(chunks)
 
     def _next(self) -> list[_Chunk]:
         """The first `BATCH` bytes of what came, or the first chunk; waits for something. Empty at the end."""
@@ -146,3 +163,7 @@ class Behind:
         for one in chunks:
             self._filling.write(one.file, one.start, one.data)
         self._filling.commit([Range(one.file, one.start, one.start + len(one.data)) for one in chunks])
+
+
+def _nbytes(chunks: Iterable[_Chunk]) -> int:
+    return sum(len(one.data) for one in chunks)

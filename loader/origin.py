@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
 from serverless_llm.loader import announce
@@ -31,6 +32,7 @@ CHUNK = 256 << 10  # bytes that are handed on at a time, at least: what a crash 
 SLOWEST = 100e3  # bytes per second over all connections, of a server that is worth waiting for: what a cap is at least
 LONGEST = timedelta(seconds=CONNECTIONS * CHUNK / SLOWEST)  # of one answer: at that rate it hands on a chunk just so
 log = logging.getLogger(__name__)
+Writers = WeakValueDictionary[Path, Behind]  # of a pool's loads, by directories: who wrote to it last
 
 
 class Origin:
@@ -45,22 +47,25 @@ class Origin:
         self._listed = files
         self._files = {file.name: (number, file) for number, file in enumerate(files)}
         self._source = Remote(url, SILENCE, LONGEST)
+        self._writers = Writers()
         self._filling: Filling | None = None
         self._behind: Behind | None = None
         self._written: Callable[[], None] | None = None  # until a writer has it
         self._closed = self._over = False
         self._users = 0  # files that are open and may be read from the disk
-        self._lock = threading.Lock()  # guards all of these; never held while the disk is waited for
+        self._lock = threading.Lock()  # guards changes of these; never held while the disk is waited for
         self._began = False
         self._beginning = threading.Lock()  # guards `_began`; taken before `_lock`
 
-    def sources(self, manifest: Manifest, pacer: Pacer) -> list[Source]:
-        """The files of weights, as a reader wants them; what the server is asked for waits for the pacer."""
+    def sources(self, manifest: Manifest, pacer: Pacer, writers: Writers) -> list[Source]:
+        """The files of weights, as a reader wants them; what the server is asked for waits for the pacer. What the
+        last of `writers` has left is written first."""
+        self._writers = writers
         return [RemoteSource(self, file.name, file.size, pacer) for file in manifest.files]
 
     def hold(self, written: Callable[[], None]) -> None:
-        """What lands stays there until `written` is called, once, by any thread: after `close`, `give_up`, or a failure
-        of the disk. Before the first read."""
+        """What lands, and what of the same landed for others, stays there until `written` is called, once, by any
+        thread: after `close`, `give_up`, or a failure of the disk. Before the first read."""
         self._written = written
 
     def give_up(self) -> None:
@@ -94,15 +99,21 @@ class Origin:
             self._let_go()
 
     def _begin(self) -> None:
+        last = self._writers.get(self._directory)
+        held = self._written is not None
+        left = last.hand_over(held) if last is not None else []
         try:
             filling = Filling(self._directory, self._source, self._listed)
         except BlockingIOError:
-            log.info("%s: another process fills the disk tier", self.url)
+            log.info("%s: others fill the disk tier", self.url)
         except OSError as error:
             log.warning("%s: what comes is not kept on the disk: %s", self.url, error)
         else:
             with self._lock:
-                self._filling, self._behind, self._written = filling, Behind(filling, self._written), None
+                if held and self._written is None:  # it was given up meanwhile
+                    left = []
+                self._filling, self._behind = filling, Behind(filling, self._written, left)
+                self._writers[self._directory], self._written = self._behind, None
                 self._let_go()  # it may have been closed meanwhile
 
     def _let_go(self) -> None:
@@ -156,7 +167,7 @@ class Origin:
 
     def keep(self, name: str, start: int, data: memoryview, landed: Sequence[memoryview]) -> None:
         """Bytes at `start` of a file, and where they landed, are for the disk."""
-        if self._behind is not None and not self._over:
+        if self._behind is not None:
             self._behind.put(self._files[name][0], start, data, landed)
 
 

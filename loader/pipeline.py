@@ -208,7 +208,8 @@ class Pipeline:
             self._routes.observe(route, batch.came, 0.0)  # its time is the device's, too
             if batch.error is not None:
                 checkpoint = load.manifest.checkpoint
-                self._distrust(checkpoint, load.slots.keys() - self.tier.borrowed(checkpoint))
+                if not self._routes.vouches(route, batch.error):
+                    self._distrust(checkpoint, load.slots.keys() - self.tier.borrowed(checkpoint))
                 load.cancel()
                 load.on_failed(batch.error)
                 return
@@ -307,10 +308,9 @@ class Pipeline:
             self._land(checkpoint, fill, batch)
         if batch.last:
             del self._fills[checkpoint]
-            if batch.error is None:
-                self.tier.discard(checkpoint, fill.distrusted)
+            self.tier.discard(checkpoint, fill.distrusted)
         if batch.error is not None:
-            self.tier.abort(checkpoint, discard=True)
+            self.tier.abort(checkpoint, discard=not self._routes.vouches(fill.route, batch.error))
             for load in fill.loads:
                 load.cancel()  # its ring
                 load.on_failed(batch.error)

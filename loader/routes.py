@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import plan
 from serverless_llm.loader.download import CONNECTIONS
 from serverless_llm.loader.link import Link
 from serverless_llm.loader.manifest import Manifest
-from serverless_llm.loader.origin import Origin
+from serverless_llm.loader.origin import Origin, Writers
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
@@ -44,11 +45,12 @@ class Routes:
         self._reader = reader
         self._pacer = Pacer(rate)
         self._network: Reader | None = None  # most nodes need none
+        self._writers: Writers = Writers()
 
     def of(self, manifest: Manifest, origin: Origin | None) -> Route:
         """`origin`: where the files are that are not on the disk."""
         if origin is not None:
-            return Route(self._asker(), self.remote, origin.sources(manifest, self._pacer))
+            return Route(self._asker(), self.remote, origin.sources(manifest, self._pacer, self._writers))
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         return Route(self._reader, self.disk, files)
 
@@ -60,6 +62,10 @@ class Routes:
         disk = came.disk + (came.cache if self._reader.rate else 0)
         for link, nbytes in ((self.remote, came.remote), (self.disk, disk)):
             link.observe(nbytes, seconds if link is route.link and nbytes == came.total else 0.0)
+
+    def vouches(self, route: Route, error: CheckpointError) -> bool:
+        """Whether what landed before is what was asked for: a server that fails has answered for each byte."""
+        return route.link is self.remote and isinstance(error, TransientError)
 
     def close(self) -> bool:
         """

@@ -21,6 +21,7 @@ from serverless_llm.loader import (
     manifest,
     origin,
     remote,
+    routes,
 )
 from serverless_llm.loader.disk_tier import DiskTier, Lease
 from serverless_llm.loader.pacer import Pacer
@@ -268,7 +269,7 @@ def test_what_a_load_still_reads_stays_though_its_writer_was_told_to_give_up(
 ) -> None:
     found, there, ended = manifest.build(lease.directory), origin.of(lease.directory), threading.Event()
     assert there is not None
-    read(there.sources(found, Pacer(0))[0])
+    read(there.sources(found, Pacer(0), origin.Writers())[0])
     there.close()
     until(lambda: not writers(), "an earlier start to end")
     where, gone, end = origin.of(lease.directory), threading.Event(), filling.Filling.end
@@ -280,7 +281,7 @@ def test_what_a_load_still_reads_stays_though_its_writer_was_told_to_give_up(
     monkeypatch.setattr(filling.Filling, "end", told)
     assert where is not None
     where.hold(gone.set)
-    first, second = where.sources(found, Pacer(0))
+    first, second = where.sources(found, Pacer(0), origin.Writers())
     opened = first.open()
     read(second)
     until(lambda: filling.lacking(lease.directory) == 0, "all to be on the disk")
@@ -315,18 +316,54 @@ def test_no_slot_waits_for_the_check_of_what_was_written(
     until(lambda: whole(lease.directory), "the disk tier to be whole")
 
 
-@pytest.mark.parametrize("hangs", [False, True])
-def test_the_end_waits_for_one_write_and_for_none_that_hangs(
-    lease: Lease, node: Node, disk: threading.Event, monkeypatch: pytest.MonkeyPatch, hangs: bool
-) -> None:
+def go_on_when_given_up(disk: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     give_up = behind.Behind.give_up
 
     def told(self: behind.Behind) -> None:
         give_up(self)
-        if not hangs:
-            disk.set()
+        disk.set()
 
     monkeypatch.setattr(behind.Behind, "give_up", told)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_what_came_before_a_server_failed_is_asked_for_no_more_however_slow_the_disk_is(
+    server: RangeServer,
+    lease: Lease,
+    node: Node,
+    disk: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    hangs: bool,
+) -> None:
+    monkeypatch.setattr(routes, "CONNECTIONS", 1)  # one piece after the other
+    if hangs:
+        monkeypatch.setattr(behind, "HANDING_S", 0.0)
+    else:
+        go_on_when_given_up(disk, monkeypatch)
+    found = manifest.build(lease.directory)
+    server.faults.statuses = {f"m/{found.files[1].name}": 503}
+    assert "what came is kept, the next start asks for the rest" in str(fetch(node, found).failures)
+    server.faults.statuses, server.sent = {}, 0
+    told = fetch(node, found)
+    check(node, found, told, server)
+    assert told.load.dram_bytes > 0
+    assert server.sent == found.file_bytes - told.load.dram_bytes
+    disk.set()
+    forget(node, found)
+    until(lambda: not writers(), "its writer to end")
+    assert whole(lease.directory) is not hangs
+    if not hangs:
+        assert held(lease.directory) == server.files
+        assert not [one for one in caplog.messages if "on the disk" in one]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_end_waits_for_one_write_and_for_none_that_hangs(
+    lease: Lease, node: Node, disk: threading.Event, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    if not hangs:
+        go_on_when_given_up(disk, monkeypatch)
     monkeypatch.setattr(drain, "STUCK_S", 0.1 if hangs else 30)
     fetch(node, manifest.build(lease.directory))
     posted = node.posts.qsize()
@@ -337,8 +374,8 @@ def test_the_end_waits_for_one_write_and_for_none_that_hangs(
     assert not whole(lease.directory)
 
 
-def test_what_passes_through_a_ring_fills_the_disk_tier_too(server: RangeServer, lease: Lease) -> None:
-    node = Node(4)  # of five
+def pass_through(node: Node, lease: Lease) -> Device:
+    """Through a ring, to a device that copies."""
     found, device, where = manifest.build(lease.directory), Device(node.pool), origin.of(lease.directory)
     device.load = node.pipeline.load(found, 1, device.landed, device.failures.append, ring=True, origin=where)
     assert device.load.ringed
@@ -346,13 +383,39 @@ def test_what_passes_through_a_ring_fills_the_disk_tier_too(server: RangeServer,
     while not device.over:
         node.turn()
         device.copy(device.waiting)
+    node.pipeline.release(found.checkpoint, 1)
+    while node.tier.lent:
+        node.turn()
+    return device
+
+
+def test_what_passes_through_a_ring_fills_the_disk_tier_too(server: RangeServer, lease: Lease) -> None:
+    node = Node(4)  # of five
+    found, device = manifest.build(lease.directory), pass_through(node, lease)
     assert {number: bytes(content) for number, content in device.content.items()} == {
         number: server.files[f"m/{file.name}"] for number, file in enumerate(found.files)
     }
     assert server.sent == found.file_bytes
-    node.pipeline.release(found.checkpoint, 1)
     until(lambda: whole(lease.directory), "the disk tier to be whole")
     assert held(lease.directory) == server.files
-    while node.tier._lent:
-        node.turn()
+    node.close()
+
+
+def test_what_a_ring_left_is_gone_on_with_though_the_disk_is_behind(
+    server: RangeServer, lease: Lease, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on_when_given_up(disk, monkeypatch)
+    monkeypatch.setattr(routes, "CONNECTIONS", 1)
+    node = Node(4)
+    found = manifest.build(lease.directory)
+    server.faults.fails_after = found.file_bytes // 2
+    assert pass_through(node, lease).failures
+    server.faults.fails_after, server.sent = None, 0
+    device = pass_through(node, lease)
+    assert device.failures == []
+    assert device.load.dram_bytes > 0
+    assert server.sent <= found.file_bytes - device.load.dram_bytes
+    until(lambda: whole(lease.directory), "the disk tier to be whole")
+    assert held(lease.directory) == server.files
+    until(lambda: not writers(), "its writer to end")
     node.close()

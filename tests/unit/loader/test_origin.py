@@ -164,7 +164,7 @@ def test_a_cap_holds_for_nothing_that_the_disk_has(server: RangeServer, lease: L
     pacer.stop()
     assert where is not None
     read = Came()
-    for number, source in enumerate(where.sources(found, pacer)):
+    for number, source in enumerate(where.sources(found, pacer, origin.Writers())):
         opened, data = source.open(), bytearray(source.size)
         read += opened.read([memoryview(data)], 0, source.size)
         opened.close()
