@@ -242,14 +242,15 @@ class Step(Message, frozen=True):
     """Worker -> controller, only when there is something: terminal and first-token news of a step.
 
     `first`: (sequence, epoch, prefill seconds); `done`: (sequence, epoch, finish reason, generated tokens);
-    `refused`: (sequence, epoch, why, missing bytes, never), sequences that it does not run: see `SequenceRefused`.
+    `refused`: (sequence, epoch, why, missing bytes, never, begun), sequences that it does not run: see
+    `SequenceRefused`.
     """
 
     device: int
     incarnation: int
     first: list[tuple[int, int, float]]
     done: list[tuple[int, int, str, int]]
-    refused: list[tuple[int, int, str, int, bool]]
+    refused: list[tuple[int, int, str, int, bool, bool]]
 
 
 class Progress(Message, frozen=True):

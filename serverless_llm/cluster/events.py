@@ -127,7 +127,8 @@ class SequenceDone:
 class SequenceRefused:
     """The worker does not run this sequence, or no longer: it has no such replica, or no memory for its KV.
 
-    `missing`: bytes that would do if idle models left; `never`: its device has too few even then.
+    `missing`: bytes that would do if other models left; `never`: its device has too few even then; `begun`: it had its
+    memory until weights took it, and may do with less than that.
     """
 
     sequence: SequenceId
@@ -135,6 +136,7 @@ class SequenceRefused:
     why: str
     missing: int = 0
     never: bool = False
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)

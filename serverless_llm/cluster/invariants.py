@@ -130,6 +130,15 @@ def _commands_have_deadlines(state: State) -> Iterator[object]:
             yield node
 
 
+def _promises_are_kept(state: State) -> Iterator[object]:
+    """Room is promised to sequences that wait, or run there."""
+    for replica in state.replicas.values():
+        for name, size in replica.promises.items():
+            sequence = state.sequences.get(name)
+            if sequence is None or sequence.kv_bytes != size or sequence.replica not in (None, replica):
+                yield replica, name
+
+
 def _trials_are_alone(state: State) -> Iterator[object]:
     """On a device that is given over to a trial nothing else runs; a suspect runs nowhere else."""
     for device in state.devices.values():
@@ -158,6 +167,7 @@ CHECKS: dict[str, Callable[[State], Iterator[object]]] = {
     "ledgers within budget": _ledgers_within_budget,
     "indexes agree": _indexes_agree,
     "commands have deadlines": _commands_have_deadlines,
+    "promises are kept": _promises_are_kept,
     "trials are alone": _trials_are_alone,
     "drained are left": _drained_are_left,
 }

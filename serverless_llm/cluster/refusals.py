@@ -4,11 +4,12 @@ for its KV is what lacks, others leave for it."""
 from __future__ import annotations
 
 from serverless_llm.cluster.events import SequenceRefused
+from serverless_llm.cluster.growth import ever, make_room
 from serverless_llm.cluster.sequences import current, reject, withdraw
-from serverless_llm.cluster.state import Replica, Sequence
-from serverless_llm.cluster.transitions import SequenceState
+from serverless_llm.cluster.standing import protected
+from serverless_llm.cluster.state import Device, Model, Replica, Sequence
 from serverless_llm.cluster.turn import Turn
-from serverless_llm.cluster.victims import make_room
+from serverless_llm.quantities import size
 
 
 def refused(turn: Turn, event: SequenceRefused) -> None:
@@ -29,7 +30,7 @@ def refused(turn: Turn, event: SequenceRefused) -> None:
         reject(turn, sequence, 503, "overloaded", message, turn.policy.retry_floor_s)
         return
     rest_s = turn.policy.rest_s * 2.0 ** (sequence.refusals - 1)
-    if event.missing and sequence.state is SequenceState.RUNNING:
+    if event.missing and (event.begun or sequence.id in turn.state.suspects):
         rest_s = max(rest_s, make_room(turn, replica, event.missing, sequence.arrived) - turn.now)
     elif event.missing:
         _learn(turn, sequence, replica, event)
@@ -38,6 +39,25 @@ def refused(turn: Turn, event: SequenceRefused) -> None:
         return
     model.unready[sequence.id] = sequence
     turn.arm("rest", sequence.id, rest_s)
+
+
+def reject_impossible(turn: Turn, model: Model) -> None:
+    """Who would have to wait for models that may not leave is told, unless it has begun: other devices may come."""
+    devices = _able(turn, model) if model.cramped else []
+    for sequence in [one for one in model.cramped.values() if devices and not one.generated]:
+        if not any(ever(turn, model, device, sequence.kv_bytes) for device in devices):
+            message = (
+                f"its KV takes {size(sequence.kv_bytes)}, which no device has beside the weights and the models that "
+                "may not leave (pinned, min_replicas): ask for fewer tokens, or serve with more --device-memory"
+            )
+            reject(turn, sequence, 400, "context_length_exceeded", message, None, retry=False)
+
+
+def _able(turn: Turn, model: Model) -> list[Device]:
+    """Devices that the model is on, or could be."""
+    present = model.present()
+    free = len(present) < model.spec.max_replicas or any(not protected(model, replica) for replica in present)
+    return list(turn.state.devices.values()) if free else [turn.device(replica.device) for replica in present]
 
 
 def _learn(turn: Turn, sequence: Sequence, replica: Replica, event: SequenceRefused) -> None:

@@ -15,10 +15,12 @@ from __future__ import annotations
 from serverless_llm.cluster.commands import Decided
 from serverless_llm.cluster.estimates import floor, predicted_s
 from serverless_llm.cluster.failures import reject_waiters
-from serverless_llm.cluster.growth import cramped, grow, reject_impossible
+from serverless_llm.cluster.growth import claim_of, cramped, ever, grow, wait
 from serverless_llm.cluster.poison import isolate
 from serverless_llm.cluster.promises import promise
-from serverless_llm.cluster.replicas import hasten, start
+from serverless_llm.cluster.refusals import reject_impossible
+from serverless_llm.cluster.replicas import hasten, send_off, start
+from serverless_llm.cluster.standing import protected
 from serverless_llm.cluster.state import STARTING, Device, Model, Replica, Sequence
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.cluster.turn import Turn
@@ -45,23 +47,80 @@ def consider(turn: Turn, model: Model) -> None:
     turn.state.hungry.pop(name, None)
     turn.disarm("hungry", name)
     reject_impossible(turn, model)
-    grown = grow(turn, model)
-    claim = Claim(model, wanted(turn, model), _since(turn, model))
-    if claim.want is scale.Want.NOTHING:
-        if grown:
+    lacking = grow(turn, model)
+    if lacking is not None and _begin_elsewhere(turn, lacking):
+        return
+    claim, devices = _claim(turn, model), []
+    if claim.want is not scale.Want.NOTHING:
+        fitting = [device for device in turn.state.devices.values() if _fits(turn, model, device)]
+        if claim.want is scale.Want.FIRST and turn.state.devices and _reject_hopeless(turn, model, fitting):
             drain(turn, name, ())
-        return
-    fitting = [device for device in turn.state.devices.values() if _fits(turn, model, device)]
-    if claim.want is scale.Want.FIRST and turn.state.devices and _reject_hopeless(turn, model, fitting):
+            return
+        devices = [device for device in fitting if _open(turn, model, device)]
+        if _begin(turn, claim, devices):
+            return
+    if lacking is not None:
+        _wait(turn, lacking)
+    elif claim.want is scale.Want.NOTHING:
         drain(turn, name, ())
-        return
-    devices = [device for device in fitting if _open(turn, model, device)]
+    else:
+        _go_hungry(turn, claim, devices)
+
+
+def _begin(turn: Turn, claim: Claim, devices: list[Device]) -> bool:
     option = choose.best(o for o in (_option(turn, claim, device, False) for device in devices) if o)
     if option is not None:
         _start(turn, claim, option)
-        return
-    if not grown:
-        return
+    return option is not None
+
+
+def _claim(turn: Turn, model: Model) -> Claim:
+    """Of those that lacked room for their KV the eldest has it where its model starts, if a device there can be."""
+    want = wanted(turn, model)
+    devices = [device for device in turn.state.devices.values() if device.open]
+    able = (one for one in cramped(turn, model) if any(ever(turn, model, device, one.kv_bytes) for device in devices))
+    return Claim(model, want, _since(turn, model), next(able, None) if want is scale.Want.FIRST else None)
+
+
+def _begin_elsewhere(turn: Turn, sequence: Sequence) -> bool:
+    """Whether its model starts where its KV can be. If it may have no more replicas, it leaves where that cannot be."""
+    model, devices = turn.state.models[sequence.model], _elsewhere(turn, sequence)
+    leaving = _surplus(model)
+    if not devices or not _begin(turn, claim_of(turn, sequence), devices):
+        return False
+    for replica in leaving:
+        send_off(turn, replica, "memory")
+    return True
+
+
+def _wait(turn: Turn, sequence: Sequence) -> None:
+    devices = _elsewhere(turn, sequence)
+    if devices:
+        _go_hungry(turn, claim_of(turn, sequence), devices)
+    else:
+        wait(turn, sequence)
+
+
+def _elsewhere(turn: Turn, sequence: Sequence) -> list[Device]:
+    """Where a sequence could have its KV that can have it nowhere that its model is."""
+    model = turn.state.models[sequence.model]
+    here = any(ever(turn, model, turn.device(one.device), sequence.kv_bytes) for one in model.present())
+    stays = len(model.present()) >= model.spec.max_replicas and not _surplus(model)
+    if here or stays or turn.now < model.cool_until:
+        return []
+    fitting = [one for one in turn.state.devices.values() if _fits(turn, model, one) and _open(turn, model, one)]
+    return [device for device in fitting if ever(turn, model, device, sequence.kv_bytes)]
+
+
+def _surplus(model: Model) -> list[Replica]:
+    """Which of a model's replicas, if any has to, may leave for another."""
+    full = len(model.present()) >= model.spec.max_replicas
+    return [one for one in model.present() if full and not protected(model, one)][:1]
+
+
+def _go_hungry(turn: Turn, claim: Claim, devices: list[Device]) -> None:
+    """Whoever is in the way, and in use, takes nothing new once its patience is over; note when to look again."""
+    name = claim.model.spec.name
     turn.state.hungry[name] = None
     in_use = choose.best(o for o in (_option(turn, claim, device, True) for device in devices) if o)
     drain(turn, name, in_use.victims if in_use else ())
@@ -133,7 +192,7 @@ def _open(turn: Turn, model: Model, device: Device) -> bool:
 def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Option | None:
     """What a start on `device` costs. `in_use`: reckon with the room of replicas that still run something."""
     footprint, may = claim.model.footprint, leaves(turn, claim, in_use, turn.now)
-    kv_bytes = max([floor(turn, claim.model, device), *(sequence.kv_bytes for sequence in _first(turn, claim))])
+    kv_bytes = max(floor(turn, claim.model, device), claim.sequence.kv_bytes if claim.sequence else 0)
     short = footprint.weight_bytes + kv_bytes - device.planned.free + device.shortfall
     chosen = device_victims(turn, device, may, short)
     if chosen is None:
@@ -147,11 +206,6 @@ def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Op
     crowd = sum(len(replica.running) for replica in device.replicas.values()), len(residents(device))
     start_s, _ = predicted_s(turn, claim.model, device)
     return choose.Option(device.id, start_s, eviction_s(turn, chosen), victims, crowd)
-
-
-def _first(turn: Turn, claim: Claim) -> list[Sequence]:
-    """The one that lacked room for its KV, if any did, which nothing serves now."""
-    return cramped(turn, claim.model)[:1] if claim.want is scale.Want.FIRST else []
 
 
 # --- decisions ---
@@ -186,8 +240,8 @@ def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
     turn.emit(Decided(replica.id, replica.model, replica.device, replica.predicted_s, option.victims))
     send_away(turn, [turn.state.replicas[victim] for victim in option.victims])
     start(turn, replica)
-    for sequence in _first(turn, claim):
-        promise(turn, replica, sequence)
+    if claim.sequence is not None:
+        promise(turn, replica, claim.sequence)
     if model.load_deaths >= turn.policy.suspect_deaths:
         isolate(turn, device, ("load", replica.id))
 

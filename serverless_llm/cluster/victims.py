@@ -11,7 +11,7 @@ from serverless_llm.cluster.estimates import bring_back_s
 from serverless_llm.cluster.ledger import Charge
 from serverless_llm.cluster.replicas import unload
 from serverless_llm.cluster.standing import abandoned, protected
-from serverless_llm.cluster.state import PLANNED, Device, Model, Node, Replica
+from serverless_llm.cluster.state import PLANNED, Device, Model, Node, Replica, Sequence
 from serverless_llm.cluster.transitions import ReplicaState
 from serverless_llm.cluster.turn import Turn
 from serverless_llm.domain import CheckpointId, Footprint, ReplicaId
@@ -21,11 +21,13 @@ from serverless_llm.placement.estimate import reuse
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A model that wants a replica; `since`: when the first of those who wait for it came."""
+    """A model that wants a replica; `since`: when the first of those who wait for it came; `sequence`: whose KV is to
+    fit there."""
 
     model: Model
     want: scale.Want
     since: float
+    sequence: Sequence | None = None
 
 
 def hold_s(turn: Turn, replica: Replica) -> float:
@@ -182,25 +184,3 @@ def look_again(turn: Turn, claim: Claim, devices: list[Device]) -> None:
     ahead = [at for at in times if turn.now < at < math.inf]
     if ahead:
         turn.state.timers.arm(("hungry", claim.model.spec.name), min(ahead))
-
-
-def make_room(turn: Turn, replica: Replica, missing: int, since: float) -> float:
-    """Idle replicas of others leave its device, so that `missing` bytes more are free for the KV of a sequence that
-    came at `since`; none where that cannot be had.
-
-    Returns:
-        When they may: where some have to be idle for longer first, none leaves before.
-    """
-    device, model = turn.device(replica.device), turn.state.models.get(replica.model)
-    short = missing - device.planned.free + device.actual.free - replica.promised[1]
-    if model is None or replica.retiring or not device.open:
-        return turn.now
-    claim = Claim(model, scale.Want.FIRST, since)
-    times = {max(turn.now, leaves_at(turn, claim, one)) for one in residents(device) if not one.running}
-    for at in sorted(times - {math.inf}):
-        chosen = device_victims(turn, device, leaves(turn, claim, False, at), short)
-        if chosen is not None:
-            if at <= turn.now:
-                send_away(turn, [turn.state.replicas[victim] for one in chosen for victim in one.replicas])
-            return at
-    return turn.now

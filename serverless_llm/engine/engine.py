@@ -334,7 +334,7 @@ class Engine:
         """Whoever sent it may make room, and send it again: what was generated is not lost."""
         self._scheduler.remove(sequence)
         column = sequence.groups.total * self._models[sequence.replica].config.kv_block_bytes
-        result.refused.append(Refusal(sequence.sequence, sequence.epoch, why, column))
+        result.refused.append(Refusal(sequence.sequence, sequence.epoch, why, column, begun=True))
 
     def _end(self, sequence: Sequence, tokens: list[int], finish: FinishReason, result: StepResult) -> None:
         self._scheduler.remove(sequence)

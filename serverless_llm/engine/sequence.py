@@ -58,13 +58,14 @@ class Likelihood(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A sequence that is not run, or no longer; `missing` and `never`: as of `KvCapacityError`."""
+    """A sequence that is not run, or no longer (`begun`); `missing` and `never`: as of `KvCapacityError`."""
 
     sequence: SequenceId
     epoch: int
     why: str
     missing: int = 0
     never: bool = False
+    begun: bool = False
 
 
 class StepResult(NamedTuple):

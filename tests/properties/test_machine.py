@@ -40,8 +40,8 @@ POLICY = Policy(
 
 def build(seed: int, weights: str) -> World:
     world = World(POLICY, seed=seed)
-    for name in NODES:
-        world.add_node(name, devices=2, budget=GIB, weights=weights, dram=2 * GIB)
+    world.add_node("n0", devices=2, budget=GIB, weights=weights, dram=2 * GIB)
+    world.add_node("n1", devices=2, budget=5 * GIB // 4, weights=weights, dram=5 * GIB // 4)
     world.sizes = SIZES
     for number, name in enumerate(MODELS):
         size = (200 + 150 * number) << 20
@@ -102,7 +102,7 @@ class Storm(RuleBasedStateMachine):
         for _ in range(count):
             self.world.request(model, tokens=tokens)
 
-    @rule(model=st.sampled_from(MODELS), kv=st.integers(1, 900))
+    @rule(model=st.sampled_from(MODELS), kv=st.integers(1, 1100))
     def ask_for_much_kv(self, model: str, kv: int) -> None:
         self.world.request(model, tokens=50, kv=kv << 20)
 
@@ -207,7 +207,7 @@ def make_trouble(trouble: Storm, chance: random.Random) -> None:
         lambda: trouble.ask_poisonously(number, MODELS[number], number / 3),
         lambda: operate(trouble.world, MODELS[number], what),
         lambda: trouble.drain(number % 2, 5.0),
-        lambda: trouble.ask_for_much_kv(MODELS[number], chance.randrange(1, 900)),
+        lambda: trouble.ask_for_much_kv(MODELS[number], chance.randrange(1, 1100)),
     ]
     chance.choice(actions)()
 

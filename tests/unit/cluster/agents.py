@@ -277,7 +277,7 @@ class Agents(Time):
         for run in list(worker.runs.values()):
             if self.clients[run.sequence].kv > worker.budget - worker.used(self.sizes):
                 self.stop(worker, run)
-                self.up_link(agent, e.SequenceRefused(run.sequence, run.epoch, "weights came", 1 << 20))
+                self.up_link(agent, e.SequenceRefused(run.sequence, run.epoch, "weights came", 1 << 20, begun=True))
 
     def _place(self, agent: Agent, worker: Worker, command: c.StartLoad) -> tuple[tuple[int, int, ReplicaId], ...]:
         """Its weights, but for what a replica that serves has there already; that, as in `ReplicaReady`."""

@@ -59,3 +59,18 @@ def test_a_poisonous_request_and_checkpoint_at_once() -> None:
     world.run_until_answered(60.0)
     assert {world.clients[sequence].end for sequence in healthy} == {"done"}
     assert world.deaths <= 6
+
+
+def test_room_is_made_for_the_kv_of_a_suspect() -> None:
+    world = World()
+    world.add_node(budget=GIB)
+    world.deploy("a", size=300 << 20)
+    world.deploy("beside", size=300 << 20)
+    suspect = world.request("a", tokens=1000, kv=500 << 20)
+    (worker,) = world.agents["n0"].workers.values()
+    for _ in range(2):
+        world.run(3.0)
+        world.kill(world.agents["n0"], worker)
+    world.request("beside")
+    world.run_until_answered(60.0)
+    assert world.clients[suspect].end == "done"

@@ -186,7 +186,7 @@ def test_what_runs_on_is_tried_again_whether_there_is_room_or_not() -> None:
     desk = beside()
     desk.ask(2, "idle")
     desk.tell(e.FirstToken(1, 1, 0.1))
-    assert desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30)) == []
+    assert desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30, begun=True)) == []
     assert kinds(desk.tick(0.1)) == ["Dispatch"]
 
 
@@ -195,13 +195,13 @@ def test_what_runs_on_waits_for_who_is_idle() -> None:
     desk.ask(2, "idle")
     desk.tell(e.SequenceDone(2, 1, DONE, 3))
     desk.tell(e.FirstToken(1, 1, 0.1))
-    assert desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30)) == []
+    assert desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30, begun=True)) == []
     assert kinds(desk.tick(0.26)) == ["Dispatch"]
     desk.tell(e.FirstToken(1, 2, 0.1))
-    assert kinds(desk.tell(e.SequenceRefused(1, 2, "weights came", missing=30))) == ["Evicted", "Unload"]
+    assert kinds(desk.tell(e.SequenceRefused(1, 2, "weights came", missing=30, begun=True))) == ["Evicted", "Unload"]
     assert kinds(desk.tick(0.2)) == ["Dispatch"]
     desk.tell(e.FirstToken(1, 3, 0.1))
-    assert kinds(desk.tell(e.SequenceRefused(1, 3, "weights came", missing=30))) == []
+    assert kinds(desk.tell(e.SequenceRefused(1, 3, "weights came", missing=30, begun=True))) == []
 
 
 def test_who_is_in_steady_use_gives_its_place_to_what_came_long_ago() -> None:
@@ -227,8 +227,8 @@ def test_what_fits_a_larger_device_only_goes_there() -> None:
     desk.serve("a", 1)
     assert desk.machine.state.replicas[1].device == D0
     out = desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))
-    assert out[0] == c.Evicted(1, "a", D0, "memory")
     assert decided(out).device == D1
+    assert c.Evicted(1, "a", D0, "memory") in out
     assert [type(one) for one in desk.bring_up(2, D1)] == [c.Outcome]
     assert kinds(desk.tick(0.1)) == ["Dispatch"]
 
@@ -245,6 +245,76 @@ def test_what_moves_to_a_larger_device_ends_what_it_runs_where_it_was() -> None:
     assert kinds(desk.tick(60.0)) == []
     assert decided(desk.tell(e.SequenceDone(3, 1, DONE, 3))).device == D1
     assert kinds(desk.tell(e.SequenceDone(2, 1, DONE, 3))) == ["Evicted", "Unload"]
+
+
+def two_devices() -> Desk:
+    """`a` serves sequence 1 on the smaller device."""
+    desk = Desk(STILL)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cpu", 200, "copy"))))
+    return desk
+
+
+def test_nothing_moves_before_there_is_room_where_it_goes() -> None:
+    """Whom it serves meanwhile waits for nothing."""
+    desk = two_devices()
+    idle(desk, "large", 9, size=170)
+    desk.ask(3, "large")
+    desk.serve("a", 1)
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))) == []
+    assert kinds(desk.ask(2, "a")) == ["Dispatch"]
+    desk.tick(60.0)
+    assert kinds(desk.tell(e.SequenceDone(3, 1, DONE, 3))) == ["Decided", "Evicted", "Unload"]
+    assert kinds(desk.tell(e.Unloaded(1))) == ["Reserve"]
+    assert kinds(desk.bring_up(3, D1)) == ["Outcome", "Dispatch"]
+    assert desk.tell(e.SequenceDone(2, 1, DONE, 3))[0] == c.Evicted(2, "a", D0, "memory")
+
+
+def test_another_replica_starts_on_the_larger_device_where_there_may_be_two() -> None:
+    desk = two_devices()
+    desk.serve("a", 1, max_replicas=2)
+    out = desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))
+    assert decided(out).device == D1
+    assert "Evicted" not in kinds(out)
+
+
+@pytest.mark.parametrize("spec", [{"min_replicas": 1}, {"pinned": True}], ids=str)
+def test_what_may_not_leave_does_not_move(spec: dict[str, object]) -> None:
+    desk = two_devices()
+    desk.tell(deploy("a", **spec))  # type: ignore[arg-type]
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    (reject,) = desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))
+    assert isinstance(reject, c.Reject)
+    assert reject.status == 400
+
+
+def test_views_do_not_move_to_where_their_files_do_not_fit() -> None:
+    desk = Desk(STILL)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "view"),)))
+    desk.join(NodeSpec("n1", 50, (DeviceSpec(0, "cpu", 200, "view"),)))
+    desk.serve("a", 1)
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))) == ["Reject"]
+
+
+def test_who_can_have_its_room_passes_who_waits_for_more() -> None:
+    desk = Desk(STILL)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 150, "copy"),)))
+    for name in ("idle", "busy"):
+        idle(desk, name, ord(name[0]), size=30)
+    desk.tick(60.0)
+    desk.serve("a", 1, size=30)
+    desk.ask(2, "busy")
+    desk.ask(3, "a")
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=60))) == []
+    assert desk.tell(e.SequenceRefused(3, 1, "no room", missing=30))[0] == c.Evicted(1, "idle", D0, "memory")
+
+
+def test_who_has_begun_waits_for_devices_to_come() -> None:
+    desk = beside(pinned=True)
+    desk.tell(e.FirstToken(1, 1, 0.1))
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))) == []
+    assert kinds(desk.tick(60.0)) == []
+    assert kinds(desk.tell(e.Pin("idle", False))) == ["Evicted", "Unload"]
 
 
 @pytest.mark.parametrize("told", [0, 2])

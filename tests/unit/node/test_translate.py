@@ -26,7 +26,7 @@ FROM_NODE: list[tuple[wire.Message, list[events.Event]]] = [
     (wire.WorkerUp(1, 3, 99, "id"), [events.WorkerUp(DEVICE, 3)]),
     (wire.WorkerLost(1, 3, "why"), [events.WorkerLost(DEVICE, 3, "why")]),
     (
-        wire.Step(1, 3, [(7, 1, 0.5)], [(8, 2, "stop", 9)], [(6, 4, "why", 8, True)]),
+        wire.Step(1, 3, [(7, 1, 0.5)], [(8, 2, "stop", 9)], [(6, 4, "why", 8, True, False)]),
         [
             events.FirstToken(7, 1, 0.5),
             events.SequenceDone(8, 2, FinishReason.STOP, 9),

@@ -79,7 +79,7 @@ def test_a_resumed_sequence_says_only_what_is_new(ready: Agent) -> None:
 
 def test_an_unknown_replica_and_an_impossible_sequence_are_refused(agent: Agent) -> None:
     agent.run(5)
-    assert agent.answer(wire.Step).refused == [(5, 1, "replica 1 is not here", 0, False)]
+    assert agent.answer(wire.Step).refused == [(5, 1, "replica 1 is not here", 0, False, False)]
     agent.place()
     agent.land()
     agent.answer(wire.Placed)
@@ -146,7 +146,7 @@ def test_a_dropped_replica_takes_its_sequences_along(ready: Agent) -> None:
     ready.send(wire.Drop(1))
     assert ready.answer(wire.Dropped) == wire.Dropped(1)
     ready.run(2)
-    assert ready.answer(wire.Step).refused == [(2, 1, "replica 1 is not here", 0, False)]
+    assert ready.answer(wire.Step).refused == [(2, 1, "replica 1 is not here", 0, False, False)]
 
 
 def test_an_end_that_was_not_told_yet_outlives_its_replica(ready: Agent) -> None:
