@@ -437,6 +437,12 @@ class Attach(Message, frozen=True):
     cold: dict[str, float]
 
 
+class GivenBack(Message, frozen=True):
+    """Controller -> gateway: the sequence has no worker and waits."""
+
+    sequence: int
+
+
 class Rejected(Message, frozen=True):
     """Controller -> gateway: the terminal answer of a sequence that will not run (on). status: HTTP."""
 

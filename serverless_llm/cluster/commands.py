@@ -63,6 +63,16 @@ class Dispatch:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenBack:
+    """Its worker does not run the sequence, or no longer: it waits again. For logs, events and metrics."""
+
+    sequence: SequenceId
+    model: ModelName
+    device: DeviceId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """The worker stops the sequence, of this or an older epoch. No answer is awaited: Progress shows it gone."""
 
@@ -152,6 +162,7 @@ Command = (
     | Hasten
     | Unload
     | Dispatch
+    | GivenBack
     | Cancel
     | Reject
     | KillWorker

@@ -3,6 +3,7 @@ for its KV is what lacks, others leave for it."""
 
 from __future__ import annotations
 
+from serverless_llm.cluster.commands import GivenBack
 from serverless_llm.cluster.events import SequenceRefused
 from serverless_llm.cluster.growth import ever, make_room
 from serverless_llm.cluster.sequences import current, reject, withdraw
@@ -37,6 +38,7 @@ def refused(turn: Turn, event: SequenceRefused) -> None:
     model = withdraw(turn, sequence, "refused")
     if model is None:
         return
+    turn.emit(GivenBack(sequence.id, sequence.model, device.id, event.why))
     model.unready[sequence.id] = sequence
     turn.arm("rest", sequence.id, rest_s)
 

@@ -70,6 +70,7 @@ class Gateway:
         self._receivers: dict[type[wire.Message], Callable[[Any], None]] = {
             wire.Attach: self.live.attach,
             wire.Tokens: self.live.tokens,
+            wire.GivenBack: self.live.give_back,
             wire.Rejected: self.live.reject,
             wire.Catalog: self._catalog,
             wire.Answer: self._admin.answered,

@@ -165,6 +165,7 @@ class Choice:
         self.epoch = -1
         self.restarts = 0
         self.device = ""
+        self._begun = False
         self.queue_ms = 0.0
         self.cold: dict[str, float] = {}
         self.finish = ""
@@ -230,13 +231,18 @@ class Choice:
         self._echo = prompt.text
         self.live.unread_limit += len(prompt.text)  # it comes at once, which no client can be too slow for
 
+    def wait(self) -> None:
+        """Its worker gave it back; what has no token yet has not begun."""
+        self.device, self._begun = "", bool(self.log)
+
     def run(self, attach: wire.Attach) -> wire.Run:
         """Follow a new owner; the frame that starts or resumes the sequence there."""
         assert self.prompt is not None, "attached before it was prompted"
-        if self.epoch < 0:
-            self.queue_ms, self.cold = attach.queue_ms, attach.cold
-        else:
+        if self._begun:
             self.restarts += 1
+        else:
+            self.queue_ms, self.cold = attach.queue_ms, attach.cold
+        self._begun = True
         self.epoch, self.device = attach.epoch, attach.device
         self.attached = time.monotonic()
         request = self.live.request

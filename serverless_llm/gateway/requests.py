@@ -138,6 +138,11 @@ class LiveRequests:
             choice.series.first_token.observe(now - choice.live.arrived)
         choice.last = now
 
+    def give_back(self, message: wire.GivenBack) -> None:
+        choice = self._live.get(message.sequence)
+        if choice is not None:
+            choice.wait()
+
     def reject(self, message: wire.Rejected) -> None:
         choice = self._live.get(message.sequence)
         if choice is not None and not choice.done:

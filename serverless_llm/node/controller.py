@@ -195,6 +195,9 @@ class Controller:
                     self.peers[node].link.close("its agent was silent")
             case commands.Decided() | commands.Outcome() | commands.Evicted():
                 self._note(command)
+            case commands.GivenBack():
+                log.info("%s", translate.described(command))
+                self._to_gateway(command)
             case commands.Dispatch() | commands.Reject():
                 self._to_gateway(command)
             case _:
@@ -214,7 +217,7 @@ class Controller:
         for observer in self._observe:
             observer(command)
 
-    def _to_gateway(self, command: commands.Dispatch | commands.Reject) -> None:
+    def _to_gateway(self, command: commands.Dispatch | commands.GivenBack | commands.Reject) -> None:
         destination = self._address(command.device) if isinstance(command, commands.Dispatch) else 0
         message = translate.to_gateway(command, destination)
         assert message is not None

@@ -119,4 +119,10 @@ _COMMANDS: dict[type, Callable[[Any], JSON]] = {
     commands.StartLoad: lambda one: _replica("load_started", one),
     commands.Outcome: _ready,
     commands.Evicted: lambda one: _replica("evicted", one) | {"reason": one.reason},
+    commands.GivenBack: lambda one: {
+        "event": "given_back",
+        "model": one.model,
+        "device": str(one.device),
+        "why": one.why,
+    },
 }

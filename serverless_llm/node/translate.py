@@ -161,13 +161,15 @@ def to_gateway(command: commands.Command, destination: int) -> wire.Message | No
             return wire.Attach(
                 sequence, epoch, replica, destination, str(device), 1000 * queue_s, cold(phases) if phases else {}
             )
+        case commands.GivenBack(sequence):
+            return wire.GivenBack(sequence)
         case commands.Reject(sequence, status, code, message, retry_after, retry):
             return wire.Rejected(sequence, status, code, message, retry_after, retry)
         case _:
             return None
 
 
-def described(note: commands.Decided | commands.Outcome | commands.Evicted) -> str:
+def described(note: commands.Decided | commands.Outcome | commands.Evicted | commands.GivenBack) -> str:
     """A decision, or how it went, as one line for the log."""
     fields = dataclasses.asdict(note)
     fields |= fields.pop("phases", {})

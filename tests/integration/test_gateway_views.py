@@ -399,3 +399,24 @@ def test_an_idle_gateway_stops_at_once(tmp_path: Path) -> None:
         await server.gateway.idle()
 
     run(tmp_path, silent, scenario)
+
+
+def test_who_was_given_back_waits_and_has_not_begun(tmp_path: Path) -> None:
+    async def scenario(server: Served) -> None:
+        answer = asyncio.create_task(server.chat().__aenter__())
+        sequence = (await server.controller.saw(wire.Prompted)).sequence
+        server.controller.attach(sequence)
+        await server.controller.saw(wire.Run)
+        server.controller.deliver(wire.GivenBack(sequence))
+        async with server.http.get("/metrics") as page:
+            text = await page.text()
+        assert 'vllm:num_requests_waiting{engine="",model_name="demo"} 1.0' in text
+        assert 'vllm:num_requests_running{engine="n0/0",model_name="demo"}' not in text
+        server.controller.attach(sequence, epoch=1, queue_ms=500.0)
+        server.controller.tokens(sequence, [65], "length", epoch=1)
+        (choice,) = server.gateway.live
+        async with await answer as response:
+            assert (await response.json())["metrics"]["queue_time_ms"] == 500.0
+        assert choice.restarts == 0
+
+    run(tmp_path, silent, scenario)

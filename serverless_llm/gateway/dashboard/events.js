@@ -53,6 +53,7 @@ const SENTENCES = {
   load_ready: (e) => `${e.model} is ready on ${e.device} after ${seconds(e.actual_s)}, from ${e.source}`,
   load_failed: (e) => `${e.model} could not be loaded on ${e.device}: ${e.error}`,
   model_failed: (e) => `${e.model} failed: ${e.error}`,
+  given_back: (e) => `A request for ${e.model} waits: ${e.why}`,
   evicted: (e) => `${e.model} left ${e.device} (${e.reason})`,
   agent_joined: (e) => `${e.node} joined with ${e.devices} devices`,
   agent_lost: (e) => `${e.node} was lost`,

@@ -38,7 +38,8 @@ def decided(out: list[c.Command]) -> c.Decided:
 
 
 class Desk:
-    """`tell` lets `after` seconds pass, then the event happens; `WakeAt`s are left out of what it returns."""
+    """`tell` lets `after` seconds pass, then the event happens; `WakeAt`s and `GivenBack`s are left out of what it
+    returns."""
 
     def __init__(self, policy: Policy | None = None, generation: int = 0) -> None:
         self.machine = Machine(policy or Policy())
@@ -52,7 +53,7 @@ class Desk:
         check_invariants(self.machine.state)
         self._check_histories()
         self.wake = max([self.wake, *(one.at for one in out if isinstance(one, c.WakeAt))])
-        return [one for one in out if not isinstance(one, c.WakeAt)]
+        return [one for one in out if not isinstance(one, c.WakeAt | c.GivenBack)]
 
     def _check_histories(self) -> None:
         """What an InvariantError would tell of a life is in the order of its times."""

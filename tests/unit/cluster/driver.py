@@ -197,6 +197,7 @@ OBEY: dict[type, Callable[[World, Any], None]] = {
     c.Hasten: World.note,
     c.Unload: World.unload,
     c.Dispatch: World.dispatch,
+    c.GivenBack: World.note,
     c.Cancel: World.cancel,
     c.Reject: World.reject,
     c.KillWorker: World.kill_worker,

@@ -27,6 +27,11 @@ def test_a_refused_sequence_is_tried_again_after_a_rest_and_rejected_in_the_end(
     ]
 
 
+def test_whoever_is_given_back_is_told_of(desk: Desk) -> None:
+    out = desk.machine.handle(e.SequenceRefused(1, 1, "no room"), desk.now)
+    assert c.GivenBack(1, "a", D0, "no room") in out
+
+
 def test_who_has_rested_has_its_old_place_in_the_queue() -> None:
     desk = Desk(QUIET)
     desk.join()

@@ -54,6 +54,11 @@ def test_decisions(command: commands.Command, told: dict[str, Any]) -> None:
     assert news.of_command(command) == told | {"model": "m", "replica": 3, "device": "n0/1"}
 
 
+def test_a_sequence_that_is_given_back() -> None:
+    told = news.of_command(commands.GivenBack(7, "m", DEVICE, "no room"))
+    assert told == {"event": "given_back", "model": "m", "device": "n0/1", "why": "no room"}
+
+
 def test_what_is_no_news() -> None:
     assert news.of_command(commands.WakeAt(1.0)) is None
 

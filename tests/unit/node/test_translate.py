@@ -115,6 +115,8 @@ def test_decisions_as_lines_of_the_log() -> None:
     assert translate.described(decided) == "decided device=n/1 replica=5 model=org/m predicted_s=0.2500 victims=3,4"
     evicted = commands.Evicted(5, "org/m", DEVICE, "keep-alive")
     assert translate.described(evicted) == "evicted device=n/1 replica=5 model=org/m reason=keep-alive"
+    back = commands.GivenBack(7, "m", DEVICE, "no room")
+    assert translate.described(back) == "givenback device=n/1 sequence=7 model=m why=no-room"
     line = translate.described(commands.Outcome(5, "m", DEVICE, 0.25, 0.3, PHASES))
     assert line.startswith("outcome device=n/1 replica=5 model=m predicted_s=0.2500 actual_s=0.3000 queue_s=0.1000")
     assert line.endswith("dram_bytes=30 remote_s=0.4000 remote_bytes=40")
@@ -123,6 +125,7 @@ def test_decisions_as_lines_of_the_log() -> None:
 def test_what_gateways_are_told() -> None:
     warm = commands.Dispatch(7, 2, 5, DEVICE, 0.25, None)
     assert translate.to_gateway(warm, 42) == wire.Attach(7, 2, 5, 42, "n/1", 250.0, {})
+    assert translate.to_gateway(commands.GivenBack(7, "m", DEVICE, "no room"), 42) == wire.GivenBack(7)
     cold = translate.to_gateway(commands.Dispatch(7, 2, 5, DEVICE, 0.25, PHASES), 42)
     assert isinstance(cold, wire.Attach)
     assert cold.cold == {
