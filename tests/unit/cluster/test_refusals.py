@@ -6,7 +6,7 @@ import pytest
 
 from serverless_llm.cluster import commands as c
 from serverless_llm.cluster import events as e
-from serverless_llm.domain import DeviceSpec, FinishReason, NodeSpec
+from serverless_llm.domain import DeviceId, DeviceSpec, FinishReason, NodeSpec
 from tests.unit.cluster.desk import D0, D1, QUIET, STILL, Desk, decided, deploy, idle, kinds, serving
 
 DONE = FinishReason.STOP
@@ -69,12 +69,16 @@ def beside(**spec: object) -> Desk:
 
 def test_idle_models_leave_for_the_kv_of_what_runs() -> None:
     desk = beside()
-    assert desk.tell(e.SequenceRefused(1, 1, "no room", missing=30)) == [
+    desk.ask(2, "a")
+    assert desk.tell(e.SequenceRefused(1, 1, "no room", missing=40)) == [
         c.Evicted(1, "idle", D0, "memory"),
         c.Unload(1, D0),
     ]
+    assert desk.tell(e.SequenceRefused(2, 1, "no room", missing=40)) == []
+    assert desk.machine.state.devices[D0].planned.free == 0
+    assert desk.machine.state.hungry == {}
     assert desk.tell(e.Unloaded(1)) == []
-    assert kinds(desk.tick(0.1)) == ["Dispatch"]
+    assert kinds(desk.tick(0.1)) == ["Dispatch", "Dispatch"]
 
 
 def test_no_more_models_leave_than_have_to() -> None:
@@ -234,6 +238,8 @@ def test_what_fits_a_larger_device_only_goes_there() -> None:
     out = desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))
     assert decided(out).device == D1
     assert c.Evicted(1, "a", D0, "memory") in out
+    assert desk.machine.state.devices[D1].planned.free == 200 - 80 - 50
+    assert desk.machine.state.hungry == {}
     assert [type(one) for one in desk.bring_up(2, D1)] == [c.Outcome]
     assert kinds(desk.tick(0.1)) == ["Dispatch"]
 
@@ -268,6 +274,7 @@ def test_nothing_moves_before_there_is_room_where_it_goes() -> None:
     assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))) == []
     assert kinds(desk.ask(2, "a")) == ["Dispatch"]
     desk.tick(60.0)
+    assert kinds(desk.ask(4, "large")) == []
     assert kinds(desk.tell(e.SequenceDone(3, 1, DONE, 3))) == ["Decided", "Evicted", "Unload"]
     assert kinds(desk.tell(e.Unloaded(1))) == ["Reserve"]
     assert kinds(desk.bring_up(3, D1)) == ["Outcome", "Dispatch"]
@@ -293,12 +300,15 @@ def test_what_may_not_leave_does_not_move(spec: dict[str, object]) -> None:
     assert reject.status == 400
 
 
-def test_views_do_not_move_to_where_their_files_do_not_fit() -> None:
+@pytest.mark.parametrize(("dram", "moves"), [(99, False), (100, True)])
+def test_views_move_to_where_their_files_fit_beside_those_that_stay(dram: int, moves: bool) -> None:
     desk = Desk(STILL)
     desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "view"),)))
-    desk.join(NodeSpec("n1", 50, (DeviceSpec(0, "cpu", 200, "view"),)))
     desk.serve("a", 1)
-    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))) == ["Reject"]
+    desk.join(NodeSpec("n1", dram, (DeviceSpec(0, "cpu", 200, "view"),)))
+    idle(desk, "pinned", 9, size=20, pinned=True)
+    out = desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))
+    assert ("Decided" in kinds(out), "Reject" in kinds(out)) == (moves, not moves)
 
 
 def test_who_can_have_its_room_passes_who_waits_for_more() -> None:
@@ -322,15 +332,117 @@ def test_who_has_begun_waits_for_devices_to_come() -> None:
     assert kinds(desk.tell(e.Pin("idle", False))) == ["Evicted", "Unload"]
 
 
-@pytest.mark.parametrize("told", [0, 2])
-def test_tokens_that_only_the_log_knows_are_progress(told: int) -> None:
+@pytest.mark.parametrize("progress", [0, 5])
+def test_tokens_that_only_the_log_knows_are_progress(progress: int) -> None:
     desk = serving()
-    for epoch in range(1, 12):
+    for epoch in range(1, 20):
         if "Reject" in kinds(desk.tell(e.SequenceRefused(1, epoch, "no room"))):
             break
         assert kinds(desk.tick(4.0)) == ["Dispatch"]
-        desk.tell(e.Resumed(1, epoch + 1, told * epoch))
-    assert epoch == (7 if told == 0 else 11)
+        desk.tell(e.Resumed(1, epoch + 1, min(epoch, progress)))
+    assert epoch == progress + 7
+
+
+def crowd(*sizes: int, budget: int = 150) -> Desk:
+    """Sequence 1 of `a` runs beside models `x`, `y` ... that have been idle for a minute."""
+    desk = Desk(STILL)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", budget, "copy"),)))
+    for name, size in zip("xyz", sizes, strict=False):
+        idle(desk, name, ord(name), size=size)
+    desk.tick(60.0)
+    desk.serve("a", 1, size=30)
+    return desk
+
+
+def test_room_that_another_s_end_frees_is_found_at_once() -> None:
+    desk = crowd(30, 30)
+    desk.ask(2, "y")
+    desk.tell(e.SequenceRefused(1, 1, "no room", missing=20))
+    assert kinds(desk.tell(e.SequenceRefused(2, 1, "no room", missing=20))) == []
+    desk.tell(e.Unloaded(1))
+    assert kinds(desk.tick(0.1)) == ["Dispatch"]
+    assert kinds(desk.tell(e.SequenceDone(1, 2, DONE, 3))) == ["Dispatch"]
+
+
+def test_memory_that_the_device_turned_out_not_to_have_is_reckoned_with() -> None:
+    desk = crowd(30, 10)
+    desk.machine.state.devices[D0].shortfall = 30
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))) == ["Evicted", "Unload"] * 2
+
+
+def test_what_is_promised_to_others_of_a_model_is_its_own_to_use() -> None:
+    desk = crowd(30, 30)
+    desk.ask(2, "a")
+    desk.tell(e.SequenceRefused(1, 1, "no room", missing=20))
+    desk.tell(e.Unloaded(1))
+    desk.tick(0.1)
+    out = desk.tell(e.SequenceRefused(2, 1, "weights came", missing=5, begun=True))
+    assert out[0] == c.Evicted(2, "y", D0, "memory")
+
+
+def test_nothing_that_runs_leaves_for_what_runs_on() -> None:
+    desk = crowd(1, 30)
+    desk.ask(2, "y")
+    assert desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30, begun=True)) == []
+
+
+def test_what_runs_on_and_came_long_ago_gets_the_place_of_what_is_in_steady_use() -> None:
+    desk = beside()
+    desk.tick(60.0)
+    desk.ask(2, "idle")
+    desk.tell(e.SequenceDone(2, 1, DONE, 3))
+    out = desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30, begun=True))
+    assert kinds(out) == ["Evicted", "Unload"]
+
+
+@pytest.mark.parametrize("event", [e.UnloadModel("a"), e.Delete("a")], ids=str)
+def test_nobody_leaves_for_what_goes_on_elsewhere_or_not_at_all(event: e.Event) -> None:
+    desk = beside()
+    desk.tell(event)
+    desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30, begun=True))
+    assert 1 in desk.machine.state.replicas
+    assert desk.machine.state.replicas[1].state == "ready"
+
+
+@pytest.mark.parametrize("spec", [{"min_replicas": 1}, {"pinned": True}], ids=str)
+def test_who_has_begun_waits_where_its_model_may_not_leave(spec: dict[str, object]) -> None:
+    desk = two_devices()
+    desk.tell(deploy("a", **spec))  # type: ignore[arg-type]
+    desk.ask(1, "a")
+    desk.bring_up(1)
+    desk.tell(e.FirstToken(1, 1, 0.1))
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))) == []
+    assert kinds(desk.tick(60.0)) == []
+
+
+def test_nothing_moves_to_a_drained_device() -> None:
+    desk = Desk(STILL)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"),)))
+    desk.join(NodeSpec("n1", 1000, (DeviceSpec(0, "cpu", 200, "copy"),)))
+    desk.serve("a", 1)
+    desk.tell(e.Drain("n1", True))
+    assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))) == []
+    assert kinds(desk.tick(60.0)) == []
+    assert "Decided" in kinds(desk.tell(e.Drain("n1", False)))
+
+
+def test_one_of_two_replicas_moves() -> None:
+    desk = Desk(STILL)
+    budgets = enumerate((100, 100, 200))
+    desk.join(NodeSpec("n0", 1000, tuple(DeviceSpec(number, "cpu", size, "copy") for number, size in budgets)))
+    idle(desk, "large", 9, size=170)
+    desk.ask(8, "large")
+    desk.serve("a", 1, max_replicas=2, max_concurrency=1)
+    desk.ask(2, "a")
+    desk.bring_up(3, D1)
+    desk.tell(e.SequenceDone(8, 1, DONE, 3))
+    desk.tick(60.0)
+    out = desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))
+    assert [one for one in out if isinstance(one, c.Evicted)] == [
+        c.Evicted(1, "large", DeviceId("n0", 2), "memory"),
+        c.Evicted(2, "a", D0, "memory"),
+    ]
+    assert desk.machine.state.replicas[3].retiring == ""
 
 
 def test_refusals_are_counted_anew_once_it_went_on(desk: Desk) -> None:
