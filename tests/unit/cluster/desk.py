@@ -113,3 +113,24 @@ def idle(desk: Desk, name: str, sequence: int, **spec: object) -> int:
     desk.bring_up(replica, desk.machine.state.replicas[replica].device)
     desk.tell(e.SequenceDone(sequence, 1, FinishReason.STOP, 3))
     return replica
+
+
+def beside(**spec: object) -> Desk:
+    """Sequence 1 runs beside a model of 30 bytes that was idle for longer than it would take to bring back."""
+    desk = Desk(STILL)
+    desk.join()
+    idle(desk, "idle", 9, size=30, **spec)
+    desk.tick(5.0)
+    desk.serve("a", 1, size=30)
+    return desk
+
+
+def crowd(*sizes: int, budget: int = 150) -> Desk:
+    """Sequence 1 of `a` runs beside models `x`, `y` ... that have been idle for a minute."""
+    desk = Desk(STILL)
+    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", budget, "copy"),)))
+    for name, size in zip("xyz", sizes, strict=False):
+        idle(desk, name, ord(name), size=size)
+    desk.tick(60.0)
+    desk.serve("a", 1, size=30)
+    return desk
