@@ -257,8 +257,13 @@ def test_room_that_another_s_end_frees_is_found_at_once() -> None:
 
 def test_memory_that_the_device_turned_out_not_to_have_is_reckoned_with() -> None:
     desk = crowd(30, 10)
-    desk.machine.state.devices[D0].shortfall = 30
+    device = desk.machine.state.devices[D0]
+    device.shortfall = 30
+    desk.ask(2, "a")
     assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))) == ["Evicted", "Unload"] * 2
+    device.shortfall = 100
+    desk.tell(e.SequenceRefused(2, 1, "no room", missing=30))  # shares what was promised before
+    assert [*desk.machine.state.replicas[3].promises] == [1, 2]
 
 
 @pytest.mark.parametrize("spec", [{"min_replicas": 1}, {"pinned": True}], ids=str)
