@@ -79,7 +79,9 @@ def test_who_was_just_idle_keeps_its_place_for_its_hold() -> None:
 def test_who_waits_for_room_lets_others_pass() -> None:
     desk = beside()
     desk.ask(2, "idle")
-    desk.tell(e.SequenceRefused(1, 1, "no room", missing=30))
+    desk.ask(4, "a")
+    for sequence in (1, 4):
+        desk.tell(e.SequenceRefused(sequence, 1, "no room", missing=30))
     assert desk.tick(1.0) == []
     assert desk.ask(3, "a") == [c.Dispatch(3, 1, 2, D0, 0.0, None)]
 
@@ -252,6 +254,7 @@ def test_room_that_another_s_end_frees_is_found_at_once() -> None:
     assert kinds(desk.tell(e.SequenceRefused(2, 1, "no room", missing=20))) == []
     desk.tell(e.Unloaded(1))
     assert kinds(desk.tick(0.1)) == ["Dispatch"]
+    desk.ask(3, "a")
     assert kinds(desk.tell(e.SequenceDone(1, 2, DONE, 3))) == ["Dispatch"]
 
 
@@ -275,6 +278,16 @@ def test_who_has_begun_waits_where_its_model_may_not_leave(spec: dict[str, objec
     desk.tell(e.FirstToken(1, 1, 0.1))
     assert kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))) == []
     assert kinds(desk.tick(60.0)) == []
+
+
+@pytest.mark.parametrize(("budget", "told"), [(129, "Reject"), (130, "Decided"), (0, "")])
+def test_what_no_device_can_have_is_told_where_all_are_known(budget: int, told: str) -> None:
+    desk = Desk(STILL)
+    desk.join()
+    desk.serve("a", 1)
+    desk.join(NodeSpec("n1", 1000, (DeviceSpec(0, "cpu", budget, "copy"),)))
+    out = kinds(desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=budget > 100)))
+    assert out[:1] == [told][: bool(told)]
 
 
 def test_nothing_moves_to_a_drained_device() -> None:

@@ -182,6 +182,24 @@ def run_a_suspect(state: State) -> None:
     state.suspects[1] = state.sequences[1]
 
 
+def promise(state: State, replica: int, sequence: int, size: int) -> None:
+    one = state.replicas[replica]
+    one.promises[sequence] = size
+    state.devices[one.device].planned.add(*one.promised)
+
+
+def promise_a_stranger(state: State) -> None:
+    promise(state, 1, 99, 0)
+
+
+def promise_another_size(state: State) -> None:
+    promise(state, 1, 1, 5)
+
+
+def promise_what_runs_elsewhere(state: State) -> None:
+    promise(state, 2, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "break_it"),
     [
@@ -216,6 +234,9 @@ def run_a_suspect(state: State) -> None:
         ("commands have deadlines", rest_for_ever),
         ("commands have deadlines", kill_without_end),
         ("commands have deadlines", never_miss_a_node),
+        ("promises are kept", promise_a_stranger),
+        ("promises are kept", promise_another_size),
+        ("promises are kept", promise_what_runs_elsewhere),
         ("trials are alone", disturb_a_trial),
         ("trials are alone", run_a_suspect),
     ],
