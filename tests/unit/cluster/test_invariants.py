@@ -197,7 +197,7 @@ def promise_another_size(state: State) -> None:
 
 
 def promise_what_runs_elsewhere(state: State) -> None:
-    promise(state, 2, 1, 0)
+    promise(state, 3, 1, 0)  # 2 leaves
 
 
 @pytest.mark.parametrize(
