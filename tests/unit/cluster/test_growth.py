@@ -154,7 +154,7 @@ def test_who_is_in_steady_use_gives_its_place_to_what_came_long_ago() -> None:
 
 def test_what_fits_a_larger_device_only_goes_there() -> None:
     desk = Desk(STILL)
-    desk.join(NodeSpec("n0", 1000, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cpu", 200, "copy"))))
+    desk.join(NodeSpec("n0", 50, (DeviceSpec(0, "cpu", 100, "copy"), DeviceSpec(1, "cpu", 200, "copy"))))
     desk.serve("a", 1)
     assert desk.machine.state.replicas[1].device == D0
     out = desk.tell(e.SequenceRefused(1, 1, "no room", missing=30, never=True))

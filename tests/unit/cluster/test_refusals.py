@@ -113,6 +113,7 @@ def test_what_is_promised_to_others_of_a_model_is_its_own_to_use() -> None:
 def test_nothing_that_runs_leaves_for_what_runs_on() -> None:
     desk = crowd(1, 30)
     desk.ask(2, "y")
+    desk.tick(60.0)
     assert desk.tell(e.SequenceRefused(1, 1, "weights came", missing=30, begun=True)) == []
 
 
