@@ -182,6 +182,10 @@ def run_a_suspect(state: State) -> None:
     state.suspects[1] = state.sequences[1]
 
 
+def forget_who_lacks_room(state: State) -> None:
+    state.sequences[6].kv_bytes = 5
+
+
 def promise(state: State, replica: int, sequence: int, size: int) -> None:
     one = state.replicas[replica]
     one.promises[sequence] = size
@@ -214,6 +218,7 @@ def promise_what_runs_elsewhere(state: State) -> None:
         ("one owner", queue_what_runs),
         ("one queue", forget_a_waiter),
         ("one queue", own_what_waits),
+        ("one queue", forget_who_lacks_room),
         ("busy are ready", run_while_loading),
         ("busy are ready", serve_without_worker),
         ("ledgers equal residencies", lose_a_grant),
