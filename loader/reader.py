@@ -1,6 +1,6 @@
 """Disk -> pool: a few threads around `preadv`, which release the GIL while the device works.
 
-O_DIRECT scattered straight into slots, in calls of up to 64 MiB, or, where the pool's pages are small, through a buffer
+O_DIRECT scattered straight into slots, in calls of up to 32 MiB, or, where the pool's pages are small, through a buffer
 of huge ones; the page cache is used for bytes that are there already. All transfers share one queue: by priority, then
 first come; a better one goes before the next call. So what nobody waits for is read in shorter calls, and not at all
 while headers are read for somebody who does: such small reads would wait behind whole calls in the device's queue.
@@ -30,10 +30,10 @@ from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.source import PAGE, Came, Opened, Source
 from serverless_llm.loader.staging import Staging, pays
 
-CALL_BYTES = 64 << 20  # longer calls gain nothing; shorter ones suffer when a Python thread is busy
-THREADS = 2
+CALL_BYTES = 32 << 20  # longer calls gain little; shorter ones suffer when a Python thread is busy
+THREADS = 4
 STAGED_CALL_BYTES = 8 << 20
-BRIEF = 4  # calls of what nobody waits for are so many times shorter; arbitrary: those in flight are over in 25 ms
+BRIEF = 2  # calls of what nobody waits for are so many times shorter; arbitrary: those in flight are over in 25 ms
 STAGED_THREADS = 12  # some copy while others read
 STUCK_S = 5.0  # after which a read counts as stuck: less than the control plane waits for the loads queued behind it
 ENDING = -sys.maxsize  # priority of what is cancelled: it ends before others begin
@@ -111,15 +111,15 @@ class Reader:
         self._pacer = Pacer(rate)
         self._stuck_s = stuck_s or STUCK_S
         self._staged = pays(pool.pages) and not rate if staged is None else staged
+        self._size = threads or (STAGED_THREADS if self._staged else THREADS)
         longest = STAGED_CALL_BYTES if self._staged else CALL_BYTES
-        self.call_bytes = plan.paced(rate, longest)
+        self.call_bytes = plan.paced(rate / self._size, longest)
         self._brief = longest // BRIEF
         self._awaited: set[Hashable] = set()
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
         self._wake = threading.Condition()  # guards _awaited, _queue, its _calls and _flying, _reads, _threads
         self._closed = False
-        self._size = threads or (STAGED_THREADS if self._staged else THREADS)
         self._threads: list[threading.Thread] = []
         for _ in range(self._size):
             self._hire()

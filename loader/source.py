@@ -187,7 +187,7 @@ def cached_pages(descriptor: int, offset: int, length: int) -> int | None:
         if _LIBC.syscall(_CACHESTAT, descriptor, span, stat, 0):
             return None
         found = max(found, stat[0])
-        if found * PAGE >= length:
+        if not found or found * PAGE >= length:
             break
     return found
 

@@ -20,7 +20,7 @@ from serverless_llm.loader.source import Came, SourceFile
 
 MB = 1 << 20
 Begin = Callable[..., Reader]
-SLOW = 20e6  # bytes per second: a call is 50 ms
+SLOW = 20e6  # bytes per second: 50 ms for a call of each thread
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def until_last(news: queue.SimpleQueue[Batch]) -> list[Batch]:
 def test_slots_are_filled_in_calls_of_the_size(
     tmp_path: Path, pool: Pool, begin: Begin, rate: float, calls: int, staged: bool
 ) -> None:
-    reader, news = begin(rate=rate, staged=staged), queue.SimpleQueue[Batch]()
+    reader, news = begin(threads=1, rate=rate, staged=staged), queue.SimpleQueue[Batch]()
     read = transfer(tmp_path / "a", 2 * MB + 5, [5, 1, 3], news)
     reader.submit(read)
     batches = until_last(news)
