@@ -19,11 +19,14 @@ from tokenizers import Tokenizer
 from bench import checkpoints
 from bench.cold_subjects import options
 from bench.common import drop_caches, quantile, row
+from bench.load_subjects import cpu
 from bench.verdicts import at_least, at_most
 from tests.serving import Server, until
 
 PATIENCE, POLL = 300.0, 0.02
 QUIET = 3.0  # seconds of streaming before a load begins
+PAUSE = 3.0  # seconds after which a server has begun to take memory for the next load
+LOOK, IDLE = 0.5, 0.04  # seconds, and CPU seconds in them: below, it has all of it
 SPARE = 64  # tokens of the context that a stream leaves: its prompt's
 CONTEND, ITL, SPEED = 1.1, 1.2, 0.8
 
@@ -71,6 +74,7 @@ class Busy:
     def beside(self) -> tuple[float, Streamed]:
         """Seconds that the second takes from disk while the first streams; and the stream."""
         self._cool("second")
+        self._settle()
         times: list[float] = []
         enough = threading.Event()
         stream = threading.Thread(target=self._stream, args=(times, enough), daemon=True)
@@ -91,6 +95,7 @@ class Busy:
     def alone(self) -> float:
         """Seconds that the second takes from disk with nothing beside it."""
         self._cool("second")
+        self._settle()
         return self._load("second")
 
     def _stream(self, times: list[float], enough: threading.Event) -> None:
@@ -141,6 +146,18 @@ class Busy:
                 os.utime(path)
             self._deploy(name)
         drop_caches(self._files)
+
+    def _settle(self) -> None:
+        """Until the server has taken what memory it takes ahead of need: that is no part of a quiet stream."""
+        time.sleep(PAUSE)
+        until(lambda: self._work(LOOK) < IDLE, "a server at rest", PATIENCE)
+
+    def _work(self, seconds: float) -> float:
+        """CPU seconds of all of the server's processes in so many seconds."""
+        processes = self._server.processes()
+        before = cpu(processes)
+        time.sleep(seconds)
+        return cpu(processes) - before
 
     def _deploy(self, name: str) -> None:
         self._server.put(f"/admin/models/{name}", {"source": str(self._sources[name])})
