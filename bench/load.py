@@ -36,6 +36,7 @@ from bench.verdicts import at_least, at_most
 SHAPE, LAYERS, SHARDS = "llama-3.1-8b", 5, 4  # 4.3 GB
 DRAM = {"dram-1g": ("llama-3.2-1b", 4, 1), "dram-4g": (SHAPE, LAYERS, SHARDS), "dram-12g": (SHAPE, 23, 8)}
 ALL = (*CASES, "ring", *DRAM, *BUSY)
+ON_DEVICE = ("fill", "beside-decode")
 SMOKE_POOL = 16 << 20  # smaller than the tiny model
 TRIES = 3  # of a load whose bytes came from elsewhere
 BYTES, IDLE = 1.001, 0.02  # at most: bytes read over bytes needed, and the share of the time without a request
@@ -264,16 +265,18 @@ def busy_shapes(case: str, smoke: bool) -> list[tuple[str, int, int]]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--cases", nargs="+", choices=(*ALL, "fill"), help="default: all that the device has")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--checkpoints", type=Path, default=checkpoints.default_folder(), help="where they are kept")
     parser.add_argument("--rounds", type=int, default=MOST_ROUNDS, help="at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pages", action="store_true", help="a row for each kind of pool pages, set up on the machine")
-    parser.add_argument("--device", help="cuda: only how fast a GPU is filled, from disk and from DRAM")
+    parser.add_argument("--device", help=f"cuda: {' and '.join(ON_DEVICE)} on a GPU (fill: from disk and from DRAM)")
     parser.add_argument("--smoke", action="store_true", help="two rounds with a tiny model")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    found = parser.parse_args()
+    found.cases = found.cases or list(ON_DEVICE if found.device else ALL)
+    return found
 
 
 def main() -> int:
@@ -305,22 +308,29 @@ def on_cpu(arguments: argparse.Namespace) -> Iterator[Part]:
     for case in [case for case in arguments.cases if case in DRAM][: 1 if arguments.smoke else None]:
         yield *dram(arguments, case), {}
     for case in [case for case in arguments.cases if case in BUSY]:
-        one, other = (
-            checkpoints.checkpoint(arguments.checkpoints, *shape) for shape in busy_shapes(case, arguments.smoke)
-        )
-        yield *BUSY[case](one, other, 1 if arguments.smoke else FEWEST_ROUNDS), {}
+        yield *busy(arguments, case), {}
+
+
+def busy(arguments: argparse.Namespace, case: str) -> tuple[list[dict[str, Any]], list[str]]:
+    shapes = busy_shapes(case, arguments.smoke)
+    one, other = (checkpoints.checkpoint(arguments.checkpoints, *shape) for shape in shapes)
+    rounds = 1 if arguments.smoke else min(FEWEST_ROUNDS, arguments.rounds)
+    return BUSY[case](one, other, rounds, arguments.device or "cpu")
 
 
 def on_device(arguments: argparse.Namespace) -> Iterator[Part]:
-    """Shape by shape."""
+    """Shape by shape; then a load beside a stream."""
     from bench import load_device
 
     timelines: dict[str, Any] = {}
     shapes = [(checkpoints.SMOKE_SHAPE, checkpoints.SMOKE_LAYERS)] if arguments.smoke else []
     rounds = 2 if arguments.smoke else min(load_device.ROUNDS, arguments.rounds)
-    for entries, lines, parts in load_device.run(arguments.device, arguments.checkpoints, rounds, shapes):
-        timelines |= parts
-        yield entries, lines, {"timelines": timelines}
+    if "fill" in arguments.cases:
+        for entries, lines, parts in load_device.run(arguments.device, arguments.checkpoints, rounds, shapes):
+            timelines |= parts
+            yield entries, lines, {"timelines": timelines}
+    if "beside-decode" in arguments.cases:
+        yield *busy(arguments, "beside-decode"), {}
 
 
 def show(found: Sequence[dict[str, Any]], judged: Sequence[str]) -> None:

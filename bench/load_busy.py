@@ -43,12 +43,12 @@ class Streamed(NamedTuple):
 class Busy:
     """A server with one device and two models, `first` and `second`."""
 
-    def __init__(self, first: Path, second: Path, weights: str) -> None:
+    def __init__(self, first: Path, second: Path, weights: str, device: str) -> None:
         self._sources = {"first": first, "second": second}
         self._files = [path for source in (first, second) for path in checkpoints.weight_files(source)]
         self._scratch = Path(tempfile.mkdtemp(prefix="serverless-llm-busy-"))
         room = sum(path.stat().st_size for path in self._files)
-        self._server = Server(self._scratch / "state", *options("cpu", weights, room))
+        self._server = Server(self._scratch / "state", *options(device, weights, room))
 
     def __enter__(self) -> Self:
         self._server.start(120)
@@ -173,10 +173,10 @@ class Busy:
         self._server.put(f"/admin/models/{name}", {"source": str(self._sources[name])})
 
 
-def contend(prefetched: Path, wanted: Path, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+def contend(prefetched: Path, wanted: Path, rounds: int, device: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows and verdict: a request's load beside a prefetch, against the same alone."""
     alone, beside = [], []
-    with Busy(prefetched, wanted, "view") as busy:
+    with Busy(prefetched, wanted, "view", device) as busy:
         for _ in range(rounds):
             alone.append(busy.online(prefetch=False))
             beside.append(busy.online(prefetch=True))
@@ -190,10 +190,10 @@ def contend(prefetched: Path, wanted: Path, rounds: int) -> tuple[list[dict[str,
     return found, [at_most("contend: a load beside a prefetch, over the same alone", slower, CONTEND)]
 
 
-def beside_decode(resident: Path, loaded: Path, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+def beside_decode(resident: Path, loaded: Path, rounds: int, device: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows and verdicts: what a load in copy mode does to a stream, and the stream to the load."""
     alone, beside, streams = [], [], []
-    with Busy(resident, loaded, "copy") as busy:
+    with Busy(resident, loaded, "copy", device) as busy:
         for _ in range(rounds):
             alone.append(busy.alone())
             seconds, streamed = busy.beside()

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What only a machine with CUDA can show: the gpu tests, how fast a GPU is filled, cold starts of an 8B model, the soak.
+# What only a machine with CUDA can show: the gpu tests, how fast a GPU is filled, what that does to a stream, cold
+# starts of an 8B model, the soak.
 # Needs no network.
 #
-#   scripts/gpu.sh [tests|load|cold-start|soak ...]  these parts, or all; one that fails does not stop the others
+#   scripts/gpu.sh [tests|load|beside|cold-start|soak ...]  these parts, or all; one that fails does not stop the others
 #   scripts/gpu.sh wheels                            fetches what bench/gpu-wheels.txt lists, on a machine with a network
 #
 # The machine brings Python 3.12, torch, triton, transformers, aiohttp, click, jinja2, tokenizers, prometheus-client,
@@ -72,7 +73,11 @@ run() {
         tests) part tests "$PYTHON" -m pytest -m gpu tests/gpu tests/unit/loader ;;
         load)
             part load "$PYTHON" -m bench.load --device cuda \
-                --checkpoints "$SCRATCH/serverless-llm-checkpoints" --json "$OUT/load-$name.json"
+                --cases fill --checkpoints "$SCRATCH/serverless-llm-checkpoints" --json "$OUT/load-$name.json"
+            ;;
+        beside)
+            part beside "$PYTHON" -m bench.load --device cuda --cases beside-decode --rounds 5 \
+                --checkpoints "$SCRATCH/serverless-llm-checkpoints" --json "$OUT/load-beside-decode-$name.json"
             ;;
         cold-start)
             part cold-start "$PYTHON" -m bench.cold_start --device cuda --minutes 5 \
@@ -83,7 +88,7 @@ run() {
                 --json "$OUT/soak-$name.json"
             ;;
         *)
-            echo "gpu.sh: no part is called $1; there are tests, load, cold-start, soak and wheels" >&2
+            echo "gpu.sh: no part is called $1; there are tests, load, beside, cold-start, soak and wheels" >&2
             exit 2
             ;;
     esac
@@ -93,6 +98,6 @@ run() {
 install || { echo "gpu.sh: packages are missing; run scripts/gpu.sh wheels where there is a network" >&2; exit 1; }
 name=$(gpu) || { echo "gpu.sh: $PYTHON sees no CUDA device" >&2; exit 1; }
 mkdir -p "$OUT"
-[ $# -gt 0 ] || set -- tests load cold-start soak
+[ $# -gt 0 ] || set -- tests load beside cold-start soak
 for wanted in "$@"; do run "$wanted"; done
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
