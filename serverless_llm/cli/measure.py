@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-CALL = 16 << 20  # bytes of one read
+CALL = 32 << 20  # bytes of one read
 THREADS = 4
 SECONDS = 1.0  # of reading; enough to be above what any cache in a drive holds up
 LARGE = 64 << 20  # bytes of a file that is worth reading
@@ -61,8 +61,7 @@ def _read(calls: Iterator[tuple[int, int]], seconds: float) -> float:
     deadline = time.monotonic() + seconds
 
     def work(number: int) -> None:
-        with mmap.mmap(-1, CALL) as buffer:
-            buffer.madvise(mmap.MADV_HUGEPAGE)
+        with memory(CALL) as buffer:
             while counts[number] == 0 or time.monotonic() < deadline:
                 with lock:
                     descriptor, offset = next(calls, (-1, 0))
@@ -85,6 +84,15 @@ def _read(calls: Iterator[tuple[int, int]], seconds: float) -> float:
     return sum(counts) / (time.monotonic() - began)
 
 
+def memory(nbytes: int) -> mmap.mmap:
+    """In huge pages, if there are any, as the pool has them: into small ones reads are slower. A private mapping:
+    `mmap.mmap` alone gives a shared one, which ignores such advice."""
+    found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        found.madvise(mmap.MADV_HUGEPAGE)
+    return found
+
+
 @contextlib.contextmanager
 def scratch(folder: Path, nbytes: int = SCRATCH) -> Iterator[Path]:
     """A file of that many bytes on the disk, for as long as it is needed. Raises OSError."""
@@ -103,7 +111,7 @@ def scratch(folder: Path, nbytes: int = SCRATCH) -> Iterator[Path]:
 
 def memcpy(nbytes: int = COPY) -> float:
     """The best of a few copies by one thread."""
-    with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
+    with memory(nbytes) as source, memory(nbytes) as target:
         ends = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in (target, source)]
         ctypes.memset(ends[1], 1, nbytes)  # pages are there before they are copied
         return max(_timed_copy(ends[0], ends[1], nbytes) for _ in range(REPEATS + 1))

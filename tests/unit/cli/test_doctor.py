@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -267,6 +268,15 @@ def test_more_memory_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # --- measurements and predictions ---
+
+
+def test_measurements_are_of_memory_that_may_be_of_huge_pages() -> None:
+    with measure.memory(4 * MIB) as buffer:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        smaps = Path("/proc/self/smaps").read_text().partition(f"{address:x}-")[2]
+        advised = "hg" in smaps.partition("VmFlags:")[2].splitlines()[0].split()
+        assert advised == Path("/sys/kernel/mm/transparent_hugepage").exists()
+        assert smaps.split()[1] == "rw-p"
 
 
 def test_a_disk_is_measured_by_the_models_that_lie_on_it(tmp_path: Path) -> None:
