@@ -135,7 +135,7 @@ _COMPLETION: JSON = _COMMON | {
     "top_logprobs": _only(0),
 }
 _SPEC: JSON = {
-    "source": {"type": "string", "description": "A directory on the server, absolute."},
+    "source": {"type": "string", "maxLength": 4095, "description": "A directory on the server, absolute."},
     "dtype": {"enum": ["auto", "float32", "bfloat16"]},
     "keep_alive": _KEEP_ALIVE | {"type": ["number", "string", "null"]},
     "min_replicas": _whole(0, 1 << 31),

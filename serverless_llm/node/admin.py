@@ -23,6 +23,7 @@ from serverless_llm.quantities import LONGEST, parse_duration
 T = TypeVar("T")
 
 UNKNOWN = re.compile(r"(?s)Object contains unknown field `(.*)`")  # as msgspec tells of it
+PATH_MAX = 4095  # characters, as of Linux
 MOST = 1 << 31  # of any count that a deploy may ask for; an arbitrary bound that every store and frame can hold
 
 
@@ -95,6 +96,8 @@ def _check(spec: ModelSpec) -> None:
 
 
 def _source(source: str, roots: Sequence[Path]) -> Path:
+    if len(source) > PATH_MAX:
+        raise refusal(f"source has {len(source)} characters; a path has at most {PATH_MAX}", "source")
     if source in tasks.NAMES:
         return tasks.checkpoint_dir(source).resolve()
     try:

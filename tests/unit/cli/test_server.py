@@ -123,6 +123,8 @@ def test_model_roots_never_shut_out_the_demos(tmp_path: Path) -> None:
     assert spec_of("m", b'{"source": "demo-add"}', 300.0, roots).source == str(tasks.checkpoint_dir("demo-add"))
     with pytest.raises(RequestError, match="outside the model roots"):
         spec_of("m", b'{"source": "/elsewhere"}', 300.0, roots)
+    with pytest.raises(RequestError, match="source has 5001 characters"):
+        spec_of("m", b'{"source": "/%s"}' % (b"a" * 5000), 300.0, roots)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (STOP, 0)])
