@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from serverless_llm.loader import manifest
 from serverless_llm.loader.library import Device, iterate, local
+
+log = logging.getLogger(__name__)
 
 SHOWN = 4  # names of a kind in a message; arbitrary
 
@@ -22,8 +26,9 @@ def load_into(
     """Gives a module the tensors of a Hugging Face directory.
 
     They become its parameters and buffers: nothing is initialised first, and on the CPU nothing is copied, but for
-    tensors of another type than the module's. Parameters that were one stay one, and so do buffers. Those buffers that
-    are in no checkpoint are made on `device`, where the module is one of transformers, which knows how.
+    tensors of another type than the module's. Parameters that were one stay one, and so do buffers, unless the files
+    have several of their names with different numbers: a warning tells that. Buffers that are in no checkpoint are made
+    on `device`, where the module is one of transformers, which knows how.
 
     Args:
         module: on any device; of those on the meta device nothing was ever in memory.
@@ -47,7 +52,7 @@ def load_into(
     state |= {name: parameter.detach().to(device) for name, parameter in rest.items() if not parameter.is_meta}
     module.load_state_dict(state, strict=False, assign=True)
     for names in twins:
-        _tie(module, sorted(names, key=lambda name: name not in state))
+        _tie(module, [name for name in names if name in state], [name for name in names if name not in state])
     _make_buffers(module, torch.device(device))
     return missing, unexpected
 
@@ -92,13 +97,16 @@ def _twins(module: torch.nn.Module) -> list[list[str]]:
     return [several for several in names.values() if len(several) > 1]
 
 
-def _tie(module: torch.nn.Module, names: list[str]) -> None:
-    """Makes all of them the first one's parameter or buffer."""
-    places = [name.rpartition(".") for name in names]
-    holders = [(module.get_submodule(parent), leaf) for parent, _, leaf in places]
-    shared = getattr(*holders[0])
-    for holder, leaf in holders[1:]:
-        setattr(holder, leaf, shared)
+def _tie(module: torch.nn.Module, given: list[str], others: list[str]) -> None:
+    """One parameter or buffer of all these names, but for those that were given other numbers than the first."""
+    first, *rest = [*given, *others]
+    shared = attrgetter(first)(module)
+    for name in rest:
+        if name in given and not torch.equal(shared, attrgetter(name)(module)):
+            log.warning("%s and %s differ in the files: they are not tied", first, name)
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, shared)
 
 
 def _make_buffers(module: torch.nn.Module, device: torch.device) -> None:

@@ -55,9 +55,13 @@ class ModelConfig(Description):
         return parsed
 
     def bound(self, entries: Entries) -> Self:
-        """The same, for a checkpoint with these tensors. Raises as `check`."""
-        self.check(entries)
-        return self
+        """The same, for a checkpoint with these tensors. Raises as `check`.
+
+        A head that is stored is not tied, whatever the config says: it may be another (as for transformers).
+        """
+        config = replace(self, tied=self.tied and f"{self.names.head}.weight" not in entries)
+        config.check(entries)
+        return config
 
     def _check(self) -> None:
         if self.heads % self.kv_heads:
@@ -123,12 +127,8 @@ class ModelConfig(Description):
             if stored not in STORED:
                 raise CheckpointError(f"tensor {name} has dtype {stored}, which cannot be served")
         for name in entries:
-            if name not in expected and not self._ignored(name):
+            if name not in expected and not name.endswith(".rotary_emb.inv_freq"):  # which follow from the config
                 raise CheckpointError(f"tensor {name} is not part of {self.architecture} as config.json describes it")
-
-    def _ignored(self, name: str) -> bool:
-        # Old Llama checkpoints store rotary frequencies, which follow from the config; tied ones may store the head.
-        return name.endswith("rotary_emb.inv_freq") or (self.tied and name == f"{self.names.head}.weight")
 
     def needs_conversion(self, name: str, entries: Entries) -> bool:
         return STORED[entries[name][0]] != self.dtype
@@ -137,12 +137,11 @@ class ModelConfig(Description):
         """Bytes that the weights take on a device in the served dtype, padding to `ALIGNMENT` included.
 
         Raises:
-            CheckpointError: see `check`, which is done first where `entries` are given.
+            CheckpointError: see `bound`, which is done first where `entries` are given.
         """
-        if entries is not None:
-            self.check(entries)
-        shapes = self.tensors()
-        return sum(aligned(self.buffer_bytes(buffer, shapes)) for buffer in self.buffers())
+        whole = self if entries is None else self.bound(entries)
+        shapes = whole.tensors()
+        return sum(aligned(whole.buffer_bytes(buffer, shapes)) for buffer in whole.buffers())
 
     def buffer_bytes(self, buffer: Buffer, shapes: Mapping[str, Shape]) -> int:
         return sum(numel(shapes[name]) for name in buffer.tensors) * self.item_bytes

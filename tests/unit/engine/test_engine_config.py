@@ -174,11 +174,15 @@ def test_more_layers_than_tensors_are_refused_before_anything_is_built_for_them(
         config.weight_bytes({"lm_head.weight": ("F32", (160, 64))})
 
 
-def test_a_tied_checkpoint_may_store_its_head() -> None:
+def test_a_tied_checkpoint_that_stores_its_head_needs_room_for_it() -> None:
     config = ModelConfig.parse(config_json(tie_word_embeddings=True))
     entries = entries_of(tensors_of(config))
-    config.check(entries)
-    config.check({**entries, "lm_head.weight": ("F32", (160, 64))})
+    assert config.bound(entries).tied
+    whole = {**entries, "lm_head.weight": ("F32", (160, 64))}
+    assert not config.bound(whole).tied
+    assert config.weight_bytes(whole) - config.weight_bytes(entries) == 160 * 64 * 4
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape"):
+        config.bound({**entries, "lm_head.weight": ("F32", (161, 64))})
 
 
 def test_placement_counts_the_kv_that_the_engine_takes() -> None:

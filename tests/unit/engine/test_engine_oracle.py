@@ -90,6 +90,21 @@ def test_demo_checkpoints(directory: Path) -> None:
     assert_near_oracle(oracle(raw, tensors), text, drain(engine)[1][0])
 
 
+@pytest.mark.parametrize("weights", ["view", "copy"])
+def test_a_head_that_is_stored_is_the_head_whatever_is_tied(weights: str) -> None:
+    raw = VARIANTS["llama-tied"]
+    config = ModelConfig.parse(raw)
+    tensors = tensors_of(config)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    engine = Engine(budget=16 << 20, weights=weights)
+    serve(engine, config, tensors)
+    engine.add(start(1, prompt(33)))
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        None, config=transformers.LlamaConfig(**raw), state_dict=dict(tensors)
+    )
+    assert_near_oracle(model.float().eval(), prompt(33), drain(engine)[1][0])
+
+
 def test_the_oracle_sees_position() -> None:
     """The oracle itself is worth comparing with: it tells a rotated prompt from the prompt."""
     config = ModelConfig.parse(VARIANTS["llama"])

@@ -64,6 +64,21 @@ def test_parameters_that_are_one_stay_one(tmp_path: Path, name: str) -> None:
     assert torch.equal(model.embed.weight, weight)
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_head_of_its_own_stays_so(tmp_path: Path, factor: int, caplog: pytest.LogCaptureFixture) -> None:
+    make_checkpoint("tiny-llama-tied", tmp_path)
+    tensors = load_checkpoint(tmp_path)
+    directory_of(tmp_path, tensors | {"lm_head.weight": factor * tensors["model.embed_tokens.weight"]})
+    model = empty(tmp_path)
+    assert load_into(model, tmp_path) == (set(), [])
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(model), logits(expected))
+    embedding, head = model.get_parameter("model.embed_tokens.weight"), model.get_parameter("lm_head.weight")
+    assert (embedding is head) == (factor == 1)
+    told = "model.embed_tokens.weight and lm_head.weight differ in the files: they are not tied"
+    assert (told in caplog.messages) == (factor == 2)
+
+
 class Shared(torch.nn.Module):
     """One buffer under six names, the first of which no checkpoint has; and one that none has under any name."""
 
