@@ -74,7 +74,10 @@ def load(data: bytes) -> dict[str, torch.Tensor]:
 
     Raises:
         CheckpointError: says what is wrong.
+        TypeError: no bytes.
     """
+    if not isinstance(data, bytes | bytearray):
+        raise TypeError(f"a safetensors file's bytes are needed, not {type(data).__name__}")
     parsed = header.parse(data, len(data))
     copied = bytearray(data)
     return {entry.name: view(copied, entry) for entry in parsed.tensors}

@@ -52,7 +52,7 @@ def save_file(
     """
     path = Path(filename)
     parts = _parts(tensors, metadata)
-    unfinished = path.with_name(f".{uuid4().hex}.unfinished")
+    unfinished = path.parent / f".{uuid4().hex}.unfinished"
     try:
         with unfinished.open("xb") as file:
             for part in parts:
@@ -120,6 +120,8 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _texts(metadata: dict[str, str]) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise TypeError(f"metadata are a dict of strings, not {type(metadata).__name__}")
     if len(metadata) > MAX_METADATA:
         raise ValueError(MANY_METADATA)
     for key, text in metadata.items():

@@ -328,6 +328,7 @@ def test_what_cannot_be_saved_is_refused_as_there(tmp_path: Path, tensors: Any) 
         ({"__metadata__": BASE}, None, ValueError, "is no name for a tensor"),
         ({"a": contents((), PACKED, 0)}, None, ValueError, "has no dimension"),
         ({"a": BASE}, {"b": 1}, TypeError, "metadata are strings by strings, not 'b': 1"),
+        ({"a": BASE}, "b", TypeError, "metadata are a dict of strings, not str"),
         ({"a": BASE}, dict.fromkeys(map(str, range(1025)), ""), ValueError, "__metadata__ has more than 1024 pairs"),
     ],
 )
@@ -336,6 +337,20 @@ def test_what_no_reader_would_open_is_not_written(
 ) -> None:
     with pytest.raises(kind, match=message):
         loader.save(tensors, metadata)
+
+
+@pytest.mark.parametrize("data", ["text", memoryview(b"bytes"), 3])
+def test_what_is_no_bytes_is_refused_as_there(data: Any) -> None:
+    for load in (reference.load, loader.load):
+        with pytest.raises(TypeError):
+            load(data)
+
+
+def test_no_name_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="'\\.'"):
+        loader.save_file({"a": BASE}, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_parts_without_overlap_and_lazy_values_are_saved() -> None:
