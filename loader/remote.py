@@ -42,7 +42,8 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class RemoteFile(NamedTuple):
-    """A file as a server names it. `size`: bytes; `etag`: empty where it gives none; `modified`: seconds since 1970."""
+    """A file as a server names it. `size`: bytes; `etag`: empty where it gives none; `modified`: seconds
+    since 1970, 0 where it gives none."""
 
     name: str
     size: int
@@ -133,13 +134,24 @@ class Remote:
             found[name] for name in sorted(found) if name in (CONFIG, *TEXTS) or manifest.TEMPLATES.fullmatch(name)
         ]
         if manifest.choose(list(found), self.url) == SINGLE:
+            self._check_versioned([found[SINGLE]])
             return [*texts, found[SINGLE]]
         names = self._shards(found[INDEX])
         shards = found if self._lists else self._asked(names)
         missing = [name for name in names if name not in shards]
         if missing:
             raise CheckpointError(f"{self.url} has no {missing[0]}, which its index names")
+        self._check_versioned([shards[name] for name in names])
         return [*texts, found[INDEX], *(shards[name] for name in names)]
+
+    def _check_versioned(self, weights: list[RemoteFile]) -> None:
+        """Nothing else would tell a file from another of its size, so that bytes of both would be taken for one's."""
+        for file in weights:
+            if not (file.etag or file.modified):
+                raise CheckpointError(
+                    f"{self.url}/{file.name}: the server tells neither its ETag nor when it changed (Last-Modified), so"
+                    " that nobody could tell it from another: have it send one, or download the files to a directory"
+                )
 
     def _shards(self, index: RemoteFile) -> list[str]:
         try:

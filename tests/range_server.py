@@ -38,6 +38,7 @@ class Faults:
         whole: ranges are not known: each answer is the whole file.
         deaf: nor is If-Match.
         etag: what ETags begin with; None: there are none.
+        modified: what Last-Modified says; None: there is none.
         sent: bytes of bodies of answers that began with these faults.
     """
 
@@ -53,6 +54,7 @@ class Faults:
     whole: bool = False
     deaf: bool = False
     etag: str | None = ""
+    modified: str | None = "Thu, 01 Jan 2026 00:00:00 GMT"
     metadata: dict[str, str] = field(default_factory=dict)
     sent: int = 0
 
@@ -148,7 +150,9 @@ class RangeServer:
 
     async def _file(self, request: web.Request, name: str) -> web.StreamResponse:
         data, faults = self.files[name], self.faults
-        headers = {"Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"} | faults.metadata
+        headers = dict(faults.metadata)
+        if faults.modified is not None:
+            headers["Last-Modified"] = faults.modified
         if faults.etag is not None:
             headers["ETag"] = self._etag(name)
         wanted = request.headers.get("If-Match")

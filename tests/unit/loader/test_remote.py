@@ -113,6 +113,21 @@ def test_an_index_is_not_believed(index: bytes, said: str, monkeypatch: pytest.M
         Remote(f"{server.url}/m").files()
 
 
+@pytest.mark.parametrize("files", [ONE, SHARDED])
+def test_weights_without_a_version_are_refused(files: dict[str, bytes]) -> None:
+    with RangeServer(dict(files)) as server:
+        url = f"{server.url}/m"
+        server.faults.etag = None
+        assert names(url)
+        server.faults.etag, server.faults.modified = "", None
+        assert names(url)
+        server.faults.etag = None
+        with pytest.raises(
+            CheckpointError, match=rf"^{url}/\S+safetensors: .* neither its ETag .*: have it send one, or"
+        ):
+            names(url)
+
+
 def test_what_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with RangeServer(dict(ONE)) as server:
         url = f"{server.url}/m"
