@@ -30,7 +30,7 @@ from serverless_llm.loader.disk_tier import (
     version_of,
 )  # fmt: skip
 from serverless_llm.loader.download import CHECKPOINT, Told, sync
-from serverless_llm.loader.manifest import CONFIG, MAX_CONFIG, MAX_INDEX, REMOTE
+from serverless_llm.loader.manifest import CONFIG, MANY_HEADERS, MAX_CONFIG, MAX_HEADERS, MAX_TEXT, REMOTE
 from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile
 
 SUFFIX = ".safetensors"
@@ -122,6 +122,9 @@ def _write(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: P
 
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
         needed = list(threads.map(partial(_needed, source), files))
+        headers = [nbytes for file, nbytes in zip(files, needed, strict=True) if file.name.endswith(SUFFIX)]
+        if sum(headers) > MAX_HEADERS:
+            raise CheckpointError(f"{source.url}: {MANY_HEADERS}")
         with tier.alone():
             tier.room(f"what deploying {source.url} reads", sum(needed), sum(needed), heads)
         list(threads.map(fetch, files, needed))
@@ -133,7 +136,7 @@ def _write(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: P
 def _needed(source: Remote, file: RemoteFile) -> int:
     """Bytes of a file that are read now."""
     if not file.name.endswith(SUFFIX):
-        most = MAX_CONFIG if file.name == CONFIG else MAX_INDEX
+        most = MAX_CONFIG if file.name == CONFIG else MAX_TEXT
         if file.size > most:
             raise CheckpointError(f"{source.url}/{file.name} is larger than {most} bytes")
         return file.size

@@ -10,14 +10,14 @@ Memory: values are read one at a time, so that a hostile header costs at most te
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from serverless_llm.errors import CheckpointError
+from serverless_llm.loader.members import Document, shown
 
 PREFIX = 8  # bytes before the JSON
 POINTER = b"version "  # how what git has in place of a large file begins; as a length it is over any limit
@@ -27,7 +27,6 @@ MAX_DIMENSION = 2**63 - 1  # what a tensor library can hold in a signed size
 MAX_ENTRY = 4096  # characters of one tensor's entry; real ones have about a hundred
 MAX_METADATA = 1024  # pairs; real files have from one to about a hundred
 MANY_METADATA = f"__metadata__ has more than {MAX_METADATA} pairs"
-SHOWN = 200  # characters of a string from the header that an error repeats
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -125,6 +124,7 @@ def _text(raw: bytes, begin: int) -> str:
 
 
 def _read(text: str, begin: int) -> tuple[list[TensorEntry], dict[str, str]]:
+    document = Document(text, "header")
     tensors: list[TensorEntry] = []
     metadata: list[dict[str, str]] = []
 
@@ -135,62 +135,17 @@ def _read(text: str, begin: int) -> tuple[list[TensorEntry], dict[str, str]]:
             return end
         if metadata:
             raise CheckpointError(f"header has the key {METADATA!r} twice")
-        pairs, end = _metadata(text, at)
+        pairs, end = _metadata(document, at)
         metadata.append(pairs)
         return end
 
-    end = _object(text, 0, "header", member)
+    end = document.object(0, "header", member)
     if end < len(text):
-        raise _not_json("something follows", end)
+        raise document.broken("something follows", end)
     return tensors, metadata[0] if metadata else {}
 
 
-# --- JSON, one member at a time ---
-
-COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-OPEN = re.compile(r"\{[ \t\n\r]*(\}[ \t\n\r]*)?")
-NEXT = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(\}[ \t\n\r]*))")  # group 1: the object's end
-
-
-def _object(text: str, at: int, what: str, member: Callable[[str, int], int]) -> int:
-    """Where the object at `at` ends, spaces after it included; `member` takes a key and where its value begins, and
-    says where that ends."""
-    mark = OPEN.match(text, at)
-    if mark is None:
-        raise CheckpointError(f"{what} does not begin a JSON object")
-    while not mark[1]:
-        key, at = _string(text, mark.end())
-        at = member(key, _past(COLON, text, at, "no colon").end())
-        mark = _past(NEXT, text, at, "neither a comma nor the object's end")
-    return mark.end()
-
-
-def _past(pattern: re.Pattern[str], text: str, at: int, fault: str) -> re.Match[str]:
-    mark = pattern.match(text, at)
-    if mark is None:
-        raise _not_json(fault, at)
-    return mark
-
-
-def _string(text: str, at: int) -> tuple[str, int]:
-    """The string at `at`, and where it ends."""
-    if not text.startswith('"', at):
-        raise _not_json("no string", at)
-    try:
-        string, end = PLAIN.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        raise _not_json(error.msg, error.pos) from None
-    if not string.isascii() and SURROGATE.search(string):
-        raise CheckpointError(f"header has the string {_shown(string)}, which is not Unicode text")
-    return string, end
-
-
-def _not_json(fault: str, at: int) -> CheckpointError:
-    return CheckpointError(f"header is not JSON: {fault} at character {at}")
-
-
-def _shown(string: str) -> str:
-    return repr(string if len(string) <= SHOWN else f"{string[:SHOWN]}...")
+# --- what the members mean ---
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,28 +155,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-PLAIN = json.JSONDecoder()
 ENTRY = json.JSONDecoder(object_pairs_hook=_unique)
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which JSON can smuggle in and no UTF-8 string holds
 
 
-# --- what the members mean ---
-
-
-def _metadata(text: str, at: int) -> tuple[dict[str, str], int]:
-    if text.startswith("null", at):
+def _metadata(document: Document, at: int) -> tuple[dict[str, str], int]:
+    if document.text.startswith("null", at):
         return {}, at + 4
     pairs: dict[str, str] = {}
 
     def member(key: str, at: int) -> int:
         if key in pairs:
-            raise CheckpointError(f"__metadata__ has the key {_shown(key)} twice")
+            raise CheckpointError(f"__metadata__ has the key {shown(key)} twice")
         if len(pairs) == MAX_METADATA:
             raise CheckpointError(MANY_METADATA)
-        pairs[key], end = _string(text, at)
+        pairs[key], end = document.string(at)
         return end
 
-    return pairs, _object(text, at, "__metadata__", member)
+    return pairs, document.object(at, METADATA, member)
 
 
 def _entry(name: str, text: str, at: int, begin: int) -> tuple[TensorEntry, int]:
@@ -230,33 +180,33 @@ def _entry(name: str, text: str, at: int, begin: int) -> tuple[TensorEntry, int]
     try:
         value, length = ENTRY.raw_decode(window)
     except RecursionError:
-        raise CheckpointError(f"tensor {_shown(name)} is nested too deeply") from None
+        raise CheckpointError(f"tensor {shown(name)} is nested too deeply") from None
     except ValueError as error:
         raise _broken(name, window, error) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"tensor {_shown(name)} is not an object")
+        raise CheckpointError(f"tensor {shown(name)} is not an object")
     if value.keys() != FIELDS:
         odd = "lacks" if FIELDS - value.keys() else "has more than"
-        raise CheckpointError(f"tensor {_shown(name)} {odd} dtype, shape and data_offsets")
+        raise CheckpointError(f"tensor {shown(name)} {odd} dtype, shape and data_offsets")
     if "-" in window[:length]:  # a minus, and the one number that it may stand before
-        raise CheckpointError(f"tensor {_shown(name)} has a negative number")
+        raise CheckpointError(f"tensor {shown(name)} has a negative number")
     return _checked(name, value, begin), at + length
 
 
 def _broken(name: str, window: str, error: ValueError) -> CheckpointError:
     if len(window) == MAX_ENTRY:
-        return CheckpointError(f"the entry of tensor {_shown(name)} is longer than {MAX_ENTRY} characters")
-    return CheckpointError(f"header is not JSON: in the entry of tensor {_shown(name)}: {error}")
+        return CheckpointError(f"the entry of tensor {shown(name)} is longer than {MAX_ENTRY} characters")
+    return CheckpointError(f"header is not JSON: in the entry of tensor {shown(name)}: {error}")
 
 
 def _checked(name: str, value: dict[str, Any], begin: int) -> TensorEntry:
     dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"tensor {_shown(name)} has the unknown dtype {_shown(str(dtype))}")
-    shape = _sizes(value["shape"], f"shape of tensor {_shown(name)}")
-    start, *end = _sizes(value["data_offsets"], f"data_offsets of tensor {_shown(name)}") or (0,)
+        raise CheckpointError(f"tensor {shown(name)} has the unknown dtype {shown(str(dtype))}")
+    shape = _sizes(value["shape"], f"shape of tensor {shown(name)}")
+    start, *end = _sizes(value["data_offsets"], f"data_offsets of tensor {shown(name)}") or (0,)
     if len(end) != 1 or start > end[0]:
-        raise CheckpointError(f"data_offsets of tensor {_shown(name)} are not [begin, end]")
+        raise CheckpointError(f"data_offsets of tensor {shown(name)} are not [begin, end]")
     _check_bytes(name, dtype, shape, end[0] - start)
     # one string for each dtype, not one for each tensor
     return TensorEntry(name, sys.intern(dtype), shape, begin + start, begin + end[0])
@@ -277,10 +227,10 @@ def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> 
     for size in shape:
         items *= size or 1
         if items > MAX_DIMENSION:
-            raise CheckpointError(f"shape {list(shape)} of tensor {_shown(name)} overflows")
+            raise CheckpointError(f"shape {list(shape)} of tensor {shown(name)} overflows")
     bits = 0 if 0 in shape else items * DTYPE_BITS[dtype]
     if bits != nbytes * 8:
-        raise CheckpointError(f"tensor {_shown(name)} of {dtype} {list(shape)} does not fill its {nbytes} bytes")
+        raise CheckpointError(f"tensor {shown(name)} of {dtype} {list(shape)} does not fill its {nbytes} bytes")
 
 
 def _check_names(tensors: list[TensorEntry]) -> None:
@@ -288,17 +238,17 @@ def _check_names(tensors: list[TensorEntry]) -> None:
     tensors.sort(key=attrgetter("name"))
     for before, after in pairwise(tensors):
         if before.name == after.name:
-            raise CheckpointError(f"header has the key {_shown(after.name)} twice")
+            raise CheckpointError(f"header has the key {shown(after.name)} twice")
 
 
 def _check_cover(tensors: list[TensorEntry], begin: int, file_size: int) -> None:
     """Tensors, sorted by offset, must cover the file's data exactly."""
     if tensors and tensors[0].start != begin:
-        raise CheckpointError(f"a gap before the first tensor {_shown(tensors[0].name)}")
+        raise CheckpointError(f"a gap before the first tensor {shown(tensors[0].name)}")
     for before, after in pairwise(tensors):
         if after.start != before.end:
             fault = "a gap between" if after.start > before.end else "an overlap of"
-            raise CheckpointError(f"{fault} the tensors {_shown(before.name)} and {_shown(after.name)}")
+            raise CheckpointError(f"{fault} the tensors {shown(before.name)} and {shown(after.name)}")
     end = tensors[-1].end if tensors else begin
     if end != file_size:
         fault = "truncated: " if end > file_size else ""

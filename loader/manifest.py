@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import FileIO
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,13 +21,20 @@ from serverless_llm.domain import CheckpointId
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import header
 from serverless_llm.loader.header import Header, TensorEntry
+from serverless_llm.loader.members import DECODER, Document, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REMOTE = ".serverless-llm-remote"  # beside a directory of which only headers and texts are here
 CONFIG = "config.json"
 OTHERS = {".gguf": "GGUF", "adapter_model.safetensors": "an adapter (LoRA)"}
-MAX_INDEX = 100_000_000  # bytes; an arbitrary bound on memory
+MAX_INDEX = 64_000_000  # bytes; an arbitrary bound on memory, as the next ones. The index of DeepSeek-V3 has 9 MB
+MAX_HEADERS = 128_000_000  # bytes of all files' headers together, which take up to ten times that
+MANY_HEADERS = f"the headers of a checkpoint's files have more than {MAX_HEADERS} bytes together"
+MAX_FILES = 10_000  # of weights
+MAX_BESIDE = 100  # members of an index beside its weight_map; real ones have one
+MAX_MEMBER = 1 << 20  # characters of each
+MAX_TEXT = 100_000_000  # bytes of another file that `deploy URL` brings
 MAX_CONFIG = 1 << 20  # bytes; workers are sent it in one frame
 TEXTS = (  # what gateways read beside the weights
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -126,9 +135,12 @@ def _weights(directory: Path, names: list[str]) -> tuple[list[FileEntry], list[b
     """The files and the bytes of their headers."""
     choice = choose(names, str(directory))
     weight_map = None if choice == SINGLE else weight_map_of(_text(directory, INDEX, MAX_INDEX))
-    files, heads = [], []
+    files: list[FileEntry] = []
+    heads: list[bytes] = []
+    left = MAX_HEADERS
     for name in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
-        entry, head = file_entry(name, confined(directory, name), directory / name)
+        entry, head = file_entry(name, confined(directory, name), directory / name, left)
+        left -= len(head)
         files.append(entry)
         heads.append(head)
     check_tensors(files, weight_map)
@@ -150,22 +162,29 @@ def _text(directory: Path, name: str, most: int) -> str:
         raise CheckpointError(f"{name} is not UTF-8") from None
 
 
-def file_entry(name: str, path: Path, shown: Path) -> tuple[FileEntry, bytes]:
-    """One safetensors file and the bytes of its header. `shown` is how the caller knows it.
+def file_entry(name: str, path: Path, known: Path, left: int = MAX_HEADERS) -> tuple[FileEntry, bytes]:
+    """One safetensors file and the bytes of its header, `left` at most. `known` is how the caller knows it.
 
     Raises:
         OSError: it cannot be read.
-        CheckpointError: its header is invalid; the message begins with `shown`.
+        CheckpointError: its header is invalid; the message begins with `known`.
     """
     with path.open("rb", buffering=0) as file:
         stat = os.fstat(file.fileno())
         try:
-            prefix = file.read(header.PREFIX)
-            head = prefix + file.read(header.data_offset(prefix, stat.st_size) - header.PREFIX)
+            head = _head(file, stat.st_size, left)
             parsed = header.parse(head, stat.st_size)
         except CheckpointError as error:
-            raise CheckpointError(f"{shown}: {error}") from None
+            raise CheckpointError(f"{known}: {error}") from None
         return FileEntry(name, path, stat.st_size, stat.st_mtime_ns, parsed), head
+
+
+def _head(file: FileIO, file_size: int, left: int) -> bytes:
+    prefix = file.read(header.PREFIX)
+    begin = header.data_offset(prefix, file_size)
+    if begin > left:
+        raise CheckpointError(MANY_HEADERS)
+    return prefix + file.read(begin - header.PREFIX)
 
 
 def confined(directory: Path, name: str) -> Path:
@@ -240,19 +259,60 @@ def object_of(text: str, name: str) -> dict[str, Any]:
 
 
 def weight_map_of(text: str) -> dict[str, str]:
-    """tensor -> file name, from an index's text.
+    """tensor -> file name, from an index's text. Takes ten times its bytes at most, and 32 MiB.
 
     Raises:
-        CheckpointError: no or a bad `weight_map`, or a file name that leads out of the directory.
+        CheckpointError: no or a bad `weight_map`, too many files, or a file name that leads out of the directory.
     """
-    weight_map = object_of(text, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    document = Document(text, INDEX)
+    weight_map: dict[str, str] = {}
+    names: dict[str, str] = {}  # one string for each file, not one for each tensor
+    beside = count(1)
+
+    def tensor(key: str, at: int) -> int:
+        name, end = document.string(at)
+        if name not in names:
+            _check_name(name)
+            if len(names) == MAX_FILES:
+                raise CheckpointError(f"{INDEX} names more than {MAX_FILES} files")
+        weight_map[key] = names.setdefault(name, name)
+        return end
+
+    def member(key: str, at: int) -> int:
+        if key != "weight_map":
+            return _passed(document, at, next(beside))
+        if weight_map or not text.startswith("{", at):
+            raise CheckpointError(f"{INDEX} has {'more than one' if weight_map else 'no'} weight_map")
+        return document.object(at, key, tensor)
+
+    begin = len(text) - len(text.lstrip())
+    end = document.object(begin, INDEX, member)
+    if end < len(text):
+        raise document.broken("something follows", end)
+    if not weight_map:
         raise CheckpointError(f"{INDEX} has no weight_map")
-    for name in set(map(str, weight_map.values())):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or not name.isprintable():
-            raise CheckpointError(f"{INDEX} names {name!r}, which is no safetensors file in the directory")
     return weight_map
+
+
+def _check_name(name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or not name.isprintable():
+        raise CheckpointError(f"{INDEX} names {shown(name)}, which is no safetensors file in the directory")
+
+
+def _passed(document: Document, at: int, number: int) -> int:
+    """Where the value at `at` ends, which nobody wants. `number`: that of such values."""
+    if number > MAX_BESIDE:
+        raise CheckpointError(f"{INDEX} has more than {MAX_BESIDE} members beside its weight_map")
+    window = document.text[at : at + MAX_MEMBER]
+    try:
+        return at + DECODER.raw_decode(window)[1]
+    except RecursionError:
+        raise CheckpointError(f"{INDEX} is nested too deeply") from None
+    except ValueError as error:
+        if len(window) == MAX_MEMBER:
+            raise CheckpointError(f"{INDEX} has a member of more than {MAX_MEMBER} characters") from None
+        raise CheckpointError(f"{INDEX} is not JSON: {error}") from None
 
 
 def check_tensors(files: list[FileEntry], weight_map: dict[str, str] | None) -> None:

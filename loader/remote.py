@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LISTING = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # scheme -> how its variables begin
 PLAIN = ("http", "https")
-MOST_FILES = 10_000  # below a prefix, and of weights; an arbitrary bound on requests and memory
+MOST_FILES = 10_000  # below a prefix; an arbitrary bound on requests and memory
 ASKED_AT_ONCE = 16
 SILENCE = timedelta(seconds=30)
 LONGEST = timedelta(days=1)
@@ -163,8 +163,8 @@ class Remote:
         except CheckpointError as error:
             raise CheckpointError(f"{self.url}: {error}") from None
         odd = [name for name in names if str(PurePosixPath(name)) != name]
-        if odd or len(names) > MOST_FILES:
-            raise CheckpointError(f"{self.url}: {INDEX} names {odd[0]!r}" if odd else f"{self.url}: too many files")
+        if odd:
+            raise CheckpointError(f"{self.url}: {INDEX} names {odd[0]!r}")
         return names
 
     def _listed(self) -> dict[str, RemoteFile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,18 +160,82 @@ def test_what_is_no_object_is_told_in_a_whole_sentence(text: str, sentence: str)
 @pytest.mark.parametrize(
     ("weight_map", "sentence"),
     [
-        ("[]", "model.safetensors.index.json has no weight_map"),
-        ("nope", "model.safetensors.index.json is not JSON: Expecting value: line 1 column 16 (char 15)"),
-        (
-            '{"a": "/b.safetensors"}',
-            "model.safetensors.index.json names '/b.safetensors', which is no safetensors file in the directory",
-        ),
+        ("[]", "has no weight_map"),
+        ("nope", "has no weight_map"),
+        ("{}", "has no weight_map"),
+        ('{"a": 5}', "is not JSON: no string at character 21"),
+        ('{"a": "/b.safetensors"}', "names '/b.safetensors', which is no safetensors file in the directory"),
+        ('{"a": "b.safetensors"}, "weight_map": {}', "has more than one weight_map"),
+        ('{"a": "b.safetensors"}, "metadata": nope', "is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ('{"a": "b.safetensors"}, "metadata": ' + "[" * 100_000, "is nested too deeply"),
+        ('{"a": "b.safetensors"}} {', "is not JSON: something follows at character 39"),
     ],
 )
 def test_a_bad_index_is_told_in_a_whole_sentence(weight_map: str, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         manifest.weight_map_of(f'{{"weight_map": {weight_map}}}')
-    assert str(caught.value) == sentence
+    assert str(caught.value) == f"model.safetensors.index.json {sentence}"
+
+
+def test_an_index_has_other_members_and_spaces_too() -> None:
+    text = ' \n{ "metadata" : {"total_size": 5e9, "x": [1, null]}, "weight_map": {"a":"b.safetensors"}, "y":"" }\n'
+    assert manifest.weight_map_of(text) == {"a": "b.safetensors"}
+
+
+def test_an_index_is_bounded_in_files_and_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    def text(files: int, beside: int, value: str = "5") -> str:
+        others = "".join(f'"{number}": {value}, ' for number in range(beside))
+        names = ", ".join(f'"{number}": "{number // 2}.safetensors"' for number in range(2 * files))
+        return f'{{{others}"weight_map": {{{names}}}}}'
+
+    assert len(manifest.weight_map_of(text(manifest.MAX_FILES, manifest.MAX_BESIDE))) == 2 * manifest.MAX_FILES
+    with pytest.raises(CheckpointError) as caught:
+        manifest.weight_map_of(text(manifest.MAX_FILES + 1, 0))
+    assert str(caught.value) == "model.safetensors.index.json names more than 10000 files"
+    with pytest.raises(CheckpointError) as caught:
+        manifest.weight_map_of(text(1, manifest.MAX_BESIDE + 1))
+    assert str(caught.value) == "model.safetensors.index.json has more than 100 members beside its weight_map"
+    monkeypatch.setattr(manifest, "MAX_MEMBER", 6)
+    manifest.weight_map_of(text(1, 1, '"abc"'))
+    with pytest.raises(CheckpointError) as caught:
+        manifest.weight_map_of(text(1, 1, '"abcde"'))
+    assert str(caught.value) == "model.safetensors.index.json has a member of more than 6 characters"
+
+
+@pytest.mark.parametrize(
+    ("part", "end"),
+    [
+        ('"a%x":"b.safetensors",', '"metadata":{}}'),
+        ('"\U0001f600%x":"b.safetensors",', '"metadata":{}}'),
+        ('"":"%x.safetensors",', '"metadata":{}}'),
+        ("", '"metadata":[' + "[]," * 1_000_000),
+        ("", '"' * 3_000_000),
+    ],
+)
+def test_an_index_takes_ten_times_its_bytes(part: str, end: str) -> None:
+    tensors = "".join(part % number for number in range(100_000)) if part else ""
+    text = '{"weight_map":{' + tensors + '"z":"b.safetensors"},' + end
+    size = len(text.encode())
+    tracemalloc.start()
+    try:
+        with suppress(CheckpointError):
+            manifest.weight_map_of(text)
+        assert tracemalloc.get_traced_memory()[1] < 10 * size + (32 << 20)
+        assert not tensors or tracemalloc.get_traced_memory()[1] < 10 * size
+    finally:
+        tracemalloc.stop()
+
+
+def test_headers_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write(tmp_path, ONE, TWO)
+    together = sum(file.data_offset for file in manifest.build(directory).files)
+    second = directory / "model-00002-of-00002.safetensors"
+    monkeypatch.setattr(manifest, "MAX_HEADERS", together)
+    manifest.build(directory)
+    monkeypatch.setattr(manifest, "MAX_HEADERS", together - 1)
+    with pytest.raises(CheckpointError) as caught:
+        manifest.build(directory)
+    assert str(caught.value) == f"{second}: the headers of a checkpoint's files have more than 128000000 bytes together"
 
 
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "ckpt", "pkl", "msgpack", "h5"])
@@ -236,7 +301,7 @@ def test_an_index_without_a_map(tmp_path: Path, weight_map: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["/etc/a.safetensors", "../a.safetensors", "b/../../a.safetensors", "a.bin", 5, None, "a\0.safetensors"]
+    "name", ["/etc/a.safetensors", "../a.safetensors", "b/../../a.safetensors", "a.bin", "a\0.safetensors"]
 )
 def test_an_index_cannot_lead_out(tmp_path: Path, name: Any) -> None:
     (tmp_path / "config.json").write_text("{}")

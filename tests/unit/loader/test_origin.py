@@ -81,10 +81,19 @@ def test_what_deploying_writes_is_bounded(
     server.files |= {"m/config.json": config, "m/tokenizer.json": bytes(20_000)}
     with pytest.raises(CapacityError, match=f"what deploying {url} reads has .*, the disk tier 10.0 KB at most: set "):
         announce(DiskTier(tier.root, "10KB"), url)
-    monkeypatch.setattr(announcing, "MAX_INDEX", 19_999)
+    monkeypatch.setattr(announcing, "MAX_TEXT", 19_999)
     with pytest.raises(CheckpointError, match=f"{url}/tokenizer.json is larger than 19999 bytes"):
         announce(tier, url)
     assert not {"m/config.json", "m/tokenizer.json"} & {*server.gets}
+    assert list(tier.root.glob("*/*")) == []
+
+
+def test_the_headers_that_deploying_reads_are_bounded_together(
+    server: RangeServer, tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcing, "MAX_HEADERS", 100)
+    with pytest.raises(CheckpointError, match=f"^{server.url}/m: the headers of a checkpoint's files have more than "):
+        announce(tier, f"{server.url}/m")
     assert list(tier.root.glob("*/*")) == []
 
 
