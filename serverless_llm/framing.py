@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from serverless_llm.errors import ProtocolError
 
-PROTOCOL = 5  # bumped with every incompatible change of a message
+PROTOCOL = 6  # bumped with every incompatible change of a message
 MAGIC = b"SLM" + bytes([PROTOCOL])
 HEADER = struct.Struct("<4sHHIIQQ")
 MAX_FRAME = 256 * 1024

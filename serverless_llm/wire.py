@@ -289,7 +289,7 @@ class Booted(Message, frozen=True):
 
 
 class Place(Message, frozen=True):
-    """Agent -> worker: make room for a replica; its pieces follow. `files`: (name, bytes) in load order.
+    """Agent -> worker: make room for a replica; its pieces follow. `files`: bytes of each in load order.
 
     `ring`: the pieces' slots are used again as soon as the worker has copied them, which it tells by `Copied`.
     `room`: an otherwise empty DRAM tier would hold all of them at once. `online`: somebody waits for it.
@@ -302,7 +302,7 @@ class Place(Message, frozen=True):
     config: str  # config.json
     dtype: str
     kv_floor: int
-    files: list[tuple[str, int]]
+    files: list[int]
     ring: bool = False
     room: bool = True
     online: bool = True

@@ -180,7 +180,6 @@ class Placing:
         return [state.sequence for state in ended]
 
     def _task(self, order: wire.Place, view: bool, priority: Priority) -> Mapping | Upload:
-        sizes = [size for _, size in order.files]
         lent = Lent(order.lenders, [Run(*run) for run in order.runs], order.total)
 
         def read(nbytes: int) -> None:
@@ -188,9 +187,11 @@ class Placing:
             os.eventfd_write(self.wakeup, 1)
 
         task = (
-            self._uploader.mapping(order.checkpoint, sizes, self._progress(order), lent)
+            self._uploader.mapping(order.checkpoint, order.files, self._progress(order), lent)
             if view
-            else self._uploader.upload(sizes, self._progress(order), read if order.ring else None, _due(order), lent)
+            else self._uploader.upload(
+                order.files, self._progress(order), read if order.ring else None, _due(order), lent
+            )
         )
         task.priority = priority
         return task
@@ -295,5 +296,4 @@ def _due(order: wire.Place) -> digest.Due | None:
     """Which blocks are compared on the device; None: none."""
     if order.verify == "off":
         return None
-    sizes = [size for _, size in order.files]
-    return digest.every if order.verify == "full" else digest.sampled(order.checkpoint, sizes, order.sample)
+    return digest.every if order.verify == "full" else digest.sampled(order.checkpoint, order.files, order.sample)

@@ -235,7 +235,7 @@ class Store:
             config=found.raw_config,
             dtype=order.dtype,
             kv_floor=order.kv_floor,
-            files=[(file.name, file.size) for file in found.files],
+            files=[file.size for file in found.files],
             ring=replica.load.ringed,
             room=self._pipeline.fits(found),
             lenders=list(replica.load.lent.sizes),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from serverless_llm import framing, wire
 from serverless_llm.errors import ProtocolError
+from serverless_llm.loader import manifest
 
 RUN = wire.Run(7, 2, 3, b"\1\0\0\0", b"", 0.5, 40, 0.9, 11, 16, [2])
 
@@ -29,6 +30,13 @@ def messages() -> st.SearchStrategy[wire.Message]:
 
 def decoded(frame: framing.Frame) -> wire.Message:
     return wire.decode(frame.header.kind, frame.body)
+
+
+def test_of_the_most_files_a_worker_can_be_told() -> None:
+    files = [2**62] * manifest.MAX_FILES
+    order = wire.Place(1, "m", "c", " " * manifest.MAX_CONFIG, "auto", 0, files)
+    (frame,) = framing.Splitter().feed(wire.encode(order))
+    assert decoded(frame) == order
 
 
 @given(st.lists(messages(), max_size=6), st.lists(st.floats(0, 1), max_size=12))

@@ -66,7 +66,7 @@ class Agent:
         verify: str = "off",
         twins: Sequence[tuple[int, int, int, int]] = (),
     ) -> None:
-        files = [("model.safetensors", len(self.raw))]
+        files = [len(self.raw)]
         config = config or self.config
         place = wire.Place(replica, "tiny", "c", config, dtype, 0, files, ring, room, online, verify, twins=[*twins])
         self.send(place)

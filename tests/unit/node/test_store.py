@@ -264,7 +264,7 @@ def test_views_are_told_of_what_lies_side_by_side_as_one_and_copies_are_not(tmp_
             await desk.until(lambda: number in desk.landed)  # noqa: B023
             told = [message.pieces for message in desk.heard(device) if isinstance(message, wire.Landed)]
             assert any(length > MIB for pieces in told for _, _, length, _ in pieces) == (device == VIEW)
-            assert sum(length for pieces in told for _, _, length, _ in pieces) == desk.order(number).files[0][1]
+            assert sum(length for pieces in told for _, _, length, _ in pieces) == desk.order(number).files[0]
 
     at_a_desk(tmp_path, tell)
 
