@@ -33,7 +33,8 @@ PLAIN = ("http", "https")
 MOST_FILES = 10_000  # below a prefix; an arbitrary bound on requests and memory
 ASKED_AT_ONCE = 16
 SILENCE = timedelta(seconds=30)
-LONGEST = timedelta(days=1)
+LONGEST = timedelta(minutes=1)  # of one answer: a server that is worth waiting for sends `LEAST` in it
+LEAST = 256 << 10  # bytes
 TRIES = 3  # of a range that breaks off without a byte; each is obstore's, which tries errors of the server again
 RETRY: RetryConfig = {"max_retries": 4}
 PATIENCE = timedelta(seconds=5)  # with a host that does not answer, or answers with errors: somebody may be at a prompt
@@ -86,18 +87,18 @@ def checked(url: str) -> str:
 class Remote:
     """One checkpoint's directory on a server. Its methods may be called from any thread."""
 
-    def __init__(self, url: str, silence: timedelta = SILENCE, longest: timedelta = LONGEST) -> None:
+    def __init__(self, url: str, silence: timedelta = SILENCE, longest: timedelta | None = None) -> None:
         """
         Args:
             silence: in which a server sends nothing at all, until it counts as gone.
-            longest: of one answer, which is broken off then; the next one goes on at its byte.
+            longest: of one answer, which is broken off then; the next one goes on at its byte. None: `LONGEST`.
 
         Raises:
             CheckpointError: no source has such a URL.
             ConfigurationError: obstore is missing, or its variables are wrong.
         """
         self._silence = silence
-        self._longest = longest
+        self._longest = longest or LONGEST
         self.url = checked(url)
         self._lists = urlsplit(self.url).scheme in LISTING
         self._obstore = extra("remote", "obstore", "sources behind a URL", "exceptions", "store")
@@ -210,14 +211,15 @@ class Remote:
             raise CheckpointError(f"{self.url}/{file.name} is larger than {most} bytes")
         return b"".join(self.read(file, 0, file.size)).decode()
 
-    def read(self, file: RemoteFile, start: int, stop: int, least: int = 1 << 20) -> Iterator[bytes]:
+    def read(self, file: RemoteFile, start: int, stop: int, least: int = LEAST) -> Iterator[bytes]:
         """The bytes from `start` to `stop`, at least `least` at a time, the last ones apart.
 
         A connection that breaks off is replaced. What was given out is good, whatever happens then.
 
         Raises:
             CheckpointError: the file is another by now, or may not be read, or the server knows no ranges.
-            TransientError: the server fails, or sends more or less than was asked for.
+            TransientError: the server fails, sends more or less than was asked for, or less than `least` in one answer,
+                time and again.
         """
         tries = TRIES
         while start < stop:

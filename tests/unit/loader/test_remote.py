@@ -191,6 +191,15 @@ def test_an_answer_that_breaks_off_says_so() -> None:
             list(hasty.read(file, 0, 7))
 
 
+def test_what_drips_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RangeServer(dict(ONE) | {"m/tokenizer.json": bytes(1000)}) as server:
+        file = Remote(f"{server.url}/m").files()[1]
+        monkeypatch.setattr(remote, "LONGEST", timedelta(seconds=0.05))
+        server.faults.drip = 0.001
+        with pytest.raises(TransientError):
+            Remote(f"{server.url}/m").text(file, 1000)
+
+
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ConfigurationError, match=r"constraints\.txt '\.\[remote\]'"):
