@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from serverless_llm.errors import CheckpointError, ConfigurationError, Transient
 from serverless_llm.extras import extra
 from serverless_llm.loader import manifest, refusals
 from serverless_llm.loader.manifest import CONFIG, INDEX, SINGLE, TEXTS
+from serverless_llm.loader.members import shown
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -38,6 +40,8 @@ LEAST = 256 << 10  # bytes
 TRIES = 3  # of a range that breaks off without a byte; each is obstore's, which tries errors of the server again
 RETRY: RetryConfig = {"max_retries": 4}
 PATIENCE = timedelta(seconds=5)  # with a host that does not answer, or answers with errors: somebody may be at a prompt
+LONGEST_PART = 255  # bytes of a name between two slashes: what file systems take
+LONGEST_NAME = 1024  # bytes, as of an object's key: what a path takes, 4096, less the directory's
 DIGESTS = {"sha256": 64, "md5": 32}  # names in an object's metadata -> hexadecimal digits
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -135,15 +139,16 @@ class Remote:
             found[name] for name in sorted(found) if name in (CONFIG, *TEXTS) or manifest.TEMPLATES.fullmatch(name)
         ]
         if manifest.choose(list(found), self.url) == SINGLE:
-            self._check_versioned([found[SINGLE]])
-            return [*texts, found[SINGLE]]
-        names = self._shards(found[INDEX])
-        shards = found if self._lists else self._asked(names)
+            names, others = [SINGLE], texts
+        else:
+            names, others = self._shards(found[INDEX]), [*texts, found[INDEX]]
+        self._check_names([*(file.name for file in others), *names])
+        shards = found if self._lists or names == [SINGLE] else self._asked(names)
         missing = [name for name in names if name not in shards]
         if missing:
             raise CheckpointError(f"{self.url} has no {missing[0]}, which its index names")
         self._check_versioned([shards[name] for name in names])
-        return [*texts, found[INDEX], *(shards[name] for name in names)]
+        return [*others, *(shards[name] for name in names)]
 
     def _check_versioned(self, weights: list[RemoteFile]) -> None:
         """Nothing else would tell a file from another of its size, so that bytes of both would be taken for one's."""
@@ -160,13 +165,20 @@ class Remote:
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.url}/{INDEX} is not UTF-8") from None
         try:
-            names = sorted(set(manifest.weight_map_of(text).values()))
+            return sorted(set(manifest.weight_map_of(text).values()))
         except CheckpointError as error:
             raise CheckpointError(f"{self.url}: {error}") from None
-        odd = [name for name in names if str(PurePosixPath(name)) != name]
-        if odd:
-            raise CheckpointError(f"{self.url}: {INDEX} names {odd[0]!r}")
-        return names
+
+    def _check_names(self, names: list[str]) -> None:
+        """They are of files that a directory can have beside each other."""
+        for name in names:
+            path = PurePosixPath(name)
+            longest = max(len(part.encode()) for part in path.parts)
+            if str(path) != name or longest > LONGEST_PART or len(name.encode()) > LONGEST_NAME:
+                raise CheckpointError(f"{self.url}: no directory can have a file of the name {shown(name)}")
+        for before, after in pairwise(sorted(names, key=lambda name: name.replace("/", "\0"))):
+            if after.startswith(f"{before}/"):
+                raise CheckpointError(f"{self.url}: no directory can have {shown(before)} and {shown(after)}")
 
     def _listed(self) -> dict[str, RemoteFile]:
         found: dict[str, RemoteFile] = {}

@@ -97,23 +97,41 @@ def test_files_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"[]", "/m: model.safetensors.index.json does not begin a JSON object"),
         (b'{"weight_map": {"x": "../x.safetensors"}}', "/m: .*names '../x.safetensors'"),
         (b'{"weight_map": {"x": "/x.safetensors"}}', "/m: .*names '/x.safetensors'"),
-        (b'{"weight_map": {"x": "a//x.safetensors"}}', "/m: .*names 'a//x.safetensors'"),
+        (b'{"weight_map": {"x": "a//x.safetensors"}}', "/m: no .* of the name 'a//x.safetensors'"),
+        (b'{"weight_map": {"x": "%s.safetensors"}}' % (122 * "\u00e9").encode(), "of the name '\u00e9+.safetensors'"),
+        (b'{"weight_map": {"x": "%sx.safetensors"}}' % (1012 // 2 * b"d/"), "of the name 'd/d/"),
+        (
+            b'{"weight_map": {"x": "a.safetensors", "y": "a.safetensors/b/c.safetensors"}}',
+            "can have .a.safetensors. and .a.saf",
+        ),
+        (
+            b'{"weight_map": {"x": "config.json/b.safetensors", "y": "config.json!.safetensors"}}',
+            "can have 'config.json' and 'config.json/b.saf",
+        ),
         (b'{"weight_map": {"x": "x.safetensors"}}', "/m has no x.safetensors, which its index names"),
         (
             b'{"weight_map": {"x": "1.safetensors", "y": "2.safetensors", "z": "3.safetensors"}}',
             "/m: .*names more than 2 files",
         ),
-        (b" " * 120, "index.json is larger than 100 bytes"),
+        (b" " * 2001, "index.json is larger than 2000 bytes"),
     ],
 )
 def test_an_index_is_not_believed(index: bytes, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "MAX_FILES", 2)
-    monkeypatch.setattr(manifest, "MAX_INDEX", 100)
+    monkeypatch.setattr(manifest, "MAX_INDEX", 2000)
     with (
-        RangeServer({"m/model.safetensors.index.json": index}) as server,
+        RangeServer({"m/model.safetensors.index.json": index, "m/config.json": b"{}"}) as server,
         pytest.raises(CheckpointError, match=said),
     ):
         Remote(f"{server.url}/m").files()
+
+
+def test_names_may_be_as_long_as_files_can_have_them() -> None:
+    shards = ["x" * 243 + ".safetensors", "d/" * 505 + "xx.safetensors"]
+    assert [len(name) for name in shards] == [255, 1024]
+    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
+    with RangeServer({f"m/{manifest.INDEX}": index, **{f"m/{name}": b"weights" for name in shards}}) as server:
+        assert names(f"{server.url}/m") == [manifest.INDEX, *sorted(shards)]
 
 
 @pytest.mark.parametrize("files", [ONE, SHARDED])
