@@ -6,16 +6,19 @@ file without holes can only be aligned by the order of its tensors, so the wides
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import header, manifest
+from serverless_llm.loader.download import sync
 from serverless_llm.loader.header import DTYPE_BITS, MANY_METADATA, MAX_METADATA, TensorEntry
 from serverless_llm.loader.manifest import INDEX, PICKLES, SINGLE, FileEntry, Manifest
 from serverless_llm.quantities import size
@@ -88,26 +91,57 @@ def repack(source: Path, target: Path, most: int, told: Told) -> list[Shard]:
     found = manifest.build(source)
     planned = shards(found, most)
     others = _others(found.directory)
+    _clear(target)
     _check_target(target, sum(shard.nbytes for shard in planned) + sum(path.stat().st_size for _, path in others))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir()
-        for shard in planned:
-            _write(partial / shard.name, shard, found.files, told)
-        if len(planned) > 1:
-            (partial / INDEX).write_text(json.dumps(_index(planned), indent=2))
-        for name, path in others:
-            shutil.copyfile(path, partial / name)
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        with suppress(FileNotFoundError):
-            target.rmdir()  # an empty one
-        partial.rename(target)
+        with _partial(target) as partial:
+            for shard in planned:
+                _write(partial / shard.name, shard, found.files, told)
+            if len(planned) > 1:
+                (partial / INDEX).write_text(json.dumps(_index(planned), indent=2))
+            for name, path in others:
+                shutil.copyfile(path, partial / name)
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            with suppress(FileNotFoundError):
+                target.rmdir()  # an empty one
+            partial.rename(target)
     except OSError as error:
-        raise TransientError(f"{error.filename or partial}: {error.strerror}") from error
+        raise TransientError(f"{error.filename or target}: {error.strerror}") from error
+    return planned
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A directory beside the target, held by a lock until it is renamed or removed."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        with _opened(partial) as descriptor:
+            with suppress(OSError):  # a file system without locks, where no other run can remove it either
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return planned
+
+
+def _clear(target: Path) -> None:
+    """Removes what runs to this target have left that were killed."""
+    left = re.compile(rf"\.{re.escape(target.name)}\.\d+\.partial")
+    for path in target.parent.glob(".*.partial"):
+        if left.fullmatch(path.name):
+            with suppress(OSError), _opened(path) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _others(directory: Path) -> list[tuple[str, Path]]:
@@ -159,12 +193,3 @@ def _read(descriptor: int, file: FileEntry, offset: int, count: int) -> bytes:
     if len(data) < count:
         raise CheckpointError(f"{file.path} ends at byte {offset + len(data)}, which it did not before")
     return data
-
-
-def _sync(path: Path) -> None:
-    """What is in the file or directory outlives a crash."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -158,6 +160,42 @@ def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path: Path) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
         signal.signal(signal.SIGXFSZ, ignored)
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+def elsewhere(source: Path, target: Path, told: str) -> int:
+    """The status of another process that does the same. `told`: what it does when it has written something."""
+    code = f"""
+import os, sys
+from pathlib import Path
+from serverless_llm.loader.repack import repack
+repack(Path(sys.argv[1]), Path(sys.argv[2]), 1 << 40, lambda *_: {told})
+"""
+    return subprocess.run([sys.executable, "-c", code, source, target], check=False).returncode
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "source", random(0.1)), tmp_path / "tar[get"
+    assert elsewhere(source, target, "os.kill(os.getpid(), 9)") == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".tar[[]get.*.partial/*.safetensors"))) == 1
+    (tmp_path / ".target.mine.partial").mkdir()
+    (tmp_path / ".tar[get.1.partial").symlink_to(source)
+    repacked(source, target)
+    names = [".tar[get.1.partial", ".target.mine.partial", "source", "tar[get"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert same(loaded(source), loaded(target))
+
+
+def test_what_another_run_writes_is_left_to_it(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "source", random(0.1)), tmp_path / "target"
+
+    def told(_name: str, _done: int, _total: int) -> None:
+        if not target.exists():
+            assert elsewhere(source, target, "None") == 0
+            assert len(list(tmp_path.glob(".target.*.partial/*.safetensors"))) == 1
+
+    with pytest.raises(TransientError, match="not empty"):
+        repack(source, target, WHOLE, told)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
 def test_there_must_be_room(tmp_path: Path) -> None:
