@@ -15,6 +15,17 @@ class Priority(IntEnum):
     PREFETCH = 1
 
 
+def byte_s(remote: float, network: float, disk: float) -> float:
+    """Seconds that each byte of a checkpoint takes to come back to DRAM.
+
+    Args:
+        remote: the share of its bytes that only a server has; a disk has the rest. They come at once, as placement
+            reckons with, so that the slower link counts.
+        network, disk: bytes per second.
+    """
+    return max(remote / network, (1 - remote) / disk)
+
+
 class Link:
     """One link. `bandwidth`: bytes per second, 0 before the first transfer; `bytes`: moved since the start."""
 

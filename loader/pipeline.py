@@ -20,7 +20,7 @@ from serverless_llm.loader.origin import Origin
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
-from serverless_llm.loader.residency import Tier
+from serverless_llm.loader.residency import ByteCost, Tier, equal
 from serverless_llm.loader.ring import Ring
 from serverless_llm.loader.routes import Route, Routes
 from serverless_llm.loader.sharing import NOTHING, Lent, Loan
@@ -56,7 +56,7 @@ class Pipeline:
 
     When nothing was loaded for `pause` seconds, free slots are made ready ahead of need: `ahead` bytes of them, or as
     many as the largest checkpoint so far had. `freed` is called when others may find room that had none. `remote_rate`:
-    cap in bytes per second on what servers of sources send, 0: none.
+    cap in bytes per second on what servers of sources send, 0: none. `byte_s`: by it the tier chooses who leaves.
 
     Attributes:
         disk, remote: the disk, and servers of sources, as finished loads saw them.
@@ -74,6 +74,7 @@ class Pipeline:
         pause: float = PAUSE,
         freed: Callable[[], None] = lambda: None,
         remote_rate: float = 0.0,
+        byte_s: ByteCost = equal,
     ) -> None:
         self._routes = Routes(pool, reader, remote_rate)
         self.disk, self.remote = self._routes.disk, self._routes.remote
@@ -83,6 +84,7 @@ class Pipeline:
         self._pool = pool
         self._post = post
         self._freed = freed
+        self._byte_s = byte_s
         self._fills: dict[CheckpointId, _Fill] = {}
         self._rings: dict[ReplicaId, Ring] = {}
         self._drain = Drain(tier, post, self.release)
@@ -133,13 +135,13 @@ class Pipeline:
         borrowed = self.lending.borrow(loan, holder) if loan else []
         try:
             kept, passing, width = division.divide(self.tier, manifest, pieces, ring, reading)
-            lent = self.tier.lend(manifest.checkpoint, width)
+            lent = self.tier.lend(manifest.checkpoint, width, self._byte_s)
         except CapacityError:
             self.lending.repay(holder, begun)
             if loan is None:
                 self._drain.reclaim()
             raise
-        slots = self.tier.reserve(manifest.checkpoint, kept, begun).slots
+        slots = self.tier.reserve(manifest.checkpoint, kept, begun, self._byte_s).slots
         self.tier.lease(manifest.checkpoint, holder)
         self.tier.wanted = max(self.tier.wanted, len(pieces))
         total = sum(piece.length for piece in pieces) + sum(span.length for span in borrowed)

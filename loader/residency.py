@@ -5,6 +5,9 @@ whose tensors are views into it, or that are being loaded from it: neither its s
 are ever given to another. Who refers to some tensors only, since those of its own checkpoint are equal to them, leases
 the pieces that have them.
 
+Where room is short, those bytes leave first that are worth least: what it costs to bring them back x how likely they
+are used. How likely tells a weight of their uses that halves with time.
+
 Free slots are *ready* (their memory was taken) or *bare*. To take memory while reading costs more than the reading
 itself, so some ready ones are kept ahead of need, and more are not.
 """
@@ -12,7 +15,8 @@ itself, so some ready ones are kept ahead of need, and more are not.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +24,34 @@ from serverless_llm.domain import CheckpointId, ReplicaId
 from serverless_llm.errors import CapacityError, InvariantError
 from serverless_llm.loader.plan import Piece
 from serverless_llm.quantities import size
+
+HALF_S = 3600.0  # after so long a use tells half as much; arbitrary: a model in use is loaded some times an hour
+ByteCost = Callable[[CheckpointId], float]  # seconds, more than 0, that each byte of a checkpoint takes to come back
+
+
+def equal(checkpoint: CheckpointId) -> float:
+    """The `ByteCost` where bytes all come back over one link."""
+    return 1.0
+
+
+class Uses(NamedTuple):
+    """Of a checkpoint: `weight` at the time `last`, half as much with every `HALF_S` from then on."""
+
+    weight: float
+    last: float
+
+    def until(self, now: float, more: int) -> Uses:
+        """With `more` of them at `now`. It was used until now: that counts as one at least."""
+        return Uses(max(1.0, self.weight * 2 ** ((self.last - now) / HALF_S) + more), now)
+
+
+def value(uses: Uses, byte_s: float) -> float:
+    """Cost to bring a byte back x probability of use, by which checkpoints are compared: the product's logarithm.
+
+    All weights halve alike, so that the order of two is the same at any time: that of the time 0 tells it
+    (forward decay, Cormode et al. 2009).
+    """
+    return math.log2(byte_s * uses.weight) + uses.last / HALF_S
 
 
 class Reservation(NamedTuple):
@@ -37,7 +69,6 @@ class _Resident:
     holders: dict[ReplicaId, frozenset[Piece] | None] = field(default_factory=dict)  # what of it; None: all
     reading: bool = False  # a read may still write into slots that have not landed
     doomed: bool = False  # leaves the tier with its last lease
-    used: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -73,23 +104,28 @@ class Tier:
         self._bare = list(range(slots))
         self._lent: set[int] = set()
         self._residents: dict[CheckpointId, _Resident] = {}
+        self._uses: dict[CheckpointId, Uses] = {}  # of those that left, too, until they are forgotten
 
-    def reserve(self, checkpoint: CheckpointId, pieces: Sequence[Piece], now: float) -> Reservation:
+    def reserve(
+        self, checkpoint: CheckpointId, pieces: Sequence[Piece], now: float, byte_s: ByteCost = equal
+    ) -> Reservation:
         """Gives every piece a slot, evicting idle checkpoints for those that have none. All or nothing.
 
         When `missing` is not empty the caller reads them, and says `land` for each, or `abort`.
 
         Args:
             pieces: all pieces of the checkpoint that the load needs, whether resident or not.
+            byte_s: asked of those that may leave.
 
         Raises:
             CapacityError: too little would be left even if every idle checkpoint went.
         """
         resident = self._residents.get(checkpoint) or _Resident()
         homeless = self.homeless(checkpoint, pieces)
-        evicted = self._make_room(checkpoint, len(homeless))
+        evicted = self._make_room(checkpoint, len(homeless), byte_s)
         self._residents[checkpoint] = resident
-        resident.used, resident.doomed = now, False
+        resident.doomed = False
+        self._use(checkpoint, now, 1)
         for piece in homeless:
             resident.slots[piece] = heapq.heappop(self._ready or self._bare)
         missing = [piece for piece in pieces if piece not in resident.landed]
@@ -100,14 +136,14 @@ class Tier:
         """Slots that are free, and those that would be if all idle checkpoints but this one left."""
         return self._free, self._free + sum(len(pieces) for _, pieces in self._victims(checkpoint))
 
-    def lend(self, checkpoint: CheckpointId, count: int) -> list[int]:
+    def lend(self, checkpoint: CheckpointId, count: int, byte_s: ByteCost = equal) -> list[int]:
         """Slots that belong to no piece until they are given back; evicts as `reserve` does, but nothing of
         `checkpoint`.
 
         Raises:
             CapacityError: as `reserve`.
         """
-        self._make_room(checkpoint, count)
+        self._make_room(checkpoint, count, byte_s)
         slots = [heapq.heappop(self._ready or self._bare) for _ in range(count)]
         self._lent.update(slots)
         return slots
@@ -177,11 +213,13 @@ class Tier:
         resident = self._residents.get(checkpoint)
         if resident is not None and holder in resident.holders:
             del resident.holders[holder]
-            resident.used = now
+            if not resident.doomed:
+                self._use(checkpoint, now, 0)
             self._settle(checkpoint)
 
     def forget(self, checkpoint: CheckpointId) -> None:
         """No model names the checkpoint any more: it goes, at once or with its last lease. Idempotent."""
+        self._uses.pop(checkpoint, None)
         if checkpoint in self._residents:
             self._residents[checkpoint].doomed = True
             self._settle(checkpoint)
@@ -245,14 +283,22 @@ class Tier:
     def _free(self) -> int:
         return len(self._ready) + len(self._bare)
 
-    def _make_room(self, checkpoint: CheckpointId, needed: int) -> int:
+    def _use(self, checkpoint: CheckpointId, now: float, more: int) -> None:
+        self._uses[checkpoint] = self._uses.get(checkpoint, Uses(0.0, now)).until(now, more)
+
+    def _make_room(self, checkpoint: CheckpointId, needed: int, byte_s: ByteCost) -> int:
         """Evicts until `needed` slots are free; the number of slots evicted."""
+
+        def worth(victim: tuple[CheckpointId, list[Piece]]) -> tuple[float, float, CheckpointId]:
+            name, uses = victim[0], self._uses[victim[0]]
+            return value(uses, byte_s(name)), uses.last, name
+
         victims = self._victims(checkpoint)
         available = self._free + sum(len(pieces) for _, pieces in victims)
         if needed > available:
             raise self.short(needed, available)
         evicted = 0
-        for name, pieces in sorted(victims, key=lambda item: (self._residents[item[0]].used, item[0])):
+        for name, pieces in sorted(victims, key=worth):
             while pieces and self._free < needed:  # the last goes first: what is left is read past without a seek
                 self._evict(name, pieces.pop())
                 evicted += 1
@@ -268,7 +314,8 @@ class Tier:
 
     def _victims(self, checkpoint: CheckpointId) -> list[tuple[CheckpointId, list[Piece]]]:
         """What the others have that nothing refers to."""
-        return [(name, one.loose()) for name, one in self._residents.items() if name != checkpoint]
+        others = ((name, one.loose()) for name, one in self._residents.items() if name != checkpoint)
+        return [(name, pieces) for name, pieces in others if pieces]
 
     def _evict(self, checkpoint: CheckpointId, piece: Piece) -> None:
         resident = self._residents[checkpoint]

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from serverless_llm.domain import CheckpointId
 from serverless_llm.errors import CheckpointError, TransientError
@@ -17,12 +18,17 @@ from serverless_llm.node.threads import apart
 log = logging.getLogger(__name__)
 
 
+class _Watched(NamedTuple):
+    directory: Path
+    nbytes: int
+
+
 class Away:
     """Of the checkpoints that an agent has read from servers, or its head tells of. All runs on the agent's loop."""
 
     def __init__(self) -> None:
         self._known: dict[CheckpointId, int] = {}
-        self._watched: dict[CheckpointId, Path] = {}
+        self._watched: dict[CheckpointId, _Watched] = {}
         self._look: asyncio.Task[None] | None = None
         self._first: asyncio.Task[None] | None = None
 
@@ -35,9 +41,9 @@ class Away:
             self._first.cancel()
         self._first = asyncio.ensure_future(self._see_whole(directories))
 
-    def watch(self, checkpoint: CheckpointId, directory: Path) -> None:
-        """A load reads this from its server, or the rest of it."""
-        self._watched[checkpoint] = directory
+    def watch(self, checkpoint: CheckpointId, directory: Path, nbytes: int) -> None:
+        """A load reads this from its server, or the rest of it; its weights have `nbytes`."""
+        self._watched[checkpoint] = _Watched(directory, nbytes)
 
     def forget(self, checkpoint: CheckpointId) -> None:
         self._known.pop(checkpoint, None)
@@ -48,6 +54,11 @@ class Away:
         if self._watched and (self._look is None or self._look.done()):
             self._look = asyncio.ensure_future(self._see(dict(self._watched)))
         return dict(self._known)
+
+    def share(self, checkpoint: CheckpointId) -> float:
+        """That of its bytes as they were seen last; all of what was not seen yet, none of what no load has watched."""
+        watched = self._watched.get(checkpoint)
+        return self._known.get(checkpoint, watched.nbytes) / watched.nbytes if watched else 0.0
 
     def close(self) -> None:
         for task in (self._look, self._first):
@@ -60,9 +71,9 @@ class Away:
                 if not await apart(partial(filling.lacking, Path(directory))):
                     self._known.setdefault(checkpoint, 0)
 
-    async def _see(self, watched: dict[CheckpointId, Path]) -> None:
+    async def _see(self, watched: dict[CheckpointId, _Watched]) -> None:
         """A disk may never answer: then what was seen last stays."""
-        for checkpoint, directory in watched.items():
+        for checkpoint, (directory, _) in watched.items():
             try:
                 lacking = await apart(partial(filling.lacking, directory))
             except TransientError:  # what was seen last stays until the next look

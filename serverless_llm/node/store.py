@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from serverless_llm import wire
+from serverless_llm.cluster.policy import Policy
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import digest, origin, plan
 from serverless_llm.loader.download import CHECKPOINT
-from serverless_llm.loader.link import Link, Priority
+from serverless_llm.loader.link import Link, Priority, byte_s
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pipeline import Pipeline
 from serverless_llm.loader.plan import Landed
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.1  # at most one report in this time
 PROGRESS_SHARE = 0.05  # ... unless this share of the bytes has landed since
+POLICY = Policy()  # what placement takes a link for that nothing was learned of
 PREPARED_S = 1.0  # reads that nobody waits for are held up for so long at most, for one who has not begun to read
 
 
@@ -62,6 +64,7 @@ class Store:
             loop.call_soon_threadsafe,
             freed=lambda: self._room.look_again(),
             remote_rate=options.remote_rate,
+            byte_s=self._byte_s,
         )
         self._upload = Link()
         self._manifests = Manifests()
@@ -191,6 +194,11 @@ class Store:
         learned = {name: link.bandwidth for name, link in self._links().items()}
         return self._options.limits | {link: rate for link, rate in learned.items() if rate}
 
+    def _byte_s(self, checkpoint: str) -> float:
+        known = self.bandwidth
+        remote, disk = known.get("remote", POLICY.remote_bps), known.get("disk", POLICY.disk_bps)
+        return byte_s(self._away.share(checkpoint), remote, disk)
+
     def link_bytes(self) -> dict[str, int]:
         return {name: link.bytes for name, link in self._links().items()}
 
@@ -220,7 +228,7 @@ class Store:
             await self._sharing.meet(found)
             if found.directory.name == CHECKPOINT:  # all else is on a disk as a whole; a look at it may never end
                 replica.origin = await apart(lambda: origin.of(found.directory))
-                self._away.watch(order.checkpoint, found.directory)
+                self._away.watch(order.checkpoint, found.directory, found.file_bytes)
             replica.load = await self._room.reserve(replica, found)
         except CheckpointError as error:
             self.failed(order.replica, str(error), not isinstance(error, TransientError))

@@ -14,6 +14,7 @@ from serverless_llm.loader.residency import Tier
 
 SLOTS = 8
 SIZES = {"a": 1, "b": 3, "c": 5, "d": 8, "e": 9}  # pieces; the last can never fit
+COSTS = {"a": 1.0, "b": 9.0, "c": 0.5, "d": 3.0, "e": 1.0}  # seconds a byte
 BORROWER = 8  # the first of the holders that lease some pieces only
 checkpoints = st.sampled_from(sorted(SIZES))
 
@@ -40,7 +41,7 @@ class Residency(RuleBasedStateMachine):
         self.now += 1
         wanted = pieces(checkpoint)
         try:
-            reservation = self.tier.reserve(checkpoint, wanted, self.now)
+            reservation = self.tier.reserve(checkpoint, wanted, self.now, COSTS.__getitem__)
         except CapacityError:
             busy = {name for name, holder in self.views if holder < BORROWER} | self.reading.keys() | {checkpoint}
             lent = {(name, piece) for (name, _), slots in self.views.items() if name not in busy for piece in slots}
@@ -124,7 +125,7 @@ class Residency(RuleBasedStateMachine):
         """A ring's slots are written with what belongs to no checkpoint."""
         _, room = self.tier.room(checkpoint)
         try:
-            self.lent.append(self.tier.lend(checkpoint, count))
+            self.lent.append(self.tier.lend(checkpoint, count, COSTS.__getitem__))
         except CapacityError:
             assert count > room
             return

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from serverless_llm.errors import CapacityError, InvariantError
+from serverless_llm.loader.link import byte_s
 from serverless_llm.loader.plan import Piece
-from serverless_llm.loader.residency import Tier
+from serverless_llm.loader.residency import HALF_S, Tier, Uses, value
+
+COSTS = st.floats(1e-11, 1e-3)
+TIMES = st.lists(st.floats(0, 10 * HALF_S), min_size=1, max_size=9)
 
 
 def pieces(count: int, length: int = 10) -> list[Piece]:
@@ -18,6 +24,22 @@ def pieces(count: int, length: int = 10) -> list[Piece]:
 def filled(tier: Tier, checkpoint: str, count: int, now: float) -> None:
     tier.reserve(checkpoint, pieces(count), now)
     tier.land(checkpoint, pieces(count))
+    tier.check_invariants()
+
+
+def use(tier: Tier, checkpoint: str, count: int, now: float) -> None:
+    """A replica comes, and leaves at once."""
+    filled(tier, checkpoint, count, now)
+    tier.lease(checkpoint, 1)
+    tier.release(checkpoint, 1, now)
+
+
+def make_room(tier: Tier, count: int, now: float, costs: dict[str, float], lent: bool = False) -> None:
+    """For pieces of another checkpoint, or for its ring."""
+    if lent:
+        tier.lend("new", count, costs.__getitem__)
+    else:
+        tier.reserve("new", pieces(count), now, costs.__getitem__)
     tier.check_invariants()
 
 
@@ -263,3 +285,131 @@ def test_what_is_forgotten_leaves_but_for_what_others_refer_to() -> None:
     tier.release("a", 9, now=1)
     assert tier.residents() == []
     assert tier.landed("a") == {}
+
+
+@given(a=TIMES, b=TIMES, a_cost=COSTS, b_cost=COSTS, later=st.floats(0, HALF_S), lent=st.booleans())
+def test_of_two_idle_ones_the_one_of_less_value_leaves_first(
+    a: list[float], b: list[float], a_cost: float, b_cost: float, later: float, lent: bool
+) -> None:
+    """Seconds to bring a byte back x uses, each of which counts half as much after every `HALF_S`."""
+    tier, now = Tier(4, 10), max(*a, *b) + later
+    for when, name in sorted([*((when, "a") for when in a), *((when, "b") for when in b)]):
+        use(tier, name, 2, when)
+    costs = {"a": a_cost, "b": b_cost}
+    worth = {
+        name: costs[name] * sum(2 ** ((when - now) / HALF_S) for when in times) for name, times in (("a", a), ("b", b))
+    }
+    less, more = sorted(worth, key=worth.__getitem__)
+    assume(worth[more] > worth[less] * (1 + 1e-6))
+    make_room(tier, 1, now, costs, lent)
+    assert dict(tier.residents()) == {less: 10, more: 20}
+
+
+@given(
+    uses=st.integers(2, 100),
+    later=st.floats(0, 60),
+    network=st.floats(1e5, 1e9),
+    faster=st.floats(1, 1000),
+    lent=st.booleans(),
+)
+def test_what_only_a_server_has_and_is_used_often_outlives_what_a_disk_has_and_was_used_once_later(
+    uses: int, later: float, network: float, faster: float, lent: bool
+) -> None:
+    tier, disk = Tier(4, 10), network * faster
+    for second in range(uses):
+        use(tier, "far", 2, second)
+    use(tier, "near", 2, uses + later)
+    costs = {"far": byte_s(1.0, network, disk), "near": byte_s(0.0, network, disk)}
+    make_room(tier, 2, uses + later, costs, lent)
+    assert [name for name, _ in tier.residents()] == ["far"]
+
+
+@given(states=st.lists(st.sampled_from(["idle", "leased", "borrowed", "reading"]), max_size=6), data=st.data())
+def test_nothing_in_use_leaves_however_little_it_is_worth(states: list[str], data: st.DataObject) -> None:
+    tier, costs, stays, loose = Tier(12, 10), dict[str, float](), dict[str, list[Piece]](), 12
+    for number, state in enumerate(states):
+        name, costs[str(number)] = str(number), data.draw(COSTS)
+        use(tier, name, 1 if state == "reading" else 2, data.draw(st.floats(0, HALF_S)))
+        if state == "reading":
+            tier.reserve(name, pieces(2), HALF_S)
+        elif state != "idle":
+            tier.lease(name, 9, pieces(1) if state == "borrowed" else None)
+        stays[name] = pieces({"idle": 0, "leased": 2}.get(state, 1))
+        loose -= {"idle": 0, "borrowed": 1}.get(state, 2)
+    before = {name: tier.landed(name) for name in stays}
+    needed = data.draw(st.integers(1, 12))
+    if needed > loose:
+        with pytest.raises(CapacityError):
+            make_room(tier, needed, HALF_S, costs)
+        assert {name: tier.landed(name) for name in stays} == before
+    else:
+        make_room(tier, needed, HALF_S, costs)
+    for name, kept in stays.items():
+        assert all(tier.landed(name)[piece] == before[name][piece] for piece in kept)
+
+
+def test_equal_values_leave_by_last_use() -> None:
+    for first, second in ("ab", "ba"):
+        tier = Tier(4, 10)
+        use(tier, first, 2, 0.0)
+        use(tier, first, 2, 0.0)
+        use(tier, second, 2, HALF_S)
+        make_room(tier, 2, HALF_S, {"a": 2.0, "b": 2.0})
+        assert [name for name, _ in tier.residents()] == [second]
+
+
+def test_a_value_is_the_logarithm_of_cost_times_uses_at_the_time_0() -> None:
+    assert value(Uses(4.0, 0.0), 0.5) == 1.0
+    assert value(Uses(4.0, 2 * HALF_S), 0.25) == 2.0
+
+
+def test_uses_halve_with_time_and_what_was_used_until_now_has_one_at_least() -> None:
+    assert Uses(4.0, HALF_S).until(2 * HALF_S, 1) == Uses(3.0, 2 * HALF_S)
+    assert Uses(4.0, HALF_S).until(3 * HALF_S, 0) == Uses(1.0, 3 * HALF_S)
+    assert Uses(4.0, HALF_S).until(9 * HALF_S, 0) == Uses(1.0, 9 * HALF_S)
+
+
+def test_uses_outlast_an_eviction_but_not_that_a_checkpoint_is_forgotten() -> None:
+    for forgotten in (False, True):
+        tier = Tier(4, 10)
+        for now in range(9):
+            use(tier, "often", 2, now)
+        tier.reserve("all", pieces(4), 10)
+        tier.abort("all")
+        assert tier.residents() == []
+        if forgotten:
+            tier.forget("often")
+        use(tier, "often", 2, 11)
+        use(tier, "twice", 2, 12)
+        use(tier, "twice", 2, 13)
+        tier.reserve("new", pieces(2), 14)
+        assert [name for name, _ in tier.residents()] == ["twice" if forgotten else "often"]
+
+
+def test_who_holds_what_is_forgotten_leaves_no_trace() -> None:
+    tier = Tier(4, 10)
+    tier.lease("a", 1)
+    filled(tier, "a", 2, now=0)
+    tier.forget("a")
+    tier.release("a", 1, now=1)
+    assert tier._uses == {}
+
+
+def test_what_finds_no_room_was_not_used() -> None:
+    tier = Tier(4, 10)
+    use(tier, "a", 2, 0)
+    for now in range(9):
+        with pytest.raises(CapacityError):
+            tier.reserve("a", pieces(5), now)
+    use(tier, "b", 2, 9)
+    tier.reserve("new", pieces(2), 10)
+    assert [name for name, _ in tier.residents()] == ["b"]
+
+
+def test_the_end_of_a_use_is_not_another_one() -> None:
+    tier = Tier(4, 10)
+    filled(tier, "twice", 2, now=0)
+    filled(tier, "twice", 2, now=1)
+    use(tier, "once", 2, 2)
+    tier.reserve("new", pieces(2), 3)
+    assert [name for name, _ in tier.residents()] == ["twice"]

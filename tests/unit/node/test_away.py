@@ -64,16 +64,19 @@ def test_less_and_less_is_away_until_the_tier_is_whole(server: RangeServer, tier
     async def story() -> None:
         away, directory = Away(), lease.directory
         assert await seen(away) == {}
-        away.watch("c", directory)
-        away.watch("plain", checkpoint_dir(ADD.name))
         nbytes = manifest.build(directory).file_bytes
+        away.watch("c", directory, nbytes)
+        away.watch("plain", checkpoint_dir(ADD.name), 1)
+        assert (away.share("c"), away.share("of no load")) == (1, 0)  # nobody has looked yet
         assert await seen(away) == {"c": nbytes, "plain": 0}
         came(directory, "config.json", 0, 2)  # no weights
         came(directory, manifest.SINGLE, 4096, 10_000)
         assert admin.footprint(ModelSpec("m", str(directory))).remote_bytes == nbytes - 5904
         assert (await seen(away))["c"] == nbytes - 5904
+        assert away.share("c") == 1 - 5904 / nbytes
         tier.bring(f"{server.url}/m", quiet).close()
         assert (await seen(away))["c"] == 0
+        assert away.share("c") == 0
         look = away._look
         assert await seen(away) == {"c": 0, "plain": 0}
         assert away._look is look  # nobody looks any more
@@ -91,7 +94,7 @@ def test_what_cannot_be_read_for_a_while_is_looked_at_again(tier: DiskTier, leas
         place = directory.parent
         partial = place.with_name(place.name + PARTIAL)
         read = place / manifest.REMOTE if which == "note" else partial / download.RECORD
-        away.watch("c", directory)
+        away.watch("c", directory, 1)
         came(directory, manifest.SINGLE, 0, 4096)
         before = await seen(away)
         came(directory, manifest.SINGLE, 4096, 8192)
@@ -110,11 +113,11 @@ def test_what_cannot_be_read_for_a_while_is_looked_at_again(tier: DiskTier, leas
 def test_what_is_forgotten_during_a_look_stays_so(lease: Lease) -> None:
     async def story() -> None:
         away = Away()
-        away.watch("c", lease.directory)
+        away.watch("c", lease.directory, 1)
         away.bytes()
         away.forget("c")
         assert await seen(away) == {}
-        away.watch("c", lease.directory)
+        away.watch("c", lease.directory, 1)
         away.bytes()
         away.close()  # while it looks
         assert away._look is not None
@@ -154,7 +157,7 @@ def test_a_disk_that_never_answers_a_head_holds_up_no_load_and_no_end(lease: Lea
             for name in ("plain", "again"):  # a head, and the next one
                 away.look({"hung": str(lease.directory)})
                 looks.append(away._first or pytest.fail())
-                away.watch(name, checkpoint_dir(ADD.name))
+                away.watch(name, checkpoint_dir(ADD.name), 1)
                 assert (await seen(away))[name] == 0
             away.close()
             assert [type(one) for one in await asyncio.gather(*looks, return_exceptions=True)] == [
@@ -167,7 +170,7 @@ def test_a_disk_that_never_answers_a_head_holds_up_no_load_and_no_end(lease: Lea
 def test_a_damaged_note_is_told_once_and_not_believed(lease: Lease, caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
         away = Away()
-        away.watch("c", lease.directory)
+        away.watch("c", lease.directory, 1)
         (lease.directory.parent / manifest.REMOTE).write_text("")
         assert await seen(away) == await seen(away) == {}
 

@@ -323,3 +323,23 @@ def test_the_head_is_told_what_replicas_share(tmp_path: Path) -> None:
         assert desk.store.shared() == [(2, 5, 1000), (2, 6, 500), (2, 7, 9)]
 
     at_a_desk(tmp_path, tell)
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_what_only_a_server_has_outlives_what_a_disk_has(tmp_path: Path, ring: bool) -> None:
+    async def tell(desk: Desk) -> None:
+        for number in (1, 2):
+            desk.start(number, 3.5)
+            await desk.serve(number)
+            desk.leave(number)
+        far, near = (desk.order(number).checkpoint for number in (1, 2))
+        desk.store._pipeline.remote.bandwidth = 1.0
+        desk.store._away.watch(far, tmp_path / "1", MIB)
+        before = dict(desk.store.resident())
+        desk.start(3, LARGE if ring else 3.5)
+        await desk.until(lambda: 3 in desk.placed)
+        after = dict(desk.store.resident())
+        assert after[far] == before[far]
+        assert after.get(near, 0) < before[near]
+
+    at_a_desk(tmp_path, tell)
