@@ -53,7 +53,11 @@ class Behind:
         self._closed = False
         self._wake = threading.Condition()  # guards all of these
         self._thread = threading.Thread(target=self._run, name="behind", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has no more
+            filling.close()
+            raise
 
     def put(self, file: int, start: int, data: memoryview, landed: Sequence[memoryview]) -> None:
         """Takes the bytes, unless the disk is behind already: from `landed`, where `data` was copied to and stays if

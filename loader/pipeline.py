@@ -128,6 +128,7 @@ class Pipeline:
             CapacityError: it does not fit beside what is leased; `fits` tells whether it ever could.
         """
         begun = time.monotonic()
+        route = self._routes.of(manifest, origin)
         self.loads += 1
         spared = loan.spared if loan else frozenset[Piece]()
         pieces = [piece for piece in self._pieces(manifest) if piece not in spared]
@@ -148,7 +149,7 @@ class Pipeline:
         load = Load(
             self, manifest, holder, on_landed, on_failed, priority, total, begun,
             Lent(loan.sizes, loan.runs, total) if loan else NOTHING, borrowed,
-            slots, self._routes.of(manifest, origin), origin,
+            slots, route, origin,
         )  # fmt: skip
         if passing:
             load.ring = self._rings[holder] = self._ring(load, passing, lent)

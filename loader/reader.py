@@ -16,12 +16,15 @@ import math
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
-from serverless_llm.errors import CheckpointError
+from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import plan
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.pacer import Pacer
@@ -121,10 +124,16 @@ class Reader:
         self._wake = threading.Condition()  # guards _awaited, _queue, its _calls and _flying, _reads, _threads
         self._closed = False
         self._threads: list[threading.Thread] = []
-        for _ in range(self._size):
-            self._hire()
         self._watcher = threading.Thread(target=self._watch, name="reader-watch", daemon=True)
-        self._watcher.start()
+        try:
+            for _ in range(self._size):
+                self._hire()
+            self._watcher.start()
+        except RuntimeError:  # the system has no more
+            with self._wake:
+                self._closed = True
+                self._wake.notify_all()
+            raise
 
     def submit(self, transfer: Transfer) -> None:
         """Queues a transfer; it ends with a `Batch` whose `last` is set."""
@@ -199,8 +208,8 @@ class Reader:
 
     def _hire(self) -> None:
         thread = threading.Thread(target=self._work, name="reader", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def _watch(self) -> None:
         with self._wake:
@@ -208,17 +217,24 @@ class Reader:
                 late = time.monotonic() - self._stuck_s
                 for read in [read for read in self._reads if not read.stuck and read.began < late]:
                     self._give_up(read)
+                self._replace()
                 self._wake.wait(self._stuck_s / 4 if self._queue else None)
 
     def _give_up(self, read: _Read) -> None:
-        """Has another thread read for others. Caller holds `_wake`."""
+        """Its thread counts no more. Caller holds `_wake`."""
         first = read.call[0] if read.call else Piece(0, 0, 0)
         path = read.transfer.files[first.file].path
         if not read.transfer._told:
             log.warning("%s: a read at byte %d has not returned for %.1f s", path, first.offset, self._stuck_s)
         read.stuck = read.transfer._told = True
-        if self._surplus() < 0:
-            self._hire()
+
+    def _replace(self) -> None:
+        """Has other threads read for others, as soon as the system has some. Caller holds `_wake`."""
+        try:
+            while self._surplus() < 0:
+                self._hire()
+        except RuntimeError as error:
+            log.warning("no thread reads in the place of one that is stuck: %s", error)
 
     def _surplus(self) -> int:
         """Threads that are too many; those in stuck reads do not count."""
@@ -270,9 +286,8 @@ class Reader:
         try:
             file = _opened(transfer, call[0].file)
             came = file.read(self._buffers(transfer, call), call[0].offset, nbytes, staging)
-        except CheckpointError as error:
-            # a new error: the traceback of this one would keep the pool's buffers
-            return nothing._replace(error=type(error)(str(error)))
+        except Exception as error:  # noqa: BLE001  the thread's edge: whoever waits is told
+            return nothing._replace(error=_anew(transfer.files[call[0].file].path, error))
         landed = tuple(Landed(span.file, span.offset, span.length, self._place(transfer, span)) for span in call)
         return Batch(landed, came, False, None)
 
@@ -322,10 +337,18 @@ def _opened(transfer: Transfer, number: int) -> Opened:
 def _close(transfer: Transfer) -> CheckpointError | None:
     """Closes the files; the error of one that was changed while it was read."""
     error = None
-    for file in transfer._opened.values():
+    for number, file in transfer._opened.items():
         try:
-            file.check()
-        except CheckpointError as changed:
-            error = changed
-        file.close()
+            with closing(file):
+                file.check()
+        except Exception as failure:  # noqa: BLE001  as in `_read`
+            error = _anew(transfer.files[number].path, failure)
     return error
+
+
+def _anew(path: Path | str, error: Exception) -> CheckpointError:
+    """An error anew: its traceback would keep the pool's buffers. One that nobody foresaw is logged with its own."""
+    if isinstance(error, CheckpointError):
+        return type(error)(str(error))
+    log.error("%s: %s", path, "".join(traceback.format_exception(error)))
+    return TransientError(f"{path}: {type(error).__name__}: {error}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm.errors import CapacityError
+from serverless_llm.errors import CapacityError, TransientError
 from serverless_llm.loader import announce as announcing
 from serverless_llm.loader import (
     behind,
@@ -169,6 +169,26 @@ def test_a_disk_tier_that_fails_is_locked_no_longer(server: RangeServer, lease: 
     check(node, found, fetch(node, found), server)
     until(lambda: not writers(), "its writer to end")
     assert not is_locked(partial)
+
+
+def test_a_writer_that_gets_no_thread_keeps_no_lock(
+    server: RangeServer, lease: Lease, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, start = manifest.build(lease.directory), threading.Thread.start
+
+    def exhausted(thread: threading.Thread) -> None:
+        if thread.name == "behind":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", exhausted)
+    (failure,) = fetch(node, found).failures
+    assert "can't start new thread" in str(failure)
+    assert isinstance(failure, TransientError)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    forget(node, found)
+    check(node, found, fetch(node, found), server)
+    until(lambda: whole(lease.directory), "the disk tier to be filled")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

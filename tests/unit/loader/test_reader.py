@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from serverless_llm.errors import TransientError
 from serverless_llm.loader import plan
 from serverless_llm.loader import reader as module
 from serverless_llm.loader.link import Priority
 from serverless_llm.loader.plan import Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
-from serverless_llm.loader.source import Came, SourceFile
+from serverless_llm.loader.source import Came, Opened, SourceFile
+from tests.serving import until
 
 MB = 1 << 20
 Begin = Callable[..., Reader]
@@ -156,6 +159,46 @@ def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, begin: Begin
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
+class Broken(NamedTuple):
+    """A file that fails in a way that nobody foresaw: when it is opened, read or closed."""
+
+    fails: str
+    path: str = "broken"
+    size: int = MB
+
+    def open(self) -> Opened:
+        self._do("open")
+        return self
+
+    def read(self, buffers: Sequence[memoryview], offset: int, length: int, staging: object = None) -> Came:
+        self._do("read")
+        return Came(disk=length)
+
+    def check(self) -> None: ...
+    def close(self) -> None:
+        self._do("close")
+
+    def _do(self, what: str) -> None:
+        if what == self.fails:
+            raise KeyError(what)
+
+
+@pytest.mark.parametrize("fails", ["open", "read", "close"])
+def test_what_nobody_foresaw_ends_a_transfer_and_no_thread(
+    tmp_path: Path, begin: Begin, caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    reader, news = begin(threads=1), queue.SimpleQueue[Batch]()
+    piece = Piece(0, 0, MB)
+    for _ in range(2):
+        reader.submit(Transfer([Broken(fails)], {piece: 0}, [piece], news.put))
+        (batch,) = until_last(news)
+        assert isinstance(batch.error, TransientError)
+        assert str(batch.error) == f"broken: KeyError: '{fails}'"
+    assert caplog.text.count("Traceback") == 2
+    reader.submit(transfer(tmp_path / "good", 1, [1], news))
+    assert until_last(news)[-1].error is None
+
+
 def test_a_file_changed_while_it_is_read_is_an_error(tmp_path: Path, begin: Begin) -> None:
     reader, news = begin(rate=SLOW), queue.SimpleQueue[Batch]()
     reader.submit(transfer(tmp_path / "a", 4 * MB, [0, 1, 2, 3], news))
@@ -267,6 +310,47 @@ def test_a_read_that_hangs_keeps_nobody_from_closing(
     assert until_last(stuck)[-1].error is not None
     monkeypatch.undo()
     assert reader.close()
+
+
+@pytest.fixture
+def exhausted(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The system has no threads left, until this is undone."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(module, "STUCK_S", 0.02)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    return monkeypatch
+
+
+def test_a_stuck_thread_is_replaced_as_soon_as_the_system_has_another(
+    tmp_path: Path, begin: Begin, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    reader, stuck, news = begin(threads=1, stuck_s=0.02), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
+    patched: pytest.MonkeyPatch = request.getfixturevalue("exhausted")
+    reader.submit(hanging(tmp_path / "a", [0], stuck))
+    reader.submit(transfer(tmp_path / "b", 1, [1], news))
+    until(lambda: "no thread reads in the place of one that is stuck" in caplog.text, "the watcher")
+    assert news.empty()
+    patched.undo()
+    assert until_last(news)[-1].error is None
+    let_go(tmp_path / "a")
+    until_last(stuck)
+
+
+def test_a_reader_without_all_of_its_threads_keeps_none(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hire, before = threading.Thread.start, threading.active_count()
+
+    def start(thread: threading.Thread) -> None:
+        if threading.active_count() > before + 1:
+            raise RuntimeError("can't start new thread")
+        hire(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        Reader(pool, threads=4)
+    until(lambda: threading.active_count() == before, "the threads to end")
 
 
 def test_a_slow_disk_is_told_of_once_a_transfer(begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
