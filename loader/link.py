@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NamedTuple
 
 WEIGHT = 0.3  # of the newest transfer; arbitrary: three transfers halve an old belief
 MINIMUM = 1 << 20  # bytes; a shorter transfer tells of latency, not of bandwidth
 
 
 class Priority(IntEnum):
-    """Whose bytes cross a link first; equal ones in the order of their coming."""
+    """Whose bytes cross a link first."""
 
     ONLINE = 0  # somebody waits
     PREFETCH = 1
+
+
+class Rank(NamedTuple):
+    """Whose bytes cross a link first: of equal priorities the lower number, a replica's; then who came first."""
+
+    priority: int = Priority.ONLINE
+    number: int = 0
 
 
 def byte_s(remote: float, network: float, disk: float) -> float:

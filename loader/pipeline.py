@@ -115,7 +115,7 @@ class Pipeline:
         """Reserves the checkpoint's slots, leased to `holder` until `release`. `start` the load next.
 
         Args:
-            priority: lower goes first; equal ones in order.
+            priority: lower goes first; of equal ones the lower holder.
             ring: `holder` copies what it is told of, so that slots may be used again: where there are too few, the
                 headers and what finds free slots stay in the tier, and all else passes through a ring.
             origin: where the files are that are not on the disk; the load closes it at its end. Of what has slots, it
@@ -188,6 +188,14 @@ class Pipeline:
         pieces = {plan.home(Piece(*span[:3]), sizes[span.file], self._pool.slot_bytes) for span in spans}
         return self._distrust(manifest.checkpoint, pieces)
 
+    def yield_to(self, holder: ReplicaId) -> None:
+        """What ranks after this one's load, which somebody waits for, begins no read until `go_on`."""
+        self._routes.yield_to(holder)
+
+    def go_on(self, holder: ReplicaId) -> None:
+        """It has begun, or will not soon. Idempotent."""
+        self._routes.go_on(holder)
+
     def close(self) -> bool:
         """Before the pool is closed: no memory is taken or given back any more.
 
@@ -221,9 +229,7 @@ class Pipeline:
             load.forward(batch)
 
         slot_bytes = self._pool.slot_bytes
-        ring = Ring(
-            route.reader, route.files, pieces, slots, slot_bytes, load.priority, self._post, told, self._given_back
-        )
+        ring = Ring(route.reader, route.files, pieces, slots, slot_bytes, load.rank, self._post, told, self._given_back)
         return ring
 
     def _given_back(self, slots: Sequence[int]) -> None:
@@ -268,7 +274,7 @@ class Pipeline:
         def deliver(batch: Batch) -> None:
             self._post(lambda: self._news(checkpoint, batch))
 
-        transfer = Transfer(load.route.files, load.slots, missing, deliver, load.priority)
+        transfer = Transfer(load.route.files, load.slots, missing, deliver, load.rank)
         load.route.reader.submit(transfer)
         return transfer, sum(piece.length for piece in missing)
 
@@ -276,7 +282,7 @@ class Pipeline:
         """A fill is as urgent as its most urgent load."""
         fill = self._fills.get(checkpoint)
         if fill is not None and fill.loads:
-            fill.route.reader.rank(fill.transfer, min(load.priority for load in fill.loads))
+            fill.route.reader.rank(fill.transfer, min(load.rank for load in fill.loads))
 
     def _distrust(self, checkpoint: CheckpointId, pieces: Collection[Piece]) -> bool:
         """As `discard`."""

@@ -1,9 +1,10 @@
 """Disk -> pool: a few threads around `preadv`, which release the GIL while the device works.
 
 O_DIRECT scattered straight into slots, in calls of up to 32 MiB, or, where the pool's pages are small, through a buffer
-of huge ones; the page cache is used for bytes that are there already. All transfers share one queue: by priority, then
-first come; a better one goes before the next call. So what nobody waits for is read in shorter calls, and not at all
-while headers are read for somebody who does: such small reads would wait behind whole calls in the device's queue.
+of huge ones; the page cache is used for bytes that are there already. All transfers share one queue, by rank; a better
+one goes before the next call. So what nobody waits for is read in shorter calls. While headers are read for a load that
+somebody waits for, nothing is read that ranks after it: such small reads would wait behind whole calls in the device's
+queue, and a later load, whose headers were read sooner, would go first.
 
 A read may hang for ever in the kernel (a dying disk, a network mount). It keeps its thread and its slots until it
 returns; its transfer begins no other read meanwhile, and a fresh thread takes its place, so that others are read.
@@ -18,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import plan
-from serverless_llm.loader.link import Priority
+from serverless_llm.loader.link import Priority, Rank
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
@@ -39,7 +40,7 @@ STAGED_CALL_BYTES = 8 << 20
 BRIEF = 2  # calls of what nobody waits for are so many times shorter; arbitrary: those in flight are over in 25 ms
 STAGED_THREADS = 12  # some copy while others read
 STUCK_S = 5.0  # after which a read counts as stuck: less than the control plane waits for the loads queued behind it
-ENDING = -sys.maxsize  # priority of what is cancelled: it ends before others begin
+ENDING = Rank(-sys.maxsize)  # of what is cancelled: it ends before others begin
 MOST_STUCK = 16  # stuck reads that are replaced, each a thread; arbitrary
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Transfer:
     """Pieces of one checkpoint, to be read into their slots.
 
     `deliver` is called from reader threads, one call at a time, with `last` in the last one; it must not block.
-    `priority`: lower goes first. `started`, `ended`: monotonic seconds of its first and last read, 0 before.
+    `rank`: lower goes first. `started`, `ended`: monotonic seconds of its first and last read, 0 before.
     `busy`: seconds with a read of it under way: others may go before it in between.
     """
 
@@ -73,7 +74,7 @@ class Transfer:
     slots: dict[Piece, int]
     pieces: Sequence[Piece]
     deliver: Callable[[Batch], None]
-    priority: int = 0
+    rank: Rank = field(default_factory=Rank)
     started: float = 0.0
     ended: float = 0.0
     busy: float = 0.0
@@ -118,7 +119,7 @@ class Reader:
         longest = STAGED_CALL_BYTES if self._staged else CALL_BYTES
         self.call_bytes = plan.paced(rate / self._size, longest)
         self._brief = longest // BRIEF
-        self._awaited: set[Hashable] = set()
+        self._awaited: set[int] = set()
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
         self._wake = threading.Condition()  # guards _awaited, _queue, its _calls and _flying, _reads, _threads
@@ -141,23 +142,23 @@ class Reader:
         with self._wake:
             self._enqueue(transfer)
 
-    def yield_to(self, who: Hashable) -> None:
-        """What nobody waits for begins no read until `go_on`: a transfer that somebody waits for is about to come."""
+    def yield_to(self, number: int) -> None:
+        """What ranks after this replica begins no read until `go_on`: one that somebody waits for is about to come."""
         with self._wake:
-            self._awaited.add(who)
+            self._awaited.add(number)
 
-    def go_on(self, who: Hashable) -> None:
+    def go_on(self, number: int) -> None:
         """It came, or will not. Idempotent."""
         with self._wake:
-            if who in self._awaited:
-                self._awaited.remove(who)
+            if number in self._awaited:
+                self._awaited.remove(number)
                 self._wake.notify_all()
 
-    def rank(self, transfer: Transfer, priority: int) -> None:
-        """Gives it another priority, from its next read on; what has none left stays as it is."""
+    def rank(self, transfer: Transfer, rank: Rank) -> None:
+        """Gives it another rank, from its next read on; what has none left stays as it is."""
         with self._wake:
-            if transfer._calls and priority != transfer.priority:
-                self._move(transfer, priority)
+            if transfer._calls and rank != transfer.rank:
+                self._move(transfer, rank)
 
     def cancel(self, transfer: Transfer) -> None:
         """Begins no more reads of it; `last` comes when those in flight have returned. Idempotent."""
@@ -187,22 +188,22 @@ class Reader:
                     file.close()
         return returned
 
-    def _move(self, transfer: Transfer, priority: int) -> None:
+    def _move(self, transfer: Transfer, rank: Rank) -> None:
         """Caller holds `_wake`."""
         self._queue.remove(transfer)
-        transfer.priority = priority
+        transfer.rank = rank
         self._cut(transfer, [span for call in transfer._calls for span in call])
         self._enqueue(transfer)
 
     def _cut(self, transfer: Transfer, spans: Sequence[Piece]) -> None:
         """Into calls as long as its priority has them. Caller holds `_wake` if it is queued."""
-        urgent = transfer.priority < Priority.PREFETCH
+        urgent = transfer.rank.priority < Priority.PREFETCH
         longest = self.call_bytes if urgent else min(self.call_bytes, self._brief)
         transfer._calls = deque(plan.reads(spans, longest))
 
     def _enqueue(self, transfer: Transfer) -> None:
         """Caller holds `_wake`."""
-        place = sum(other.priority <= transfer.priority for other in self._queue)
+        place = sum(other.rank <= transfer.rank for other in self._queue)
         self._queue.insert(place, transfer)
         self._wake.notify_all()
 
@@ -274,7 +275,7 @@ class Reader:
         """Another read, or its end. Caller holds `_wake`."""
         if not transfer._calls:
             return not transfer._flying
-        if self._awaited and transfer.priority >= Priority.PREFETCH:
+        if self._awaited and transfer.rank > Rank(Priority.ONLINE, min(self._awaited)):
             return False
         return not any(read.stuck and read.transfer is transfer for read in self._reads)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from serverless_llm.loader.link import Rank
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.reader import Batch, Reader, Transfer
 from serverless_llm.loader.source import Source
@@ -36,7 +37,7 @@ class Ring:
         pieces: Iterable[Piece],
         slots: Sequence[int],
         slot_bytes: int,
-        priority: int,
+        rank: Rank,
         post: Callable[[Callable[[], None]], object],
         told: Callable[[Batch], None],
         free: Callable[[Sequence[int]], None],
@@ -48,7 +49,7 @@ class Ring:
         self._ready = deque(slots)
         self._part = max(1, len(slots) // PARTS)
         self._slot_bytes = slot_bytes
-        self._priority = priority
+        self._rank = rank
         self._post = post
         self._told = told
         self._free = free
@@ -84,11 +85,11 @@ class Ring:
                     self._ready.append(slot)
         self.fill()
 
-    def hasten(self, priority: int) -> None:
-        """Its bytes go before those of higher numbers from now on."""
-        self._priority = priority
+    def hasten(self, rank: Rank) -> None:
+        """Its bytes go before those of higher ranks from now on."""
+        self._rank = rank
         for transfer in self._flying:
-            self._reader.rank(transfer, priority)
+            self._reader.rank(transfer, rank)
 
     def cancel(self) -> None:
         """Begins no more reads, and tells of none. Idempotent."""
@@ -115,7 +116,7 @@ class Ring:
         def deliver(batch: Batch) -> None:
             self._post(lambda: news(batch))
 
-        transfer = Transfer(self._files, slots, list(slots), deliver, self._priority)
+        transfer = Transfer(self._files, slots, list(slots), deliver, self._rank)
         self._flying.append(transfer)
         self._reader.submit(transfer)
 

@@ -45,6 +45,7 @@ class Routes:
         self._reader = reader
         self._pacer = Pacer(rate)
         self._network: Reader | None = None  # most nodes need none
+        self._awaited: set[int] = set()
         self._writers: Writers = Writers()
 
     def of(self, manifest: Manifest, origin: Origin | None) -> Route:
@@ -53,6 +54,21 @@ class Routes:
             return Route(self._asker(), self.remote, origin.sources(manifest, self._pacer, self._writers))
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         return Route(self._reader, self.disk, files)
+
+    def yield_to(self, number: int) -> None:
+        """As `Reader.yield_to`: over which link its bytes come is not known yet."""
+        self._awaited.add(number)
+        for reader in self._readers():
+            reader.yield_to(number)
+
+    def go_on(self, number: int) -> None:
+        """As `Reader.go_on`."""
+        self._awaited.discard(number)
+        for reader in self._readers():
+            reader.go_on(number)
+
+    def _readers(self) -> list[Reader]:
+        return [self._reader, self._network] if self._network else [self._reader]
 
     def observe(self, route: Route, came: Came, seconds: float) -> None:
         """What a transfer brought, to each link that it crossed; under a cap the page cache's bytes cross the disk's.
@@ -79,6 +95,8 @@ class Routes:
         """Reads from servers, in calls of what their link moves in a moment."""
         if self._network is None:
             self._network = Reader(self._pool, CONNECTIONS, staged=False, stuck_s=STUCK_S)
+            for number in self._awaited:
+                self._network.yield_to(number)
         rate = min(self.remote.bandwidth or FIRST_RATE, self._pacer.rate or math.inf)
         self._network.call_bytes = plan.paced(rate, CALL_BYTES)
         return self._network

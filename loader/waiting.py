@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from serverless_llm.domain import ReplicaId
 from serverless_llm.errors import CheckpointError
+from serverless_llm.loader.link import Rank
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.origin import Origin
 from serverless_llm.loader.plan import Landed, Piece
@@ -72,12 +73,16 @@ class Load:
         if self.ring:
             self.ring.copied(nbytes)
 
+    @property
+    def rank(self) -> Rank:
+        return Rank(self.priority, self.holder)
+
     def hasten(self, priority: int) -> None:
-        """Its bytes go before those of higher numbers from now on."""
+        """Its bytes go before those of higher ranks from now on."""
         self.priority = priority
         self.pipeline.rank(self.manifest.checkpoint)
         if self.ring:
-            self.ring.hasten(priority)
+            self.ring.hasten(self.rank)
 
     def cancel(self) -> None:
         """Stops reading unless others wait for the same. The lease stays until `Pipeline.release`. Idempotent."""

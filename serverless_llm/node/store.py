@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 0.1  # at most one report in this time
 PROGRESS_SHARE = 0.05  # ... unless this share of the bytes has landed since
 POLICY = Policy()  # what placement takes a link for that nothing was learned of
-PREPARED_S = 1.0  # reads that nobody waits for are held up for so long at most, for one who has not begun to read
+PREPARED_S = 1.0  # reads are held up for so long at most, for a load that goes first and has not begun to read
 
 
 class Store:
@@ -66,6 +66,7 @@ class Store:
             remote_rate=options.remote_rate,
             byte_s=self._byte_s,
         )
+        self._go_on = self._pipeline.go_on
         self._upload = Link()
         self._manifests = Manifests()
         self._away = Away()
@@ -73,7 +74,7 @@ class Store:
         self._verifier = Verifier(self._pool, options.digests, loop.call_soon_threadsafe)
         self._sharing = Sharing(self._pool, self._pipeline, options.tensors, self._settled)
         self._room = Room(
-            self._pipeline, self._sharing, self._replicas, self._copies, self._arrived, self.failed, self._reader.go_on
+            self._pipeline, self._sharing, self._replicas, self._copies, self._arrived, self.failed, self._go_on
         )
 
     @property
@@ -213,12 +214,12 @@ class Store:
         try:
             await self._load(replica)
         finally:
-            self._reader.go_on(replica.order.replica)
+            self._go_on(replica.order.replica)
 
     def _go_first(self, number: int) -> None:
-        """What nobody waits for begins no read before this replica does, fails, or waits for room."""
-        self._reader.yield_to(number)
-        asyncio.get_running_loop().call_later(PREPARED_S, self._reader.go_on, number)
+        """What ranks after this replica begins no read before it does, fails, or waits for room."""
+        self._pipeline.yield_to(number)
+        asyncio.get_running_loop().call_later(PREPARED_S, self._go_on, number)
 
     async def _load(self, replica: Replica) -> None:
         order = replica.order

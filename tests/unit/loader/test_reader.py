@@ -14,7 +14,7 @@ import pytest
 from serverless_llm.errors import TransientError
 from serverless_llm.loader import plan
 from serverless_llm.loader import reader as module
-from serverless_llm.loader.link import Priority
+from serverless_llm.loader.link import Priority, Rank
 from serverless_llm.loader.plan import Piece
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Batch, Reader, Transfer
@@ -47,12 +47,12 @@ def begin(pool: Pool) -> Iterator[Begin]:
         reader.close()
 
 
-def transfer(path: Path, nbytes: int, slots: list[int], news: queue.SimpleQueue[Batch], priority: int = 0) -> Transfer:
+def transfer(path: Path, nbytes: int, slots: list[int], news: queue.SimpleQueue[Batch], *rank: int) -> Transfer:
     path.write_bytes(bytes([slots[0] + 1]) * nbytes)
     stat = path.stat()
     pieces = plan.cut(Piece(0, 0, nbytes), MB)
     files = [SourceFile(path, stat.st_size, stat.st_mtime_ns)]
-    return Transfer(files, dict(zip(pieces, slots, strict=True)), pieces, news.put, priority)
+    return Transfer(files, dict(zip(pieces, slots, strict=True)), pieces, news.put, Rank(*rank))
 
 
 def until_last(news: queue.SimpleQueue[Batch]) -> list[Batch]:
@@ -84,14 +84,14 @@ def test_nothing_to_read_ends_at_once(tmp_path: Path, begin: Begin) -> None:
     assert until_last(news) == [Batch((), Came(), True, None)]
 
 
-def test_priority_then_first_come(tmp_path: Path, begin: Begin) -> None:
+def test_priority_then_number_then_first_come(tmp_path: Path, begin: Begin) -> None:
     reader, order = begin(threads=1, rate=SLOW), queue.SimpleQueue[Batch]()
-    first = transfer(tmp_path / "first", 2 * MB, [0, 1], order)
+    first = transfer(tmp_path / "first", 2 * MB, [0, 1], order, 0, 7)
     reader.submit(first)
-    for name, slot, priority in (("late", 2, 1), ("urgent", 3, -1), ("equal", 4, 0)):
-        reader.submit(transfer(tmp_path / name, 1, [slot], order, priority))
-    ends = [until_last(order)[-1].landed[0].pool_offset // MB for _ in range(4)]
-    assert ends == [3, 1, 4, 2]
+    for name, slot, *rank in (("late", 2, 1), ("urgent", 3, -1), ("equal", 4, 0, 7), ("lower", 5, 0, 6)):
+        reader.submit(transfer(tmp_path / str(name), 1, [int(slot)], order, *map(int, rank)))
+    ends = [until_last(order)[-1].landed[0].pool_offset // MB for _ in range(5)]
+    assert ends == [3, 5, 1, 4, 2]
 
 
 def test_what_nobody_waits_for_is_read_in_short_calls_until_somebody_does(
@@ -105,28 +105,33 @@ def test_what_nobody_waits_for_is_read_in_short_calls_until_somebody_does(
     reader.submit(first)
     hastened = transfer(tmp_path / "b", 4 * MB, [3, 4, 5, 6], news, Priority.PREFETCH)
     reader.submit(hastened)
-    reader.rank(hastened, Priority.ONLINE)
+    reader.rank(hastened, Rank(Priority.ONLINE))
     opened = os.open(tmp_path / "pipe", os.O_RDWR)  # kept until the reader has opened it, too
     assert until_last(others)[-1].error is not None
     os.close(opened)
     assert [len(batch.landed) for batch in until_last(news)] == [4]
 
 
-def test_what_nobody_waits_for_begins_no_read_while_another_load_prepares(tmp_path: Path, begin: Begin) -> None:
+@pytest.mark.parametrize("rank", [(Priority.PREFETCH, 0), (Priority.ONLINE, 3)])
+def test_what_ranks_after_a_load_begins_no_read_while_that_one_prepares(
+    tmp_path: Path, begin: Begin, rank: tuple[int, int]
+) -> None:
     reader, news, other = begin(threads=1, rate=SLOW), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
-    reader.yield_to("a")
-    reader.yield_to("b")
-    held = transfer(tmp_path / "held", 2 * MB, [0, 1], news, Priority.PREFETCH)
+    reader.yield_to(1)
+    reader.yield_to(2)
+    held = transfer(tmp_path / "held", 2 * MB, [0, 1], news, *rank)
     reader.submit(held)
-    reader.submit(transfer(tmp_path / "urgent", 2 * MB, [2, 3], other))
+    reader.submit(transfer(tmp_path / "first", 2 * MB, [2, 3], other, Priority.ONLINE, 1))
     until_last(other)
-    reader.go_on("a")
+    reader.go_on(1)
+    reader.submit(transfer(tmp_path / "second", 2 * MB, [2, 3], other, Priority.ONLINE, 2))
+    until_last(other)
     reader.cancel(held)
     assert until_last(news)[-1].last
     assert held.started == 0
-    reader.submit(transfer(tmp_path / "next", 2 * MB, [0, 1], news, Priority.PREFETCH))
-    reader.go_on("b")
-    reader.go_on("b")
+    reader.submit(transfer(tmp_path / "next", 2 * MB, [0, 1], news, *rank))
+    reader.go_on(2)
+    reader.go_on(2)
     assert sum(span.length for batch in until_last(news) for span in batch.landed) == 2 * MB
 
 
@@ -226,12 +231,12 @@ def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path
     reader.submit(overtaken)
     first.get(timeout=30)
     reader.submit(overtaking)
-    reader.rank(overtaking, 0)
+    reader.rank(overtaking, Rank(0))
     assert until_last(second)[-1].error is None
     assert until_last(first)[-1].error is None
     assert overtaking.ended < overtaken.ended
     assert overtaken.busy < overtaken.ended - overtaken.started - overtaking.busy / 2, "it did not read meanwhile"
-    reader.rank(overtaking, 0)  # it has ended
+    reader.rank(overtaking, Rank(0))  # it has ended
 
 
 def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, begin: Begin) -> None:
@@ -243,7 +248,7 @@ def test_what_is_cancelled_ends_first_and_moves_nobody(tmp_path: Path, begin: Be
     reader.submit(first)
     reader.cancel(cancelled)
     reader.submit(second)
-    reader.rank(cancelled, 0)  # too late
+    reader.rank(cancelled, Rank(0))  # too late
     ends = [until_last(one)[-1] for one in news]
     assert [end.error for end in ends] == [None] * 3
     assert cancelled.ended < first.ended < second.ended

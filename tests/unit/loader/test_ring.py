@@ -185,7 +185,7 @@ def test_who_waits_hastens_all_of_a_ring_s_reads(tmp_path: Path) -> None:
     priorities = []
     while not device.over:
         with node.reader._wake:
-            priorities += [one.priority for one in node.reader._queue if one.files is device.load.route.files]
+            priorities += [one.rank.priority for one in node.reader._queue if one.files is device.load.route.files]
         device.copy(device.waiting)
         node.turn()
     assert set(priorities) == {Priority.ONLINE}

@@ -171,6 +171,23 @@ def test_others_read_nothing_from_a_start_that_somebody_waits_for_to_its_first_r
     at_a_desk(tmp_path, tell)
 
 
+def test_of_two_starts_the_first_is_read_first_though_its_headers_take_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PREPARED_S", 60.0)
+    many = {f"{number}": torch.zeros(8) for number in range(10_000)} | {"large": torch.zeros(MIB // 2)}
+
+    async def tell(desk: Desk) -> None:
+        desk.start(1, SMALL, tensors=many)
+        desk.start(2, 2)
+        await desk.until(lambda: {1, 2} <= {*desk.landed})
+        told = [message for message in desk.heard(COPY) if isinstance(message, wire.Landed)]
+        assert next(message.replica for message in told) == 1
+        assert desk.store._reader._awaited == set()
+
+    at_a_desk(tmp_path, tell, disk_rate=20e6)
+
+
 def test_who_waits_for_room_holds_up_nobody_who_may_give_some_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
