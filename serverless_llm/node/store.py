@@ -24,6 +24,7 @@ from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
+from serverless_llm.loader.waiting import Load
 from serverless_llm.node.away import Away
 from serverless_llm.node.check import Check, Tally
 from serverless_llm.node.manifests import Manifests
@@ -209,12 +210,18 @@ class Store:
     # --- a load ---
 
     async def _begin(self, replica: Replica) -> None:
+        number = replica.order.replica
         if replica.priority == Priority.ONLINE:
-            self._go_first(replica.order.replica)
+            self._go_first(number)
         try:
             await self._load(replica)
+        except CheckpointError as error:
+            self.failed(number, str(error), not isinstance(error, TransientError))
+        except Exception as error:  # the task's edge: whoever waits is told
+            log.warning("replica %d: a fault that nobody foresaw", number, exc_info=error)
+            self.failed(number, f"{type(error).__name__}: {error}", permanent=False)
         finally:
-            self._go_on(replica.order.replica)
+            self._go_on(number)
 
     def _go_first(self, number: int) -> None:
         """What ranks after this replica begins no read before it does, fails, or waits for room."""
@@ -223,21 +230,25 @@ class Store:
 
     async def _load(self, replica: Replica) -> None:
         order = replica.order
+        found = await self._manifests.of(order.source, order.checkpoint, dict(self._tier.residents()))
+        known = await self._verifier.digests(found) if order.verify != "off" else None
+        await self._sharing.meet(found)
+        if found.directory.name == CHECKPOINT:  # all else is on a disk as a whole; a look at it may never end
+            replica.origin = await apart(lambda: origin.of(found.directory))
+            self._away.watch(order.checkpoint, found.directory, found.file_bytes)
         try:
-            found = await self._manifests.of(order.source, order.checkpoint, dict(self._tier.residents()))
-            known = await self._verifier.digests(found) if order.verify != "off" else None
-            await self._sharing.meet(found)
-            if found.directory.name == CHECKPOINT:  # all else is on a disk as a whole; a look at it may never end
-                replica.origin = await apart(lambda: origin.of(found.directory))
-                self._away.watch(order.checkpoint, found.directory, found.file_bytes)
-            replica.load = await self._room.reserve(replica, found)
-        except CheckpointError as error:
-            self.failed(order.replica, str(error), not isinstance(error, TransientError))
-            return
+            load = replica.load = await self._room.reserve(replica, found)
         except CapacityError as error:
             self.failed(order.replica, str(error), permanent=not self._room.fits(replica, found))
             return
-        place = wire.Place(
+        self._slot(order.device).send(self._place(replica, found, load))
+        if order.verify != "off":
+            replica.check = self._check(replica, found, known)
+        load.start()
+
+    def _place(self, replica: Replica, found: Manifest, load: Load) -> wire.Place:
+        order = replica.order
+        return wire.Place(
             replica=order.replica,
             model=order.model,
             checkpoint=order.checkpoint,
@@ -245,20 +256,16 @@ class Store:
             dtype=order.dtype,
             kv_floor=order.kv_floor,
             files=[file.size for file in found.files],
-            ring=replica.load.ringed,
+            ring=load.ringed,
             room=self._pipeline.fits(found),
-            lenders=list(replica.load.lent.sizes),
-            runs=[(*run,) for run in replica.load.lent.runs],
-            total=replica.load.lent.total,
+            lenders=list(load.lent.sizes),
+            runs=[(*run,) for run in load.lent.runs],
+            total=load.lent.total,
             online=replica.priority == Priority.ONLINE,
             verify=order.verify,
             sample=self._verifier.sample(order.checkpoint),
             twins=self._twins(replica),
         )
-        self._slot(order.device).send(place)
-        if order.verify != "off":
-            replica.check = self._check(replica, found, known)
-        replica.load.start()
 
     def _settled(self) -> bool:
         """No replica is on its way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -186,6 +187,26 @@ def test_of_two_starts_the_first_is_read_first_though_its_headers_take_longer(
         assert desk.store._reader._awaited == set()
 
     at_a_desk(tmp_path, tell, disk_rate=20e6)
+
+
+def test_a_load_that_ends_in_what_nobody_foresaw_is_told_and_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def exhausted(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def tell(desk: Desk) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", exhausted)
+            desk.start(1, SMALL)
+            await desk.until(lambda: 1 not in desk.store._replicas)
+        assert desk.told == [wire.LoadFailed(1, "RuntimeError: can't start new thread", permanent=False)]
+        assert "Traceback" in caplog.text
+        assert desk.store._reader._awaited == set()
+        desk.start(2, SMALL)
+        await desk.serve(2)
+
+    at_a_desk(tmp_path, tell)
 
 
 def test_who_waits_for_room_holds_up_nobody_who_may_give_some_back(
