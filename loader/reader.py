@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,10 +80,11 @@ class Transfer:
     busy: float = 0.0
     _busy_since: float = 0.0
     _calls: deque[tuple[Piece, ...]] = field(default_factory=deque)
+    _due: Counter[int] = field(default_factory=Counter)  # calls by file, those in flight too
     _flying: int = 0
     _error: CheckpointError | None = None
     _told: bool = False  # of a stuck read; a slow disk has many
-    _opened: dict[int, Opened] = field(default_factory=dict)
+    _opened: dict[int, Opened] = field(default_factory=dict)  # each from its first call to its last one
     _lock: threading.Lock = field(default_factory=threading.Lock)  # guards _opened and the order of deliveries
 
 
@@ -122,7 +123,7 @@ class Reader:
         self._awaited: set[int] = set()
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
-        self._wake = threading.Condition()  # guards _awaited, _queue, its _calls and _flying, _reads, _threads
+        self._wake = threading.Condition()  # guards _awaited, _queue, its _calls, _due and _flying, _reads, _threads
         self._closed = False
         self._threads: list[threading.Thread] = []
         self._watcher = threading.Thread(target=self._watch, name="reader-watch", daemon=True)
@@ -199,7 +200,9 @@ class Reader:
         """Into calls as long as its priority has them. Caller holds `_wake` if it is queued."""
         urgent = transfer.rank.priority < Priority.PREFETCH
         longest = self.call_bytes if urgent else min(self.call_bytes, self._brief)
+        transfer._due.subtract(call[0].file for call in transfer._calls)
         transfer._calls = deque(plan.reads(spans, longest))
+        transfer._due.update(call[0].file for call in transfer._calls)
 
     def _enqueue(self, transfer: Transfer) -> None:
         """Caller holds `_wake`."""
@@ -250,7 +253,7 @@ class Reader:
             read.began = time.monotonic()
             batch = self._read(read.transfer, read.call, staging)
             with read.transfer._lock:
-                self._conclude(read.transfer, batch)
+                self._conclude(read, batch)
             with self._wake:
                 self._reads.remove(read)
                 self._wake.notify_all()  # its transfer may go on
@@ -292,9 +295,10 @@ class Reader:
         landed = tuple(Landed(span.file, span.offset, span.length, self._place(transfer, span)) for span in call)
         return Batch(landed, came, False, None)
 
-    def _conclude(self, transfer: Transfer, batch: Batch) -> None:
+    def _conclude(self, read: _Read, batch: Batch) -> None:
         """Delivers the batch. Caller holds the transfer's lock, so that `last` overtakes nothing."""
-        transfer._error = transfer._error or batch.error
+        transfer = read.transfer
+        transfer._error = transfer._error or batch.error or _close(transfer, self._read_whole(read))
         with self._wake:
             if transfer._error:
                 transfer._calls.clear()
@@ -306,10 +310,17 @@ class Reader:
                 self._queue.remove(transfer)
         if last:
             transfer.ended = time.monotonic()
-            changed = _close(transfer)
+            changed = _close(transfer, [*transfer._opened])
             transfer.deliver(batch._replace(last=True, error=transfer._error or changed))
         elif batch.landed:
             transfer.deliver(batch)
+
+    def _read_whole(self, read: _Read) -> list[int]:
+        """The file of a call that was its last one."""
+        with self._wake:
+            files = {span.file for span in read.call}
+            read.transfer._due.subtract(files)
+            return [file for file in files if not read.transfer._due[file]]
 
     def _place(self, transfer: Transfer, span: Piece) -> int:
         """Where a span goes in the pool."""
@@ -335,12 +346,12 @@ def _opened(transfer: Transfer, number: int) -> Opened:
     return kept
 
 
-def _close(transfer: Transfer) -> CheckpointError | None:
-    """Closes the files; the error of one that was changed while it was read."""
+def _close(transfer: Transfer, files: Iterable[int]) -> CheckpointError | None:
+    """Closes these; the error of one that was changed while it was read. Caller holds the transfer's lock."""
     error = None
-    for number, file in transfer._opened.items():
+    for number in files:
         try:
-            with closing(file):
+            with closing(transfer._opened.pop(number)) as file:
                 file.check()
         except Exception as failure:  # noqa: BLE001  as in `_read`
             error = _anew(transfer.files[number].path, failure)

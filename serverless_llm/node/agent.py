@@ -10,9 +10,11 @@ died); replicas and the DRAM tier stay, and the next head decides which it keeps
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -305,11 +307,19 @@ async def serve(options: AgentOptions) -> None:
     log.warning("%s ends: %s", options.node, await agent.run())
 
 
+def _take_descriptors() -> None:
+    """As many as there may be: each shard that is read takes two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # `fs.nr_open` was lowered below the hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         options = msgspec.json.decode(sys.argv[1], type=AgentOptions)
         state.lock(options.lock_path, f"another agent of {options.node}")
+        _take_descriptors()
         uvloop.run(serve(options))
     except ServerlessLLMError as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the operator, not a trace

@@ -153,7 +153,7 @@ def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, begin: Begin
     reader, news, other = begin(), queue.SimpleQueue[Batch](), queue.SimpleQueue[Batch]()
     bad = transfer(tmp_path / "a", 2 * MB, [0, 1], news)
     (tmp_path / "a").unlink()
-    opened = len(list(Path("/proc/self/fd").iterdir()))
+    opened = descriptors()
     reader.submit(bad)
     reader.submit(transfer(tmp_path / "b", 1, [2], other))
     batches = until_last(news)
@@ -161,7 +161,7 @@ def test_an_error_ends_a_transfer_once_and_no_other(tmp_path: Path, begin: Begin
     assert "No such file" in str(batches[0].error)
     assert until_last(other)[-1].error is None
     assert news.empty()
-    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    assert descriptors() == opened
 
 
 class Broken(NamedTuple):
@@ -215,12 +215,38 @@ def test_a_file_changed_while_it_is_read_is_an_error(tmp_path: Path, begin: Begi
 
 def test_a_file_cut_while_it_is_read_is_closed(tmp_path: Path, begin: Begin) -> None:
     reader, news = begin(rate=SLOW), queue.SimpleQueue[Batch]()
-    opened = len(list(Path("/proc/self/fd").iterdir()))
+    opened = descriptors()
     reader.submit(transfer(tmp_path / "a", 6 * MB, list(range(6)), news))
     news.get(timeout=30)
     os.truncate(tmp_path / "a", MB)
     assert "it was cut" in str(until_last(news)[-1].error)
-    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    assert descriptors() == opened
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_file_is_open_from_its_first_call_to_its_last(tmp_path: Path, begin: Begin) -> None:
+    reader, news = begin(threads=1, rate=SLOW), queue.SimpleQueue[Batch]()
+    opened: list[int] = []
+
+    def deliver(batch: Batch) -> None:
+        opened.append(descriptors())
+        news.put(batch)
+
+    before = descriptors()
+    one, *others = [transfer(tmp_path / str(slot), nbytes, [slot], news) for slot, nbytes in enumerate((MB, 1, 1, 1))]
+    both = Piece(0, 0, MB), *(Piece(number, 0, 1) for number in (1, 2, 3))
+    files = [*one.files, *(other.files[0] for other in others)]
+    read = Transfer(files, {piece: number for number, piece in enumerate(both)}, both, deliver)
+    reader.submit(read)
+    news.get(timeout=30)
+    (tmp_path / "0").unlink()  # it is not opened again, whatever becomes of its calls
+    reader.rank(read, Rank(Priority.PREFETCH))
+    assert until_last(news)[-1].error is None
+    assert opened[0] > before
+    assert opened[-4:] == [before] * 4, "each is closed before it is told of"
 
 
 def test_a_transfer_that_is_hastened_overtakes_what_was_before_it(tmp_path: Path, begin: Begin) -> None:

@@ -120,6 +120,19 @@ def test_an_agent_without_sense_says_so(tmp_path: Path) -> None:
     assert b"Traceback" not in ended.stderr
 
 
+def test_an_agent_takes_the_descriptors_that_there_are(tmp_path: Path) -> None:
+    (tmp_path / "agents").mkdir()
+    options = AgentOptions(str(tmp_path), "n", (DeviceOptions("cpu", 1 << 20, "view"),), dram=100)
+    code = (
+        "import resource; from serverless_llm.node import agent;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 256)); agent.main();"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    command = [sys.executable, "-c", code, msgspec.json.encode(options).decode()]
+    ended = subprocess.run(command, env=processes.environment(), capture_output=True, check=True)
+    assert ended.stdout == b"(256, 256)\n"
+
+
 def test_the_agent_never_imports_torch() -> None:
     code = "import sys, serverless_llm.node.agent; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=processes.environment(), check=True)
