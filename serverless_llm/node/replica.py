@@ -46,3 +46,41 @@ class Replica:
     dropping: bool = False
     leaving: bool = False
     shared: dict[int, int] = field(default_factory=dict)
+
+    def place(self, load: Load, room: bool, sample: int, twins: list[tuple[int, int, int, int]]) -> wire.Place:
+        """What its worker is told of it before its bytes come; the arguments are as there."""
+        order, found, lent = self.order, load.manifest, load.lent
+        return wire.Place(
+            replica=order.replica,
+            model=order.model,
+            checkpoint=order.checkpoint,
+            config=found.raw_config,
+            dtype=order.dtype,
+            kv_floor=order.kv_floor,
+            files=[file.size for file in found.files],
+            ring=load.ringed,
+            room=room,
+            lenders=list(lent.sizes),
+            runs=[(*run,) for run in lent.runs],
+            total=lent.total,
+            online=self.priority == Priority.ONLINE,
+            verify=order.verify,
+            sample=sample,
+            twins=twins,
+        )
+
+    def served(self, load: Load, now: float, shared: list[tuple[int, int, int]]) -> wire.ReplicaReady:
+        """What the head is told of its way here, by phases; `shared` is as there."""
+        return wire.ReplicaReady(
+            replica=self.order.replica,
+            queue_s=self.reserved - self.began + load.queue_s,
+            disk_s=0.0 if load.came.remote else load.read_s,
+            upload_s=now - self.landed,
+            total_s=now - self.began,
+            disk_bytes=load.came.disk,
+            cache_bytes=load.came.cache,
+            dram_bytes=load.dram_bytes,
+            remote_s=load.read_s if load.came.remote else 0.0,
+            remote_bytes=load.came.remote,
+            shared=shared,
+        )

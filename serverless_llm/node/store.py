@@ -24,7 +24,6 @@ from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.residency import Tier
-from serverless_llm.loader.waiting import Load
 from serverless_llm.node.away import Away
 from serverless_llm.node.check import Check, Tally
 from serverless_llm.node.manifests import Manifests
@@ -241,31 +240,12 @@ class Store:
         except CapacityError as error:
             self.failed(order.replica, str(error), permanent=not self._room.fits(replica, found))
             return
-        self._slot(order.device).send(self._place(replica, found, load))
+        sample = self._verifier.sample(order.checkpoint)
+        place = replica.place(load, self._pipeline.fits(found), sample, self._twins(replica))
+        self._slot(order.device).send(place)
         if order.verify != "off":
             replica.check = self._check(replica, found, known)
         load.start()
-
-    def _place(self, replica: Replica, found: Manifest, load: Load) -> wire.Place:
-        order = replica.order
-        return wire.Place(
-            replica=order.replica,
-            model=order.model,
-            checkpoint=order.checkpoint,
-            config=found.raw_config,
-            dtype=order.dtype,
-            kv_floor=order.kv_floor,
-            files=[file.size for file in found.files],
-            ring=load.ringed,
-            room=self._pipeline.fits(found),
-            lenders=list(load.lent.sizes),
-            runs=[(*run,) for run in load.lent.runs],
-            total=load.lent.total,
-            online=replica.priority == Priority.ONLINE,
-            verify=order.verify,
-            sample=self._verifier.sample(order.checkpoint),
-            twins=self._twins(replica),
-        )
 
     def _settled(self) -> bool:
         """No replica is on its way."""
@@ -338,21 +318,7 @@ class Store:
         alone = load.dram_bytes == load.total == uploaded
         self._upload.observe(uploaded, message.upload_s if alone else 0.0)
         self._room.look_again()
-        self._tell(
-            wire.ReplicaReady(
-                replica=message.replica,
-                queue_s=replica.reserved - replica.began + load.queue_s,
-                disk_s=0.0 if load.came.remote else load.read_s,
-                upload_s=now - replica.landed,
-                total_s=now - replica.began,
-                disk_bytes=load.came.disk,
-                cache_bytes=load.came.cache,
-                dram_bytes=load.dram_bytes,
-                remote_s=load.read_s if load.came.remote else 0.0,
-                remote_bytes=load.came.remote,
-                shared=message.shared,
-            )
-        )
+        self._tell(replica.served(load, now, message.shared))
 
     def failed(self, number: int, message: str, permanent: bool) -> None:
         """The replica cannot be placed, says its worker or its load."""
