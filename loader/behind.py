@@ -15,7 +15,6 @@ from contextlib import closing
 from typing import NamedTuple
 
 from serverless_llm.errors import CheckpointError, ServerlessLLMError
-from serverless_llm.loader.download import Range
 from serverless_llm.loader.filling import Filling, lacking
 from serverless_llm.quantities import size
 
@@ -164,9 +163,9 @@ class Behind:
 
     def _write(self, chunks: Sequence[_Chunk]) -> None:
         """They count once they are on the disk."""
-        for one in chunks:
+        for one in sorted(chunks, key=lambda one: one[:2]):
             self._filling.write(one.file, one.start, one.data)
-        self._filling.commit([Range(one.file, one.start, one.start + len(one.data)) for one in chunks])
+        self._filling.commit()
 
 
 def _nbytes(chunks: Iterable[_Chunk]) -> int:

@@ -1,10 +1,12 @@
 """A remote checkpoint's files into a folder: ranges side by side, and a record of what is there.
 
     FOLDER/checkpoint/NAME      as long as the file at once, with holes where nothing came yet
-    FOLDER/record               lines `number start stop`: bytes of file `number` that are there
+    FOLDER/record               lines `number start stop digest check`: bytes of file `number` that are there; CRC-32 of
+                                these bytes, and of the line up to there
 
-A range stands in the record only when its bytes were synced to the disk, so that what an interruption leaves is gone on
-with, whatever it was. Bytes are written past the page cache where the file system allows: copied once, from what came
+A piece stands in the record only when its bytes were synced to the disk, so that what an interruption leaves is gone on
+with, whatever it was. What an earlier call left is read and compared while the rest comes; what is not what was written
+is brought again. Bytes are written past the page cache where the file system allows: copied once, from what came
 into memory of whole pages, which is the caller's own where he wants them at once.
 """
 
@@ -14,12 +16,14 @@ import errno
 import mmap
 import os
 import queue
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, NamedTuple, Self
+from typing import NamedTuple, Self
+from zlib import crc32
 
 from serverless_llm.errors import TransientError
 from serverless_llm.loader.remote import Remote, RemoteFile
@@ -28,10 +32,13 @@ CHECKPOINT = "checkpoint"
 RECORD = "record"
 CONNECTIONS = 16  # one stream does not fill a fast link, nor one core that copies
 RANGE_BYTES = 16 << 20  # asked for at once, or less where that is more than a 64th of all
+COMPARING = 4  # one thread in so many compares what is there before it asks for more
 CHUNKS = 8  # of a range: what is written, and recorded, at a time
 PAGE = 4096  # what writes past the page cache begin and end with, in the file and in memory
 WAITING = 32  # chunks that were written and not yet synced
 JOIN_SECONDS = 0.5  # for threads that are busy to hear of an end; one that waits for its server ends with the process
+
+LINE = re.compile(r"((\d{1,5}) (\d{1,19}) (\d{1,19}) ([0-9a-f]{8})) ([0-9a-f]{8})\n", re.ASCII)
 
 Told = Callable[[str, int, int], None]  # file, bytes that are there, bytes of all
 
@@ -44,26 +51,92 @@ class Range(NamedTuple):
     stop: int
 
 
-def recorded(text: str, sizes: Sequence[int]) -> list[Range]:
-    """The ranges of a record, in order and joined. What is no line of one counts for nothing, as the last may be."""
+class Piece(NamedTuple):
+    """Such bytes as they were written. `digest`: their CRC-32."""
+
+    file: int
+    start: int
+    stop: int
+    digest: int
+
+
+def recorded(text: str, sizes: Sequence[int]) -> list[Piece]:
+    """The pieces of a record, by files and starts, none within another. What is no line of one counts for nothing."""
     found = []
-    for line in text.splitlines(keepends=True):
-        words = line.split()
-        if line.endswith("\n") and len(words) == 3 and all(word.isascii() and word.isdigit() for word in words):
-            one = Range(*map(int, words))
+    for row in text.splitlines(keepends=True):
+        words = LINE.fullmatch(row)
+        if words and crc32(words[1].encode()) == int(words[6], 16):
+            one = Piece(int(words[2]), int(words[3]), int(words[4]), int(words[5], 16))
             if one.file < len(sizes) and one.start < one.stop <= sizes[one.file]:
                 found.append(one)
-    joined: list[Range] = []
+    pieces: list[Piece] = []
     for one in sorted(found):
-        if joined and joined[-1].file == one.file and joined[-1].stop >= one.start:
-            joined[-1] = joined[-1]._replace(stop=max(joined[-1].stop, one.stop))
+        last = pieces[-1] if pieces and pieces[-1].file == one.file else None
+        if last and last.start == one.start:
+            pieces[-1] = one  # it is no shorter
+        elif not last or last.stop < one.stop:
+            pieces.append(one)
+    return pieces
+
+
+def joined(pieces: Sequence[Piece]) -> list[Range]:
+    """What pieces, as `recorded` gives them, have in all, in order."""
+    ranges: list[Range] = []
+    for one in pieces:
+        if ranges and ranges[-1].file == one.file and ranges[-1].stop >= one.start:
+            ranges[-1] = ranges[-1]._replace(stop=one.stop)
         else:
-            joined.append(one)
-    return joined
+            ranges.append(Range(*one[:3]))
+    return ranges
+
+
+def apart(pieces: Sequence[Piece]) -> list[Piece]:
+    """Of pieces, as `recorded` gives them, those that have no byte of the one before."""
+    found: list[Piece] = []
+    for one in pieces:
+        if not found or found[-1].file != one.file or found[-1].stop <= one.start:
+            found.append(one)
+    return found
+
+
+def add(record: int, pieces: Sequence[Piece]) -> None:
+    """Lines to a record, lastingly; the bytes of the pieces were synced."""
+    data = "".join(map(line, pieces)).encode()
+    while data:
+        data = data[os.write(record, data) :]
+    os.fsync(record)
+
+
+def line(piece: Piece) -> str:
+    """Of a record."""
+    text = f"{piece.file} {piece.start} {piece.stop} {piece.digest:08x}"
+    return f"{text} {crc32(text.encode()):08x}\n"
+
+
+def rewrite(folder: Path, pieces: Sequence[Piece]) -> None:
+    """The record, of these alone."""
+    fresh = folder / f"{RECORD}.new"
+    with fresh.open("w") as opened:
+        add(opened.fileno(), pieces)
+    fresh.rename(folder / RECORD)
+
+
+def intact(path: Path, piece: Piece, place: memoryview) -> bool:
+    """Reads a piece into a place of its length. False where that is not what was written: it is to be brought again."""
+    try:
+        with path.open("rb", buffering=0) as opened:
+            opened.seek(piece.start)
+            done = 0
+            while done < len(place) and (count := opened.readinto(place[done:])):
+                done += count
+            os.posix_fadvise(opened.fileno(), piece.start, len(place), os.POSIX_FADV_DONTNEED)  # others' stays cached
+    except OSError:  # a bad sector, too, is written anew
+        return False
+    return done == len(place) and crc32(place) == piece.digest
 
 
 def missing(have: Sequence[Range], sizes: Sequence[int], most: int) -> list[Range]:
-    """What is not there, in pieces of `most` bytes at most. `have` is as `recorded` gives it."""
+    """What is not there, in ranges of `most` bytes at most. `have` is as `joined` gives it."""
     gaps = []
     for number, size in enumerate(sizes):
         at = 0
@@ -73,17 +146,30 @@ def missing(have: Sequence[Range], sizes: Sequence[int], most: int) -> list[Rang
     return gaps
 
 
-def held(folder: Path, files: Sequence[RemoteFile]) -> list[Range]:
-    """What is there of the files."""
+def kept(folder: Path, files: Sequence[RemoteFile]) -> list[Piece]:
+    """What the record has of the files, as far as these are long enough for it."""
     try:
         text = (folder / RECORD).read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return []
-    return recorded(text, [file.size for file in files])
+    return recorded(text, [min(file.size, _length(folder / CHECKPOINT / file.name)) for file in files])
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def held(folder: Path, files: Sequence[RemoteFile]) -> list[Range]:
+    """What is there of the files, by their record."""
+    return joined(kept(folder, files))
 
 
 def prepare(folder: Path, files: Sequence[RemoteFile]) -> None:
-    """Every file in its full length, which counts against the tier's bound from then on."""
+    """Every file in its full length, which counts against the tier's bound from then on; a record of what it had."""
+    rewrite(folder, kept(folder, files))
     for file in files:
         path = folder / CHECKPOINT / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,68 +223,53 @@ class _Download:
         self._files = files
         self._folder = folder
         self._told = told
-        self._have = held(folder, files)
+        pieces = apart(kept(folder, files))
+        self._kept: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        for piece in pieces:
+            self._kept.put(piece)
         self._work: queue.SimpleQueue[Range] = queue.SimpleQueue()
-        for one in missing(self._have, sizes, self._range_bytes):
+        for one in missing(joined(pieces), sizes, self._range_bytes):
             self._work.put(one)
-        self._landed: queue.Queue[Range | Exception] = queue.Queue(WAITING)
+        self._landed: queue.Queue[Piece | Exception] = queue.Queue(WAITING)
         self._stop = threading.Event()
 
     def run(self) -> None:
         done: Counter[int] = Counter()
-        for one in self._have:
-            done[one.file] += one.stop - one.start
-        left = sum(file.size for file in self._files) - done.total()
-        count = min(CONNECTIONS, self._work.qsize())
-        threads = [threading.Thread(target=self._read_ranges, daemon=True) for _ in range(count)]
-        self._recall()
-        with self._record() as record:
+        left = sum(file.size for file in self._files)
+        count = min(CONNECTIONS, self._work.qsize() + self._kept.qsize())
+        threads = [
+            threading.Thread(target=self._bring, args=(number % COMPARING == 0,), daemon=True)
+            for number in range(count)
+        ]
+        with (self._folder / RECORD).open("a") as record:
             for thread in threads:
                 thread.start()
             try:
                 while left:
                     batch = self._batch()
-                    ranges = [one for one in batch if isinstance(one, Range)]
-                    self._commit(record.fileno(), ranges)
-                    for one in ranges:
+                    pieces = [one for one in batch if isinstance(one, Piece)]
+                    self._commit(record.fileno(), pieces)
+                    for one in pieces:
                         done[one.file] += one.stop - one.start
                         left -= one.stop - one.start
-                    self._tell(done, {one.file for one in ranges})
+                    self._tell(done, {one.file for one in pieces})
                     for error in batch:
                         if isinstance(error, Exception):
                             raise error
             finally:
                 self._end(threads)
 
-    def _record(self) -> IO[str]:
-        """The record, written anew of what it holds; open for more."""
-        fresh = self._folder / f"{RECORD}.new"
-        with fresh.open("w") as opened:
-            self._commit(opened.fileno(), self._have)
-        fresh.rename(self._folder / RECORD)
-        return (self._folder / RECORD).open("a")
-
-    def _recall(self) -> None:
-        """What came before, into the memory."""
-        for one in self._have:
-            name = self._files[one.file].name
-            if name in self._memory:
-                with (self._folder / CHECKPOINT / name).open("rb", buffering=0) as opened:
-                    opened.seek(one.start)
-                    _Flow(iter(lambda: opened.read(1 << 20), b"")).fill(self._memory[name][one.start : one.stop])
-
-    def _batch(self) -> list[Range | Exception]:
+    def _batch(self) -> list[Piece | Exception]:
         """What has landed since the last call; waits for something."""
         batch = [self._landed.get()]
         while not self._landed.empty():
             batch.append(self._landed.get())
         return batch
 
-    def _commit(self, record: int, ranges: Sequence[Range]) -> None:
-        for number in {one.file for one in ranges}:
+    def _commit(self, record: int, pieces: Sequence[Piece]) -> None:
+        for number in {one.file for one in pieces}:
             sync(self._folder / CHECKPOINT / self._files[number].name)
-        os.write(record, "".join(f"{one.file} {one.start} {one.stop}\n" for one in ranges).encode())
-        os.fsync(record)
+        add(record, pieces)
 
     def _tell(self, done: Counter[int], numbers: set[int]) -> None:
         for number in sorted(numbers):
@@ -213,16 +284,33 @@ class _Download:
                 self._landed.get()
             thread.join(JOIN_SECONDS / len(threads))
 
-    def _read_ranges(self) -> None:
+    def _bring(self, compares: bool) -> None:
         own = memoryview(mmap.mmap(-1, self._chunk_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        try:
+            if compares:
+                self._compare()
+            while not self._stop.is_set():
+                self._read(self._work.get_nowait(), own)
+        except queue.Empty:
+            return
+        except Exception as error:  # noqa: BLE001  the thread's edge: whoever waits raises it
+            self._landed.put(error)
+
+    def _compare(self) -> None:
+        """What an earlier call left, which comes into the memory, too; what is damaged is read as what is missing."""
         while not self._stop.is_set():
             try:
-                self._read(self._work.get_nowait(), own)
+                piece = self._kept.get_nowait()
             except queue.Empty:
                 return
-            except Exception as error:  # noqa: BLE001  the thread's edge: whoever waits raises it
-                self._landed.put(error)
-                return
+            name, nbytes = self._files[piece.file].name, piece.stop - piece.start
+            memory = self._memory.get(name)
+            place = memoryview(bytearray(nbytes)) if memory is None else memory[piece.start : piece.stop]
+            if intact(self._folder / CHECKPOINT / name, piece, place):
+                self._landed.put(piece)
+                continue
+            for at in range(piece.start, piece.stop, self._range_bytes):
+                self._work.put(Range(piece.file, at, min(at + self._range_bytes, piece.stop)))
 
     def _read(self, wanted: Range, own: memoryview) -> None:
         file = self._files[wanted.file]
@@ -236,7 +324,7 @@ class _Download:
                 if self._stop.is_set():
                     return
                 written.write(place, at)
-                self._landed.put(Range(wanted.file, at, at + nbytes))
+                self._landed.put(Piece(wanted.file, at, at + nbytes, crc32(place)))
 
 
 class _Flow:

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
 from serverless_llm.errors import TransientError
 from serverless_llm.loader.announce import SUFFIX, announced
 from serverless_llm.loader.disk_tier import PARTIAL, URL, VARIABLE, DiskTier, is_whole, lock_of
-from serverless_llm.loader.download import CHECKPOINT, RECORD, Range, held, missing, sync
+from serverless_llm.loader.download import (
+    CHECKPOINT,
+    RECORD,
+    Piece,
+    add,
+    held,
+    intact,
+    kept,
+    missing,
+    rewrite,
+    sync,
+)  # fmt: skip
 from serverless_llm.loader.remote import Remote, RemoteFile
+
+PIECE_BYTES = 2 << 20  # to which neighbours are joined in the record; arbitrary: a load reads a piece whole
 
 
 class Filling:
-    """Holds what came of an announced version until `close`; used by one thread, but for `have` and `path`.
+    """Holds what came of an announced version until `close`; used by one thread, but for `have` and `read`.
 
     Attributes:
         have: what was there at the beginning, as `download.recorded` gives it.
@@ -38,6 +51,8 @@ class Filling:
         self._partial = self._whole.with_name(self._whole.name + PARTIAL)
         self._record = -1
         self._descriptors: dict[int, int] = {}
+        self._written: list[Piece] = []  # and not yet committed
+        self._intact: set[Piece] = set()  # of `have`
         self._partial.mkdir(exist_ok=True)
         lock = lock_of(self._partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if lock is None or is_whole(self._whole):
@@ -45,14 +60,21 @@ class Filling:
                 os.close(lock)
             raise BlockingIOError("another process brings it")
         try:
-            self.have = held(self._partial, files)
+            self.have = kept(self._partial, files)
         except BaseException:
             os.close(lock)
             raise
         self._lock = lock
 
-    def path(self, number: int) -> Path:
-        """Where the bytes of `have` are of this file."""
+    def read(self, piece: Piece) -> memoryview | None:
+        """One of `have`; None where that is not what was written."""
+        data = memoryview(bytearray(piece.stop - piece.start))
+        if not intact(self._path(piece.file), piece, data):
+            return None
+        self._intact.add(piece)
+        return data
+
+    def _path(self, number: int) -> Path:
         return self._partial / CHECKPOINT / self._files[number].name
 
     def begin(self) -> None:
@@ -64,38 +86,52 @@ class Filling:
         (self._partial / URL).write_text(self.url)
         root = self._whole.parent.parent
         DiskTier(root, os.environ.get(VARIABLE)).make_room(self.url, self._files, self._partial)
-        fresh = self._partial / f"{RECORD}.new"
-        self._record = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        texts = [(number, file) for number, file in enumerate(self._files) if not file.name.endswith(SUFFIX)]
-        for number, file in texts:
-            shutil.copyfile(self._whole / CHECKPOINT / file.name, self.path(number))
-        self.commit([*self.have, *(Range(number, 0, file.size) for number, file in texts if file.size)])
-        fresh.rename(self._partial / RECORD)
+        self._record = os.open(self._partial / RECORD, os.O_WRONLY | os.O_APPEND)
+        for number, file in enumerate(self._files):
+            if not file.name.endswith(SUFFIX):
+                self.write(number, 0, memoryview((self._whole / CHECKPOINT / file.name).read_bytes()))
+        self.commit()
 
     def write(self, number: int, start: int, data: memoryview) -> None:
         """Bytes at `start` of the file of this number."""
         if number not in self._descriptors:
-            self._descriptors[number] = os.open(self.path(number), os.O_WRONLY)
-        while data:
-            count = os.pwrite(self._descriptors[number], data, start)
-            data, start = data[count:], start + count
+            self._descriptors[number] = os.open(self._path(number), os.O_WRONLY)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptors[number], data[done:], start + done)
+        self._note(number, start, data)
 
-    def commit(self, ranges: Sequence[Range]) -> None:
+    def _note(self, number: int, start: int, data: memoryview) -> None:
+        stop = start + len(data)
+        if self._written:
+            last = self._written[-1]
+            if (last.file, last.stop) == (number, start) and stop - last.start <= PIECE_BYTES:
+                self._written[-1] = last._replace(stop=stop, digest=crc32(data, last.digest))
+                return
+        self._written.append(Piece(number, start, stop, crc32(data)))
+
+    def commit(self) -> None:
         """What was written counts from now on, whatever happens."""
-        for number in {one.file for one in ranges}:
-            sync(self.path(number))
-        os.write(self._record, "".join(f"{one.file} {one.start} {one.stop}\n" for one in ranges).encode())
-        os.fsync(self._record)
+        for number in {one.file for one in self._written}:
+            sync(self._path(number))
+        add(self._record, self._written)
+        self._written.clear()
 
     def end(self) -> None:
-        """Makes the version whole if nothing is missing.
+        """Makes the version whole if nothing is missing, nor damaged of what earlier loads left.
 
         Raises:
+            TransientError: something is damaged; it is missing from now on.
             ServerlessLLMError, OSError: as `DiskTier.finish`.
         """
         sizes = [file.size for file in self._files]
-        if not missing(held(self._partial, self._files), sizes, max(sizes)):
-            DiskTier(self._whole.parent.parent).finish(self._source, self._files, self._partial, self._whole)
+        if missing(held(self._partial, self._files), sizes, max(sizes)):
+            return
+        damaged = {one for one in self.have if one not in self._intact and self.read(one) is None}
+        if damaged:
+            rewrite(self._partial, [one for one in kept(self._partial, self._files) if one not in damaged])
+            raise TransientError(f"{self._partial} is damaged: the next start or pull reads that anew")
+        DiskTier(self._whole.parent.parent).finish(self._source, self._files, self._partial, self._whole)
 
     def close(self) -> None:
         for descriptor in (*self._descriptors.values(), self._record, self._lock):

@@ -8,8 +8,8 @@ the slots where somebody holds them for it.
 from __future__ import annotations
 
 import logging
-import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
 from serverless_llm.loader import announce
 from serverless_llm.loader.behind import Behind
-from serverless_llm.loader.download import CONNECTIONS
+from serverless_llm.loader.download import CONNECTIONS, Piece
 from serverless_llm.loader.filling import Filling
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pacer import Pacer
@@ -130,23 +130,26 @@ class Origin:
             self._written()
             self._written = None
 
-    def parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        """A range of a file as (start, stop, whether the disk has it)."""
+    def parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, Piece | None]]:
+        """A range of a file as (start, stop, the piece that the disk has it in)."""
         number, _ = self._files[name]
-        for one in self._filling.have if self._filling else ():
-            if one.file == number and one.start < stop and start < one.stop:
-                if start < one.start:
-                    yield start, one.start, False
-                    start = one.start
-                yield start, min(stop, one.stop), True
-                start = min(stop, one.stop)
+        have = self._filling.have if self._filling else []
+        for at in range(bisect_right(have, (number, start), key=lambda one: (one.file, one.stop)), len(have)):
+            one = have[at]
+            if one.file != number or one.start >= stop:
+                break
+            if start < one.start:
+                yield start, one.start, None
+                start = one.start
+            yield start, min(stop, one.stop), one
+            start = min(stop, one.stop)
         if start < stop:
-            yield start, stop, False
+            yield start, stop, None
 
-    def path(self, name: str) -> Path:
-        """Where the disk has what it has of a file."""
+    def read(self, piece: Piece) -> memoryview | None:
+        """What the disk has; None where it is damaged."""
         assert self._filling is not None
-        return self._filling.path(self._files[name][0])
+        return self._filling.read(piece)
 
     def ask(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
         """A range of a file from the server.
@@ -193,8 +196,6 @@ class RemoteOpened:
     def __init__(self, file: RemoteSource) -> None:
         self._file = file
         self._local = file.origin.enter()
-        self._descriptor = -1
-        self._lock = threading.Lock()  # guards `_descriptor`
 
     def check(self) -> None:
         """Every answer of the server was held against the file that was deployed."""
@@ -203,14 +204,14 @@ class RemoteOpened:
         """Fills the buffers with `length` bytes from `offset`.
 
         Raises:
-            CheckpointError: as `Origin.ask`, or the disk is damaged.
-            TransientError: the server or the disk fails.
+            CheckpointError: as `Origin.ask`.
+            TransientError: the server fails.
         """
         origin, name = self._file.origin, self._file.name
         came = Came()
-        for start, stop, there in self._parts(offset, offset + length):
-            if there:
-                self._read_disk(_cut(buffers, start - offset, stop - offset), start)
+        for start, stop, piece in self._parts(offset, offset + length):
+            if piece is not None and (data := origin.read(piece)) is not None:
+                _copy(data[start - piece.start :], _cut(buffers, start - offset, stop - offset))
                 came += Came(disk=stop - start)
                 continue
             came += Came(remote=stop - start)
@@ -222,31 +223,12 @@ class RemoteOpened:
                 start += len(data)
         return came
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        return self._file.origin.parts(self._file.name, start, stop) if self._local else iter([(start, stop, False)])
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, Piece | None]]:
+        return self._file.origin.parts(self._file.name, start, stop) if self._local else iter([(start, stop, None)])
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
         if self._local:
             self._file.origin.leave()
-
-    def _read_disk(self, views: Sequence[memoryview], start: int) -> None:
-        path = self._file.origin.path(self._file.name)
-        try:
-            with self._lock:
-                if self._descriptor < 0:
-                    self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            for view in views:
-                done = 0
-                while done < len(view):
-                    count = os.preadv(self._descriptor, [view[done:]], start + done)
-                    if not count:
-                        raise CheckpointError(f"{path} ends at byte {start + done}: it was cut")
-                    done += count
-                start += len(view)
-        except OSError as error:
-            raise TransientError(f"{path}: {error.strerror}") from error
 
 
 def _cut(buffers: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import resource
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,31 @@ def raw(fields: Any, data: bytes = b"", length: int | None = None) -> bytes:
     """A safetensors file from anything; `length` lies about the header's."""
     text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+@contextmanager
+def full(nbytes: int) -> Iterator[None]:
+    """No file can be written beyond so many bytes: what a full disk answers, at the same calls."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def spoil(path: Path, place: int, how: str) -> None:
+    """A file has one bit `flipped` at this byte, or is `cut` there, or is `gone`."""
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        os.truncate(path, place)
+    else:
+        with path.open("r+b") as file:
+            file.seek(place)
+            (old,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([old ^ 1]))
 
 
 class Node:

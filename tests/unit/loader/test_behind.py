@@ -30,8 +30,8 @@ from serverless_llm.loader.source import Came, Source
 from serverless_llm.quantities import size
 from tests.range_server import RangeServer
 from tests.serving import until
-from tests.unit.loader.checkpoints import Device, Node, random, write
-from tests.unit.loader.origins import begin, check, fetch, forget, held, whole, writers
+from tests.unit.loader.checkpoints import Device, Node, random, spoil, write
+from tests.unit.loader.origins import begin, check, fetch, forget, held, silent, whole, writers
 
 
 @pytest.mark.parametrize("obstacle", ["full", "bound", "taken"])
@@ -152,6 +152,31 @@ def test_a_version_that_was_half_put_in_place_is_finished(
     check(node, found, told, server)
     assert (server.sent, told.load.came) == (0, Came(disk=found.file_bytes))
     until(lambda: whole(lease.directory), "the disk tier to be whole")
+    assert held(lease.directory) == server.files
+
+
+def test_what_was_damaged_and_not_read_makes_no_version_whole(
+    server: RangeServer, tier: DiskTier, lease: Lease
+) -> None:
+    url, files = announcing.announced(lease.directory) or pytest.fail()
+    *_, first, second = range(len(files))
+    for number in (first, second):
+        writer = filling.Filling(lease.directory, remote.Remote(url), files)
+        writer.begin()
+        writer.write(number, 0, memoryview(server.files[f"m/{files[number].name}"]))
+        writer.commit()
+        if number == first:
+            writer.end()
+            spoil(
+                lease.directory.parent.with_suffix(disk_tier.PARTIAL) / "checkpoint" / files[first].name, 99, "flipped"
+            )
+        else:
+            with pytest.raises(TransientError, match="is damaged: the next start or pull reads that anew"):
+                writer.end()
+        writer.close()
+    assert not whole(lease.directory)
+    assert filling.lacking(lease.directory) == files[first].size
+    tier.bring(url, silent).close()
     assert held(lease.directory) == server.files
 
 

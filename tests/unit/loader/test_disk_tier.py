@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from serverless_llm.node.processes import environment
 from tests.range_server import CHUNK, Faults, RangeServer
 from tests.serving import until
 from tests.unit.loader import checkpoints
+from tests.unit.loader.checkpoints import full
 
 ROOM = "1MB"  # of which each checkpoint takes about 400 kB
 
@@ -211,17 +211,6 @@ def test_what_is_no_checkpoint_is_refused_and_not_kept(server: RangeServer, tier
         tier.bring(f"{server.url}/a", silent)
     assert str(tier.root) not in str(raised.value)
     assert versions(tier) == []
-
-
-@contextlib.contextmanager
-def full(nbytes: int) -> Iterator[None]:
-    """No file can be written beyond so many bytes: what a full disk answers, at the same calls."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_disk_that_takes_no_more_is_told(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import mmap
 import random
+import sys
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,29 +17,63 @@ from hypothesis import strategies as st
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import download, remote
-from serverless_llm.loader.download import PAGE, Range, _Written, missing, recorded
+from serverless_llm.loader.download import PAGE, Piece, _Written, add, apart, joined, line, missing, recorded
 from serverless_llm.loader.remote import Remote
 from serverless_llm.loader.source import OpenFile, SourceFile
 from tests.range_server import RangeServer
+from tests.unit.loader.checkpoints import full, spoil
 
 SIZES = [1000, 0, 7]
-LINES = st.tuples(st.integers(0, 3), st.integers(0, 1100), st.integers(0, 1100))
+PIECES = st.builds(Piece, st.integers(0, 3), st.integers(0, 1100), st.integers(0, 1100), st.integers(0, 2**32 - 1))
 
 
-@given(st.lists(LINES), st.integers(1, 300))
-def test_what_is_recorded_and_what_is_missing_make_the_whole(lines: list[tuple[int, int, int]], most: int) -> None:
-    have = recorded("".join(f"{file} {start} {stop}\n" for file, start, stop in lines), SIZES)
+@given(st.lists(PIECES), st.integers(1, 300), st.booleans())
+def test_what_is_recorded_and_what_is_missing_make_the_whole(pieces: list[Piece], most: int, overlap: bool) -> None:
+    found = recorded("".join(map(line, pieces)), SIZES)
+    assert {*found} <= {*pieces}
+    assert all(a.file < b.file or (a.start < b.start and a.stop < b.stop) for a, b in pairwise(found))
+    have = joined(found if overlap else apart(found))
+    if not overlap:
+        assert sum(one.stop - one.start for one in apart(found)) == sum(one.stop - one.start for one in have)
     gaps = missing(have, SIZES, most)
     assert all(0 < one.stop - one.start <= most for one in gaps)
     covered = [(one.file, byte) for one in (*have, *gaps) for byte in range(one.start, one.stop)]
     assert sorted(covered) == [(file, byte) for file, size in enumerate(SIZES) for byte in range(size)]
 
 
-@pytest.mark.parametrize(
-    "line", ["0 0 5", "0 5 5\n", "0 0 1001\n", "3 0 5\n", "0 0 5 9\n", "0 -1 5\n", "0 0 \u0665\n", "\0\0\0\n"]
-)
-def test_a_line_that_is_no_range_counts_for_nothing(line: str) -> None:
-    assert recorded("0 20 30\n" + line, SIZES) == [Range(0, 20, 30)]
+SOME = Piece(0, 20, 30, 1)
+
+
+@pytest.mark.parametrize("piece", [(0, 5, 5), (0, 0, 1001), (3, 0, 5), (0, -1, 5), (0, 0, 10**5000), (10**5000, 0, 1)])
+def test_a_line_that_is_no_piece_counts_for_nothing(piece: tuple[int, int, int]) -> None:
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    row = line(Piece(*piece, 1))
+    sys.set_int_max_str_digits(limit)
+    assert recorded(line(SOME) + row, SIZES) == [SOME]
+
+
+@pytest.mark.parametrize("row", ["0 0 5\n", "0 0 5 9\n", "0 0 5 00000000 00000000\n", "0 0 \u0665\n", "\0\0\0\n", "\n"])
+def test_a_line_that_tells_nothing_of_itself_counts_for_nothing(row: str) -> None:
+    assert recorded(line(SOME) + row, SIZES) == [SOME]
+
+
+@given(PIECES, PIECES, st.integers(0, 60))
+def test_a_line_that_was_cut_makes_no_other_of_the_next(one: Piece, other: Piece, cut: int) -> None:
+    assert {*recorded(line(one)[:cut] + line(other), SIZES)} <= {one, other}
+
+
+@given(PIECES, st.integers(0, 60), st.characters())
+def test_a_line_in_which_one_character_changed_counts_for_nothing(one: Piece, place: int, other: str) -> None:
+    row = line(one)
+    changed = row[:place] + other + row[place + 1 :]
+    assert recorded(changed, SIZES) in ([], recorded(row, SIZES))
+
+
+def test_a_record_that_the_disk_takes_in_part_is_an_error(tmp_path: Path) -> None:
+    with (tmp_path / "record").open("w") as record, pytest.raises(OSError, match="File too large"), full(100):
+        add(record.fileno(), [Piece(0, at, at + 10, 0) for at in range(0, 1000, 10)])
+    assert len(recorded((tmp_path / "record").read_text(), SIZES)) == 100 // len(line(Piece(0, 10, 20, 0)))
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +119,7 @@ def test_what_is_wanted_in_memory_is_there_whatever_came_before(server: RangeSer
         with pytest.raises(TransientError, match="500"):
             bring(source, tmp_path, memory={"model.safetensors": wanted})
         with (tmp_path / download.RECORD).open("a") as record:
-            record.write("1 1048000 1048111\n")  # as of no page's length
+            record.write(line(Piece(1, 1048000, 1048111, crc32(b"\7" * 111))))  # as of no page's length
         with (tmp_path / download.CHECKPOINT / "model.safetensors").open("r+b") as file:
             file.seek(1048000)
             file.write(b"\7" * 111)  # which the memory must have
@@ -143,6 +180,35 @@ def test_what_came_before_an_error_is_not_read_again(
         server.faults.fails_after, server.sent = None, 0
         assert bring(source, tmp_path)[-1000:] == tail
     assert server.sent < 450_000
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_what_was_damaged_since_it_came_is_read_again(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, wanted: bool
+) -> None:
+    monkeypatch.setattr(download, "CONNECTIONS", 1)
+    path, content = tmp_path / download.CHECKPOINT / "model.safetensors", server.files["m/model.safetensors"]
+    memory = memoryview(mmap.mmap(-1, len(content)))
+    with server:
+        source = Remote(f"{server.url}/m")
+        server.faults.fails_after = 700_000
+        with pytest.raises(TransientError):
+            bring(source, tmp_path)
+        server.faults.fails_after, server.sent = None, 0
+        spoil(path, 300_000, damage)
+        assert bring(source, tmp_path, memory={path.name: memory} if wanted else {}) == content
+    assert bytes(memory) == (content if wanted else bytes(len(content)))
+    again = {"flipped": 1 << 16, "cut": 400_000}.get(damage, 700_000)
+    assert server.sent <= len(content) - 650_000 + again
+
+
+def test_a_record_without_digests_counts_for_nothing(server: RangeServer, tmp_path: Path) -> None:
+    with server:
+        source = Remote(f"{server.url}/m")
+        download.prepare(tmp_path, source.files())
+        (tmp_path / download.RECORD).write_text("1 0 1048576\n")
+        assert bring(source, tmp_path) == server.files["m/model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from serverless_llm.loader.repack import repack
 from serverless_llm.loader.source import Came
 from tests.range_server import RangeServer
 from tests.serving import until
-from tests.unit.loader.checkpoints import Node
-from tests.unit.loader.origins import TOKENIZER, announce, check, fetch, held, silent, whole, writers
+from tests.unit.loader.checkpoints import Node, spoil
+from tests.unit.loader.origins import TOKENIZER, announce, check, fetch, forget, held, silent, whole, writers
 
 
 def test_an_announced_checkpoint_is_known_by_its_headers(server: RangeServer, tier: DiskTier, tmp_path: Path) -> None:
@@ -210,9 +210,35 @@ def test_what_a_failed_load_left_is_gone_on_with(server: RangeServer, lease: Lea
     assert held(lease.directory) == server.files
 
 
-def _record(lease: Lease, found: Manifest) -> list[download.Range]:
-    partial = lease.directory.parent.with_suffix(disk_tier.PARTIAL)
-    return download.recorded((partial / download.RECORD).read_text(), [1 << 30] * 9)
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_what_was_damaged_since_it_came_is_asked_for_again(
+    server: RangeServer, lease: Lease, node: Node, damage: str
+) -> None:
+    found = manifest.build(lease.directory)
+    server.faults.fails_after = found.file_bytes // 2
+    assert fetch(node, found).failures
+    forget(node, found)
+    until(lambda: not writers(), "what came to be written")
+    came = _record(lease, found)
+    last = max(came, key=lambda one: (one.stop - one.start, one.start))
+    _, files = announcing.announced(lease.directory) or pytest.fail()
+    spoil(_partial(lease) / download.CHECKPOINT / files[last.file].name, last.stop - 100, damage)
+    server.faults.fails_after, server.sent = None, 0
+    told = fetch(node, found)
+    check(node, found, told, server)
+    assert server.sent == told.load.came.remote
+    until(lambda: whole(lease.directory), "the disk tier to be whole")
+    assert held(lease.directory) == server.files
+    if damage == "flipped":
+        assert 0 < told.load.came.disk < sum(one.stop - one.start for one in came)
+
+
+def _partial(lease: Lease) -> Path:
+    return lease.directory.parent.with_suffix(disk_tier.PARTIAL)
+
+
+def _record(lease: Lease, found: Manifest) -> list[download.Piece]:
+    return download.recorded((_partial(lease) / download.RECORD).read_text(), [1 << 30] * 9)
 
 
 def test_connections_that_break_off_are_replaced(server: RangeServer, lease: Lease, node: Node) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -47,9 +48,15 @@ def came(directory: Path, name: str, start: int, stop: int) -> None:
     _, files = announced(directory) or pytest.fail()
     (number,) = (number for number, file in enumerate(files) if file.name == name)
     partial = directory.parent.with_name(directory.parent.name + PARTIAL)
-    partial.mkdir(exist_ok=True)
+    if not partial.exists():
+        partial.mkdir()
+        download.prepare(partial, files)
+    data = (checkpoint_dir(ADD.name) / name).read_bytes()[start:stop]
+    with (partial / download.CHECKPOINT / name).open("r+b") as file:
+        file.seek(start)
+        file.write(data)
     with (partial / download.RECORD).open("a") as record:
-        record.write(f"{number} {start} {stop}\n")
+        record.write(download.line(download.Piece(number, start, stop, crc32(data))))
 
 
 async def seen(away: Away) -> dict[str, int]:
