@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from serverless_llm.demo.tasks import ADD, checkpoint_dir
+from serverless_llm.loader import disk_tier
+from serverless_llm.loader.announce import announce
 from serverless_llm.node import state
 from serverless_llm.node.options import AgentOptions
 from tests.integration.cluster import MIB, Cluster, agent, ended, serving
 from tests.integration.test_node import PROMPT, deployed, story
+from tests.range_server import RangeServer
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +117,40 @@ def test_a_flipped_bit_is_caught_in_each_tier_and_costs_nobody_else(
             flip_on_disk(source)  # restored
             await deployed(cluster, source, verify="full", dtype=dtype)
             assert await gateway.generate("tiny", PROMPT, TOKENS) == said
+
+    story(tell, options)
+
+
+def test_a_flipped_bit_in_the_disk_tier_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = agent(tmp_path)
+
+    async def tell() -> None:
+        with (
+            RangeServer({f"m/{path.name}": path.read_bytes() for path in WHOLE.iterdir()}) as server,
+            announce(disk_tier.tier(), f"{server.url}/m", lambda name, done, total: None) as lease,
+        ):
+            async with serving(tmp_path, options) as cluster:
+                gateway, source = cluster.gateway, lease.directory
+                await deployed(cluster, source, verify="full")
+                said = await gateway.generate("tiny", PROMPT, TOKENS)  # from the network: learns
+                async with asyncio.timeout(20):
+                    while not disk_tier.is_whole(source.parent):
+                        await asyncio.sleep(0.01)
+                sent = server.sent
+                await unloaded(cluster)
+                flip_in_dram(options, (source / "model.safetensors").read_bytes())
+                flip_on_disk(source)
+                stream = gateway.start("tiny", PROMPT, TOKENS)
+                await gateway.until(lambda: stream.finish or stream.rejected, "the end")
+                assert stream.rejected is not None
+                assert f"{source / 'model.safetensors'}: bytes " in stream.rejected.message
+                assert "not what they were at the first load" in stream.rejected.message
+                await told(cluster, disk=1)
+                flip_on_disk(source)  # restored
+                await deployed(cluster, source, verify="full")
+                assert await gateway.generate("tiny", PROMPT, TOKENS) == said
+                assert server.sent == sent
 
     story(tell, options)
 
