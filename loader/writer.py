@@ -44,7 +44,9 @@ def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = Non
 def save_file(
     tensors: dict[str, torch.Tensor], filename: str | os.PathLike[str], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, whole or not at all: it takes its name when it is complete.
+    """Writes a safetensors file, which takes its name when it is complete: a process that dies leaves none that is cut.
+
+    As with the reference it is not synced to the disk: a power failure soon after may leave a damaged one.
 
     Raises:
         ValueError, RuntimeError, TypeError: as `save`.
