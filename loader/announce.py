@@ -4,6 +4,7 @@
     ROOT/<digest of the URL>/<version>/REMOTE             JSON: the URL, and (name, size, ETag, time of change) of files
 
 The directory is a checkpoint's as long as nobody reads tensors from it but by `origin`, which knows where they are.
+REMOTE is believed in this user's tier alone, since it says whom to ask and what to write.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
-from serverless_llm.loader import header
+from serverless_llm.loader import disk_tier, header
 from serverless_llm.loader.disk_tier import (
     HEADS,
     URL,
@@ -27,11 +29,22 @@ from serverless_llm.loader.disk_tier import (
     check_names,
     lease_of,
     lock_of,
+    version_at,
     version_of,
 )  # fmt: skip
 from serverless_llm.loader.download import CHECKPOINT, Told, sync
-from serverless_llm.loader.manifest import CONFIG, MANY_HEADERS, MAX_CONFIG, MAX_HEADERS, MAX_TEXT, REMOTE
-from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile
+from serverless_llm.loader.manifest import (
+    CONFIG,
+    INDEX,
+    MANY_HEADERS,
+    MAX_CONFIG,
+    MAX_HEADERS,
+    MAX_TEXT,
+    REMOTE,
+    TEMPLATES,
+    TEXTS,
+)  # fmt: skip
+from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile, checked
 
 SUFFIX = ".safetensors"
 
@@ -147,25 +160,56 @@ def _needed(source: Remote, file: RemoteFile) -> int:
         raise CheckpointError(f"{source.url}/{file.name}: {error}") from None
 
 
-def announced(directory: Path) -> tuple[str, tuple[RemoteFile, ...]] | None:
-    """The URL and the files of a directory that was announced and is not whole; None for any other.
+class Announced(NamedTuple):
+    """What is on a server still, and the directory, by its real path, that has the headers."""
+
+    directory: Path
+    url: str
+    files: tuple[RemoteFile, ...]
+
+
+def announced(directory: Path) -> Announced | None:
+    """What a directory of this user's tier was announced by, if it is not whole; None for any other directory.
 
     Raises:
-        CheckpointError: what tells of them is damaged.
+        CheckpointError: what tells of it is damaged, or lies outside this user's tier.
         TransientError: it cannot be read.
     """
-    place = directory.parent
-    if directory.name != CHECKPOINT:
-        return None
+    real = Path(os.path.realpath(directory))
+    place = version_at(real)
+    note = (place or real.parent) / REMOTE
     try:
-        url, rows = json.loads((place / REMOTE).read_text())
-        files = tuple(RemoteFile(*row) for row in rows)
+        if place is not None:
+            return _noted(place, note.read_text())
+        elsewhere = real.name == CHECKPOINT and note.exists()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise TransientError(f"{place / REMOTE}: {error.strerror}") from error
-    except (ValueError, TypeError):
-        url, files = "", ()
-    if version_of(files) != place.name:
-        raise CheckpointError(f"{place / REMOTE} is damaged: serverless-llm pull its URL")
-    return url, files
+        raise TransientError(f"{note}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError, CheckpointError):
+        raise CheckpointError(f"{note} is damaged: serverless-llm pull its URL") from None
+    if elsewhere:
+        raise CheckpointError(
+            f"{directory} holds headers alone, and is not in the disk tier {disk_tier.tier().root}: "
+            "serverless-llm pull its URL, or give the server the XDG_CACHE_HOME that this lies in"
+        )
+    return None
+
+
+def _noted(place: Path, text: str) -> Announced:
+    """What the note of a version says. Raises what `announced` catches where it was not written for this version."""
+    url, rows = json.loads(text)
+    files = tuple(RemoteFile(*row) for row in rows)
+    if not all(map(_is_sound, files)) or place != disk_tier.tier().home(checked(url)) / version_of(files):
+        raise ValueError
+    return Announced(place / CHECKPOINT, url, files)
+
+
+def _is_sound(file: RemoteFile) -> bool:
+    """Whether it is one of a checkpoint's files, below its directory."""
+    if not isinstance(file.name, str) or type(file.size) is not int or file.size < 0 or not isinstance(file.etag, str):
+        return False
+    path = PurePosixPath(file.name)
+    below = str(path) == file.name and not path.is_absolute() and ".." not in path.parts
+    text = file.name in (CONFIG, INDEX, *TEXTS) or TEMPLATES.fullmatch(file.name) is not None
+    return below and (text or path.suffix == SUFFIX)

@@ -236,29 +236,40 @@ class DiskTier:
 
 
 def tier() -> DiskTier:
-    """This user's, as the environment has it."""
-    return DiskTier(cache_dir(os.environ) / "remote", os.environ.get(VARIABLE))
+    """This user's, as the environment has it, by its real path."""
+    root = os.path.realpath(cache_dir(os.environ) / "remote")
+    return DiskTier(Path(root), os.environ.get(VARIABLE))
+
+
+def version_at(directory: Path) -> Path | None:
+    """The version, by its real path, that a directory is the checkpoint of, in this user's tier: what lies beside any
+    other directory may be anybody's, and tells nothing."""
+    real = Path(os.path.realpath(directory))
+    place = real.parent
+    there = real.name == CHECKPOINT and place.parent.parent == tier().root
+    return place if there and not place.suffix else None
 
 
 def hold(directory: Path) -> Lease | None:
-    """Keeps a checkpoint's directory from leaving, if it lies in a disk tier of this user's."""
-    place = directory.parent
+    """Keeps a checkpoint's directory from leaving, if it lies in this user's tier."""
+    place = version_at(directory)
     try:
-        return lease_of(place) if directory.name == CHECKPOINT and (place / URL).is_file() else None
+        return None if place is None else lease_of(place)
     except PermissionError:  # another user's, whose it is to keep
         return None
 
 
 def url_of(directory: Path) -> str:
-    """The URL that a directory in a disk tier was brought from; empty of any other directory."""
-    path = directory.parent / URL
-    try:
-        if directory.name != CHECKPOINT or not path.is_file():
-            return ""
-        with path.open(encoding="utf-8") as opened:
-            return checked(opened.read(LONGEST))
-    except (OSError, UnicodeDecodeError, CheckpointError):  # a file of this name, and none of a disk tier
+    """The URL that a directory in this user's tier was brought from; empty of any other directory."""
+    place = version_at(directory)
+    if place is None:
         return ""
+    try:
+        with (place / URL).open(encoding="utf-8") as opened:
+            url = checked(opened.read(LONGEST))
+    except (OSError, UnicodeDecodeError, CheckpointError):  # it is damaged
+        return ""
+    return url if tier().home(url) == place.parent else ""
 
 
 def version_of(files: Sequence[RemoteFile]) -> str:

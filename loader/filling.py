@@ -13,7 +13,7 @@ from zlib import crc32
 
 from serverless_llm.errors import TransientError
 from serverless_llm.loader.announce import SUFFIX, announced
-from serverless_llm.loader.disk_tier import PARTIAL, URL, VARIABLE, DiskTier, is_whole, lock_of
+from serverless_llm.loader.disk_tier import PARTIAL, URL, is_whole, lock_of, tier
 from serverless_llm.loader.download import (
     CHECKPOINT,
     RECORD,
@@ -84,8 +84,7 @@ class Filling:
             ServerlessLLMError, OSError: the disk or its tier is full.
         """
         (self._partial / URL).write_text(self.url)
-        root = self._whole.parent.parent
-        DiskTier(root, os.environ.get(VARIABLE)).make_room(self.url, self._files, self._partial)
+        tier().make_room(self.url, self._files, self._partial)
         self._record = os.open(self._partial / RECORD, os.O_WRONLY | os.O_APPEND)
         for number, file in enumerate(self._files):
             if not file.name.endswith(SUFFIX):
@@ -131,7 +130,7 @@ class Filling:
         if damaged:
             rewrite(self._partial, [one for one in kept(self._partial, self._files) if one not in damaged])
             raise TransientError(f"{self._partial} is damaged: the next start or pull reads that anew")
-        DiskTier(self._whole.parent.parent).finish(self._source, self._files, self._partial, self._whole)
+        tier().finish(self._source, self._files, self._partial, self._whole)
 
     def close(self) -> None:
         for descriptor in (*self._descriptors.values(), self._record, self._lock):
@@ -149,7 +148,7 @@ def lacking(directory: Path) -> int:
     found = announced(directory)
     if found is None:
         return 0
-    _, files = found
+    directory, _, files = found
     place = directory.parent
     weights = {number for number, file in enumerate(files) if file.name.endswith(SUFFIX)}
     partial = place.with_name(place.name + PARTIAL)

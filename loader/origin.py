@@ -257,6 +257,6 @@ def of(directory: Path) -> Origin | None:
     """
     found = announce.announced(directory)
     try:
-        return Origin(directory, *found) if found else None
+        return Origin(*found) if found else None
     except ConfigurationError as error:
         raise CheckpointError(str(error)) from error

@@ -23,7 +23,7 @@ import pytest
 from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.loader import download, manifest
 from serverless_llm.loader.announce import announce, announced
-from serverless_llm.loader.disk_tier import DiskTier
+from serverless_llm.loader.disk_tier import tier
 from serverless_llm.node.processes import command, environment
 from tests.range_server import CHUNK, Faults, RangeServer
 from tests.serving import Server, until
@@ -68,9 +68,8 @@ def recorded(source: Path) -> int:
     record = Path(f"{source.parent}.partial") / download.RECORD
     if found is None or not record.exists():
         return 0
-    _, files = found
-    there = download.recorded(record.read_text(), [file.size for file in files])
-    return sum(one.stop - one.start for one in there if files[one.file].name.endswith(".safetensors"))
+    there = download.recorded(record.read_text(), [file.size for file in found.files])
+    return sum(one.stop - one.start for one in there if found.files[one.file].name.endswith(".safetensors"))
 
 
 def test_a_first_start_reads_from_the_network_once_and_an_interrupted_one_the_rest(
@@ -188,13 +187,15 @@ LOAD = """
 
 
 @pytest.mark.storm
-def test_killed_at_any_time_a_load_leaves_a_tier_that_can_be_gone_on_with(tmp_path: Path) -> None:
+def test_killed_at_any_time_a_load_leaves_a_tier_that_can_be_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = checkpoints.write(tmp_path / "m", checkpoints.random(12, 1), checkpoints.random(12, 2))
     chance, kills, rounds = random.Random(1), 0, 0
     with RangeServer({f"m/{path.name}": path.read_bytes() for path in there.iterdir()}) as files:
         while kills < 50:
-            tier = DiskTier(tmp_path / f"tier{rounds}")
-            with announce(tier, f"{files.url}/m", lambda name, done, total: None) as lease:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{rounds}"))
+            with announce(tier(), f"{files.url}/m", lambda name, done, total: None) as lease:
                 known, killed = manifest.build(lease.directory).checkpoint, True
                 while killed:
                     before = files.sent

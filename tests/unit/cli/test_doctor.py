@@ -22,7 +22,7 @@ from serverless_llm.config import Config, load
 from serverless_llm.demo import tasks
 from serverless_llm.domain import ModelSpec
 from serverless_llm.loader.announce import announce
-from serverless_llm.loader.disk_tier import DiskTier
+from serverless_llm.loader.disk_tier import tier
 from serverless_llm.loader.manifest import REMOTE
 from serverless_llm.node.state import Deployed, State, lock
 from tests.range_server import RangeServer
@@ -314,20 +314,20 @@ def predicted(state: Path, rates: Rates, **flags: Any) -> tuple[float, float]:
     return round(told.from_disk_s, 6), round(told.from_dram_s, 6)
 
 
-def test_what_a_server_has_is_predicted_by_its_link(tmp_path: Path) -> None:
+def test_what_a_server_has_is_predicted_by_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = tasks.checkpoint_dir("demo-add")
     nbytes = (source / "model.safetensors").stat().st_size
-    with RangeServer({f"m/{path.name}": path.read_bytes() for path in source.iterdir()}) as server:
-        tier = DiskTier(tmp_path / "tier")
-        with announce(tier, f"{server.url}/m", lambda name, done, total: None) as lease:
-            for rates, limits, bps in (
-                (Rates({}, 2e6, None), {}, Policy().remote_bps),
-                (Rates({}, 2e6, None, 4e5), {}, 4e5),
-                (Rates({}, 2e6, None, 4e5), {"remote": "200KB/s"}, 2e5),
-            ):
-                told = forecast("m", lease.directory, configured(tmp_path, limits=limits), rates, 0.05)
-                assert told.from_remote_s == pytest.approx(nbytes / bps + 0.05)
-                assert told.from_disk_s == pytest.approx(nbytes / Policy().disk_bps + 0.05)
+    files = {f"m/{path.name}": path.read_bytes() for path in source.iterdir()}
+    with RangeServer(files) as server, announce(tier(), f"{server.url}/m", lambda name, done, total: None) as lease:
+        for rates, limits, bps in (
+            (Rates({}, 2e6, None), {}, Policy().remote_bps),
+            (Rates({}, 2e6, None, 4e5), {}, 4e5),
+            (Rates({}, 2e6, None, 4e5), {"remote": "200KB/s"}, 2e5),
+        ):
+            told = forecast("m", lease.directory, configured(tmp_path, limits=limits), rates, 0.05)
+            assert told.from_remote_s == pytest.approx(nbytes / bps + 0.05)
+            assert told.from_disk_s == pytest.approx(nbytes / Policy().disk_bps + 0.05)
 
 
 def test_predictions_are_placements(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serverless_llm.loader import remote
+from serverless_llm.loader import disk_tier, remote
 from serverless_llm.loader.disk_tier import DiskTier, Lease
 from tests.range_server import RangeServer
 from tests.serving import until
@@ -26,8 +26,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeSer
 
 
 @pytest.fixture
-def tier(tmp_path: Path) -> DiskTier:
-    return DiskTier(tmp_path / "tier")
+def tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DiskTier:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return disk_tier.tier()
 
 
 @pytest.fixture

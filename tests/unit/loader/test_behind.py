@@ -73,7 +73,7 @@ def test_what_does_not_reach_the_disk_is_told_with_what_brings_it(
     lease: Lease, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, full: bool
 ) -> None:
     found = manifest.build(lease.directory)
-    url, files = announcing.announced(lease.directory) or ("", ())
+    _, url, files = announcing.announced(lease.directory) or pytest.fail()
     number = next(number for number, file in enumerate(files) if file.name == found.files[0].name)
     lacks = found.file_bytes
     writer = behind.Behind(filling.Filling(lease.directory, remote.Remote(url), files))
@@ -98,7 +98,7 @@ def test_what_does_not_reach_the_disk_is_told_with_what_brings_it(
 def test_what_never_came_is_not_told_as_what_the_disk_did_not_take(
     lease: Lease, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url, files = announcing.announced(lease.directory) or ("", ())
+    _, url, files = announcing.announced(lease.directory) or pytest.fail()
     behind.Behind(filling.Filling(lease.directory, remote.Remote(url), files)).close()
     until(lambda: not writers(), "its writer to end")
     assert not caplog.records

@@ -60,8 +60,8 @@ def server(tmp_path: Path) -> Iterator[RangeServer]:
 
 
 @pytest.fixture
-def tier(tmp_path: Path) -> DiskTier:
-    return DiskTier(tmp_path / "tier", ROOM)
+def tier(_hasty: None) -> DiskTier:
+    return DiskTier(disk_tier.tier().root, ROOM)
 
 
 def silent(name: str, done: int, total: int) -> None:
@@ -135,14 +135,14 @@ def test_the_longest_unused_leaves_and_none_in_use(server: RangeServer, tier: Di
     second.close()
 
 
-def test_what_does_not_fit_is_told_before_it_is_read(server: RangeServer, tmp_path: Path) -> None:
-    small = DiskTier(tmp_path / "tier", "300KB")
+def test_what_does_not_fit_is_told_before_it_is_read(server: RangeServer, tier: DiskTier) -> None:
+    small = DiskTier(tier.root, "300KB")
     with pytest.raises(
         CapacityError, match=r"/a has .* the disk tier 300\.0 KB at most: set SERVERLESS_LLM_REMOTE_CACHE"
     ):
         small.bring(f"{server.url}/a", silent)
     with pytest.raises(ConfigurationError, match="SERVERLESS_LLM_REMOTE_CACHE: 'much' is no size"):
-        DiskTier(tmp_path / "tier", "much").bring(f"{server.url}/a", silent)
+        DiskTier(tier.root, "much").bring(f"{server.url}/a", silent)
     assert server.gets == []
 
 
@@ -337,13 +337,21 @@ def test_what_is_iterated_stays_and_no_longer(server: RangeServer) -> None:
 
 @pytest.mark.parametrize(
     "kept",
-    [b"", b"a note", b"\xff", b"https://user:secret@host/m", b"https://host/m?signature=secret", b"https://host/m\n"],
+    [
+        b"",
+        b"a note",
+        b"\xff",
+        b"https://user:secret@host/m",
+        b"https://host/m?signature=secret",
+        b"https://host/m\n",
+        b"https://host/m",
+    ],
 )
 def test_what_a_directory_was_brought_from_is_told_of_a_tiers_alone(
-    server: RangeServer, tmp_path: Path, kept: bytes
+    server: RangeServer, tier: DiskTier, kept: bytes
 ) -> None:
     url = f"{server.url}/a"
-    with DiskTier(tmp_path / "tier").bring(f"{url}/", silent) as lease:
+    with tier.bring(f"{url}/", silent) as lease:
         directory = lease.directory
         assert disk_tier.url_of(directory) == url
         assert disk_tier.url_of(directory / "deeper") == disk_tier.url_of(directory.with_name("other")) == ""

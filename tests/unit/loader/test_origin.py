@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from serverless_llm.loader import announce as announcing
 from serverless_llm.loader import (
     disk_tier,
     download,
+    filling,
     load_checkpoint,
     load_file,
     manifest,
@@ -22,6 +25,7 @@ from serverless_llm.loader import (
 from serverless_llm.loader.disk_tier import DiskTier, Lease
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pacer import Pacer
+from serverless_llm.loader.remote import RemoteFile
 from serverless_llm.loader.repack import repack
 from serverless_llm.loader.source import Came
 from tests.range_server import RangeServer
@@ -123,13 +127,76 @@ def test_what_tells_of_the_server_is_not_believed_when_it_is_damaged(lease: Leas
     note = lease.directory.parent / manifest.REMOTE
     url, files = json.loads(note.read_text())
     assert origin.of(lease.directory) is not None
-    for text in ("", "[1]", "[1, [[2]]]", json.dumps([url, [["x", *files[0][1:]], *files[1:]]])):
+    odd = [
+        "[" * 100_000,
+        "5",
+        json.dumps([5, files]),
+        json.dumps([f"{url}/other", files]),
+        json.dumps(["file:///m", files]),
+    ]
+    for text in ("", "[1]", "[1, [[2]]]", json.dumps([url, [["x", *files[0][1:]], *files[1:]]]), *odd):
         note.write_text(text)
         with pytest.raises(CheckpointError, match="is damaged: serverless-llm pull its URL"):
             origin.of(lease.directory)
     note.unlink()
     assert origin.of(lease.directory) is None
     assert origin.of(lease.directory.parent) is None
+
+
+def test_a_note_is_believed_in_this_users_tier_alone(tier: DiskTier, lease: Lease, tmp_path: Path) -> None:
+    place = lease.directory.parent
+    copied = tmp_path / "models" / place.parent.name / place.name
+    shutil.copytree(place, copied)
+    (copied / disk_tier.LOCK).unlink()
+    for look in (announcing.announced, origin.of, filling.lacking):
+        with pytest.raises(CheckpointError, match=f"headers alone, and is not in the disk tier {tier.root}: "):
+            look(copied / "checkpoint")
+    assert (disk_tier.url_of(copied / "checkpoint"), disk_tier.hold(copied / "checkpoint")) == ("", None)
+    assert not (copied / disk_tier.LOCK).exists()
+    (tmp_path / "link").symlink_to(copied / "checkpoint")
+    with pytest.raises(CheckpointError, match="headers alone"):
+        announcing.announced(tmp_path / "link")
+    shutil.rmtree(copied / "checkpoint")
+    (copied / "checkpoint").symlink_to(lease.directory)  # then what lies beside that counts
+    (copied / manifest.REMOTE).write_text("")
+    assert announcing.announced(copied / "checkpoint") == announcing.announced(lease.directory)
+    (disk_tier.hold(copied / "checkpoint") or pytest.fail()).close()
+    assert not (copied / disk_tier.LOCK).exists()
+    (copied / "checkpoint").unlink()
+    (copied / "checkpoint").mkdir()
+    (copied / manifest.REMOTE).unlink()
+    assert announcing.announced(copied / "checkpoint") is None
+
+
+def test_a_tier_behind_a_link_is_the_same(
+    tier: DiskTier, lease: Lease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "linked").symlink_to(tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "linked"))
+    assert disk_tier.tier().root == tier.root
+    through = tmp_path / "linked" / lease.directory.relative_to(tmp_path / "cache")
+    assert announcing.announced(through) == announcing.announced(lease.directory) is not None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *[
+            [name, 1, "x", 0.0]
+            for name in ("/etc/m.safetensors", "../m.safetensors", "a/../../m.safetensors", ".bashrc")
+        ],
+        *[["m.safetensors", size, "x", 0.0] for size in (-1, "1", 1.5, True, None)],
+        *[["a//m.safetensors", 1, "x", 0.0], [["m.safetensors"], 1, "x", 0.0], ["m.safetensors", 1, {}, 0.0]],
+    ],
+)
+def test_a_note_names_files_of_a_checkpoint_alone(lease: Lease, odd: list[Any]) -> None:
+    url, rows = json.loads((lease.directory.parent / manifest.REMOTE).read_text())
+    rows.append(odd)
+    version = disk_tier.version_of([RemoteFile(*row) for row in rows])
+    place = lease.directory.parent.rename(lease.directory.parent.with_name(version))
+    (place / manifest.REMOTE).write_text(json.dumps([url, rows]))
+    with pytest.raises(CheckpointError, match=f"^{place}/.* is damaged: serverless-llm pull its URL"):
+        origin.of(place / "checkpoint")
 
 
 def test_a_load_reads_every_byte_once_and_leaves_the_disk_tier_whole(

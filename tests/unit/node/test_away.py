@@ -13,7 +13,7 @@ import pytest
 from serverless_llm.demo.tasks import ADD, checkpoint_dir
 from serverless_llm.domain import ModelSpec
 from serverless_llm.errors import TransientError
-from serverless_llm.loader import download, filling, manifest
+from serverless_llm.loader import disk_tier, download, filling, manifest
 from serverless_llm.loader.announce import announce, announced
 from serverless_llm.loader.disk_tier import PARTIAL, DiskTier, Lease
 from serverless_llm.node import admin
@@ -23,8 +23,9 @@ from tests.range_server import RangeServer
 
 
 @pytest.fixture
-def tier(tmp_path: Path) -> DiskTier:
-    return DiskTier(tmp_path / "tier")
+def tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DiskTier:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return disk_tier.tier()
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def quiet(name: str, done: int, total: int) -> None:
 
 def came(directory: Path, name: str, start: int, stop: int) -> None:
     """These bytes of a file are in the disk tier."""
-    _, files = announced(directory) or pytest.fail()
+    _, _, files = announced(directory) or pytest.fail()
     (number,) = (number for number, file in enumerate(files) if file.name == name)
     partial = directory.parent.with_name(directory.parent.name + PARTIAL)
     if not partial.exists():

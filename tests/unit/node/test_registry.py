@@ -26,6 +26,16 @@ from serverless_llm.surroundings import began
 from tests.unit.node.desk import Desk, on_a_desk
 
 
+@pytest.fixture
+def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Path:
+    """A checkpoint in the disk tier."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = disk_tier.tier().home("s3://bucket/m") / "version"
+    shutil.copytree(checkpoint, place / download.CHECKPOINT)
+    (place / disk_tier.URL).write_text("s3://bucket/m")
+    return place
+
+
 def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
     async def tell(desk: Desk) -> None:
         status, row = await desk.ask("deploy", "org/tiny", source=str(checkpoint), keep_alive="5m", context=100)
@@ -145,11 +155,9 @@ def test_a_disk_that_is_full_takes_no_deploy(tmp_path: Path, checkpoint: Path) -
     on_a_desk(tmp_path, tell)
 
 
-def test_what_cannot_be_kept_on_the_disk_tier_is_not_deployed(tmp_path: Path, checkpoint: Path) -> None:
-    place = tmp_path / "tier" / "version"
-    kept = shutil.copytree(checkpoint, place / download.CHECKPOINT)
-    (place / disk_tier.URL).touch()
-    (place / disk_tier.LOCK).mkdir()  # no descriptor of it can be had
+def test_what_cannot_be_kept_on_the_disk_tier_is_not_deployed(tmp_path: Path, checkpoint: Path, version: Path) -> None:
+    kept = version / download.CHECKPOINT
+    (version / disk_tier.LOCK).mkdir()  # no descriptor of it can be had
 
     async def tell(desk: Desk) -> None:
         assert (await desk.ask("deploy", "m", source=str(checkpoint)))[0] == 200
@@ -163,10 +171,10 @@ def test_what_cannot_be_kept_on_the_disk_tier_is_not_deployed(tmp_path: Path, ch
     on_a_desk(tmp_path / "state", tell)
 
 
-def test_a_start_that_cannot_keep_a_model_on_the_disk_tier_serves_the_others(tmp_path: Path, checkpoint: Path) -> None:
-    place = tmp_path / "tier" / "version"
-    kept = shutil.copytree(checkpoint, place / download.CHECKPOINT)
-    (place / disk_tier.URL).touch()
+def test_a_start_that_cannot_keep_a_model_on_the_disk_tier_serves_the_others(
+    tmp_path: Path, checkpoint: Path, version: Path
+) -> None:
+    kept = version / download.CHECKPOINT
     why = f"{kept} cannot be kept on the disk tier: Is a directory"
 
     async def first(desk: Desk) -> None:
@@ -180,23 +188,21 @@ def test_a_start_that_cannot_keep_a_model_on_the_disk_tier_serves_the_others(tmp
         for _ in range(2):
             status, body = await desk.ask("load", "b")
             assert (status, body["error"]["message"]) == (503, f"{why}; it is tried again once a minute")
-        (place / disk_tier.LOCK).rmdir()
+        (version / disk_tier.LOCK).rmdir()
         assert (await desk.ask("load", "b"))[0] == 200
         assert desk.head.controller.machine.state.models.keys() == {"a", "b"}
 
     on_a_desk(tmp_path / "state", first)
-    (place / disk_tier.LOCK).unlink()
-    (place / disk_tier.LOCK).mkdir()
+    (version / disk_tier.LOCK).unlink()
+    (version / disk_tier.LOCK).mkdir()
     on_a_desk(tmp_path / "state", second, wanted={"c": json.dumps({"source": str(kept)}).encode()})
 
 
-def test_what_is_not_deployed_is_not_kept_on_the_disk_tier(tmp_path: Path, checkpoint: Path) -> None:
-    place = tmp_path / "tier" / "version"
-    kept = shutil.copytree(checkpoint, place / download.CHECKPOINT)
-    (place / disk_tier.URL).touch()
+def test_what_is_not_deployed_is_not_kept_on_the_disk_tier(tmp_path: Path, checkpoint: Path, version: Path) -> None:
+    kept = version / download.CHECKPOINT
 
     def is_free() -> bool:
-        lock = disk_tier.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = disk_tier.lock_of(version, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if lock is not None:
             os.close(lock)
         return lock is not None
@@ -322,10 +328,7 @@ def test_a_refusal_says_what_would_do(body: object, message: str) -> None:
     assert refused.value.message == message
 
 
-def test_what_is_deployed_from_the_disk_tier_stays_there(tmp_path: Path, checkpoint: Path) -> None:
-    version = tmp_path / "tier" / "url" / "version"
-    shutil.copytree(checkpoint, version / "checkpoint")
-    (version / "url").touch()
+def test_what_is_deployed_from_the_disk_tier_stays_there(tmp_path: Path, checkpoint: Path, version: Path) -> None:
 
     def in_use() -> bool:
         with (version / "lock").open("a") as lock:
@@ -354,11 +357,8 @@ def test_what_is_deployed_from_the_disk_tier_stays_there(tmp_path: Path, checkpo
     on_a_desk(tmp_path, revived)
 
 
-def test_a_models_url_is_kept_and_told_over_everything(tmp_path: Path, checkpoint: Path) -> None:
-    version = tmp_path / "tier" / "url" / "version"
+def test_a_models_url_is_kept_and_told_over_everything(tmp_path: Path, checkpoint: Path, version: Path) -> None:
     source = version / "checkpoint"
-    shutil.copytree(checkpoint, source)
-    (version / "url").write_text("s3://bucket/m")
     state = tmp_path / "state"
 
     async def told(desk: Desk, url: str, place: Path = source) -> None:
@@ -391,10 +391,7 @@ def test_a_models_url_is_kept_and_told_over_everything(tmp_path: Path, checkpoin
     on_a_desk(state, kept, wanted={"m": body})
 
 
-def test_a_url_that_an_earlier_version_did_not_keep_is_found(tmp_path: Path, checkpoint: Path) -> None:
-    version = tmp_path / "tier" / "url" / "version"
-    shutil.copytree(checkpoint, version / "checkpoint")
-    (version / "url").write_text("s3://bucket/m")
+def test_a_url_that_an_earlier_version_did_not_keep_is_found(tmp_path: Path, version: Path) -> None:
     old = State(tmp_path)
     spec = msgspec.msgpack.encode({"name": "m", "source": str(version / "checkpoint")})
     old._database.execute("INSERT INTO models VALUES ('m', ?, 1)", (spec,))
