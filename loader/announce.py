@@ -25,8 +25,6 @@ from serverless_llm.loader.disk_tier import (
     URL,
     DiskTier,
     Lease,
-    check_headers,
-    check_names,
     lease_of,
     lock_of,
     version_at,
@@ -44,6 +42,7 @@ from serverless_llm.loader.manifest import (
     TEMPLATES,
     TEXTS,
 )  # fmt: skip
+from serverless_llm.loader.promised import check_headers, check_names
 from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile, checked
 
 SUFFIX = ".safetensors"

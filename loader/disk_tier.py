@@ -26,9 +26,9 @@ from types import TracebackType
 from typing import Self
 
 from serverless_llm.errors import CapacityError, CheckpointError, ConfigurationError, TransientError
-from serverless_llm.loader import manifest
 from serverless_llm.loader.download import CHECKPOINT, RECORD, Told, download, held, prepare, sync
 from serverless_llm.loader.manifest import REMOTE
+from serverless_llm.loader.promised import check, check_names
 from serverless_llm.loader.remote import Remote, RemoteFile, checked
 from serverless_llm.quantities import parse_size, size
 from serverless_llm.surroundings import PREFIX, cache_dir
@@ -148,7 +148,7 @@ class DiskTier:
             TransientError: the server does not tell.
         """
         try:
-            _check(source, files, partial / CHECKPOINT)
+            check(source, files, partial / CHECKPOINT)
         except TransientError:
             raise
         except CheckpointError:
@@ -373,41 +373,3 @@ def _brought(place: Path) -> int:
 
 def _time(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def _check(source: Remote, files: Sequence[RemoteFile], checkpoint: Path) -> None:
-    """Digests, of those that the server knows, and headers."""
-    for file in files:
-        known = source.digest(file)
-        if known is None:
-            continue
-        algorithm, wanted = known
-        with (checkpoint / file.name).open("rb") as opened:
-            if hashlib.file_digest(opened, algorithm).hexdigest() != wanted:
-                raise CheckpointError(f"{source.url}/{file.name}: what came has another {algorithm} than {wanted}")
-    check_headers(source, checkpoint)
-
-
-def check_names(source: Remote, files: Sequence[RemoteFile], needed: Sequence[str]) -> None:
-    """
-    Raises:
-        CheckpointError: one of the names that are needed is none of a file.
-    """
-    there = {file.name for file in files}
-    for name in needed:
-        if name not in there:
-            raise CheckpointError(f"{source.url} has no {name}")
-
-
-def check_headers(source: Remote, checkpoint: Path) -> None:
-    """
-    Raises:
-        CheckpointError: names the URL and what is wrong.
-        TransientError: the disk does not tell.
-    """
-    try:
-        manifest.weights(checkpoint)
-    except TransientError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.url}: {str(error).replace(f'{checkpoint}/', '')}") from error
