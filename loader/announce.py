@@ -25,6 +25,7 @@ from serverless_llm.loader.disk_tier import (
     URL,
     DiskTier,
     Lease,
+    brought,
     lease_of,
     lock_of,
     version_at,
@@ -77,7 +78,7 @@ def announce(tier: DiskTier, url: str, told: Told, needed: Sequence[str] = ()) -
         return tier.bring(url, told)
     place = tier.home(source.url) / version_of(files)
     try:
-        return _announced(tier, source, files, place)
+        return brought(_announced(tier, source, files, place))
     except OSError as error:
         raise TransientError(f"{source.url} cannot be kept in {tier.root}: {error.strerror}") from error
 

@@ -42,6 +42,7 @@ GONE = ".gone"
 LINK = "link"
 HEADS = ".heads"  # being announced
 LONGEST = 1 << 16  # characters of a URL that are read; an arbitrary bound
+SECOND = 10**9  # nanoseconds; some file systems tell no closer times apart
 Placed = Callable[[RemoteFile], memoryview | None]
 
 
@@ -76,7 +77,7 @@ class DiskTier:
         self._most = most
 
     def cached(self, url: str) -> Lease | None:
-        """The version of a URL that was brought last, if there is one; asks no server.
+        """The version that a URL's server had when it was asked last, if it is here; asks no server.
 
         Raises:
             CheckpointError: no source has such a URL.
@@ -84,9 +85,9 @@ class DiskTier:
         return self.latest(url, is_whole)
 
     def latest(self, url: str, wanted: Callable[[Path], bool]) -> Lease | None:
-        """The version that came last of those that are `wanted`, by their folders."""
+        """Of the versions that are `wanted`, by their folders, the one that the server had last."""
         known = [place for place in _versions(self.home(checked(url))) if not place.suffix and wanted(place)]
-        for place in sorted(known, key=_brought, reverse=True):
+        for place in sorted(known, key=_last_brought, reverse=True):
             if (lease := lease_of(place)) is not None:
                 return lease
         return None
@@ -116,7 +117,7 @@ class DiskTier:
         check_names(source, files, needed)
         whole = self.home(source.url) / version_of(files)
         try:
-            return self._whole(source, files, whole, told, memory_for)
+            return brought(self._whole(source, files, whole, told, memory_for))
         except OSError as error:
             raise TransientError(f"{source.url} cannot be kept in {self.root}: {error.strerror}") from error
 
@@ -308,6 +309,16 @@ def _complete(files: Sequence[RemoteFile], partial: Path, whole: Path) -> None:
     sync(whole)
 
 
+def brought(lease: Lease) -> Lease:
+    """Its server has this version now: it comes before all others, whenever they came."""
+    place = lease.directory.parent
+    with suppress(OSError):  # another user's, or on a mount that is read-only
+        last = max((_last_brought(other) for other in _versions(place.parent) if other != place), default=0)
+        if _last_brought(place) <= last:
+            os.utime(place / URL, ns=(last + SECOND, last + SECOND))
+    return lease
+
+
 def lease_of(place: Path) -> Lease | None:
     lock = lock_of(place, fcntl.LOCK_SH)
     if lock is None:
@@ -367,7 +378,7 @@ def _last_use(place: Path) -> int:
     return _time(place / LOCK)
 
 
-def _brought(place: Path) -> int:
+def _last_brought(place: Path) -> int:
     return _time(place / URL)
 
 

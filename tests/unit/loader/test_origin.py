@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,23 @@ def test_deploying_keeps_what_came_of_its_version(server: RangeServer, tier: Dis
     server.faults.fails_after = None
     announce(tier, f"{server.url}/m").close()
     assert sorted(path.suffix for path in tier.root.glob("*/*")) == ["", disk_tier.PARTIAL]
+
+
+@pytest.mark.parametrize("bring", [announce, lambda tier, url: tier.bring(url, silent)], ids=["announce", "bring"])
+def test_what_a_server_had_last_is_taken_also_after_it_went_back(
+    server: RangeServer, tier: DiskTier, bring: Callable[[DiskTier, str], Lease]
+) -> None:
+    url, places = f"{server.url}/m", []
+    first, second = server.files["m/config.json"], b'{"model_type": "other"}'
+    for config in (first, second, first):
+        server.files["m/config.json"] = config
+        with bring(tier, url) as lease:
+            places.append(lease.directory)
+    assert places[0] == places[2] != places[1]
+    server.faults.statuses = dict.fromkeys(server.files, 503)
+    with bring(tier, url) as lease, tier.latest(url, Path.exists) or pytest.fail() as latest:
+        assert lease.offline
+        assert lease.directory == latest.directory == places[0]
 
 
 def test_what_a_store_tells_digests_of_is_compared_before_it_is_used(
