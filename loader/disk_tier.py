@@ -86,9 +86,9 @@ class DiskTier:
 
     def latest(self, url: str, wanted: Callable[[Path], bool]) -> Lease | None:
         """Of the versions that are `wanted`, by their folders, the one that the server had last."""
-        known = [place for place in _versions(self.home(checked(url))) if not place.suffix and wanted(place)]
+        known = [place for place in _versions(self.home(checked(url))) if not place.suffix]
         for place in sorted(known, key=_last_brought, reverse=True):
-            if (lease := lease_of(place)) is not None:
+            if (lease := lease_of(place, wanted)) is not None:
                 return lease
         return None
 
@@ -123,7 +123,7 @@ class DiskTier:
 
     def _whole(self, source: Remote, files: Sequence[RemoteFile], whole: Path, told: Told, memory_for: Placed) -> Lease:
         partial = whole.with_name(whole.name + PARTIAL)
-        while (lease := lease_of(whole) if is_whole(whole) else None) is None:
+        while (lease := lease_of(whole, is_whole)) is None:
             partial.mkdir(parents=True, exist_ok=True)
             lock = lock_of(partial, fcntl.LOCK_EX)  # whoever brings the same goes first
             if lock is None:
@@ -319,12 +319,17 @@ def brought(lease: Lease) -> Lease:
     return lease
 
 
-def lease_of(place: Path) -> Lease | None:
+def lease_of(place: Path, wanted: Callable[[Path], bool] = Path.exists) -> Lease | None:
+    """None where the version is not there any more, or is not `wanted`, which is asked once it cannot leave."""
     lock = lock_of(place, fcntl.LOCK_SH)
     if lock is None:
         return None
+    lease = Lease(place / CHECKPOINT, lock)
+    if not wanted(place):
+        lease.close()
+        return None
     os.utime(lock)
-    return Lease(place / CHECKPOINT, lock)
+    return lease
 
 
 def lock_of(place: Path, kind: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import os
 import signal
@@ -133,6 +134,20 @@ def test_the_longest_unused_leaves_and_none_in_use(server: RangeServer, tier: Di
         tier.bring(c, silent)
     kept.close()
     second.close()
+
+
+def test_a_version_is_looked_at_once_it_cannot_leave(server: RangeServer, tier: DiskTier) -> None:
+    url, asked = f"{server.url}/a", []
+
+    def stays(place: Path) -> bool:
+        asked.append(disk_tier.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        return asked[-1] is None
+
+    tier.bring(url, silent).close()
+    with tier.latest(url, stays) or pytest.fail() as lease:
+        assert asked == [None]
+    assert tier.latest(url, lambda place: False) is None
+    assert disk_tier._leaves(lease.directory.parent)  # nothing holds it where it is not wanted
 
 
 def test_what_does_not_fit_is_told_before_it_is_read(server: RangeServer, tier: DiskTier) -> None:
