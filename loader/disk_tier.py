@@ -157,14 +157,18 @@ class DiskTier:
             raise
         _sync_folders(partial, files)
         with self.alone():
-            if fresh := not whole.exists():
+            lock = lock_of(whole, fcntl.LOCK_SH)
+            if lock is None:
                 partial.rename(whole)
-        if fresh:
+        if lock is None:
             sync(whole.parent)
             (whole / RECORD).unlink()
-        else:
+            return
+        try:
             _complete(files, partial, whole)
-            self.discard(partial)
+        finally:
+            os.close(lock)
+        self.discard(partial)
 
     def make_room(self, url: str, files: Sequence[RemoteFile], partial: Path) -> None:
         """Reserves room, for which those leave that were used longest ago."""

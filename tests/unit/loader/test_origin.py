@@ -278,6 +278,24 @@ def test_pulling_what_was_announced_makes_it_whole(server: RangeServer, tier: Di
     assert load_checkpoint(lease.directory).keys() == manifest.build(lease.directory).tensors().keys()
 
 
+def test_what_is_being_made_whole_does_not_leave(
+    server: RangeServer, tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with announce(tier, f"{server.url}/m") as lease:
+        place = lease.directory.parent
+    real, left = Path.rename, []
+
+    def make_room(self: Path, target: Path) -> Path:
+        if self.name == disk_tier.LINK:  # as another process, at each file that is put in its place
+            left.append(disk_tier._leaves(place))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", make_room)
+    with tier.bring(f"{server.url}/m", silent) as whole:
+        assert held(whole.directory) == server.files
+    assert left == [False] * len(server.files)
+
+
 def test_what_a_failed_load_left_is_gone_on_with(server: RangeServer, lease: Lease, node: Node) -> None:
     found = manifest.build(lease.directory)
     server.faults.fails_after = found.file_bytes // 2
