@@ -14,6 +14,7 @@ An announced version becomes whole file by file, each replaced at once, and is w
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -332,14 +333,15 @@ def lease_of(place: Path, wanted: Callable[[Path], bool] = Path.exists) -> Lease
     if not wanted(place):
         lease.close()
         return None
-    os.utime(lock)
+    with suppress(OSError):  # a mount that is read-only, from which nothing leaves
+        os.utime(lock)
     return lease
 
 
 def lock_of(place: Path, kind: int) -> int | None:
     """A descriptor of a version's lock; None where the version is not there any more or, with LOCK_NB, in use."""
     try:
-        lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT)
+        lock = _opened(place / LOCK)
     except FileNotFoundError:
         return None
     try:
@@ -353,6 +355,15 @@ def lock_of(place: Path, kind: int) -> int | None:
         raise
     os.close(lock)
     return None
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, os.O_RDONLY)  # that can be locked, too
 
 
 def _leaves(place: Path) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,28 @@ def test_a_version_is_looked_at_once_it_cannot_leave(server: RangeServer, tier: 
         assert asked == [None]
     assert tier.latest(url, lambda place: False) is None
     assert disk_tier._leaves(lease.directory.parent)  # nothing holds it where it is not wanted
+
+
+READ = """
+    import sys
+    from pathlib import Path
+    from serverless_llm.loader import disk_tier
+    with disk_tier.tier().cached(sys.argv[1]) as lease, disk_tier.hold(lease.directory):
+        print(lease.directory)
+"""
+
+
+def test_a_tier_on_a_read_only_mount_is_read(server: RangeServer, tier: DiskTier) -> None:
+    tier.bring(f"{server.url}/a", silent).close()
+    mount = f'mount --bind "{tier.root}" "{tier.root}" && mount -o remount,bind,ro "{tier.root}" && exec "$@"'
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", textwrap.dedent(READ), f"{server.url}/a"],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (Path(done.stdout.strip()).parent.parent.parent, done.stderr) == (tier.root, "")
 
 
 def test_what_does_not_fit_is_told_before_it_is_read(server: RangeServer, tier: DiskTier) -> None:
