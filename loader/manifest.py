@@ -115,7 +115,7 @@ def check_tensors_here(directory: Path) -> None:
     Raises:
         CheckpointError: only the headers of the directory's files are here.
     """
-    if (directory.parent / REMOTE).exists():
+    if (Path(os.path.realpath(directory)).parent / REMOTE).exists():
         raise CheckpointError(f"{directory} holds headers alone until its model is loaded: serverless-llm pull its URL")
 
 

@@ -45,7 +45,12 @@ def test_an_announced_checkpoint_is_known_by_its_headers(server: RangeServer, ti
         assert tier.cached(url) is None
         with pytest.raises(CheckpointError, match="holds headers alone until its model is loaded: serverless-llm pull"):
             load_checkpoint(lease.directory)
+        (tmp_path / "link").symlink_to(lease.directory)
+        (tmp_path / "file").symlink_to(lease.directory / found.files[0].name)
         for refused in (
+            lambda: load_checkpoint(tmp_path / "link"),
+            lambda: load_file(tmp_path / "link" / found.files[0].name),
+            lambda: load_file(tmp_path / "file"),
             lambda: repack(lease.directory, tmp_path / "r", 1 << 30, silent),
             lambda: load_file(lease.directory / found.files[0].name),
         ):
