@@ -158,7 +158,7 @@ def test_a_version_that_was_half_put_in_place_is_finished(
 def test_what_was_damaged_and_not_read_makes_no_version_whole(
     server: RangeServer, tier: DiskTier, lease: Lease
 ) -> None:
-    url, files = announcing.announced(lease.directory) or pytest.fail()
+    _, url, files = announcing.announced(lease.directory) or pytest.fail()
     *_, first, second = range(len(files))
     for number in (first, second):
         writer = filling.Filling(lease.directory, remote.Remote(url), files)

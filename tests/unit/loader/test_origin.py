@@ -329,7 +329,7 @@ def test_what_was_damaged_since_it_came_is_asked_for_again(
     until(lambda: not writers(), "what came to be written")
     came = _record(lease, found)
     last = max(came, key=lambda one: (one.stop - one.start, one.start))
-    _, files = announcing.announced(lease.directory) or pytest.fail()
+    _, _, files = announcing.announced(lease.directory) or pytest.fail()
     spoil(_partial(lease) / download.CHECKPOINT / files[last.file].name, last.stop - 100, damage)
     server.faults.fails_after, server.sent = None, 0
     told = fetch(node, found)
