@@ -121,9 +121,11 @@ def _bound(what: str, values: Sequence[float], most: float) -> str:
 class Starts:
     """Starts from one URL: of a server, and each in a process of its own."""
 
-    def __init__(self, link: Link, url: str, directory: Path, service: Service) -> None:
+    def __init__(self, link: Link, url: str, directory: Path, service: Service, home: Path) -> None:
+        """`home`: of the service's disk tier."""
         self._link = link
         self._service = service
+        self._home = home
         self._url = url.format(link.address)
         self._files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors"))
         self.nbytes = sum(path.stat().st_size for path in self._files)
@@ -155,10 +157,17 @@ class Starts:
             return Sample(**json.loads(done.stdout), read=(self._link.sent() - before) / self.nbytes)
 
     def _served(self) -> Sample:
-        with self._fresh() as environ:
-            before = self._link.sent()
-            one = self._service.sample_url(self._url, environ)
-            return Sample(one.seconds, one.cpu_s, read=(self._link.sent() - before) / self.nbytes)
+        before = self._link.sent()
+        one = self._service.sample_url(self._url, os.environ | {"PYTHONPATH": str(ROOT)})
+        read = (self._link.sent() - before) / self.nbytes
+        until(lambda: not self._written(), "the disk tier to be let go", PATIENCE)
+        shutil.rmtree(self._home)
+        return Sample(one.seconds, one.cpu_s, read)
+
+    def _written(self) -> list[str]:
+        """Files of the service's disk tier that it has open."""
+        opened = (file.path for process in self._service.processes() for file in process.open_files())
+        return [path for path in opened if path.startswith(str(self._home))]
 
     def _resumed(self) -> float:
         with self._fresh() as environ:
@@ -181,7 +190,7 @@ class Starts:
         try:
             yield os.environ | self._link.environment | {"XDG_CACHE_HOME": scratch, "PYTHONPATH": str(ROOT)}
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)  # a server may still write to it
+            shutil.rmtree(scratch)
 
 
 def measure(name: str, arguments: argparse.Namespace) -> tuple[str, list[Round], int]:
@@ -190,8 +199,8 @@ def measure(name: str, arguments: argparse.Namespace) -> tuple[str, list[Round],
     directory = checkpoints.checkpoint(arguments.checkpoints, *(SMOKE if arguments.smoke else case.shape))
     fewest, most = (1, 1) if arguments.smoke else (min(FEWEST_ROUNDS, arguments.rounds), arguments.rounds)
     rng, done = random.Random(arguments.seed), list[Round]()
-    with linked(directory, case.rate) as (link, shown), served(directory, link) as service:
-        starts = Starts(link, case.url, directory, service)
+    with linked(directory, case.rate) as (link, shown), served(directory, link) as (service, home):
+        starts = Starts(link, case.url, directory, service, home)
         while len(done) < most and not (len(done) >= fewest and all(precise(shares(done, one)) for one in SUBJECTS)):
             done.append(starts.round(rng))
             rates = {subject: sample.seconds for subject, sample in done[-1].samples.items()} | {"curl": done[-1].curl}
@@ -213,16 +222,18 @@ def linked(directory: Path, rate: int) -> Iterator[tuple[Link, str]]:
 
 
 @contextmanager
-def served(directory: Path, link: Link) -> Iterator[Service]:
-    """A server that knows the link's store, with as much in its pool's memory as the checkpoint takes."""
+def served(directory: Path, link: Link) -> Iterator[tuple[Service, Path]]:
+    """A server that knows the link's store, with as much in its pool's memory as the checkpoint takes; and the home of
+    its disk tier, which is this process's, too."""
     before = dict(os.environ)
-    os.environ.update(link.environment)
-    try:
-        with Service(directory) as service:
-            yield service
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with tempfile.TemporaryDirectory(prefix="serverless-llm-served-") as home:
+        os.environ.update(link.environment, XDG_CACHE_HOME=home)
+        try:
+            with Service(directory) as service:
+                yield service, Path(home)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def main() -> int:
