@@ -20,6 +20,7 @@ from bench import checkpoints
 from bench.cold_subjects import options
 from bench.common import drop_caches, quantile, row
 from bench.load_subjects import cpu, prepare
+from bench.pretouch import TOLD
 from bench.verdicts import at_least, at_most
 from tests.serving import Server, until
 
@@ -27,7 +28,6 @@ PATIENCE, POLL = 300.0, 0.02
 SELDOM = 0.3  # seconds between looks where answering them would slow the steps down that are timed
 QUIET = 3.0  # seconds of streaming before a load begins
 PAUSE = 3.0  # seconds after which a server has begun to take memory for the next load
-TOLD = 30.0  # seconds in which a virtual machine hands free memory to its host, in bursts that slow its cores down
 LOOK, IDLE = 0.5, 0.04  # seconds, and CPU seconds in them: below, it has all of it
 SPARE = 64  # tokens of the context that a stream leaves: its prompt's
 CONTEND, ITL, SPEED = 1.1, 1.2, 0.8

@@ -76,21 +76,12 @@ def check(case: str, sample: Sample, nbytes: int) -> Sample:
 def prepare(case: str, files: Sequence[Path]) -> None:
     """Takes and gives back fresh memory, so that the host has it; empties or fills the page cache."""
     nbytes = sum(path.stat().st_size for path in files)
-    subprocess.run([sys.executable, "-c", PRETOUCH, str(2 * nbytes)], check=True)
+    subprocess.run([sys.executable, "-m", "bench.pretouch", str(2 * nbytes)], cwd=ROOT, check=True)
     if case == "cold":
         drop_caches(files)
     else:
         for path in files:
             touch(path)
-
-
-PRETOUCH = """
-import mmap, sys
-memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-memory.madvise(mmap.MADV_HUGEPAGE)
-for at in range(0, len(memory), 4096):
-    memory[at] = 1
-"""
 
 
 # --- the server ---

@@ -1,6 +1,7 @@
-"""One start from a URL in a fresh process: `python -m bench.remote_once load|pull URL` prints a line of JSON.
+"""One start from a URL in a fresh process: `python -m bench.remote_once load|pull URL BYTES` prints a line of JSON.
 
-Imports are done before the clock starts; requests for what is there, the disk tier and its last sync are inside.
+Imports are done before the clock starts, and the host has the `BYTES` of memory that a load takes; requests for what is
+there, taking that memory, the disk tier and its last sync are inside.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import sys
 import time
 
 from bench.load_once import usage
+from bench.pretouch import pretouch
 from serverless_llm.loader import disk_tier, load_checkpoint
 
 
 def main() -> None:
-    way, url = sys.argv[1:]
+    way, url, nbytes = sys.argv[1:]
+    if way == "load":
+        pretouch(int(nbytes))
     cpu_s = next(usage())
     began = time.perf_counter()
     if way == "load":

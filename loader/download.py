@@ -227,6 +227,7 @@ class _Download:
         self._kept: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         for piece in pieces:
             self._kept.put(piece)
+        self._intact: set[Piece] = set()  # of these
         self._work: queue.SimpleQueue[Range] = queue.SimpleQueue()
         for one in missing(joined(pieces), sizes, self._range_bytes):
             self._work.put(one)
@@ -248,7 +249,7 @@ class _Download:
                 while left:
                     batch = self._batch()
                     pieces = [one for one in batch if isinstance(one, Piece)]
-                    self._commit(record.fileno(), pieces)
+                    self._commit(record.fileno(), [one for one in pieces if one not in self._intact])
                     for one in pieces:
                         done[one.file] += one.stop - one.start
                         left -= one.stop - one.start
@@ -267,6 +268,8 @@ class _Download:
         return batch
 
     def _commit(self, record: int, pieces: Sequence[Piece]) -> None:
+        if not pieces:
+            return
         for number in {one.file for one in pieces}:
             sync(self._folder / CHECKPOINT / self._files[number].name)
         add(record, pieces)
@@ -307,6 +310,7 @@ class _Download:
             memory = self._memory.get(name)
             place = memoryview(bytearray(nbytes)) if memory is None else memory[piece.start : piece.stop]
             if intact(self._folder / CHECKPOINT / name, piece, place):
+                self._intact.add(piece)
                 self._landed.put(piece)
                 continue
             for at in range(piece.start, piece.stop, self._range_bytes):

@@ -180,6 +180,8 @@ def test_what_came_before_an_error_is_not_read_again(
         server.faults.fails_after, server.sent = None, 0
         assert bring(source, tmp_path)[-1000:] == tail
     assert server.sent < 450_000
+    lines = (tmp_path / download.RECORD).read_text().splitlines()
+    assert len(lines) == len(set(lines)) > 8
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
