@@ -20,18 +20,9 @@ from typing import NamedTuple
 
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import disk_tier, header
-from serverless_llm.loader.disk_tier import (
-    HEADS,
-    URL,
-    DiskTier,
-    Lease,
-    brought,
-    lease_of,
-    lock_of,
-    version_at,
-    version_of,
-)  # fmt: skip
+from serverless_llm.loader.disk_tier import HEADS, URL, DiskTier, brought, version_at, version_of
 from serverless_llm.loader.download import CHECKPOINT, Told, sync
+from serverless_llm.loader.leases import Lease, lease_of, lock_of
 from serverless_llm.loader.manifest import (
     CONFIG,
     INDEX,

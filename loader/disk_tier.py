@@ -14,20 +14,17 @@ An announced version becomes whole file by file, each replaced at once, and is w
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from serverless_llm.errors import CapacityError, CheckpointError, ConfigurationError, TransientError
 from serverless_llm.loader.download import CHECKPOINT, RECORD, Told, download, held, prepare, sync
+from serverless_llm.loader.leases import LOCK, Lease, lease_of, lock_of
 from serverless_llm.loader.manifest import REMOTE
 from serverless_llm.loader.promised import check, check_names
 from serverless_llm.loader.remote import Remote, RemoteFile, checked
@@ -36,7 +33,6 @@ from serverless_llm.surroundings import PREFIX, cache_dir
 
 VARIABLE = f"{PREFIX}REMOTE_CACHE"
 SHARE = "80%"  # of what the disk has free and the tier holds, where the variable is not set
-LOCK = "lock"
 URL = "url"
 PARTIAL = ".partial"
 GONE = ".gone"
@@ -45,29 +41,6 @@ HEADS = ".heads"  # being announced
 LONGEST = 1 << 16  # characters of a URL that are read; an arbitrary bound
 SECOND = 10**9  # nanoseconds; some file systems tell no closer times apart
 Placed = Callable[[RemoteFile], memoryview | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A whole checkpoint that stays while this is held.
-
-    Attributes:
-        directory: a Hugging Face directory.
-        offline: why its server was not asked, if it was not.
-    """
-
-    directory: Path
-    lock: int
-    offline: str = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        os.close(self.lock)
 
 
 class DiskTier:
@@ -322,48 +295,6 @@ def brought(lease: Lease) -> Lease:
         if _last_brought(place) <= last:
             os.utime(place / URL, ns=(last + SECOND, last + SECOND))
     return lease
-
-
-def lease_of(place: Path, wanted: Callable[[Path], bool] = Path.exists) -> Lease | None:
-    """None where the version is not there any more, or is not `wanted`, which is asked once it cannot leave."""
-    lock = lock_of(place, fcntl.LOCK_SH)
-    if lock is None:
-        return None
-    lease = Lease(place / CHECKPOINT, lock)
-    if not wanted(place):
-        lease.close()
-        return None
-    with suppress(OSError):  # a mount that is read-only, from which nothing leaves
-        os.utime(lock)
-    return lease
-
-
-def lock_of(place: Path, kind: int) -> int | None:
-    """A descriptor of a version's lock; None where the version is not there any more or, with LOCK_NB, in use."""
-    try:
-        lock = _opened(place / LOCK)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, kind)
-        if os.path.samestat(os.fstat(lock), (place / LOCK).stat()):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(lock)
-        raise
-    os.close(lock)
-    return None
-
-
-def _opened(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-        return os.open(path, os.O_RDONLY)  # that can be locked, too
 
 
 def _leaves(place: Path) -> bool:

@@ -12,20 +12,11 @@ from pathlib import Path
 from zlib import crc32
 
 from serverless_llm.errors import TransientError
+from serverless_llm.loader import download
 from serverless_llm.loader.announce import SUFFIX, announced
-from serverless_llm.loader.disk_tier import PARTIAL, URL, is_whole, lock_of, tier
-from serverless_llm.loader.download import (
-    CHECKPOINT,
-    RECORD,
-    Piece,
-    add,
-    held,
-    intact,
-    kept,
-    missing,
-    rewrite,
-    sync,
-)  # fmt: skip
+from serverless_llm.loader.disk_tier import PARTIAL, URL, is_whole, tier
+from serverless_llm.loader.download import CHECKPOINT, RECORD, Piece, held, kept, sync
+from serverless_llm.loader.leases import lock_of
 from serverless_llm.loader.remote import Remote, RemoteFile
 
 PIECE_BYTES = 2 << 20  # to which neighbours are joined in the record; arbitrary: a load reads a piece whole
@@ -69,7 +60,7 @@ class Filling:
     def read(self, piece: Piece) -> memoryview | None:
         """One of `have`; None where that is not what was written."""
         data = memoryview(bytearray(piece.stop - piece.start))
-        if not intact(self._path(piece.file), piece, data):
+        if not download.intact(self._path(piece.file), piece, data):
             return None
         self._intact.add(piece)
         return data
@@ -113,7 +104,7 @@ class Filling:
         """What was written counts from now on, whatever happens."""
         for number in {one.file for one in self._written}:
             sync(self._path(number))
-        add(self._record, self._written)
+        download.add(self._record, self._written)
         self._written.clear()
 
     def end(self) -> None:
@@ -124,11 +115,11 @@ class Filling:
             ServerlessLLMError, OSError: as `DiskTier.finish`.
         """
         sizes = [file.size for file in self._files]
-        if missing(held(self._partial, self._files), sizes, max(sizes)):
+        if download.missing(held(self._partial, self._files), sizes, max(sizes)):
             return
         damaged = {one for one in self.have if one not in self._intact and self.read(one) is None}
         if damaged:
-            rewrite(self._partial, [one for one in kept(self._partial, self._files) if one not in damaged])
+            download.rewrite(self._partial, [one for one in kept(self._partial, self._files) if one not in damaged])
             raise TransientError(f"{self._partial} is damaged: the next start or pull reads that anew")
         tier().finish(self._source, self._files, self._partial, self._whole)
 

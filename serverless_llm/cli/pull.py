@@ -12,7 +12,7 @@ from serverless_llm.quantities import size
 
 if TYPE_CHECKING:
     from serverless_llm.cli.hub import Pulled, Repository
-    from serverless_llm.loader.disk_tier import Lease
+    from serverless_llm.loader.leases import Lease
 
 
 @click.command()

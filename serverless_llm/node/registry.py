@@ -19,6 +19,7 @@ from serverless_llm.cluster import events
 from serverless_llm.domain import Footprint, ModelSpec
 from serverless_llm.errors import TRIED_AGAIN, RequestError, did_you_mean
 from serverless_llm.loader import disk_tier
+from serverless_llm.loader.leases import Lease
 from serverless_llm.node import admin, catalog, news
 from serverless_llm.node.catalog import Clocks, Entry
 from serverless_llm.node.controller import Controller
@@ -68,7 +69,7 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._unseen: list[str] = []  # models that were restored without a look at their text files
         self._looked_at: set[str] = set()  # failed models: a mount that does not answer is asked once
-        self._leases: dict[str, disk_tier.Lease] = {}
+        self._leases: dict[str, Lease] = {}
         self._changing = asyncio.Lock()  # deploys and deletes happen one after another, on disk and in the machine
         self._readers = asyncio.Semaphore(READERS)
         self._configured: frozenset[str] = frozenset()  # models that every start with this configuration deploys
@@ -277,7 +278,7 @@ class Registry:
         self._entries[spec.name] = Entry(spec, created)
         self._controller.handle(events.Deploy(spec, footprint))
 
-    async def _hold(self, spec: ModelSpec) -> disk_tier.Lease | None:
+    async def _hold(self, spec: ModelSpec) -> Lease | None:
         """
         Raises:
             RequestError: 503, it lies in a disk tier whose lock cannot be had.
@@ -288,7 +289,7 @@ class Registry:
             message = f"{spec.source} cannot be kept on the disk tier: {error.strerror}"
             raise RequestError(503, "overloaded", message, retry_after=WRITE_AGAIN) from error
 
-    def _keep(self, name: str, lease: disk_tier.Lease | None) -> None:
+    def _keep(self, name: str, lease: Lease | None) -> None:
         """What is deployed from the disk tier stays there."""
         self._release(name)
         if lease is not None:

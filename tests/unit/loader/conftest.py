@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from serverless_llm.loader import disk_tier, remote
-from serverless_llm.loader.disk_tier import DiskTier, Lease
+from serverless_llm.loader.disk_tier import DiskTier
+from serverless_llm.loader.leases import Lease
 from tests.range_server import RangeServer
 from tests.serving import until
 from tests.unit.loader import checkpoints

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from serverless_llm.loader import announce as announcing
 from serverless_llm.loader import disk_tier, origin
-from serverless_llm.loader.disk_tier import DiskTier, Lease
+from serverless_llm.loader.disk_tier import DiskTier
+from serverless_llm.loader.leases import Lease
 from serverless_llm.loader.manifest import Manifest
 from tests.range_server import RangeServer
 from tests.unit.loader.checkpoints import Node, Told

@@ -18,12 +18,14 @@ from serverless_llm.loader import (
     download,
     drain,
     filling,
+    leases,
     manifest,
     origin,
     remote,
     routes,
 )
-from serverless_llm.loader.disk_tier import DiskTier, Lease
+from serverless_llm.loader.disk_tier import DiskTier
+from serverless_llm.loader.leases import Lease
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.sharing import Loan
 from serverless_llm.loader.source import Came, Source
@@ -52,7 +54,7 @@ def test_a_disk_that_takes_nothing_fails_no_load(
         monkeypatch.setenv(disk_tier.VARIABLE, "1MB")
     else:
         partial.mkdir()
-        taken = os.open(partial / disk_tier.LOCK, os.O_CREAT | os.O_RDWR)
+        taken = os.open(partial / leases.LOCK, os.O_CREAT | os.O_RDWR)
         fcntl.flock(taken, fcntl.LOCK_EX)
     for _ in range(2):
         told = fetch(node, found)
@@ -122,7 +124,7 @@ def test_a_load_that_is_cancelled_waits_for_no_disk(server: RangeServer, lease: 
         node.turn()
     node.pipeline.release(found.checkpoint, 1)
     until(lambda: not writers(), "its writer to end")
-    lock = disk_tier.lock_of(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = leases.lock_of(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert lock is not None
     os.close(lock)
 
@@ -181,7 +183,7 @@ def test_what_was_damaged_and_not_read_makes_no_version_whole(
 
 
 def is_locked(place: Path) -> bool:
-    lock = disk_tier.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = leases.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if lock is not None:
         os.close(lock)
     return lock is None

@@ -24,13 +24,15 @@ from serverless_llm.loader import (
     download,
     iterate,
     iterate_async,
+    leases,
     library,
     load_checkpoint,
     load_into,
     load_slices,
     remote,
 )
-from serverless_llm.loader.disk_tier import DiskTier, Lease, hold
+from serverless_llm.loader.disk_tier import DiskTier, hold
+from serverless_llm.loader.leases import Lease
 from serverless_llm.node.processes import environment
 from tests.range_server import CHUNK, Faults, RangeServer
 from tests.serving import until
@@ -141,7 +143,7 @@ def test_a_version_is_looked_at_once_it_cannot_leave(server: RangeServer, tier: 
     url, asked = f"{server.url}/a", []
 
     def stays(place: Path) -> bool:
-        asked.append(disk_tier.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        asked.append(leases.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB))
         return asked[-1] is None
 
     tier.bring(url, silent).close()

@@ -17,13 +17,15 @@ from serverless_llm.loader import (
     disk_tier,
     download,
     filling,
+    leases,
     load_checkpoint,
     load_file,
     manifest,
     origin,
     reader,
 )
-from serverless_llm.loader.disk_tier import DiskTier, Lease
+from serverless_llm.loader.disk_tier import DiskTier
+from serverless_llm.loader.leases import Lease
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.remote import RemoteFile
@@ -170,12 +172,12 @@ def test_a_note_is_believed_in_this_users_tier_alone(tier: DiskTier, lease: Leas
     place = lease.directory.parent
     copied = tmp_path / "models" / place.parent.name / place.name
     shutil.copytree(place, copied)
-    (copied / disk_tier.LOCK).unlink()
+    (copied / leases.LOCK).unlink()
     for look in (announcing.announced, origin.of, filling.lacking):
         with pytest.raises(CheckpointError, match=f"headers alone, and is not in the disk tier {tier.root}: "):
             look(copied / "checkpoint")
     assert (disk_tier.url_of(copied / "checkpoint"), disk_tier.hold(copied / "checkpoint")) == ("", None)
-    assert not (copied / disk_tier.LOCK).exists()
+    assert not (copied / leases.LOCK).exists()
     (tmp_path / "link").symlink_to(copied / "checkpoint")
     with pytest.raises(CheckpointError, match="headers alone"):
         announcing.announced(tmp_path / "link")
@@ -184,7 +186,7 @@ def test_a_note_is_believed_in_this_users_tier_alone(tier: DiskTier, lease: Leas
     (copied / manifest.REMOTE).write_text("")
     assert announcing.announced(copied / "checkpoint") == announcing.announced(lease.directory)
     (disk_tier.hold(copied / "checkpoint") or pytest.fail()).close()
-    assert not (copied / disk_tier.LOCK).exists()
+    assert not (copied / leases.LOCK).exists()
     (copied / "checkpoint").unlink()
     (copied / "checkpoint").mkdir()
     (copied / manifest.REMOTE).unlink()

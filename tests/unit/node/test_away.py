@@ -15,7 +15,8 @@ from serverless_llm.domain import ModelSpec
 from serverless_llm.errors import TransientError
 from serverless_llm.loader import disk_tier, download, filling, manifest
 from serverless_llm.loader.announce import announce, announced
-from serverless_llm.loader.disk_tier import PARTIAL, DiskTier, Lease
+from serverless_llm.loader.disk_tier import PARTIAL, DiskTier
+from serverless_llm.loader.leases import Lease
 from serverless_llm.node import admin
 from serverless_llm.node.away import Away
 from tests.dead_mount import dead

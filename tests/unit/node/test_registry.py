@@ -19,7 +19,7 @@ from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.cluster import events
 from serverless_llm.domain import DeviceId, DeviceSpec, ModelSpec, NodeSpec
 from serverless_llm.errors import RequestError
-from serverless_llm.loader import disk_tier, download
+from serverless_llm.loader import disk_tier, download, leases
 from serverless_llm.node import admin
 from serverless_llm.node.state import Deployed, State
 from serverless_llm.surroundings import began
@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_takes_no_deploy(tmp_path: Path, checkpoint: Path) -
 
 def test_what_cannot_be_kept_on_the_disk_tier_is_not_deployed(tmp_path: Path, checkpoint: Path, version: Path) -> None:
     kept = version / download.CHECKPOINT
-    (version / disk_tier.LOCK).mkdir()  # no descriptor of it can be had
+    (version / leases.LOCK).mkdir()  # no descriptor of it can be had
 
     async def tell(desk: Desk) -> None:
         assert (await desk.ask("deploy", "m", source=str(checkpoint)))[0] == 200
@@ -188,13 +188,13 @@ def test_a_start_that_cannot_keep_a_model_on_the_disk_tier_serves_the_others(
         for _ in range(2):
             status, body = await desk.ask("load", "b")
             assert (status, body["error"]["message"]) == (503, f"{why}; it is tried again once a minute")
-        (version / disk_tier.LOCK).rmdir()
+        (version / leases.LOCK).rmdir()
         assert (await desk.ask("load", "b"))[0] == 200
         assert desk.head.controller.machine.state.models.keys() == {"a", "b"}
 
     on_a_desk(tmp_path / "state", first)
-    (version / disk_tier.LOCK).unlink()
-    (version / disk_tier.LOCK).mkdir()
+    (version / leases.LOCK).unlink()
+    (version / leases.LOCK).mkdir()
     on_a_desk(tmp_path / "state", second, wanted={"c": json.dumps({"source": str(kept)}).encode()})
 
 
@@ -202,7 +202,7 @@ def test_what_is_not_deployed_is_not_kept_on_the_disk_tier(tmp_path: Path, check
     kept = version / download.CHECKPOINT
 
     def is_free() -> bool:
-        lock = disk_tier.lock_of(version, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = leases.lock_of(version, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if lock is not None:
             os.close(lock)
         return lock is not None
