@@ -1,9 +1,12 @@
-"""Where configuration, state and processes are; light, since every verb of the command line begins here."""
+"""Where configuration, state and processes are, and what a process may open; light, since every verb begins here."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,3 +57,12 @@ def began(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] == "Z" and int(fields[17]) <= 1 else int(fields[19])
+
+
+def take_descriptors() -> int:
+    """Raises the soft limit on this process's descriptors to the hard one; returns how many it may have then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # `fs.nr_open` was lowered below the hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import resource
 import socket
 import ssl
 import uuid
@@ -18,6 +17,7 @@ from aiohttp import web
 from serverless_llm.errors import ConfigurationError, RequestError
 from serverless_llm.gateway import failure
 from serverless_llm.gateway.options import GatewayOptions
+from serverless_llm.surroundings import take_descriptors
 
 BACKLOG = 1024  # connections that the kernel holds until they are accepted; a burst of clients
 PASSIVE = socket.AI_PASSIVE
@@ -142,13 +142,8 @@ class Runner(web.AppRunner):
 
 
 def most_connections(wanted: int) -> int:
-    """How many connections this process has descriptors for, at most `wanted`; raises its soft limit for them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + RESERVED
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - RESERVED))
+    """How many connections this process has descriptors for, at most `wanted`; raises its soft limit."""
+    return max(1, min(wanted, take_descriptors() - RESERVED))
 
 
 async def listen(

@@ -10,11 +10,9 @@ died); replicas and the DRAM tier stay, and the next head decides which it keeps
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -33,6 +31,7 @@ from serverless_llm.node.options import AgentOptions
 from serverless_llm.node.slot import Slot
 from serverless_llm.node.spawner import Spawner
 from serverless_llm.node.store import Store
+from serverless_llm.surroundings import take_descriptors
 
 log = logging.getLogger(__name__)
 
@@ -307,19 +306,12 @@ async def serve(options: AgentOptions) -> None:
     log.warning("%s ends: %s", options.node, await agent.run())
 
 
-def _take_descriptors() -> None:
-    """As many as there may be: each shard that is read takes two."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError):  # `fs.nr_open` was lowered below the hard limit
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         options = msgspec.json.decode(sys.argv[1], type=AgentOptions)
         state.lock(options.lock_path, f"another agent of {options.node}")
-        _take_descriptors()
+        take_descriptors()  # each shard that is read takes two
         uvloop.run(serve(options))
     except ServerlessLLMError as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the operator, not a trace
