@@ -14,6 +14,8 @@ SequenceId = int  # unique per head generation, chosen by the gateway
 ReplicaId = int  # unique per state directory, chosen by the machine
 
 BLOCK_TOKENS = 16  # tokens in one KV block; architecture.md, "KV: one layout"
+MAX_SOURCE = 4095  # characters of a path, as of Linux
+MAX_COUNT = 1 << 31  # of any count that a deploy may ask for; an arbitrary bound that every store and frame can hold
 
 
 class DeviceId(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from serverless_llm.domain import MAX_COUNT, MAX_SOURCE
 from serverless_llm.gateway import fields
 from serverless_llm.quantities import ENDLESS
 
@@ -135,14 +136,14 @@ _COMPLETION: JSON = _COMMON | {
     "top_logprobs": _only(0),
 }
 _SPEC: JSON = {
-    "source": {"type": "string", "maxLength": 4095, "description": "A directory on the server, absolute."},
+    "source": {"type": "string", "maxLength": MAX_SOURCE, "description": "A directory on the server, absolute."},
     "dtype": {"enum": ["auto", "float32", "bfloat16"]},
     "keep_alive": _KEEP_ALIVE | {"type": ["number", "string", "null"]},
-    "min_replicas": _whole(0, 1 << 31),
-    "max_replicas": _whole(1, 1 << 31),
-    "max_concurrency": _whole(1, 1 << 31),
-    "max_queue": _whole(0, 1 << 31),
-    "context": _whole(1, 1 << 31) | {"type": ["integer", "null"]},
+    "min_replicas": _whole(0, MAX_COUNT),
+    "max_replicas": _whole(1, MAX_COUNT),
+    "max_concurrency": _whole(1, MAX_COUNT),
+    "max_queue": _whole(0, MAX_COUNT),
+    "context": _whole(1, MAX_COUNT) | {"type": ["integer", "null"]},
     "pinned": {"type": "boolean"},
     "verify": {"enum": ["off", "sample", "full"]},
 }

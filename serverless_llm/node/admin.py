@@ -12,7 +12,7 @@ import msgspec
 
 from serverless_llm.config import NAME, NO_NAME, in_words
 from serverless_llm.demo import tasks
-from serverless_llm.domain import Footprint, ModelSpec
+from serverless_llm.domain import MAX_COUNT, MAX_SOURCE, Footprint, ModelSpec
 from serverless_llm.engine.config import ModelConfig
 from serverless_llm.errors import CheckpointError, ConfigurationError, RequestError, did_you_mean, shortened
 from serverless_llm.loader import disk_tier, filling
@@ -23,8 +23,6 @@ from serverless_llm.quantities import LONGEST, parse_duration
 T = TypeVar("T")
 
 UNKNOWN = re.compile(r"(?s)Object contains unknown field `(.*)`")  # as msgspec tells of it
-PATH_MAX = 4095  # characters, as of Linux
-MOST = 1 << 31  # of any count that a deploy may ask for; an arbitrary bound that every store and frame can hold
 
 
 class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,18 +84,18 @@ def _check(spec: ModelSpec) -> None:
     for field, least in (("min_replicas", 0), ("max_replicas", 1), ("max_concurrency", 1), ("max_queue", 0)):
         if getattr(spec, field) < least:
             raise refusal(f"{field} must be at least {least}", field)
-        if getattr(spec, field) > MOST:
-            raise refusal(f"{field} must be at most {MOST}", field)
+        if getattr(spec, field) > MAX_COUNT:
+            raise refusal(f"{field} must be at most {MAX_COUNT}", field)
     if spec.min_replicas > spec.max_replicas:
         least, most = spec.min_replicas, spec.max_replicas
         raise refusal(f"min_replicas, {least}, is more than max_replicas, {most}", "min_replicas")
-    if spec.context is not None and not 1 <= spec.context <= MOST:
-        raise refusal(f"context must be 1 ... {MOST}", "context")
+    if spec.context is not None and not 1 <= spec.context <= MAX_COUNT:
+        raise refusal(f"context must be 1 ... {MAX_COUNT}", "context")
 
 
 def _source(source: str, roots: Sequence[Path]) -> Path:
-    if len(source) > PATH_MAX:
-        raise refusal(f"source has {len(source)} characters; a path has at most {PATH_MAX}", "source")
+    if len(source) > MAX_SOURCE:
+        raise refusal(f"source has {len(source)} characters; a path has at most {MAX_SOURCE}", "source")
     if source in tasks.NAMES:
         return tasks.checkpoint_dir(source).resolve()
     try:

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serverless_llm import wire
+from serverless_llm.domain import MAX_COUNT, MAX_SOURCE
 from serverless_llm.errors import RequestError
 from serverless_llm.gateway import openai, openapi
 from serverless_llm.gateway.app import Gateway
 from serverless_llm.gateway.text import TextPool
-from serverless_llm.node.admin import DeployBody, PinBody
+from serverless_llm.node.admin import DeployBody, PinBody, spec_of
 from tests.integration.field_rows import ROWS
 
 DOCUMENT: dict[str, Any] = json.loads(openapi.document())
@@ -101,6 +102,26 @@ def test_of_any_value_too(chat: bool, name: str, value: Any) -> None:
 def test_every_field_of_a_deploy_is_described() -> None:
     assert properties("/admin/models/{name}", "put") == set(DeployBody.__struct_fields__)
     assert properties("/admin/models/{name}/pin") == set(PinBody.__struct_fields__)
+
+
+COUNTS = ("min_replicas", "max_replicas", "max_concurrency", "max_queue", "context")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("source", ("/a" * MAX_SOURCE)[:length]) for length in (MAX_SOURCE, MAX_SOURCE + 1)),
+        *((name, value) for name in COUNTS for value in (-1, 0, 1, MAX_COUNT, MAX_COUNT + 1)),
+    ],
+)
+def test_a_deploy_within_the_bounds_that_the_document_states_is_taken(name: str, value: int | str) -> None:
+    body = {"source": "/a", "max_replicas": MAX_COUNT, name: value}
+    try:
+        spec_of("m", json.dumps(body).encode(), 300.0, ())
+        taken = True
+    except RequestError:
+        taken = False
+    assert jsonschema_rs.is_valid(schema("/admin/models/{name}", "put"), body) == taken
 
 
 def test_every_route_is_described() -> None:
