@@ -33,7 +33,7 @@ from serverless_llm.loader.manifest import (
     REMOTE,
     TEMPLATES,
     TEXTS,
-)  # fmt: skip
+)
 from serverless_llm.loader.promised import check_headers, check_names
 from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile, checked
 
