@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 WEIGHT = 0.3  # of the newest transfer; arbitrary: three transfers halve an old belief
 MINIMUM = 1 << 20  # bytes; a shorter transfer tells of latency, not of bandwidth
+REMOTE_BPS = 1.25e8  # bytes per second, until one was learned: a gigabit of network
+DISK_BPS = 1e9  # a modest NVMe drive
 
 
 class Priority(IntEnum):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serverless_llm.loader.link import DISK_BPS, REMOTE_BPS
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -76,10 +78,10 @@ class Policy:
     # A replica is promised KV for one sequence of this length, of at most this share of the device.
     kv_floor_tokens: int = 2048
     kv_floor_share: float = 0.1
-    # Until a node has reported or finished a load: a gigabit of network, a modest NVMe drive, a modest PCIe link, a
+    # Until a node has reported or finished a load: what its agent takes its network and disk for, a modest PCIe link, a
     # round trip and a mapping.
-    remote_bps: float = 1.25e8
-    disk_bps: float = 1e9
+    remote_bps: float = REMOTE_BPS
+    disk_bps: float = DISK_BPS
     upload_bps: float = 5e9
     overhead_s: float = 0.05
     # Weight of the newest of the loads that these are learned from.

@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from serverless_llm import wire
-from serverless_llm.cluster.policy import Policy
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import digest, origin, plan
 from serverless_llm.loader.download import CHECKPOINT
-from serverless_llm.loader.link import Link, Priority, byte_s
+from serverless_llm.loader.link import DISK_BPS, REMOTE_BPS, Link, Priority, byte_s
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pipeline import Pipeline
 from serverless_llm.loader.plan import Landed
@@ -40,7 +39,6 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.1  # at most one report in this time
 PROGRESS_SHARE = 0.05  # ... unless this share of the bytes has landed since
-POLICY = Policy()  # what placement takes a link for that nothing was learned of
 PREPARED_S = 1.0  # reads are held up for so long at most, for a load that goes first and has not begun to read
 
 
@@ -197,7 +195,7 @@ class Store:
 
     def _byte_s(self, checkpoint: str) -> float:
         known = self.bandwidth
-        remote, disk = known.get("remote", POLICY.remote_bps), known.get("disk", POLICY.disk_bps)
+        remote, disk = known.get("remote", REMOTE_BPS), known.get("disk", DISK_BPS)
         return byte_s(self._away.share(checkpoint), remote, disk)
 
     def link_bytes(self) -> dict[str, int]:
