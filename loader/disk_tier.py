@@ -214,10 +214,14 @@ class DiskTier:
         return self.root / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
 
 
+def place() -> Path:
+    """Of this user's tier, as the environment has it."""
+    return (cache_dir(os.environ) / "remote").absolute()
+
+
 def tier() -> DiskTier:
-    """This user's, as the environment has it, by its real path."""
-    root = os.path.realpath(cache_dir(os.environ) / "remote")
-    return DiskTier(Path(root), os.environ.get(VARIABLE))
+    """This user's, by its real path."""
+    return DiskTier(Path(os.path.realpath(place())), os.environ.get(VARIABLE))
 
 
 def version_at(directory: Path) -> Path | None:

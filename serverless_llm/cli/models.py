@@ -20,10 +20,10 @@ from serverless_llm.cli.sources import check_name, name_of, resolve, same
 from serverless_llm.quantities import size
 
 
-def spec_of(source: str, local: bool, **options: Any) -> dict[str, Any]:
-    """The body of a deploy: the source and every option that was given. `local`: the server is on this machine."""
+def spec_of(source: str, server: Server, **options: Any) -> dict[str, Any]:
+    """The body of a deploy: the source and every option that was given."""
     given = {name: value for name, value in options.items() if value is not None}
-    return {"source": resolve(source, served=True) if local else elsewhere(source), **given}
+    return {"source": resolve(source, True, server) if server.local else elsewhere(source), **given}
 
 
 def elsewhere(source: str) -> str:
@@ -65,7 +65,7 @@ def deploy(name: str, source: str | None, state_dir: Path | None, as_json: bool,
     if options["max_replicas"] is not None and (options["min_replicas"] or 0) > options["max_replicas"]:
         raise click.UsageError("--min-replicas is more than --max-replicas")
     server = find(state_dir)
-    spec = spec_of(source or name, server.local, **options)
+    spec = spec_of(source or name, server, **options)
     given, name = source is not None, name if source else name_of(name)
     former = former_of(server, name)
     if former is not None and not given and not same(former["source"], spec["source"]):

@@ -141,9 +141,10 @@ def _deployed(server: Server, model: str, quiet: bool) -> str:
     known = {row["id"] for row in server.call("GET", "/v1/models")["data"]}
     if model in known or not server.local or not is_source(model):
         return model
-    name, source = name_of(model), resolve(model, served=True)
-    url = url_of(model)
-    names = [str(row["name"]) for row in made_of(deployed(server), source, url)]
+    name, url, rows = name_of(model), url_of(model), deployed(server)
+    is_there = url and any(row["url"] == url for row in rows)
+    source = resolve(model, served=True, server=None if is_there else server)
+    names = [str(row["name"]) for row in made_of(rows, source, url)]
     if names:
         return name if name in names else names[0]
     if name in known:

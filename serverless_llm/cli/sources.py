@@ -5,27 +5,33 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from serverless_llm.cli.options import pairs
 
+if TYPE_CHECKING:
+    from serverless_llm.cli.client import Server
+
 _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 HUB_ID = re.compile(rf"(?![^@]*(?:--|\.git(?:@|$)))(?!.*\.\.){_PART}/{_PART}(?:@\w[\w./-]*)?")  # what hubs can name
 
 
-def resolve(source: str, served: bool = False) -> str:
+def resolve(source: str, served: bool = False, server: Server | None = None) -> str:
     """The absolute directory of a source. What a hub or a URL names is pulled unless it is here already.
 
     Args:
         served: headers and texts of a URL will do: a server reads the rest when it is wanted.
+        server: of this machine, which is to read it.
 
     Raises:
         click.UsageError: it is neither a directory nor the name of a demo checkpoint, nor could it be a hub's id.
         CheckpointError: the hub or the URL has nothing that can be served.
+        ConfigurationError: the server would not believe this command's disk tier.
     """
     if _is_url(source):
-        return _of_url(source, served)
+        return _of_url(source, served, server)
     path = _path(source)
     if path.is_dir():
         return str(path.resolve())
@@ -69,15 +75,31 @@ def _of_hub(source: str) -> str:
         raise type(error)(f"there is no directory {source} here, and of the hub: {error}") from error
 
 
-def _of_url(source: str, served: bool) -> str:
+def _of_url(source: str, served: bool, server: Server | None) -> str:
     """Nothing removes it while the command runs."""
     from serverless_llm.cli.pull import announce_url, bring_url
     from serverless_llm.loader import disk_tier
 
-    lease = disk_tier.tier().cached(source) or (announce_url if served else bring_url)(source)
+    tier = disk_tier.tier()
+    lease = tier.cached(source)
+    if lease is None:
+        if server is not None:
+            _demand_same(tier.root, server)
+        lease = (announce_url if served else bring_url)(source)
     if context := click.get_current_context(silent=True):
         context.with_resource(lease)
     return str(lease.directory)
+
+
+def _demand_same(own: Path, server: Server) -> None:
+    from serverless_llm.errors import ConfigurationError
+
+    theirs = server.call("GET", "/admin/status")["disk_tier"]
+    if os.path.realpath(theirs) != str(own):
+        raise ConfigurationError(
+            f"the server believes headers in its own disk tier alone, {theirs}, and this command's is {own}: "
+            f"give this command XDG_CACHE_HOME={Path(theirs).parents[1]}"
+        )
 
 
 def url_of(source: str) -> str:

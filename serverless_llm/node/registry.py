@@ -343,6 +343,7 @@ class Registry:
             "models": [quoted(one) for one in self._infos(self._entries)],
             "nodes": catalog.nodes(machine, self._controller.peers),
             "problems": catalog.problems(machine),
+            "disk_tier": str(disk_tier.place()),
             "starts": self._controller.starts.shown(machine, self._controller.now(), time.time()),
         }
 

@@ -18,9 +18,11 @@ import click
 import pytest
 
 from serverless_llm.cli import models
+from serverless_llm.cli.client import Server
 from serverless_llm.cli.sources import is_source, name_of, named, resolve, same
 from serverless_llm.demo import tasks
 from serverless_llm.quantities import size
+from tests.range_server import RangeServer
 from tests.unit.cli.conftest import CommandLine, Scripted
 
 ROW = {
@@ -194,7 +196,7 @@ def test_paths_mean_what_they_do_on_the_servers_machine(
         assert outcome.status == 2
         assert "the server is on another machine: name a directory there by its absolute path" in outcome.err
     assert cli("deploy", "m", "/models/there/alone").status == 69  # it is asked
-    assert models.spec_of("/models/there/alone", local=False) == {"source": "/models/there/alone"}
+    assert models.spec_of("/models/there/alone", Server("", local=False)) == {"source": "/models/there/alone"}
 
 
 def test_a_directory_that_is_gone_is_told_before_what_the_hub_says(
@@ -210,6 +212,35 @@ def test_deploy_a_demo_by_its_name(cli: CommandLine, running: Scripted) -> None:
     outcome = cli("deploy", "demo-add", "--json")
     assert json.loads(outcome.out) == {"name": "demo-add"}
     assert running.seen[-1][2] == {"source": str(tasks.checkpoint_dir("demo-add"))}
+
+
+def test_a_url_is_announced_only_where_the_server_believes_it(
+    cli: CommandLine, running: Scripted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    theirs = tmp_path / "theirs" / "serverless-llm" / "remote"
+    running.answers["GET", "/admin/status"] = (200, {"models": [], "disk_tier": str(theirs)})
+    running.answers["GET", "/v1/models"] = (200, {"data": []})
+    running.answers["PUT", "/admin/models/m"] = (200, {})
+    files = {f"m/{path.name}": path.read_bytes() for path in tasks.checkpoint_dir("demo-add").iterdir()}
+    with RangeServer(files) as store:
+        url = f"{store.url}/m"
+        for refused in (cli("deploy", "m", url), cli("run", url, "1")):
+            assert (refused.status, refused.out) == (78, "")
+            assert f"give this command XDG_CACHE_HOME={tmp_path / 'theirs'}\n" in refused.err
+        assert (store.gets, (tmp_path / "mine").exists()) == ([], False)
+        theirs.mkdir(parents=True)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "linked"))
+        (tmp_path / "linked").symlink_to(tmp_path / "theirs")
+        assert cli("deploy", "m", url).status == 0
+        (method, _, body, _) = running.seen[-1]
+        assert method == "PUT"
+        assert Path(body["source"]).is_relative_to(theirs)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+        there = [{"name": "there", "source": body["source"], "url": url}]
+        running.answers["GET", "/admin/status"] = (200, {"models": there, "disk_tier": str(theirs), "problems": []})
+        cli("run", url, "1")  # deployed already
+        assert running.seen[-1][2]["model"] == "there"
 
 
 def test_deploy_over_a_name_says_what_it_replaces(cli: CommandLine, running: Scripted) -> None:

@@ -55,6 +55,7 @@ def test_the_life_of_a_deployed_model(tmp_path: Path, checkpoint: Path) -> None:
         status, shown = await desk.ask("status")
         assert [one["name"] for one in shown["models"]] == ["org/tiny"]
         assert (shown["nodes"], shown["problems"]) == ([], ["no node has joined"])
+        assert os.path.realpath(shown["disk_tier"]) == str(disk_tier.tier().root)
         assert await desk.ask("nodes") == (200, {"nodes": []})
         status, body = await desk.ask("drain", "node0")
         assert (status, body["error"]["message"]) == (404, "no node 'node0' has joined")
