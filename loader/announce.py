@@ -21,9 +21,10 @@ from typing import NamedTuple
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import disk_tier, header
 from serverless_llm.loader.disk_tier import HEADS, URL, DiskTier, brought, version_at, version_of
-from serverless_llm.loader.download import CHECKPOINT, Told, sync
+from serverless_llm.loader.download import Told, sync
 from serverless_llm.loader.leases import Lease, lease_of, lock_of
 from serverless_llm.loader.manifest import (
+    CHECKPOINT,
     CONFIG,
     INDEX,
     MANY_HEADERS,
@@ -33,6 +34,7 @@ from serverless_llm.loader.manifest import (
     REMOTE,
     TEMPLATES,
     TEXTS,
+    headers_alone,
 )
 from serverless_llm.loader.promised import check_headers, check_names
 from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile, checked
@@ -172,7 +174,7 @@ def announced(directory: Path) -> Announced | None:
     try:
         if place is not None:
             return _noted(place, note.read_text())
-        elsewhere = real.name == CHECKPOINT and note.exists()
+        elsewhere = headers_alone(real)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

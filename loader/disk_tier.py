@@ -23,9 +23,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from serverless_llm.errors import CapacityError, CheckpointError, ConfigurationError, TransientError
-from serverless_llm.loader.download import CHECKPOINT, RECORD, Told, download, held, prepare, sync
+from serverless_llm.loader.download import RECORD, Told, download, held, prepare, sync
 from serverless_llm.loader.leases import LOCK, Lease, lease_of, lock_of
-from serverless_llm.loader.manifest import REMOTE
+from serverless_llm.loader.manifest import CHECKPOINT, REMOTE
 from serverless_llm.loader.promised import check, check_names
 from serverless_llm.loader.remote import Remote, RemoteFile, checked
 from serverless_llm.quantities import parse_size, size

@@ -26,9 +26,9 @@ from typing import NamedTuple, Self
 from zlib import crc32
 
 from serverless_llm.errors import TransientError
+from serverless_llm.loader.manifest import CHECKPOINT
 from serverless_llm.loader.remote import Remote, RemoteFile
 
-CHECKPOINT = "checkpoint"
 RECORD = "record"
 CONNECTIONS = 16  # one stream does not fill a fast link, nor one core that copies
 RANGE_BYTES = 16 << 20  # asked for at once, or less where that is more than a 64th of all

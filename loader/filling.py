@@ -15,8 +15,9 @@ from serverless_llm.errors import TransientError
 from serverless_llm.loader import download
 from serverless_llm.loader.announce import SUFFIX, announced
 from serverless_llm.loader.disk_tier import PARTIAL, URL, is_whole, tier
-from serverless_llm.loader.download import CHECKPOINT, RECORD, Piece, held, kept, sync
+from serverless_llm.loader.download import RECORD, Piece, held, kept, sync
 from serverless_llm.loader.leases import lock_of
+from serverless_llm.loader.manifest import CHECKPOINT
 from serverless_llm.loader.remote import Remote, RemoteFile
 
 PIECE_BYTES = 2 << 20  # to which neighbours are joined in the record; arbitrary: a load reads a piece whole

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from serverless_llm.loader.download import CHECKPOINT
+from serverless_llm.loader.manifest import CHECKPOINT
 
 LOCK = "lock"  # its time of change is that of the last use
 

@@ -65,7 +65,7 @@ def load_file(
     """
     _check_backend(backend, device)
     path = Path(filename)
-    manifest.check_tensors_here(Path(os.path.realpath(path)).parent)
+    manifest.check_tensors_here(path)
     return _load(manifest.file_entry(path.name, path, path)[0], torch.device(device), backend)
 
 

@@ -26,6 +26,7 @@ from serverless_llm.loader.members import DECODER, Document, shown
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REMOTE = ".serverless-llm-remote"  # beside a directory of which only headers and texts are here
+CHECKPOINT = "checkpoint"  # the name of such a directory
 CONFIG = "config.json"
 OTHERS = {".gguf": "GGUF", "adapter_model.safetensors": "an adapter (LoRA)"}
 MAX_INDEX = 64_000_000  # bytes; an arbitrary bound on memory, as the next ones. The index of DeepSeek-V3 has 9 MB
@@ -105,18 +106,26 @@ def weights(directory: Path) -> list[FileEntry]:
     Raises:
         CheckpointError: as `build`, or the tensors are on a server still.
     """
-    check_tensors_here(directory)
     with _system_errors(directory):
+        check_tensors_here(directory)
         return _weights(directory, _names(directory))[0]
 
 
-def check_tensors_here(directory: Path) -> None:
+def check_tensors_here(path: Path) -> None:
     """
     Raises:
-        CheckpointError: only the headers of the directory's files are here.
+        CheckpointError: the path is of a directory of which only headers are here, or of something in it.
+        OSError: the system does not tell.
     """
-    if (Path(os.path.realpath(directory)).parent / REMOTE).exists():
-        raise CheckpointError(f"{directory} holds headers alone until its model is loaded: serverless-llm pull its URL")
+    real = Path(os.path.realpath(path))
+    for place in (real, *real.parents):
+        if headers_alone(place):
+            raise CheckpointError(f"{place} holds headers alone until its model is loaded: serverless-llm pull its URL")
+
+
+def headers_alone(real: Path) -> bool:
+    """Whether the directory of this real path is an announced checkpoint's (`announce`), in whatever tier."""
+    return real.name == CHECKPOINT and (real.parent / REMOTE).exists()
 
 
 @contextmanager

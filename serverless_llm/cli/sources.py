@@ -146,7 +146,7 @@ def name_of(source: str) -> str:
 
 def same(one: str, other: str) -> bool:
     """Whether two directories are one, or versions of what one hub's id or one URL names."""
-    from serverless_llm.loader.download import CHECKPOINT
+    from serverless_llm.loader.manifest import CHECKPOINT
 
     first, second = (Path(os.path.realpath(path)) for path in (one, other))
     if first.name == second.name == CHECKPOINT:

@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from serverless_llm import wire
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import digest, origin, plan
-from serverless_llm.loader.download import CHECKPOINT
 from serverless_llm.loader.link import DISK_BPS, REMOTE_BPS, Link, Priority, byte_s
-from serverless_llm.loader.manifest import Manifest
+from serverless_llm.loader.manifest import CHECKPOINT, Manifest
 from serverless_llm.loader.pipeline import Pipeline
 from serverless_llm.loader.plan import Landed
 from serverless_llm.loader.pool import Pool

@@ -18,7 +18,7 @@ from serverless_llm.cli.run import Answer, phases, standing
 from serverless_llm.cli.stop import STOP
 from serverless_llm.demo import tasks
 from serverless_llm.loader import disk_tier
-from serverless_llm.loader.download import CHECKPOINT
+from serverless_llm.loader.manifest import CHECKPOINT
 from tests.unit.cli.conftest import CommandLine, Scripted, events
 
 URL = "http://127.0.0.1:1/m"  # where nothing listens

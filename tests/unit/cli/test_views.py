@@ -18,7 +18,7 @@ import pytest
 from serverless_llm.cli.top import headline
 from serverless_llm.demo import tasks
 from serverless_llm.loader import disk_tier
-from serverless_llm.loader.download import CHECKPOINT
+from serverless_llm.loader.manifest import CHECKPOINT
 from serverless_llm.node.processes import command, environment
 from tests.unit.cli.conftest import CommandLine, Scripted
 

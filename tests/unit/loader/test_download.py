@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serverless_llm.errors import CheckpointError, TransientError
-from serverless_llm.loader import download, remote
+from serverless_llm.loader import download, manifest, remote
 from serverless_llm.loader.download import PAGE, Piece, _Written, add, apart, joined, line, missing, recorded
 from serverless_llm.loader.remote import Remote
 from serverless_llm.loader.source import OpenFile, SourceFile
@@ -96,7 +96,7 @@ def bring(
     folder.mkdir(exist_ok=True)
     download.prepare(folder, files)
     download.download(source, files, folder, told, memory or {})
-    return (folder / download.CHECKPOINT / "model.safetensors").read_bytes()
+    return (folder / manifest.CHECKPOINT / "model.safetensors").read_bytes()
 
 
 def test_files_come_whole_and_are_told_of(server: RangeServer, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_what_is_wanted_in_memory_is_there_whatever_came_before(server: RangeSer
             bring(source, tmp_path, memory={"model.safetensors": wanted})
         with (tmp_path / download.RECORD).open("a") as record:
             record.write(line(Piece(1, 1048000, 1048111, crc32(b"\7" * 111))))  # as of no page's length
-        with (tmp_path / download.CHECKPOINT / "model.safetensors").open("r+b") as file:
+        with (tmp_path / manifest.CHECKPOINT / "model.safetensors").open("r+b") as file:
             file.seek(1048000)
             file.write(b"\7" * 111)  # which the memory must have
         server.faults.fails_after = None
@@ -137,7 +137,7 @@ def test_bytes_go_past_the_page_cache(server: RangeServer, tmp_path: Path) -> No
         files = source.files()
         download.prepare(tmp_path, files)
         download.download(source, files, tmp_path, lambda name, done, total: None, {})
-    path = tmp_path / download.CHECKPOINT / "model.safetensors"
+    path = tmp_path / manifest.CHECKPOINT / "model.safetensors"
     opened = OpenFile(SourceFile(path, path.stat().st_size, path.stat().st_mtime_ns))
     place = memoryview(mmap.mmap(-1, 1 << 20))
     try:
@@ -190,7 +190,7 @@ def test_what_was_damaged_since_it_came_is_read_again(
     server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, wanted: bool
 ) -> None:
     monkeypatch.setattr(download, "CONNECTIONS", 1)
-    path, content = tmp_path / download.CHECKPOINT / "model.safetensors", server.files["m/model.safetensors"]
+    path, content = tmp_path / manifest.CHECKPOINT / "model.safetensors", server.files["m/model.safetensors"]
     memory = memoryview(mmap.mmap(-1, len(content)))
     with server:
         source = Remote(f"{server.url}/m")

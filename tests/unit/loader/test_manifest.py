@@ -391,10 +391,11 @@ def test_weights_need_no_config(tmp_path: Path) -> None:
 
 
 def test_headers_alone_are_a_manifest_and_no_weights(tmp_path: Path) -> None:
-    directory = write(tmp_path / "a", {"a": torch.zeros(2)})
+    directory = write(tmp_path / manifest.CHECKPOINT, {"a": torch.zeros(2)})
     (tmp_path / manifest.REMOTE).touch()
     assert manifest.build(directory).tensors().keys() == {"a"}
     with pytest.raises(CheckpointError) as raised:
         manifest.weights(directory)
     why = f"{directory} holds headers alone until its model is loaded: serverless-llm pull its URL"
     assert str(raised.value) == why
+    assert manifest.weights(write(tmp_path / "neighbour", ONE))

@@ -70,6 +70,23 @@ def test_an_announced_checkpoint_is_known_by_its_headers(server: RangeServer, ti
             announce(DiskTier(tmp_path / "other"), url)
 
 
+def test_headers_alone_are_refused_below_their_directory_too(
+    server: RangeServer, tier: DiskTier, tmp_path: Path
+) -> None:
+    last = "model-00002-of-00002.safetensors"
+    server.files[f"m/sub/{last}"] = server.files.pop(f"m/{last}")
+    index = json.loads(server.files[f"m/{manifest.INDEX}"])
+    index["weight_map"] = {key: name.replace(last, f"sub/{last}") for key, name in index["weight_map"].items()}
+    server.files[f"m/{manifest.INDEX}"] = json.dumps(index).encode()
+    with announce(tier, f"{server.url}/m") as lease:
+        (tmp_path / "link").symlink_to(lease.directory / "sub")
+        for path in (lease.directory / "sub" / last, tmp_path / "link" / last):
+            with pytest.raises(CheckpointError, match=f"^{lease.directory} holds headers alone"):
+                load_file(path)
+    with tier.bring(f"{server.url}/m", silent) as lease:
+        assert load_file(lease.directory / "sub" / last)
+
+
 def test_what_cannot_be_announced(server: RangeServer, tier: DiskTier) -> None:
     with pytest.raises(CheckpointError, match="/m has no vocabulary"):
         announce(tier, f"{server.url}/m", "config.json", "vocabulary")
@@ -332,7 +349,7 @@ def test_what_was_damaged_since_it_came_is_asked_for_again(
     came = _record(lease, found)
     last = max(came, key=lambda one: (one.stop - one.start, one.start))
     _, _, files = announcing.announced(lease.directory) or pytest.fail()
-    spoil(_partial(lease) / download.CHECKPOINT / files[last.file].name, last.stop - 100, damage)
+    spoil(_partial(lease) / manifest.CHECKPOINT / files[last.file].name, last.stop - 100, damage)
     server.faults.fails_after, server.sent = None, 0
     told = fetch(node, found)
     check(node, found, told, server)

@@ -54,7 +54,7 @@ def came(directory: Path, name: str, start: int, stop: int) -> None:
         partial.mkdir()
         download.prepare(partial, files)
     data = (checkpoint_dir(ADD.name) / name).read_bytes()[start:stop]
-    with (partial / download.CHECKPOINT / name).open("r+b") as file:
+    with (partial / manifest.CHECKPOINT / name).open("r+b") as file:
         file.seek(start)
         file.write(data)
     with (partial / download.RECORD).open("a") as record:
@@ -147,7 +147,7 @@ def test_what_a_head_tells_of_is_believed_to_be_whole_and_nothing_else(
 
     async def story() -> None:
         away = Away()
-        damaged = tier.root / "version" / download.CHECKPOINT
+        damaged = tier.root / "version" / manifest.CHECKPOINT
         damaged.parent.mkdir()
         (damaged.parent / manifest.REMOTE).write_text("")
         assert await looked(away, damaged, lease.directory) == {}

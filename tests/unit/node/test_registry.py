@@ -19,7 +19,7 @@ from serverless_llm.cli.make_checkpoint import make_checkpoint
 from serverless_llm.cluster import events
 from serverless_llm.domain import DeviceId, DeviceSpec, ModelSpec, NodeSpec
 from serverless_llm.errors import RequestError
-from serverless_llm.loader import disk_tier, download, leases
+from serverless_llm.loader import disk_tier, leases, manifest
 from serverless_llm.node import admin
 from serverless_llm.node.state import Deployed, State
 from serverless_llm.surroundings import began
@@ -31,7 +31,7 @@ def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -
     """A checkpoint in the disk tier."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place = disk_tier.tier().home("s3://bucket/m") / "version"
-    shutil.copytree(checkpoint, place / download.CHECKPOINT)
+    shutil.copytree(checkpoint, place / manifest.CHECKPOINT)
     (place / disk_tier.URL).write_text("s3://bucket/m")
     return place
 
@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_takes_no_deploy(tmp_path: Path, checkpoint: Path) -
 
 
 def test_what_cannot_be_kept_on_the_disk_tier_is_not_deployed(tmp_path: Path, checkpoint: Path, version: Path) -> None:
-    kept = version / download.CHECKPOINT
+    kept = version / manifest.CHECKPOINT
     (version / leases.LOCK).mkdir()  # no descriptor of it can be had
 
     async def tell(desk: Desk) -> None:
@@ -175,7 +175,7 @@ def test_what_cannot_be_kept_on_the_disk_tier_is_not_deployed(tmp_path: Path, ch
 def test_a_start_that_cannot_keep_a_model_on_the_disk_tier_serves_the_others(
     tmp_path: Path, checkpoint: Path, version: Path
 ) -> None:
-    kept = version / download.CHECKPOINT
+    kept = version / manifest.CHECKPOINT
     why = f"{kept} cannot be kept on the disk tier: Is a directory"
 
     async def first(desk: Desk) -> None:
@@ -200,7 +200,7 @@ def test_a_start_that_cannot_keep_a_model_on_the_disk_tier_serves_the_others(
 
 
 def test_what_is_not_deployed_is_not_kept_on_the_disk_tier(tmp_path: Path, checkpoint: Path, version: Path) -> None:
-    kept = version / download.CHECKPOINT
+    kept = version / manifest.CHECKPOINT
 
     def is_free() -> bool:
         lock = leases.lock_of(version, fcntl.LOCK_EX | fcntl.LOCK_NB)
