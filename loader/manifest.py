@@ -111,6 +111,16 @@ def weights(directory: Path) -> list[FileEntry]:
         return _weights(directory, _names(directory))[0]
 
 
+def index_of(directory: Path) -> dict[str, str]:
+    """tensor -> file name, from a directory's index.
+
+    Raises:
+        CheckpointError: as `weight_map_of`, or it is too large; a `TransientError` where the system could not read it.
+    """
+    with _system_errors(directory):
+        return weight_map_of(_text(directory, INDEX, MAX_INDEX))
+
+
 def check_tensors_here(path: Path) -> None:
     """
     Raises:
@@ -143,7 +153,7 @@ def _names(directory: Path) -> list[str]:
 def _weights(directory: Path, names: list[str]) -> tuple[list[FileEntry], list[bytes]]:
     """The files and the bytes of their headers."""
     choice = choose(names, str(directory))
-    weight_map = None if choice == SINGLE else weight_map_of(_text(directory, INDEX, MAX_INDEX))
+    weight_map = None if choice == SINGLE else index_of(directory)
     files: list[FileEntry] = []
     heads: list[bytes] = []
     left = MAX_HEADERS

@@ -134,11 +134,7 @@ def shards(directory: Path, names: Sequence[str]) -> list[str]:
     """
     if manifest.choose(list(names), str(directory)) == manifest.SINGLE:
         return [manifest.SINGLE]
-    try:
-        text = (directory / manifest.INDEX).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{manifest.INDEX}: {error}") from error
-    return [manifest.INDEX, *sorted(set(manifest.weight_map_of(text).values()))]
+    return [manifest.INDEX, *sorted(set(manifest.index_of(directory).values()))]
 
 
 @dataclass(frozen=True, slots=True)
