@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from hashlib import blake2b
 from io import FileIO
 from itertools import count
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Any
 
 from serverless_llm.domain import CheckpointId
@@ -214,16 +216,22 @@ def confined(directory: Path, name: str) -> Path:
 
     Raises:
         TransientError: the file is missing: perhaps what it lies on is not mounted.
-        CheckpointError: it is not a plain file, or lies outside.
+        CheckpointError: it is not a plain file, lies outside, or has a name that no file there can have.
     """
     home = Path(os.path.realpath(directory))  # unlike Path.resolve, it survives a loop of links
     path = Path(os.path.realpath(home / name))
     blobs = home.parent.parent / "blobs"
     if not path.is_relative_to(home) and not (home.parent.name == "snapshots" and path.is_relative_to(blobs)):
         raise CheckpointError(f"{name} is a link out of {directory}")
-    if not path.exists():
-        raise TransientError(f"{name} is missing in {directory}")
-    if not path.is_file():
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise CheckpointError(f"{directory} can have no file of the name {shown(name)}") from None
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise TransientError(f"{name} is missing in {directory}") from None
+        raise
+    if not S_ISREG(mode):
         raise CheckpointError(f"{name} is not a file")
     return path
 

@@ -309,6 +309,16 @@ def test_an_index_cannot_lead_out(tmp_path: Path, name: Any) -> None:
         manifest.build(index(tmp_path, {"a": name}))
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "d/" * 3000 + "x.safetensors"])
+def test_an_index_that_names_what_no_file_can_be_called(tmp_path: Path, name: str) -> None:
+    """It does not pass with time."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        manifest.build(index(tmp_path, {"a": name}))
+    assert type(caught.value) is CheckpointError
+    assert str(caught.value) == f"{tmp_path} can have no file of the name {name[:200]!r:.201}...'"
+
+
 def test_links_stay_inside_or_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     elsewhere = write(tmp_path / "elsewhere", ONE)
     thief = tmp_path / "thief"
