@@ -99,7 +99,8 @@ def build(directory: Path) -> Manifest:
         where = os.path.realpath(directory)
         texts = [(name, *_stamp(directory / name)) for name in TEXTS if name in names]
     checkpoint = identify(where, files, heads, raw_config, texts)
-    return Manifest(directory, tuple(files), checkpoint, object_of(raw_config, CONFIG), raw_config)
+    config = object_of(raw_config, str(directory / CONFIG))
+    return Manifest(directory, tuple(files), checkpoint, config, raw_config)
 
 
 def weights(directory: Path) -> list[FileEntry]:
@@ -120,7 +121,7 @@ def index_of(directory: Path) -> dict[str, str]:
         CheckpointError: as `weight_map_of`, or it is too large; a `TransientError` where the system could not read it.
     """
     with _system_errors(directory):
-        return weight_map_of(_text(directory, INDEX, MAX_INDEX))
+        return weight_map_of(_text(directory, INDEX, MAX_INDEX), str(directory / INDEX))
 
 
 def check_tensors_here(path: Path) -> None:
@@ -164,7 +165,8 @@ def _weights(directory: Path, names: list[str]) -> tuple[list[FileEntry], list[b
         left -= len(head)
         files.append(entry)
         heads.append(head)
-    check_tensors(files, weight_map)
+    if weight_map is not None:
+        _check_tensors(files, weight_map, str(directory / INDEX))
     return files, heads
 
 
@@ -176,11 +178,11 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _text(directory: Path, name: str, most: int) -> str:
     path = confined(directory, name)
     if path.stat().st_size > most:
-        raise CheckpointError(f"{name} is larger than {most} bytes")
+        raise CheckpointError(f"{directory / name} is larger than {most} bytes")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise CheckpointError(f"{name} is not UTF-8") from None
+        raise CheckpointError(f"{directory / name} is not UTF-8") from None
 
 
 def file_entry(name: str, path: Path, known: Path, left: int = MAX_HEADERS) -> tuple[FileEntry, bytes]:
@@ -232,7 +234,7 @@ def confined(directory: Path, name: str) -> Path:
             raise TransientError(f"{name} is missing in {directory}") from None
         raise
     if not S_ISREG(mode):
-        raise CheckpointError(f"{name} is not a file")
+        raise CheckpointError(f"{directory / name} is not a file")
     return path
 
 
@@ -285,13 +287,16 @@ def object_of(text: str, name: str) -> dict[str, Any]:
     return value
 
 
-def weight_map_of(text: str) -> dict[str, str]:
+def weight_map_of(text: str, index: str) -> dict[str, str]:
     """tensor -> file name, from an index's text. Takes ten times its bytes at most, and 32 MiB.
+
+    Args:
+        index: what errors call it.
 
     Raises:
         CheckpointError: no or a bad `weight_map`, too many files, or a file name that leads out of the directory.
     """
-    document = Document(text, INDEX)
+    document = Document(text, index)
     weight_map: dict[str, str] = {}
     names: dict[str, str] = {}  # one string for each file, not one for each tensor
     beside = count(1)
@@ -299,9 +304,9 @@ def weight_map_of(text: str) -> dict[str, str]:
     def tensor(key: str, at: int) -> int:
         name, end = document.string(at)
         if name not in names:
-            _check_name(name)
+            _check_name(name, index)
             if len(names) == MAX_FILES:
-                raise CheckpointError(f"{INDEX} names more than {MAX_FILES} files")
+                raise CheckpointError(f"{index} names more than {MAX_FILES} files")
         weight_map[key] = names.setdefault(name, name)
         return end
 
@@ -309,40 +314,40 @@ def weight_map_of(text: str) -> dict[str, str]:
         if key != "weight_map":
             return _passed(document, at, next(beside))
         if weight_map or not text.startswith("{", at):
-            raise CheckpointError(f"{INDEX} has {'more than one' if weight_map else 'no'} weight_map")
+            raise CheckpointError(f"{index} has {'more than one' if weight_map else 'no'} weight_map")
         return document.object(at, key, tensor)
 
     begin = len(text) - len(text.lstrip())
-    end = document.object(begin, INDEX, member)
+    end = document.object(begin, index, member)
     if end < len(text):
         raise document.broken("something follows", end)
     if not weight_map:
-        raise CheckpointError(f"{INDEX} has no weight_map")
+        raise CheckpointError(f"{index} has no weight_map")
     return weight_map
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, index: str) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or not name.isprintable():
-        raise CheckpointError(f"{INDEX} names {shown(name)}, which is no safetensors file in the directory")
+        raise CheckpointError(f"{index} names {shown(name)}, which is no safetensors file in the directory")
 
 
 def _passed(document: Document, at: int, number: int) -> int:
     """Where the value at `at` ends, which nobody wants. `number`: that of such values."""
     if number > MAX_BESIDE:
-        raise CheckpointError(f"{INDEX} has more than {MAX_BESIDE} members beside its weight_map")
+        raise CheckpointError(f"{document.what} has more than {MAX_BESIDE} members beside its weight_map")
     window = document.text[at : at + MAX_MEMBER]
     try:
         return at + DECODER.raw_decode(window)[1]
     except RecursionError:
-        raise CheckpointError(f"{INDEX} is nested too deeply") from None
+        raise CheckpointError(f"{document.what} is nested too deeply") from None
     except ValueError as error:
         if len(window) == MAX_MEMBER:
-            raise CheckpointError(f"{INDEX} has a member of more than {MAX_MEMBER} characters") from None
-        raise CheckpointError(f"{INDEX} is not JSON: {error}") from None
+            raise CheckpointError(f"{document.what} has a member of more than {MAX_MEMBER} characters") from None
+        raise CheckpointError(f"{document.what} is not JSON: {error}") from None
 
 
-def check_tensors(files: list[FileEntry], weight_map: dict[str, str] | None) -> None:
+def _check_tensors(files: list[FileEntry], weight_map: dict[str, str], index: str) -> None:
     """Each tensor is in one file, and in the one that the index names.
 
     Raises:
@@ -352,12 +357,15 @@ def check_tensors(files: list[FileEntry], weight_map: dict[str, str] | None) -> 
     for file in files:
         for entry in file.header.tensors:
             if entry.name in home:
-                raise CheckpointError(f"tensor {entry.name!r} is in {home[entry.name]} and in {file.name}")
+                raise CheckpointError(f"{index}: tensor {entry.name!r} is in {home[entry.name]} and in {file.name}")
             home[entry.name] = file.name
-    if weight_map is None or home == weight_map:
+    if home == weight_map:
         return
     name = min(name for name in home.keys() | weight_map.keys() if home.get(name) != weight_map.get(name))
-    raise CheckpointError(f"tensor {name!r}: {INDEX} says {weight_map.get(name)}, found in {home.get(name, 'no file')}")
+    where = home.get(name, "no file")
+    if name not in weight_map:
+        raise CheckpointError(f"{index} lacks tensor {name!r}, which is in {where}")
+    raise CheckpointError(f"{index} says that tensor {name!r} is in {weight_map[name]}, but it is in {where}")
 
 
 def identify(

@@ -50,4 +50,4 @@ def check_headers(source: Remote, checkpoint: Path) -> None:
     except TransientError:
         raise
     except CheckpointError as error:
-        raise CheckpointError(f"{source.url}: {str(error).replace(f'{checkpoint}/', '')}") from error
+        raise CheckpointError(str(error).replace(str(checkpoint), source.url)) from error

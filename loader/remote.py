@@ -164,10 +164,7 @@ class Remote:
             text = self.text(index, manifest.MAX_INDEX)
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.url}/{INDEX} is not UTF-8") from None
-        try:
-            return sorted(set(manifest.weight_map_of(text).values()))
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.url}: {error}") from None
+        return sorted(set(manifest.weight_map_of(text, f"{self.url}/{INDEX}").values()))
 
     def _check_names(self, names: list[str]) -> None:
         """They are of files that a directory can have beside each other."""

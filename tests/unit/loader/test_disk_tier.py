@@ -247,7 +247,7 @@ def test_a_digest_that_a_store_tells_is_held_against_what_came(
 
 def test_what_is_no_checkpoint_is_refused_and_not_kept(server: RangeServer, tier: DiskTier) -> None:
     server.files["a/model.safetensors"] = b"<html>Welcome to our hotel</html>" * 100
-    with pytest.raises(CheckpointError, match=f"^{server.url}/a: model.safetensors: ") as raised:
+    with pytest.raises(CheckpointError, match=f"^{server.url}/a/model.safetensors: ") as raised:
         tier.bring(f"{server.url}/a", silent)
     assert str(tier.root) not in str(raised.value)
     assert versions(tier) == []

@@ -94,9 +94,9 @@ def test_files_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     ("index", "said"),
     [
         (b"\xff", "m/model.safetensors.index.json is not UTF-8"),
-        (b"[]", "/m: model.safetensors.index.json does not begin a JSON object"),
-        (b'{"weight_map": {"x": "../x.safetensors"}}', "/m: .*names '../x.safetensors'"),
-        (b'{"weight_map": {"x": "/x.safetensors"}}', "/m: .*names '/x.safetensors'"),
+        (b"[]", "/m/model.safetensors.index.json does not begin a JSON object"),
+        (b'{"weight_map": {"x": "../x.safetensors"}}', "/m/.*names '../x.safetensors'"),
+        (b'{"weight_map": {"x": "/x.safetensors"}}', "/m/.*names '/x.safetensors'"),
         (b'{"weight_map": {"x": "a//x.safetensors"}}', "/m: no .* of the name 'a//x.safetensors'"),
         (b'{"weight_map": {"x": "%s.safetensors"}}' % (122 * "\u00e9").encode(), "of the name '\u00e9+.safetensors'"),
         (b'{"weight_map": {"x": "%sx.safetensors"}}' % (1012 // 2 * b"d/"), "of the name 'd/d/"),
@@ -111,7 +111,7 @@ def test_files_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         (b'{"weight_map": {"x": "x.safetensors"}}', "/m has no x.safetensors, which its index names"),
         (
             b'{"weight_map": {"x": "1.safetensors", "y": "2.safetensors", "z": "3.safetensors"}}',
-            "/m: .*names more than 2 files",
+            "/m/.*names more than 2 files",
         ),
         (b" " * 2001, "index.json is larger than 2000 bytes"),
     ],

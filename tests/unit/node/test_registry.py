@@ -463,6 +463,6 @@ def test_a_deploy_that_cannot_be_served_names_its_directory(tmp_path: Path, chec
         return str(answer["error"]["message"])
 
     (source / "config.json").write_text("{")
-    assert asyncio.run(refused()).startswith(f"{source}: config.json is not JSON: ")
+    assert asyncio.run(refused()).startswith(f"{source}/config.json is not JSON: ")
     (source / "config.json").unlink()
     assert asyncio.run(refused()).count(str(source)) == 1
