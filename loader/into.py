@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from serverless_llm.loader import manifest
-from serverless_llm.loader.library import Device, iterate, local
+from serverless_llm.loader.library import Device, home_of, iterate, local
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +43,18 @@ def load_into(
             has, of a module that is none of transformers. Nothing of the module was changed.
         CheckpointError: as `iterate`.
     """
+    home = home_of(device)
     wanted = module.state_dict(keep_vars=True)
     with local(directory) as path:
         missing, unexpected = _compare(module, wanted, path, strict)
         state = {name: tensor.to(wanted[name].dtype) for name, tensor in iterate(path, device) if name in wanted}
     twins = _twins(module)
     rest = {name: parameter for name, parameter in module.named_parameters() if name in missing}
-    state |= {name: parameter.detach().to(device) for name, parameter in rest.items() if not parameter.is_meta}
+    state |= {name: parameter.detach().to(home) for name, parameter in rest.items() if not parameter.is_meta}
     module.load_state_dict(state, strict=False, assign=True)
     for names in twins:
         _tie(module, [name for name in names if name in state], [name for name in names if name not in state])
-    _make_buffers(module, torch.device(device))
+    _make_buffers(module, home)
     return missing, unexpected
 
 

@@ -43,7 +43,7 @@ GROUP_BYTES = 64 << 20  # of neighbours that `iterate` reads at once: a long cal
 AHEAD = 2  # groups that are read while one is used: the device has the next call while the last one is waited for
 GDS = "gds"  # GPUDirect Storage
 BACKENDS = ("mmap", "pread", GDS)  # the first two are the reference's; here both mean the one way through host memory
-Device = str | int
+Device = str | int | None  # None: the CPU, as to the reference
 
 
 def load_file(
@@ -66,7 +66,7 @@ def load_file(
     _check_backend(backend, device)
     path = Path(filename)
     manifest.check_tensors_here(path)
-    return _load(manifest.file_entry(path.name, path, path)[0], torch.device(device), backend)
+    return _load(manifest.file_entry(path.name, path, path)[0], home_of(device), backend)
 
 
 def load(data: bytes) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ def load_checkpoint(
         ValueError, ConfigurationError: as of `load_file`.
     """
     _check_backend(backend, device)
-    home = torch.device(device)
+    home = home_of(device)
     landed: dict[str, memoryview] = {}
 
     def memory_for(file: RemoteFile) -> memoryview | None:
@@ -160,7 +160,7 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
     Raises:
         CheckpointError: as `load_checkpoint`; at once where headers tell, else when the bytes are due.
     """
-    home = torch.device(device)
+    home = home_of(device)
     held, files = _opened(directory)
     return _ahead(held, _groups(files), home, "mmap")
 
@@ -200,7 +200,7 @@ async def iterate_async(
     directory: str | os.PathLike[str], device: Device = "cpu"
 ) -> AsyncIterator[tuple[str, torch.Tensor]]:
     """`iterate`, with the reading in threads."""
-    home = torch.device(device)
+    home = home_of(device)
     held, files = await asyncio.to_thread(_opened, directory)
     groups = _groups(files)
     read = (asyncio.ensure_future(asyncio.to_thread(_tensors, *group, home, "mmap")) for group in groups)
@@ -237,11 +237,15 @@ def local(source: str | os.PathLike[str], memory_for: disk_tier.Placed = lambda 
         yield lease.directory
 
 
+def home_of(device: Device) -> torch.device:
+    return torch.device("cpu" if device is None else device)
+
+
 def _check_backend(backend: str, device: Device) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     if backend == GDS:
-        if torch.device(device).type != "cuda":
+        if home_of(device).type != "cuda":
             raise ValueError(f"the backend {GDS} is for CUDA devices, not for {device}")
         gds.kvikio()
 

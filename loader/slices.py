@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from serverless_llm.loader import manifest
-from serverless_llm.loader.library import Device, iterate, local
+from serverless_llm.loader.library import Device, home_of, iterate, local
 from serverless_llm.loader.views import shape_of
 
 
@@ -33,7 +33,7 @@ def load_slices(
     """
     if not devices:
         raise ValueError("there is no device to load slices for")
-    homes = [torch.device(device) for device in devices]
+    homes = [home_of(device) for device in devices]
     slices: list[dict[str, torch.Tensor]] = [{} for _ in devices]
     with local(directory) as path:
         dims = _dims(path, split, len(devices))

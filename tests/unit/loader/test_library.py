@@ -225,6 +225,22 @@ def test_another_device_gets_it_in_groups(tmp_path: Path) -> None:
     }
 
 
+def test_no_device_is_the_cpu_as_to_the_reference(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 3)
+    path = write(tmp_path, module.state_dict()) / manifest.SINGLE
+    expected = reference.load_file(path, device=None)  # type: ignore[arg-type]  # it takes more than it names
+    for got in (
+        loader.load_file(path, device=None),
+        loader.load_checkpoint(tmp_path, device=None),
+        dict(loader.iterate(tmp_path, device=None)),
+        *loader.load_slices(tmp_path, [None], lambda name: None),
+    ):
+        assert equal(got, expected)
+    assert loader.load_into(module, tmp_path, device=None) == (set(), [])
+    with pytest.raises(ValueError, match="the backend gds is for CUDA devices, not for None"):
+        loader.load_file(path, device=None, backend="gds")
+
+
 def entry(dtype: str, shape: list[int], nbytes: int) -> dict[str, Any]:
     return {"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}
 
