@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import header, manifest
 from serverless_llm.loader.download import sync
 from serverless_llm.loader.header import DTYPE_BITS, MANY_METADATA, MAX_METADATA, TensorEntry
-from serverless_llm.loader.manifest import INDEX, PICKLES, SINGLE, FileEntry, Manifest
+from serverless_llm.loader.manifest import INDEX, PICKLES, SINGLE, FileEntry
 from serverless_llm.quantities import size
 
 PAGE = 4096  # direct reads want data to begin on one
@@ -47,21 +47,21 @@ class Shard(NamedTuple):
         return len(self.header) + sum(part.tensor.nbytes for part in self.parts)
 
 
-def shards(source: Manifest, most: int) -> list[Shard]:
-    """The files of `source` as they are to be: each of at most `most` bytes of tensors, or of one larger tensor.
+def shards(files: Sequence[FileEntry], most: int) -> list[Shard]:
+    """The files as they are to be: each of at most `most` bytes of tensors, or of one larger tensor.
 
     Raises:
         CheckpointError: all files' metadata together are more than one may have.
     """
     groups: list[list[Part]] = [[]]
     held = 0
-    for part in (Part(number, entry) for number, entry in source.tensors().values()):
+    for part in (Part(number, entry) for number, file in enumerate(files) for entry in file.header.tensors):
         if groups[-1] and held + part.tensor.nbytes > most:
             groups.append([])
             held = 0
         groups[-1].append(part)
         held += part.tensor.nbytes
-    metadata = {key: text for file in reversed(source.files) for key, text in file.header.metadata.items()}
+    metadata = {key: text for file in reversed(files) for key, text in file.header.metadata.items()}
     if len(metadata) > MAX_METADATA:
         raise CheckpointError(f"of its files together {MANY_METADATA}")
     return [_shard(number, len(groups), group, metadata) for number, group in enumerate(groups, start=1)]
@@ -87,16 +87,15 @@ def repack(source: Path, target: Path, most: int, told: Told) -> list[Shard]:
         CapacityError: there is no room for it.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  what it links to is not what is meant
-    manifest.check_tensors_here(source)
-    found = manifest.build(source)
-    planned = shards(found, most)
-    others = _others(found.directory)
+    files = manifest.weights(source)
+    planned = shards(files, most)
+    others = _others(source)
     _clear(target)
     _check_target(target, sum(shard.nbytes for shard in planned) + sum(path.stat().st_size for _, path in others))
     try:
         with _partial(target) as partial:
             for shard in planned:
-                _write(partial / shard.name, shard, found.files, told)
+                _write(partial / shard.name, shard, files, told)
             if len(planned) > 1:
                 (partial / INDEX).write_text(json.dumps(_index(planned), indent=2))
             for name, path in others:
@@ -167,7 +166,7 @@ def _index(planned: Iterable[Shard]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": homes}
 
 
-def _write(path: Path, shard: Shard, files: tuple[FileEntry, ...], told: Told) -> None:
+def _write(path: Path, shard: Shard, files: Sequence[FileEntry], told: Told) -> None:
     opened = {number: files[number].path.open("rb", buffering=0) for number in {part.file for part in shard.parts}}
     try:
         with path.open("wb") as out:

@@ -53,6 +53,14 @@ def check_form(directory: Path) -> None:
             assert entry.start * 8 % header.DTYPE_BITS[entry.dtype] == 0
 
 
+def test_weights_alone_are_repacked(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", random(1, seed=1), random(1, seed=2))
+    (source / "config.json").unlink()
+    repacked(source, tmp_path / "target")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == [manifest.SINGLE]
+    assert same(loaded(tmp_path / "target"), loaded(source))
+
+
 def test_shards_become_one_file(tmp_path: Path) -> None:
     odd = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.randn(5), "ü": torch.zeros(0, 4)}
     source = write(tmp_path / "source", odd, random(1, seed=1), {"one": torch.tensor(7)})
