@@ -64,6 +64,8 @@ def load_file(
         ConfigurationError: "gds", and kvikio cannot be used.
     """
     _check_backend(backend, device)
+    if is_url(filename):
+        raise FileNotFoundError(errno.ENOENT, "a URL is no file (load_checkpoint takes a checkpoint's)", filename)
     path = Path(filename)
     manifest.check_tensors_here(path)
     return _load(manifest.file_entry(path.name, path, path)[0], home_of(device), backend)

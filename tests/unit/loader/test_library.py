@@ -297,6 +297,10 @@ def test_saving_over_a_file_leaves_the_old_one_to_its_other_names(tmp_path: Path
 def test_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         loader.load_file(tmp_path / "nothing")
+    with pytest.raises(
+        FileNotFoundError, match=r"a URL is no file \(load_checkpoint .*: 'https://host/a.safetensors'$"
+    ):
+        loader.load_file("https://host/a.safetensors")
     with pytest.raises(CheckpointError, match="has neither model"):
         loader.load_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing"):
