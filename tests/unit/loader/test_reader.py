@@ -304,9 +304,15 @@ def hanging(path: Path, slots: list[int], news: queue.SimpleQueue[Batch]) -> Tra
     return Transfer(files, dict(zip(pieces, slots, strict=True)), pieces, news.put)
 
 
-def let_go(path: Path) -> None:
-    """It opens, and is not what it was said to be."""
-    os.close(os.open(path, os.O_RDWR))
+@contextlib.contextmanager
+def let_go(*paths: Path) -> Iterator[None]:
+    """They open, whoever came or comes, and are not what they were said to be."""
+    ends = [os.open(path, os.O_RDWR) for path in paths]
+    try:
+        yield
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 @pytest.mark.parametrize("rate", [0.0, SLOW])  # one call of it, or many
@@ -326,9 +332,8 @@ def test_reads_that_hang_keep_no_other_waiting(
     reader.submit(transfer(tmp_path / "late", 1, [5], news))
     until_last(news)
     assert stuck.empty()  # they may still write to their slots
-    for one in bad:
-        let_go(Path(one.files[0].path))
-    assert ["changed" in str(until_last(stuck)[-1].error) for _ in bad] == [True] * 3
+    with let_go(*(Path(one.files[0].path) for one in bad)):
+        assert ["changed" in str(until_last(stuck)[-1].error) for _ in bad] == [True] * 3
     while len(reader._threads) > 2:  # those in their place go
         reader.submit(transfer(tmp_path / "good", 1, [5], news))
         until_last(news)
@@ -345,8 +350,8 @@ def test_a_read_that_hangs_keeps_nobody_from_closing(
     reader.submit(transfer(tmp_path / "b", 1, [1], news))
     until_last(news)
     assert not reader.close()
-    let_go(tmp_path / "a")
-    assert until_last(stuck)[-1].error is not None
+    with let_go(tmp_path / "a"):
+        assert until_last(stuck)[-1].error is not None
     monkeypatch.undo()
     assert reader.close()
 
@@ -374,8 +379,8 @@ def test_a_stuck_thread_is_replaced_as_soon_as_the_system_has_another(
     assert news.empty()
     patched.undo()
     assert until_last(news)[-1].error is None
-    let_go(tmp_path / "a")
-    until_last(stuck)
+    with let_go(tmp_path / "a"):
+        until_last(stuck)
 
 
 def test_a_reader_without_all_of_its_threads_keeps_none(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
