@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -16,7 +15,6 @@ from hashlib import blake2b
 from io import FileIO
 from itertools import count
 from pathlib import Path, PurePosixPath
-from stat import S_ISREG
 from typing import Any
 
 from serverless_llm.domain import CheckpointId
@@ -30,6 +28,8 @@ INDEX = "model.safetensors.index.json"
 REMOTE = ".serverless-llm-remote"  # beside a directory of which only headers and texts are here
 CHECKPOINT = "checkpoint"  # the name of such a directory
 CONFIG = "config.json"
+LONGEST_PART = 255  # bytes of a name between two slashes: what file systems take
+LONGEST_NAME = 1024  # bytes, as of an object's key: what a path takes, 4096, less the directory's
 OTHERS = {".gguf": "GGUF", "adapter_model.safetensors": "an adapter (LoRA)"}
 MAX_INDEX = 64_000_000  # bytes; an arbitrary bound on memory, as the next ones. The index of DeepSeek-V3 has 9 MB
 MAX_HEADERS = 128_000_000  # bytes of all files' headers together, which take up to ten times that
@@ -218,22 +218,16 @@ def confined(directory: Path, name: str) -> Path:
 
     Raises:
         TransientError: the file is missing: perhaps what it lies on is not mounted.
-        CheckpointError: it is not a plain file, lies outside, or has a name that no file there can have.
+        CheckpointError: it is not a plain file, or lies outside.
     """
     home = Path(os.path.realpath(directory))  # unlike Path.resolve, it survives a loop of links
     path = Path(os.path.realpath(home / name))
     blobs = home.parent.parent / "blobs"
     if not path.is_relative_to(home) and not (home.parent.name == "snapshots" and path.is_relative_to(blobs)):
         raise CheckpointError(f"{name} is a link out of {directory}")
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise CheckpointError(f"{directory} can have no file of the name {shown(name)}") from None
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise TransientError(f"{name} is missing in {directory}") from None
-        raise
-    if not S_ISREG(mode):
+    if not path.exists():
+        raise TransientError(f"{name} is missing in {directory}")
+    if not path.is_file():
         raise CheckpointError(f"{directory / name} is not a file")
     return path
 
@@ -326,9 +320,16 @@ def weight_map_of(text: str, index: str) -> dict[str, str]:
     return weight_map
 
 
+def can_be_named(name: str) -> bool:
+    """Whether a file below any directory can have this name."""
+    if not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        return False
+    return all(len(part.encode()) <= LONGEST_PART for part in name.split("/"))
+
+
 def _check_name(name: str, index: str) -> None:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or not name.isprintable():
+    if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or not can_be_named(name):
         raise CheckpointError(f"{index} names {shown(name)}, which is no safetensors file in the directory")
 
 

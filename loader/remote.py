@@ -40,8 +40,6 @@ LEAST = 256 << 10  # bytes
 TRIES = 3  # of a range that breaks off without a byte; each is obstore's, which tries errors of the server again
 RETRY: RetryConfig = {"max_retries": 4}
 PATIENCE = timedelta(seconds=5)  # with a host that does not answer, or answers with errors: somebody may be at a prompt
-LONGEST_PART = 255  # bytes of a name between two slashes: what file systems take
-LONGEST_NAME = 1024  # bytes, as of an object's key: what a path takes, 4096, less the directory's
 DIGESTS = {"sha256": 64, "md5": 32}  # names in an object's metadata -> hexadecimal digits
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -169,9 +167,7 @@ class Remote:
     def _check_names(self, names: list[str]) -> None:
         """They are of files that a directory can have beside each other."""
         for name in names:
-            path = PurePosixPath(name)
-            longest = max(len(part.encode()) for part in path.parts)
-            if str(path) != name or longest > LONGEST_PART or len(name.encode()) > LONGEST_NAME:
+            if str(PurePosixPath(name)) != name or not manifest.can_be_named(name):
                 raise CheckpointError(f"{self.url}: no directory can have a file of the name {shown(name)}")
         for before, after in pairwise(sorted(names, key=lambda name: name.replace("/", "\0"))):
             if after.startswith(f"{before}/"):

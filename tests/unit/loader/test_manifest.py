@@ -319,7 +319,7 @@ def test_an_index_that_names_what_no_file_can_be_called(tmp_path: Path, name: st
     with pytest.raises(CheckpointError) as caught:
         manifest.build(index(tmp_path, {"a": name}))
     assert type(caught.value) is CheckpointError
-    assert str(caught.value) == f"{tmp_path} can have no file of the name {name[:200]!r:.201}...'"
+    assert str(caught.value).endswith(f"names {name[:200]!r:.201}...', which is no safetensors file in the directory")
 
 
 def test_links_stay_inside_or_in_the_cache_of_the_hub(tmp_path: Path) -> None:
