@@ -1,11 +1,13 @@
 """One load of a checkpoint in a fresh process: `python load_once.py SUBJECT DIRECTORY` prints a line of JSON.
 
-Imports are done before the clock starts; the subject's threads, its memory and a sum over every page of every tensor
-are inside. It runs in the peers' environment, too, so it imports only the subject's library.
+Imports are done before the clock starts, and what they left is collected; the subject's threads, its memory and a sum
+over every page of every tensor are inside. It runs in the peers' environment, too, so it imports only the subject's
+library.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -133,6 +135,7 @@ def main() -> None:
     files = sorted(directory.glob("*.safetensors"))
     importlib.import_module(MODULES[sys.argv[1]])
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    gc.collect()
     idle_kib = peak_kib()
     before = list(usage())
     began = time.perf_counter()

@@ -129,6 +129,8 @@ class DiskTier:
         except CheckpointError:
             self.discard(partial)  # so that it is read anew
             raise
+        for file in files:  # what a process recorded and was killed before it synced
+            sync(partial / CHECKPOINT / file.name)
         _sync_folders(partial, files)
         with self.alone():
             lock = lock_of(whole, fcntl.LOCK_SH)

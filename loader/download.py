@@ -4,10 +4,11 @@
     FOLDER/record               lines `number start stop digest check`: bytes of file `number` that are there; CRC-32 of
                                 these bytes, and of the line up to there
 
-A piece stands in the record only when its bytes were synced to the disk, so that what an interruption leaves is gone on
-with, whatever it was. What an earlier call left is read and compared while the rest comes; what is not what was written
-is brought again. Bytes are written past the page cache where the file system allows: copied once, from what came
-into memory of whole pages, which is the caller's own where he wants them at once.
+A piece stands in the record as soon as it is written, so that a process that is killed loses only what was on its way;
+both are synced soon after, and files once more before a version is whole. What an earlier call left is read and
+compared while the rest comes; what is not what was written, as after a crash of the machine, is brought again. Bytes
+are written past the page cache where the file system allows: copied once, from what came into memory of whole pages,
+which is the caller's own where he wants them at once.
 """
 
 from __future__ import annotations
@@ -242,23 +243,22 @@ class _Download:
             threading.Thread(target=self._bring, args=(number % COMPARING == 0,), daemon=True)
             for number in range(count)
         ]
-        with (self._folder / RECORD).open("a") as record:
-            for thread in threads:
-                thread.start()
-            try:
-                while left:
-                    batch = self._batch()
-                    pieces = [one for one in batch if isinstance(one, Piece)]
-                    self._commit(record.fileno(), [one for one in pieces if one not in self._intact])
-                    for one in pieces:
-                        done[one.file] += one.stop - one.start
-                        left -= one.stop - one.start
-                    self._tell(done, {one.file for one in pieces})
-                    for error in batch:
-                        if isinstance(error, Exception):
-                            raise error
-            finally:
-                self._end(threads)
+        for thread in threads:
+            thread.start()
+        try:
+            while left:
+                batch = self._batch()
+                pieces = [one for one in batch if isinstance(one, Piece)]
+                self._sync({one.file for one in pieces if one not in self._intact})
+                for one in pieces:
+                    done[one.file] += one.stop - one.start
+                    left -= one.stop - one.start
+                self._tell(done, {one.file for one in pieces})
+                for error in batch:
+                    if isinstance(error, Exception):
+                        raise error
+        finally:
+            self._end(threads)
 
     def _batch(self) -> list[Piece | Exception]:
         """What has landed since the last call; waits for something."""
@@ -267,12 +267,12 @@ class _Download:
             batch.append(self._landed.get())
         return batch
 
-    def _commit(self, record: int, pieces: Sequence[Piece]) -> None:
-        if not pieces:
-            return
-        for number in {one.file for one in pieces}:
+    def _sync(self, numbers: set[int]) -> None:
+        """The files of these numbers, and what the record has of them."""
+        for number in numbers:
             sync(self._folder / CHECKPOINT / self._files[number].name)
-        add(record, pieces)
+        if numbers:
+            sync(self._folder / RECORD)
 
     def _tell(self, done: Counter[int], numbers: set[int]) -> None:
         for number in sorted(numbers):
@@ -320,7 +320,7 @@ class _Download:
         file = self._files[wanted.file]
         flow = _Flow(self._source.read(file, wanted.start, wanted.stop, least=1))
         memory = self._memory.get(file.name)
-        with _Written(self._folder / CHECKPOINT / file.name) as written:
+        with _Written(self._folder / CHECKPOINT / file.name) as written, (self._folder / RECORD).open("a") as record:
             for at in range(wanted.start, wanted.stop, self._chunk_bytes):
                 nbytes = min(self._chunk_bytes, wanted.stop - at)
                 place = own[:nbytes] if memory is None else memory[at : at + nbytes]
@@ -328,7 +328,10 @@ class _Download:
                 if self._stop.is_set():
                     return
                 written.write(place, at)
-                self._landed.put(Piece(wanted.file, at, at + nbytes, crc32(place)))
+                piece = Piece(wanted.file, at, at + nbytes, crc32(place))
+                record.write(line(piece))
+                record.flush()
+                self._landed.put(piece)
 
 
 class _Flow:

@@ -21,6 +21,7 @@ from serverless_llm.loader.download import PAGE, Piece, _Written, add, apart, jo
 from serverless_llm.loader.remote import Remote
 from serverless_llm.loader.source import OpenFile, SourceFile
 from tests.range_server import RangeServer
+from tests.serving import until
 from tests.unit.loader.checkpoints import full, spoil
 
 SIZES = [1000, 0, 7]
@@ -109,6 +110,20 @@ def test_files_come_whole_and_are_told_of(server: RangeServer, tmp_path: Path) -
     assert told[-1] == ("model.safetensors", 1 << 20, 1 << 20)
     assert ("config.json", 2, 2) in told
     assert server.gets.count("m/model.safetensors") >= download.CONNECTIONS
+
+
+def test_what_is_written_stands_in_the_record_whatever_the_disk_still_has_to_sync(
+    server: RangeServer, tmp_path: Path
+) -> None:
+    def told(name: str, done: int, total: int) -> None:  # while nothing is synced
+        def there() -> int:
+            pieces = recorded((tmp_path / download.RECORD).read_text(), [total, total])
+            return sum(one.stop - one.start for one in pieces)
+
+        until(lambda: there() >= min(total, done + 200_000), "more to be recorded")
+
+    with server:
+        bring(Remote(f"{server.url}/m"), tmp_path, told)
 
 
 def test_what_is_wanted_in_memory_is_there_whatever_came_before(server: RangeServer, tmp_path: Path) -> None:
