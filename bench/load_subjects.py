@@ -77,6 +77,11 @@ def prepare(case: str, files: Sequence[Path]) -> None:
     """Takes and gives back fresh memory, so that the host has it; empties or fills the page cache."""
     nbytes = sum(path.stat().st_size for path in files)
     subprocess.run([sys.executable, "-m", "bench.pretouch", str(2 * nbytes)], cwd=ROOT, check=True)
+    cache(case, files)
+
+
+def cache(case: str, files: Sequence[Path]) -> None:
+    """Empties or fills the page cache."""
     if case == "cold":
         drop_caches(files)
     else:
@@ -231,7 +236,7 @@ class Once:
         files = self._files
         if self.name == "tensorizer":
             files = [path.with_suffix(".tensors") for path in files]
-        prepare(case, files)
+        cache(case, files)
         told = self._run()
         if told.pop("tensors") < 1:
             raise RuntimeError(f"{self.name} loaded nothing")

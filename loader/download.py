@@ -61,6 +61,13 @@ class Piece(NamedTuple):
     digest: int
 
 
+class Compared(NamedTuple):
+    """A piece of an earlier call, compared."""
+
+    piece: Piece
+    intact: bool
+
+
 def recorded(text: str, sizes: Sequence[int]) -> list[Piece]:
     """The pieces of a record, by files and starts, none within another. What is no line of one counts for nothing."""
     found = []
@@ -226,41 +233,42 @@ class _Download:
         self._told = told
         pieces = apart(kept(folder, files))
         self._kept: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self._done: Counter[int] = Counter()  # bytes that are there, by files
         for piece in pieces:
             self._kept.put(piece)
-        self._intact: set[Piece] = set()  # of these
+            self._done[piece.file] += piece.stop - piece.start
         self._work: queue.SimpleQueue[Range] = queue.SimpleQueue()
         for one in missing(joined(pieces), sizes, self._range_bytes):
             self._work.put(one)
-        self._landed: queue.Queue[Piece | Exception] = queue.Queue(WAITING)
+        self._landed: queue.Queue[Piece | Compared | Exception] = queue.Queue(WAITING)
         self._stop = threading.Event()
 
     def run(self) -> None:
-        done: Counter[int] = Counter()
         left = sum(file.size for file in self._files)
         count = min(CONNECTIONS, self._work.qsize() + self._kept.qsize())
         threads = [
             threading.Thread(target=self._bring, args=(number % COMPARING == 0,), daemon=True)
             for number in range(count)
         ]
+        self._tell({*self._done})
         for thread in threads:
             thread.start()
         try:
             while left:
                 batch = self._batch()
-                pieces = [one for one in batch if isinstance(one, Piece)]
-                self._sync({one.file for one in pieces if one not in self._intact})
-                for one in pieces:
-                    done[one.file] += one.stop - one.start
-                    left -= one.stop - one.start
-                self._tell(done, {one.file for one in pieces})
+                written = [one for one in batch if isinstance(one, Piece)]
+                compared = [one for one in batch if isinstance(one, Compared)]
+                self._sync({one.file for one in written})
+                self._count(written, [one.piece for one in compared if not one.intact])
+                there = written + [one.piece for one in compared if one.intact]
+                left -= sum(one.stop - one.start for one in there)
                 for error in batch:
                     if isinstance(error, Exception):
                         raise error
         finally:
             self._end(threads)
 
-    def _batch(self) -> list[Piece | Exception]:
+    def _batch(self) -> list[Piece | Compared | Exception]:
         """What has landed since the last call; waits for something."""
         batch = [self._landed.get()]
         while not self._landed.empty():
@@ -274,10 +282,17 @@ class _Download:
         if numbers:
             sync(self._folder / RECORD)
 
-    def _tell(self, done: Counter[int], numbers: set[int]) -> None:
+    def _count(self, written: Sequence[Piece], damaged: Sequence[Piece]) -> None:
+        """Tells of files with what came and without what must come again."""
+        for sign, pieces in ((1, written), (-1, damaged)):
+            for one in pieces:
+                self._done[one.file] += sign * (one.stop - one.start)
+        self._tell({one.file for one in (*written, *damaged)})
+
+    def _tell(self, numbers: set[int]) -> None:
         for number in sorted(numbers):
             file = self._files[number]
-            self._told(file.name, done[number], file.size)
+            self._told(file.name, self._done[number], file.size)
 
     def _end(self, threads: Sequence[threading.Thread]) -> None:
         """Ends the threads, but waits for none that hears nothing from its server."""
@@ -309,9 +324,9 @@ class _Download:
             name, nbytes = self._files[piece.file].name, piece.stop - piece.start
             memory = self._memory.get(name)
             place = memoryview(bytearray(nbytes)) if memory is None else memory[piece.start : piece.stop]
-            if intact(self._folder / CHECKPOINT / name, piece, place):
-                self._intact.add(piece)
-                self._landed.put(piece)
+            compared = Compared(piece, intact(self._folder / CHECKPOINT / name, piece, place))
+            self._landed.put(compared)
+            if compared.intact:
                 continue
             for at in range(piece.start, piece.stop, self._range_bytes):
                 self._work.put(Range(piece.file, at, min(at + self._range_bytes, piece.stop)))

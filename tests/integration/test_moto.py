@@ -87,7 +87,7 @@ def test_what_a_kill_left_is_gone_on_with(bucket: S3Store, tmp_path: Path) -> No
     told: dict[str, list[int]] = {}
     with tier().bring(URL, lambda name, done, size: told.setdefault(name, []).append(done)) as lease:
         assert held(lease.directory) == files
-    assert sum(done[0] for done in told.values()) > before, "what was there is asked for again"
+    assert sum(done[0] for done in told.values()) >= before, "what was there is asked for again"
 
 
 def test_what_changes_comes_beside_what_is_in_use(bucket: S3Store, tmp_path: Path) -> None:

@@ -193,8 +193,11 @@ def test_what_came_before_an_error_is_not_read_again(
         with pytest.raises(TransientError, match=r"/m/model\.safetensors: .*500 Internal Server Error"):
             bring(source, tmp_path)
         server.faults.fails_after, server.sent = None, 0
-        assert bring(source, tmp_path)[-1000:] == tail
+        told: list[int] = []
+        assert bring(source, tmp_path, lambda name, done, total: told.append(done))[-1000:] == tail
     assert server.sent < 450_000
+    assert max(told) == 1 << 20
+    assert min(one for one in told if one > 2) > 600_000
     lines = (tmp_path / download.RECORD).read_text().splitlines()
     assert len(lines) == len(set(lines)) > 8
 
@@ -214,7 +217,10 @@ def test_what_was_damaged_since_it_came_is_read_again(
             bring(source, tmp_path)
         server.faults.fails_after, server.sent = None, 0
         spoil(path, 300_000, damage)
-        assert bring(source, tmp_path, memory={path.name: memory} if wanted else {}) == content
+        told: list[int] = []
+        memories = {path.name: memory} if wanted else {}
+        assert bring(source, tmp_path, lambda name, done, total: told.append(done), memories) == content
+    assert max(told) == len(content)
     assert bytes(memory) == (content if wanted else bytes(len(content)))
     again = {"flipped": 1 << 16, "cut": 400_000}.get(damage, 700_000)
     assert server.sent <= len(content) - 650_000 + again
