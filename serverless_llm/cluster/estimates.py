@@ -16,17 +16,15 @@ def floor(turn: Turn, model: Model, device: Device) -> int:
     return fit.kv_floor(model.footprint, device.spec.budget, policy.kv_floor_tokens, policy.kv_floor_share)
 
 
-def predicted_s(turn: Turn, model: Model, device: Device) -> tuple[float, float]:
-    """Seconds that a start takes on `device`, and how many of them its bytes take."""
+def predicted_s(turn: Turn, model: Model, device: Device) -> float:
+    """Seconds that a start takes on `device`."""
     node, footprint = turn.state.nodes[device.id.node], model.footprint
     remaining = _remaining(node, footprint.checkpoint, model.demand > 0)
     known = node.held(footprint.checkpoint, model.spec.verify)
     own = remaining.pop(footprint.checkpoint, _missing(node, footprint, known))
     disk, remote = (sum(column) for column in zip((0, 0), *remaining.values(), strict=True))
     begin = Start(disk, own.disk, 0 if device.view else footprint.weight_bytes, remote, own.remote)
-    links = _links(turn, node)
-    total = startup_s(begin, links)
-    return total, total - links.overhead_s
+    return startup_s(begin, _links(turn, node))
 
 
 def bring_back_s(turn: Turn, replica: Replica) -> float:

@@ -20,7 +20,7 @@ from serverless_llm.cluster.sequences import end_trial, recall, requeue
 from serverless_llm.cluster.state import ACTUAL, PLANNED, STARTING, Device, Node, Replica
 from serverless_llm.cluster.transitions import REPLICA, ReplicaState, move
 from serverless_llm.cluster.turn import Turn
-from serverless_llm.domain import DeviceId, ReplicaId
+from serverless_llm.domain import DeviceId, LoadPhases, ReplicaId
 from serverless_llm.placement.estimate import learn
 
 # --- steps ---
@@ -191,7 +191,7 @@ def ready(turn: Turn, event: ReplicaReady) -> None:
     replica.ready_at = replica.idle_since = turn.now
     replica.phases = event.phases
     actual_s = turn.now - replica.decided_at
-    _learn(turn, replica, actual_s)
+    _learn(turn, replica, actual_s, event.phases)
     turn.emit(Outcome(replica.id, replica.model, replica.device, replica.predicted_s, actual_s, event.phases))
     forgive(turn, turn.state.models[replica.model])
     turn.room = True
@@ -341,7 +341,9 @@ def _load_deadline(turn: Turn, replica: Replica) -> float:
     return max(turn.policy.load_floor_s, turn.policy.load_factor * replica.predicted_s)
 
 
-def _learn(turn: Turn, replica: Replica, actual_s: float) -> None:
+def _learn(turn: Turn, replica: Replica, actual_s: float, phases: LoadPhases) -> None:
     """What a start takes beside moving bytes; how fast bytes move is the agent's to tell."""
     node = turn.state.nodes[replica.device.node]
-    node.overhead_s = learn(node.overhead_s, max(0.0, actual_s - replica.transfer_s), turn.policy.learn_weight)
+    upload_s = 0.0 if turn.device(replica.device).view else phases.upload_s  # mapping moves none
+    moving_s = phases.queue_s + phases.remote_s + phases.disk_s + upload_s
+    node.overhead_s = learn(node.overhead_s, max(0.0, actual_s - moving_s), turn.policy.learn_weight)

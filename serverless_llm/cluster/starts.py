@@ -204,8 +204,7 @@ def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Op
         chosen += pinned
     victims = tuple(replica for candidate in chosen for replica in candidate.replicas)
     crowd = sum(len(replica.running) for replica in device.replicas.values()), len(residents(device))
-    start_s, _ = predicted_s(turn, claim.model, device)
-    return choose.Option(device.id, start_s, eviction_s(turn, chosen), victims, crowd)
+    return choose.Option(device.id, predicted_s(turn, claim.model, device), eviction_s(turn, chosen), victims, crowd)
 
 
 # --- decisions ---
@@ -213,7 +212,6 @@ def _option(turn: Turn, claim: Claim, device: Device, in_use: bool) -> choose.Op
 
 def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
     model, device = claim.model, turn.device(option.device)
-    seconds, transfer = predicted_s(turn, model, device)
     replica = Replica(
         turn.state.next_replica,
         model.spec.name,
@@ -231,8 +229,7 @@ def _start(turn: Turn, claim: Claim, option: choose.Option) -> None:
         model.spec.verify,
         solicited=model.requested_at is not None or len(model.present()) < model.spec.min_replicas,
         online=model.demand > 0,
-        predicted_s=seconds,
-        transfer_s=transfer,
+        predicted_s=predicted_s(turn, model, device),
         idle_since=turn.now,
     )
     turn.state.next_replica += 1

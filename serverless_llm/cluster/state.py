@@ -90,7 +90,6 @@ class Replica:
         absent_since: its node's heartbeats leave it out since then.
         promises: sequences for whose KV room is kept beyond the floor, and what that takes.
         progress_done: bytes of its load that are done, of `progress_total`.
-        transfer_s: of `predicted_s`, what its bytes take.
         left_s: seconds without news after which its load counts as stuck, while others go before it.
     """
 
@@ -111,7 +110,6 @@ class Replica:
     solicited: bool = False
     online: bool = True
     predicted_s: float = 0.0
-    transfer_s: float = 0.0
     left_s: float = 0.0
     ready_at: float = 0.0
     idle_since: float = 0.0

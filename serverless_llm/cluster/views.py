@@ -84,4 +84,4 @@ def _until(state: State, ready: list[Replica]) -> float | None:
 def _estimate_s(state: State, policy: Policy, one: Model, now: float) -> float:
     turn = Turn(state, policy, now)
     usable = (device for device in state.devices.values() if device.open)
-    return min((predicted_s(turn, one, device)[0] for device in usable), default=math.inf)
+    return min((predicted_s(turn, one, device) for device in usable), default=math.inf)

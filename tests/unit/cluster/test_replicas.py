@@ -89,7 +89,7 @@ def test_what_a_start_takes_beside_its_bytes_is_learned(desk: Desk) -> None:
     known.bandwidth["disk"] = 10.0
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
-    desk.tell(e.ReplicaReady(1, PHASES), after=9.0)
+    desk.tell(e.ReplicaReady(1, LoadPhases(disk_s=8.0, total_s=8.5, disk_bytes=80)), after=9.0)
     assert round(known.overhead_s, 6) == round(0.05 + 0.3 * (1.0 - 0.05), 6)
 
 
@@ -476,7 +476,19 @@ def test_a_node_learns_its_overhead(desk: Desk) -> None:
     desk.ask(1, "a")
     desk.tell(e.Reserved(D0, 1))
     desk.tell(e.ReplicaReady(1, LoadPhases(disk_s=4.0, total_s=5.0, disk_bytes=80)), after=5.0)
-    assert desk.machine.state.nodes["n0"].overhead_s == pytest.approx(0.7 * 0.05 + 0.3 * 5.0)
+    assert desk.machine.state.nodes["n0"].overhead_s == pytest.approx(0.7 * 0.05 + 0.3 * 1.0)
+
+
+@pytest.mark.parametrize(("weights", "own_s"), [("copy", 0.5), ("view", 0.75)])  # mapping is no bytes' moving
+def test_a_link_that_is_slower_than_believed_is_no_overhead(weights: str, own_s: float) -> None:
+    desk = Desk(QUIET)
+    desk.join(node(weights=weights))
+    desk.tell(deploy("a"))
+    desk.ask(1, "a")
+    desk.tell(e.Reserved(D0, 1))
+    phases = LoadPhases(queue_s=1.0, remote_s=16.0, disk_s=2.0, upload_s=0.25, remote_bytes=80)
+    desk.tell(e.ReplicaReady(1, phases), after=19.75)
+    assert desk.machine.state.nodes["n0"].overhead_s == pytest.approx(0.7 * 0.05 + 0.3 * own_s)
 
 
 def test_a_load_from_the_page_cache_is_no_sample_of_the_disk(desk: Desk) -> None:

@@ -53,7 +53,6 @@ def test_bytes_that_a_server_has_come_at_the_speed_of_its_link() -> None:
         desk.tell(deploy("a", remote_bytes=80))
         one = decided(desk.ask(1, "a"))
         assert round(one.predicted_s, 6) == seconds
-        assert round(desk.machine.state.replicas[1].transfer_s, 6) == round(seconds - 0.05, 6)
 
 
 def test_a_start_goes_where_a_disk_has_the_bytes() -> None:
