@@ -413,3 +413,22 @@ def test_headers_alone_are_a_manifest_and_no_weights(tmp_path: Path) -> None:
     why = f"{directory} holds headers alone until its model is loaded: serverless-llm pull its URL"
     assert str(raised.value) == why
     assert manifest.weights(write(tmp_path / "neighbour", ONE))
+
+
+PARTS = ["a" * 255] * 3 + ["a" * 200]  # with what follows, 1,024 bytes and the slashes between
+
+
+@pytest.mark.parametrize(
+    ("name", "can"),
+    [
+        ("a" * 255, True),
+        ("a" * 256, False),
+        ("\u00e9" * 127 + "a", True),
+        ("\u00e9" * 128, False),
+        ("/".join([*PARTS, "b" * 55]), True),
+        ("/".join([*PARTS, "b" * 56]), False),
+        ("a\n", False),
+    ],
+)
+def test_names_that_files_can_have(name: str, can: bool) -> None:
+    assert manifest.can_be_named(name) is can
