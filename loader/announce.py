@@ -52,7 +52,7 @@ def announce(tier: DiskTier, url: str, told: Told, needed: Sequence[str] = ()) -
         needed: names of files without which nothing is read.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: there is no such checkpoint, or what was here is damaged (`DiskTier.remove_damaged`).
         TransientError: the server or the disk fails.
         CapacityError: what is read now is larger than the tier, or as `DiskTier.bring`.
         ConfigurationError: obstore is missing, or a variable is wrong.
@@ -71,6 +71,7 @@ def announce(tier: DiskTier, url: str, told: Told, needed: Sequence[str] = ()) -
         return tier.bring(url, told)
     place = tier.home(source.url) / version_of(files)
     try:
+        tier.remove_damaged(source.url, files, place)
         return brought(_announced(tier, source, files, place))
     except OSError as error:
         raise TransientError(f"{source.url} cannot be kept in {tier.root}: {error.strerror}") from error

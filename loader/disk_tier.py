@@ -75,7 +75,8 @@ class DiskTier:
                 pages, or None. They are there when this returns.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or what came of it is not what the server promised.
+            CheckpointError: there is no such checkpoint, what came of it is not what the server promised, or what was
+                here is damaged (`remove_damaged`).
             TransientError: the server or the disk fails; the next call goes on with what came.
             CapacityError: it is larger than the tier, or than what can leave it.
             ConfigurationError: obstore is missing, or a variable is wrong.
@@ -91,6 +92,7 @@ class DiskTier:
         check_names(source, files, needed)
         whole = self.home(source.url) / version_of(files)
         try:
+            self.remove_damaged(source.url, files, whole)
             return brought(self._whole(source, files, whole, told, memory_for))
         except OSError as error:
             raise TransientError(f"{source.url} cannot be kept in {self.root}: {error.strerror}") from error
@@ -192,6 +194,23 @@ class DiskTier:
                 _leaves(place)
         return {place: _nbytes(place) for place in sorted(filter(Path.exists, places), key=_last_use)}
 
+    def remove_damaged(self, url: str, files: Sequence[RemoteFile], place: Path) -> None:
+        """A version that lacks one of its files, or has it in another size, leaves, to be brought anew.
+
+        Raises:
+            CheckpointError: somebody uses it.
+        """
+        if not place.exists() or _damaged(place, files) is None:
+            return
+        with self.alone():
+            damaged = _damaged(place, files)
+            if damaged is None or not place.exists() or _leaves(place):
+                return
+        raise CheckpointError(
+            f"{damaged} is gone or not as long as that of {url}, and {place} is in use: "
+            f"end what uses it, then serverless-llm pull {url}"
+        )
+
     def discard(self, place: Path) -> None:
         with self.alone():
             _remove(place)
@@ -267,6 +286,15 @@ def _versions(home: Path) -> list[Path]:
 
 def is_whole(place: Path) -> bool:
     return place.exists() and not (place / REMOTE).exists()
+
+
+def _damaged(place: Path, files: Sequence[RemoteFile]) -> Path | None:
+    """The first of a version's files that is gone or of another size."""
+    for file in files:
+        path = place / CHECKPOINT / file.name
+        if not path.is_file() or path.stat().st_size != file.size:
+            return path
+    return None
 
 
 def _sync_folders(place: Path, files: Sequence[RemoteFile]) -> None:

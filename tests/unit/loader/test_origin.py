@@ -37,6 +37,10 @@ from tests.unit.loader.checkpoints import Node, spoil
 from tests.unit.loader.origins import TOKENIZER, announce, check, fetch, forget, held, silent, whole, writers
 
 
+def pull(tier: DiskTier, url: str) -> Lease:
+    return tier.bring(url, silent)
+
+
 def test_an_announced_checkpoint_is_known_by_its_headers(server: RangeServer, tier: DiskTier, tmp_path: Path) -> None:
     url = f"{server.url}/m"
     with announce(tier, f"{url}/") as lease:
@@ -135,7 +139,7 @@ def test_deploying_keeps_what_came_of_its_version(server: RangeServer, tier: Dis
     assert sorted(path.suffix for path in tier.root.glob("*/*")) == ["", disk_tier.PARTIAL]
 
 
-@pytest.mark.parametrize("bring", [announce, lambda tier, url: tier.bring(url, silent)], ids=["announce", "bring"])
+@pytest.mark.parametrize("bring", [announce, pull])
 def test_what_a_server_had_last_is_taken_also_after_it_went_back(
     server: RangeServer, tier: DiskTier, bring: Callable[[DiskTier, str], Lease]
 ) -> None:
@@ -150,6 +154,39 @@ def test_what_a_server_had_last_is_taken_also_after_it_went_back(
     with bring(tier, url) as lease, tier.latest(url, Path.exists) or pytest.fail() as latest:
         assert lease.offline
         assert lease.directory == latest.directory == places[0]
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+@pytest.mark.parametrize("before", [announce, pull], ids=["announced", "whole"])
+@pytest.mark.parametrize("again", [announce, pull], ids=["announce", "pull"])
+def test_what_is_damaged_leaves_and_is_brought_anew(
+    server: RangeServer,
+    tier: DiskTier,
+    before: Callable[[DiskTier, str], Lease],
+    again: Callable[[DiskTier, str], Lease],
+    how: str,
+    name: str,
+) -> None:
+    url = f"{server.url}/m"
+    with before(tier, url) as used:
+        path = used.directory / name
+        spoil(path, 1, how)
+        with pytest.raises(CheckpointError) as raised:
+            again(tier, url)
+        assert str(raised.value) == (
+            f"{path} is gone or not as long as that of {url}, and {used.directory.parent} is in use: "
+            f"end what uses it, then serverless-llm pull {url}"
+        )
+    with again(tier, url) as lease:
+        assert lease.directory == used.directory
+        assert whole(lease.directory) == (again is pull)
+        assert {file: len(data) for file, data in held(lease.directory).items()} == {
+            file: len(data) for file, data in server.files.items()
+        }
+    with pull(tier, url) as lease:
+        assert held(lease.directory) == server.files
+    assert [path.suffix for path in tier.root.glob("*/*")] == [""]
 
 
 def test_what_a_store_tells_digests_of_is_compared_before_it_is_used(
