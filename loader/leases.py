@@ -46,13 +46,16 @@ def lease_of(place: Path, wanted: Callable[[Path], bool] = Path.exists) -> Lease
     lock = lock_of(place, fcntl.LOCK_SH)
     if lock is None:
         return None
-    lease = Lease(place / CHECKPOINT, lock)
-    if not wanted(place):
-        lease.close()
-        return None
-    with suppress(OSError):  # a mount that is read-only, from which nothing leaves
-        os.utime(lock)
-    return lease
+    try:
+        if wanted(place):
+            with suppress(OSError):  # a mount that is read-only, from which nothing leaves
+                os.utime(lock)
+            return Lease(place / CHECKPOINT, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
 
 
 def lock_of(place: Path, kind: int) -> int | None:

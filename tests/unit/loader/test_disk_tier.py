@@ -150,6 +150,8 @@ def test_a_version_is_looked_at_once_it_cannot_leave(server: RangeServer, tier: 
     with tier.latest(url, stays) or pytest.fail() as lease:
         assert asked == [None]
     assert tier.latest(url, lambda place: False) is None
+    with pytest.raises(NotADirectoryError):
+        tier.latest(url, lambda place: any((place / "url").iterdir()))
     assert disk_tier._leaves(lease.directory.parent)  # nothing holds it where it is not wanted
 
 
