@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import disk_tier, header
-from serverless_llm.loader.disk_tier import HEADS, URL, DiskTier, brought, version_at, version_of
+from serverless_llm.loader.disk_tier import HEADS, URL, DiskTier, brought, sync_folders, version_at, version_of
 from serverless_llm.loader.download import Told, sync
 from serverless_llm.loader.leases import Lease, lease_of, lock_of
 from serverless_llm.loader.manifest import (
@@ -110,8 +110,8 @@ def _fetch(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: P
     except (CheckpointError, CapacityError):
         tier.discard(heads)
         raise
-    for path in (heads / REMOTE, heads, *{(heads / CHECKPOINT / file.name).parent for file in files}):
-        sync(path)
+    sync(heads / REMOTE)
+    sync_folders(heads, files)
 
 
 def _write(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: Path) -> None:

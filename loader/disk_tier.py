@@ -133,7 +133,7 @@ class DiskTier:
             raise
         for file in files:  # what a process recorded and was killed before it synced
             sync(partial / CHECKPOINT / file.name)
-        _sync_folders(partial, files)
+        sync_folders(partial, files)
         with self.alone():
             lock = lock_of(whole, fcntl.LOCK_SH)
             if lock is None:
@@ -297,9 +297,12 @@ def _damaged(place: Path, files: Sequence[RemoteFile]) -> Path | None:
     return None
 
 
-def _sync_folders(place: Path, files: Sequence[RemoteFile]) -> None:
-    for folder in {(place / CHECKPOINT / file.name).parent for file in files} | {place}:
-        sync(folder)
+def sync_folders(place: Path, files: Sequence[RemoteFile]) -> None:
+    """Those that lead to a version's files, from the tier's root on."""
+    root = place.parent.parent
+    for folder in {one for file in files for one in (place / CHECKPOINT / file.name).parents}:
+        if folder.is_relative_to(root):
+            sync(folder)
 
 
 def _complete(files: Sequence[RemoteFile], partial: Path, whole: Path) -> None:
@@ -316,7 +319,7 @@ def _complete(files: Sequence[RemoteFile], partial: Path, whole: Path) -> None:
         link.unlink(missing_ok=True)
         link.hardlink_to(came)
         link.rename(there)  # does nothing where both are one already
-    _sync_folders(whole, files)
+    sync_folders(whole, files)
     (whole / REMOTE).unlink()
     sync(whole)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -41,6 +42,16 @@ def pull(tier: DiskTier, url: str) -> Lease:
     return tier.bring(url, silent)
 
 
+def nest(server: RangeServer, folder: str) -> str:
+    """The last file of weights lies in a folder from now on; its name."""
+    last = "model-00002-of-00002.safetensors"
+    server.files[f"m/{folder}/{last}"] = server.files.pop(f"m/{last}")
+    index = json.loads(server.files[f"m/{manifest.INDEX}"])
+    index["weight_map"] = {key: name.replace(last, f"{folder}/{last}") for key, name in index["weight_map"].items()}
+    server.files[f"m/{manifest.INDEX}"] = json.dumps(index).encode()
+    return last
+
+
 def test_an_announced_checkpoint_is_known_by_its_headers(server: RangeServer, tier: DiskTier, tmp_path: Path) -> None:
     url = f"{server.url}/m"
     with announce(tier, f"{url}/") as lease:
@@ -77,11 +88,7 @@ def test_an_announced_checkpoint_is_known_by_its_headers(server: RangeServer, ti
 def test_headers_alone_are_refused_below_their_directory_too(
     server: RangeServer, tier: DiskTier, tmp_path: Path
 ) -> None:
-    last = "model-00002-of-00002.safetensors"
-    server.files[f"m/sub/{last}"] = server.files.pop(f"m/{last}")
-    index = json.loads(server.files[f"m/{manifest.INDEX}"])
-    index["weight_map"] = {key: name.replace(last, f"sub/{last}") for key, name in index["weight_map"].items()}
-    server.files[f"m/{manifest.INDEX}"] = json.dumps(index).encode()
+    last = nest(server, "sub")
     with announce(tier, f"{server.url}/m") as lease:
         (tmp_path / "link").symlink_to(lease.directory / "sub")
         for path in (lease.directory / "sub" / last, tmp_path / "link" / last):
@@ -187,6 +194,26 @@ def test_what_is_damaged_leaves_and_is_brought_anew(
     with pull(tier, url) as lease:
         assert held(lease.directory) == server.files
     assert [path.suffix for path in tier.root.glob("*/*")] == [""]
+
+
+@pytest.mark.parametrize("bring", [announce, pull])
+def test_all_of_a_version_is_synced_before_it_takes_its_name(
+    server: RangeServer, tier: DiskTier, monkeypatch: pytest.MonkeyPatch, bring: Callable[[DiskTier, str], Lease]
+) -> None:
+    nest(server, "a/b")
+    before: set[int] = set()
+    after: set[int] = set()
+
+    def fsync(descriptor: int) -> None:
+        named = any(not place.suffix for place in tier.root.glob("*/*"))
+        (after if named else before).add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with bring(tier, f"{server.url}/m") as lease:
+        place = lease.directory.parent
+    needed = {tier.root, place.parent, place, *place.rglob("*")} - {place / leases.LOCK, place / disk_tier.URL}
+    assert {path for path in needed if path.stat().st_ino not in before} == set()
+    assert place.parent.stat().st_ino in after
 
 
 def test_what_a_store_tells_digests_of_is_compared_before_it_is_used(
