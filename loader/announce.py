@@ -72,7 +72,7 @@ def announce(tier: DiskTier, url: str, told: Told, needed: Sequence[str] = ()) -
     place = tier.home(source.url) / version_of(files)
     try:
         tier.remove_damaged(source.url, files, place)
-        return brought(_announced(tier, source, files, place))
+        return brought(_announced(tier, source, files, place), source.url)
     except OSError as error:
         raise TransientError(f"{source.url} cannot be kept in {tier.root}: {error.strerror}") from error
 
@@ -110,6 +110,7 @@ def _fetch(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: P
     except (CheckpointError, CapacityError):
         tier.discard(heads)
         raise
+    sync(heads / URL)
     sync(heads / REMOTE)
     sync_folders(heads, files)
 

@@ -93,7 +93,7 @@ class DiskTier:
         whole = self.home(source.url) / version_of(files)
         try:
             self.remove_damaged(source.url, files, whole)
-            return brought(self._whole(source, files, whole, told, memory_for))
+            return brought(self._whole(source, files, whole, told, memory_for), source.url)
         except OSError as error:
             raise TransientError(f"{source.url} cannot be kept in {self.root}: {error.strerror}") from error
 
@@ -133,6 +133,7 @@ class DiskTier:
             raise
         for file in files:  # what a process recorded and was killed before it synced
             sync(partial / CHECKPOINT / file.name)
+        sync(partial / URL)
         sync_folders(partial, files)
         with self.alone():
             lock = lock_of(whole, fcntl.LOCK_SH)
@@ -324,14 +325,25 @@ def _complete(files: Sequence[RemoteFile], partial: Path, whole: Path) -> None:
     sync(whole)
 
 
-def brought(lease: Lease) -> Lease:
+def brought(lease: Lease, url: str) -> Lease:
     """Its server has this version now: it comes before all others, whenever they came."""
     place = lease.directory.parent
     with suppress(OSError):  # another user's, or on a mount that is read-only
+        if not _is_named(place, url):
+            (place / URL).write_text(url)
+            sync(place / URL)
+            sync(place)
         last = max((_last_brought(other) for other in _versions(place.parent) if other != place), default=0)
         if _last_brought(place) <= last:
             os.utime(place / URL, ns=(last + SECOND, last + SECOND))
     return lease
+
+
+def _is_named(place: Path, url: str) -> bool:
+    try:
+        return (place / URL).read_bytes() == url.encode()
+    except FileNotFoundError:
+        return False
 
 
 def _leaves(place: Path) -> bool:

@@ -211,9 +211,26 @@ def test_all_of_a_version_is_synced_before_it_takes_its_name(
     monkeypatch.setattr(os, "fsync", fsync)
     with bring(tier, f"{server.url}/m") as lease:
         place = lease.directory.parent
-    needed = {tier.root, place.parent, place, *place.rglob("*")} - {place / leases.LOCK, place / disk_tier.URL}
+    needed = {tier.root, place.parent, place, *place.rglob("*")} - {place / leases.LOCK}
     assert {path for path in needed if path.stat().st_ino not in before} == set()
     assert place.parent.stat().st_ino in after
+
+
+@pytest.mark.parametrize("bring", [announce, pull])
+@pytest.mark.parametrize("left", ["", "http://127.0.0.1/other", None])
+def test_what_a_version_was_brought_from_is_written_anew(
+    server: RangeServer, tier: DiskTier, bring: Callable[[DiskTier, str], Lease], left: str | None
+) -> None:
+    url = f"{server.url}/m"
+    with bring(tier, url) as lease:
+        note = lease.directory.parent / disk_tier.URL
+    note.unlink()
+    if left is not None:
+        note.write_text(left)
+    assert disk_tier.url_of(lease.directory) == ""
+    with bring(tier, f"{url}/") as again:
+        assert again.directory == lease.directory
+    assert disk_tier.url_of(lease.directory) == url
 
 
 def test_what_a_store_tells_digests_of_is_compared_before_it_is_used(
