@@ -14,6 +14,7 @@ An announced version becomes whole file by file, each replaced at once, and is w
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -80,6 +81,7 @@ class DiskTier:
             TransientError: the server or the disk fails; the next call goes on with what came.
             CapacityError: it is larger than the tier, or than what can leave it.
             ConfigurationError: obstore is missing, or a variable is wrong.
+            OSError: there is no memory, as `memory_for` says.
         """
         source = Remote(url)
         try:
@@ -95,6 +97,8 @@ class DiskTier:
             self.remove_damaged(source.url, files, whole)
             return brought(self._whole(source, files, whole, told, memory_for), source.url)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise
             raise TransientError(f"{source.url} cannot be kept in {self.root}: {error.strerror}") from error
 
     def _whole(self, source: Remote, files: Sequence[RemoteFile], whole: Path, told: Told, memory_for: Placed) -> Lease:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -273,6 +274,14 @@ def test_a_disk_that_takes_no_more_is_told(
     server.sent = 0
     tier.bring(url, silent).close()
     assert server.sent < 200_000
+
+
+def test_memory_that_is_short_is_told_as_of_a_directory(server: RangeServer, tier: DiskTier) -> None:
+    url = f"{server.url}/a"
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)) as raised:
+        tier.bring(url, silent, memory_for=lambda file: library._allocate(1 << 60))
+    assert raised.value.errno == errno.ENOMEM
+    tier.bring(url, silent).close()
 
 
 def test_only_what_a_tier_has_is_held(tmp_path: Path) -> None:
