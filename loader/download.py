@@ -13,7 +13,6 @@ which is the caller's own where he wants them at once.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import queue
@@ -22,20 +21,19 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 from zlib import crc32
 
 from serverless_llm.errors import TransientError
 from serverless_llm.loader.manifest import CHECKPOINT
 from serverless_llm.loader.remote import Remote, RemoteFile
+from serverless_llm.loader.uncached import PAGE, Written
 
 RECORD = "record"
 CONNECTIONS = 16  # one stream does not fill a fast link, nor one core that copies
 RANGE_BYTES = 16 << 20  # asked for at once, or less where that is more than a 64th of all
 COMPARING = 4  # one thread in so many compares what is there before it asks for more
 CHUNKS = 8  # of a range: what is written, and recorded, at a time
-PAGE = 4096  # what writes past the page cache begin and end with, in the file and in memory
 WAITING = 32  # chunks that were written and not yet synced
 JOIN_SECONDS = 0.5  # for threads that are busy to hear of an end; one that waits for its server ends with the process
 
@@ -335,7 +333,7 @@ class _Download:
         file = self._files[wanted.file]
         flow = _Flow(self._source.read(file, wanted.start, wanted.stop, least=1))
         memory = self._memory.get(file.name)
-        with _Written(self._folder / CHECKPOINT / file.name) as written, (self._folder / RECORD).open("a") as record:
+        with Written(self._folder / CHECKPOINT / file.name) as written, (self._folder / RECORD).open("a") as record:
             for at in range(wanted.start, wanted.stop, self._chunk_bytes):
                 nbytes = min(self._chunk_bytes, wanted.stop - at)
                 place = own[:nbytes] if memory is None else memory[at : at + nbytes]
@@ -363,38 +361,3 @@ class _Flow:
             count = min(len(place), len(self._rest))
             place[:count] = self._rest[:count]
             place, self._rest = place[count:], self._rest[count:]
-
-
-class _Written:
-    """A file that is written past the page cache where its file system allows, through it elsewhere."""
-
-    def __init__(self, path: Path) -> None:
-        self._buffered = os.open(path, os.O_WRONLY)
-        try:
-            self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        except OSError:  # this file system has no such thing
-            self._direct = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for descriptor in (self._buffered, self._direct):
-            if descriptor >= 0:
-                os.close(descriptor)
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """`data` begins with a page. Whole pages go past the cache; what is left of them, by whatever reason, not."""
-        done = self._past_the_cache(data[: len(data) // PAGE * PAGE], offset)
-        while done < len(data):
-            done += os.pwrite(self._buffered, data[done:], offset + done)
-
-    def _past_the_cache(self, pages: memoryview, offset: int) -> int:
-        if self._direct < 0 or offset % PAGE or not pages:
-            return 0
-        try:
-            return os.pwrite(self._direct, pages, offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL: this file system or device wants another alignment
-                raise
-            return 0

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import download, manifest, remote
-from serverless_llm.loader.download import PAGE, Piece, _Written, add, apart, joined, line, missing, recorded
+from serverless_llm.loader.download import Piece, add, apart, joined, line, missing, recorded
 from serverless_llm.loader.remote import Remote
 from serverless_llm.loader.source import OpenFile, SourceFile
+from serverless_llm.loader.uncached import PAGE, Written
 from tests.range_server import RangeServer
 from tests.serving import until
 from tests.unit.loader.checkpoints import full, spoil
@@ -170,7 +171,7 @@ def test_any_bytes_from_anywhere_are_written(offset: int, nbytes: int, shift: in
     memory[:] = random.Random(0).randbytes(len(memory))
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(offset)
-        with _Written(Path(file.name)) as written:
+        with Written(Path(file.name)) as written:
             written.write(memory[shift : shift + nbytes], offset)
         assert Path(file.name).read_bytes() == bytes(offset) + memory[shift : shift + nbytes]
 
