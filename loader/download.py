@@ -243,15 +243,10 @@ class _Download:
 
     def run(self) -> None:
         left = sum(file.size for file in self._files)
-        count = min(CONNECTIONS, self._work.qsize() + self._kept.qsize())
-        threads = [
-            threading.Thread(target=self._bring, args=(number % COMPARING == 0,), daemon=True)
-            for number in range(count)
-        ]
+        threads: list[threading.Thread] = []
         self._tell({*self._done})
-        for thread in threads:
-            thread.start()
         try:
+            self._begin(threads)
             while left:
                 batch = self._batch()
                 written = [one for one in batch if isinstance(one, Piece)]
@@ -265,6 +260,17 @@ class _Download:
                         raise error
         finally:
             self._end(threads)
+
+    def _begin(self, threads: list[threading.Thread]) -> None:
+        """Starts as many as there is work for, each of which is in the list from then on."""
+        for number in range(min(CONNECTIONS, self._work.qsize() + self._kept.qsize())):
+            thread = threading.Thread(target=self._bring, args=(number % COMPARING == 0,), daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more
+                why = f"{self._source.url} needs {CONNECTIONS} threads to come, and the machine has no more"
+                raise TransientError(f"{why}: {error}") from error
+            threads.append(thread)
 
     def _batch(self) -> list[Piece | Compared | Exception]:
         """What has landed since the last call; waits for something."""

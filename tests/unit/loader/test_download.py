@@ -6,6 +6,7 @@ import mmap
 import random
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -201,6 +202,35 @@ def test_what_came_before_an_error_is_not_read_again(
     assert min(one for one in told if one > 2) > 600_000
     lines = (tmp_path / download.RECORD).read_text().splitlines()
     assert len(lines) == len(set(lines)) > 8
+
+
+def test_a_machine_without_threads_is_told_and_those_that_it_had_end(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, begun, goes_on = threading.Thread.start, list[threading.Thread](), threading.Event()
+
+    def exhausted(thread: threading.Thread) -> None:
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(download, "JOIN_SECONDS", 0.0)
+    with server:
+        source = Remote(f"{server.url}/m")
+        files = source.files()
+        download.prepare(tmp_path, files)
+        server._loop.call_soon_threadsafe(goes_on.wait)
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(threading.Thread, "start", exhausted)
+                with pytest.raises(TransientError, match="the machine has no more: can't start new thread"):
+                    download.download(source, files, tmp_path, lambda name, done, total: None, {})
+        finally:
+            goes_on.set()
+        until(lambda: not any(thread.is_alive() for thread in begun), "the threads to end")
+        assert len(server.gets) <= len(begun)
+        assert bring(source, tmp_path) == server.files["m/model.safetensors"]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
