@@ -203,7 +203,8 @@ def download(
 
     Raises:
         CheckpointError: as `Remote.read`.
-        TransientError: the server fails, or the disk takes no more; the next call goes on with what came.
+        TransientError: the server fails, the disk takes no more, or the machine has no memory or threads for it; the
+            next call goes on with what came.
     """
     try:
         _Download(source, files, folder, told, memory).run()
@@ -307,8 +308,8 @@ class _Download:
             thread.join(JOIN_SECONDS / len(threads))
 
     def _bring(self, compares: bool) -> None:
-        own = memoryview(mmap.mmap(-1, self._chunk_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         try:
+            own = self._pages()
             if compares:
                 self._compare()
             while not self._stop.is_set():
@@ -317,6 +318,13 @@ class _Download:
             return
         except Exception as error:  # noqa: BLE001  the thread's edge: whoever waits raises it
             self._landed.put(error)
+
+    def _pages(self) -> memoryview:
+        """Memory of whole ones for a chunk."""
+        try:
+            return memoryview(mmap.mmap(-1, self._chunk_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        except OSError as error:
+            raise TransientError(f"no memory for what comes of {self._source.url}: {error.strerror}") from error
 
     def _compare(self) -> None:
         """What an earlier call left, which comes into the memory, too; what is damaged is read as what is missing."""

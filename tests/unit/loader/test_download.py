@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import random
 import sys
 import tempfile
@@ -231,6 +233,15 @@ def test_a_machine_without_threads_is_told_and_those_that_it_had_end(
         until(lambda: not any(thread.is_alive() for thread in begun), "the threads to end")
         assert len(server.gets) <= len(begun)
         assert bring(source, tmp_path) == server.files["m/model.safetensors"]
+
+
+def test_a_machine_without_memory_is_told(server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: int) -> mmap.mmap:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(mmap, "mmap", exhausted)
+    with server, pytest.raises(TransientError, match=r"no memory for what comes of .*/m: Cannot allocate memory$"):
+        bring(Remote(f"{server.url}/m"), tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
