@@ -241,6 +241,7 @@ class _Download:
             self._work.put(one)
         self._landed: queue.Queue[Piece | Compared | Exception] = queue.Queue(WAITING)
         self._stop = threading.Event()
+        self._writes = threading.Semaphore(CONNECTIONS)  # one is held while a thread writes
 
     def run(self) -> None:
         left = sum(file.size for file in self._files)
@@ -300,8 +301,12 @@ class _Download:
             self._told(file.name, self._done[number], file.size)
 
     def _end(self, threads: Sequence[threading.Thread]) -> None:
-        """Ends the threads, but waits for none that hears nothing from its server."""
+        """Ends the threads. Nothing is written once this returns, but it waits for none that hears nothing from its
+        server."""
         self._stop.set()
+        for _ in range(CONNECTIONS):
+            self._writes.acquire()
+        self._writes.release(CONNECTIONS)
         for thread in threads:
             while not self._landed.empty():  # nobody waits to be heard
                 self._landed.get()
@@ -352,12 +357,13 @@ class _Download:
                 nbytes = min(self._chunk_bytes, wanted.stop - at)
                 place = own[:nbytes] if memory is None else memory[at : at + nbytes]
                 flow.fill(place)
-                if self._stop.is_set():
-                    return
-                written.write(place, at)
                 piece = Piece(wanted.file, at, at + nbytes, crc32(place))
-                record.write(line(piece))
-                record.flush()
+                with self._writes:
+                    if self._stop.is_set():
+                        return
+                    written.write(place, at)
+                    record.write(line(piece))
+                    record.flush()
                 self._landed.put(piece)
 
 

@@ -244,6 +244,41 @@ def test_a_machine_without_memory_is_told(server: RangeServer, tmp_path: Path, m
         bring(Remote(f"{server.url}/m"), tmp_path)
 
 
+def test_a_write_that_hangs_with_its_disk_is_waited_for_and_none_follows(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, begun, goes_on, ended = os.pwrite, threading.Event(), threading.Event(), threading.Event()
+    late: list[int] = []
+
+    def hangs(descriptor: int, data: memoryview, offset: int) -> int:
+        begun.set()
+        goes_on.wait()
+        late.extend([offset] if ended.is_set() else [])
+        return real(descriptor, data, offset)
+
+    def call() -> None:
+        with pytest.raises(CheckpointError, match=r"config\.json is not there"):
+            download.download(source, files, tmp_path, lambda name, done, total: None, {})
+        ended.set()
+
+    monkeypatch.setattr(download, "JOIN_SECONDS", 0.0)
+    monkeypatch.setattr(os, "pwrite", hangs)
+    with server:
+        source = Remote(f"{server.url}/m")
+        files = source.files()
+        download.prepare(tmp_path, files)
+        server.faults.statuses = {"m/config.json": 404}
+        before = {*threading.enumerate()}
+        caller = threading.Thread(target=call)
+        caller.start()
+        begun.wait()
+        caller.join(0.2)
+        goes_on.set()
+        until(lambda: before >= {*threading.enumerate()}, "all threads to end")
+    assert ended.is_set()
+    assert not late
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("wanted", [False, True])
 def test_what_was_damaged_since_it_came_is_read_again(
