@@ -19,7 +19,8 @@ import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -141,12 +142,13 @@ def intact(path: Path, piece: Piece, place: memoryview) -> bool:
     return done == len(place) and crc32(place) == piece.digest
 
 
-def missing(have: Sequence[Range], sizes: Sequence[int], most: int) -> list[Range]:
+def missing(have: Iterable[Range], sizes: Sequence[int], most: int) -> list[Range]:
     """What is not there, in ranges of `most` bytes at most. `have` is as `joined` gives it."""
     gaps = []
+    there = {number: [*ranges] for number, ranges in groupby(have, lambda one: one.file)}
     for number, size in enumerate(sizes):
         at = 0
-        for one in (*(one for one in have if one.file == number), Range(number, size, size)):
+        for one in (*there.get(number, ()), Range(number, size, size)):
             gaps += [Range(number, start, min(start + most, one.start)) for start in range(at, one.start, most)]
             at = one.stop
     return gaps
