@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from zlib import crc32
 
@@ -32,7 +33,7 @@ class Filling:
 
     def __init__(self, directory: Path, source: Remote, files: Sequence[RemoteFile]) -> None:
         """Raises:
-        BlockingIOError: another process brings it.
+        BlockingIOError: another process brings it, or has.
         OSError: it cannot be written.
         """
         self.url = source.url
@@ -47,15 +48,14 @@ class Filling:
         self._intact: set[Piece] = set()  # of `have`
         self._partial.mkdir(exist_ok=True)
         lock = lock_of(self._partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if lock is None or is_whole(self._whole):
-            if lock is not None:
-                os.close(lock)
+        if lock is None:
             raise BlockingIOError("another process brings it")
-        try:
+        with ExitStack() as failed:
+            failed.callback(os.close, lock)
+            if is_whole(self._whole):
+                raise BlockingIOError("another process has brought it")
             self.have = kept(self._partial, files)
-        except BaseException:
-            os.close(lock)
-            raise
+            failed.pop_all()
         self._lock = lock
 
     def read(self, piece: Piece) -> memoryview | None:

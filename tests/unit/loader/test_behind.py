@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -196,6 +197,24 @@ def test_a_disk_tier_that_fails_is_locked_no_longer(server: RangeServer, lease: 
     check(node, found, fetch(node, found), server)
     until(lambda: not writers(), "its writer to end")
     assert not is_locked(partial)
+
+
+def test_a_disk_tier_that_cannot_be_looked_at_is_locked_no_longer(
+    lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url, files = announcing.announced(lease.directory) or pytest.fail()
+    real = Path.exists
+
+    def fails(self: Path) -> bool:
+        if self.name == manifest.REMOTE:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            filling.Filling(lease.directory, remote.Remote(url), files)
+    assert not is_locked(lease.directory.parent.with_suffix(disk_tier.PARTIAL))
 
 
 def test_a_writer_that_gets_no_thread_keeps_no_lock(
