@@ -107,11 +107,10 @@ def apart(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def add(record: int, pieces: Sequence[Piece]) -> None:
-    """Lines to a record, lastingly; the bytes of the pieces were synced."""
+    """Lines to a record."""
     data = "".join(map(line, pieces)).encode()
     while data:
         data = data[os.write(record, data) :]
-    os.fsync(record)
 
 
 def line(piece: Piece) -> str:
@@ -125,6 +124,7 @@ def rewrite(folder: Path, pieces: Sequence[Piece]) -> None:
     fresh = folder / f"{RECORD}.new"
     with fresh.open("w") as opened:
         add(opened.fileno(), pieces)
+        os.fsync(opened.fileno())
     fresh.rename(folder / RECORD)
 
 

@@ -44,7 +44,8 @@ class Filling:
         self._partial = self._whole.with_name(self._whole.name + PARTIAL)
         self._record = -1
         self._descriptors: dict[int, int] = {}
-        self._written: list[Piece] = []  # and not yet committed
+        self._last: Piece | None = None  # that was written, and is not in the record yet
+        self._unsynced: set[int] = set()  # files
         self._intact: set[Piece] = set()  # of `have`
         self._partial.mkdir(exist_ok=True)
         lock = lock_of(self._partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,20 +94,31 @@ class Filling:
         self._note(number, start, data)
 
     def _note(self, number: int, start: int, data: memoryview) -> None:
-        stop = start + len(data)
-        if self._written:
-            last = self._written[-1]
-            if (last.file, last.stop) == (number, start) and stop - last.start <= PIECE_BYTES:
-                self._written[-1] = last._replace(stop=stop, digest=crc32(data, last.digest))
-                return
-        self._written.append(Piece(number, start, stop, crc32(data)))
+        """For the record, which has it once its piece is as long as one may be, or what follows is no neighbour."""
+        stop, last = start + len(data), self._last
+        if last and (last.file, last.stop) == (number, start) and stop - last.start <= PIECE_BYTES:
+            last = last._replace(stop=stop, digest=crc32(data, last.digest))
+        else:
+            self._add()
+            last = Piece(number, start, stop, crc32(data))
+        self._last = last
+        if stop - last.start >= PIECE_BYTES:
+            self._add()
+
+    def _add(self) -> None:
+        """The last piece to the record."""
+        if self._last:
+            download.add(self._record, [self._last])
+            self._unsynced.add(self._last.file)
+            self._last = None
 
     def commit(self) -> None:
-        """What was written counts from now on, whatever happens."""
-        for number in {one.file for one in self._written}:
+        """What was written lasts from now on, whatever happens."""
+        self._add()
+        for number in self._unsynced:
             sync(self._path(number))
-        download.add(self._record, self._written)
-        self._written.clear()
+        self._unsynced.clear()
+        os.fsync(self._record)
 
     def end(self) -> None:
         """Makes the version whole if nothing is missing, nor damaged of what earlier loads left.

@@ -183,6 +183,24 @@ def test_what_was_damaged_and_not_read_makes_no_version_whole(
     assert held(lease.directory) == server.files
 
 
+def test_what_was_written_counts_though_its_process_is_killed_before_it_lasts(
+    server: RangeServer, lease: Lease
+) -> None:
+    _, url, files = announcing.announced(lease.directory) or pytest.fail()
+    *_, first, second = range(len(files))
+    data, weights = memoryview(server.files[f"m/{files[first].name}"]), filling.lacking(lease.directory)
+    writer = filling.Filling(lease.directory, remote.Remote(url), files)
+    writer.begin()
+    half = filling.PIECE_BYTES // 2
+    for start in (0, half):
+        writer.write(first, start, data[start : start + half])
+    assert filling.lacking(lease.directory) == weights - filling.PIECE_BYTES
+    writer.write(first, filling.PIECE_BYTES, data[filling.PIECE_BYTES :])
+    writer.write(second, 0, memoryview(server.files[f"m/{files[second].name}"])[:10])
+    writer.close()
+    assert filling.lacking(lease.directory) == weights - files[first].size
+
+
 def is_locked(place: Path) -> bool:
     lock = leases.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if lock is not None:
