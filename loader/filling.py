@@ -43,7 +43,6 @@ class Filling:
         self._whole = directory.parent
         self._partial = self._whole.with_name(self._whole.name + PARTIAL)
         self._record = -1
-        self._descriptors: dict[int, int] = {}
         self._last: Piece | None = None  # that was written, and is not in the record yet
         self._unsynced: set[int] = set()  # files
         self._intact: set[Piece] = set()  # of `have`
@@ -86,11 +85,10 @@ class Filling:
 
     def write(self, number: int, start: int, data: memoryview) -> None:
         """Bytes at `start` of the file of this number."""
-        if number not in self._descriptors:
-            self._descriptors[number] = os.open(self._path(number), os.O_WRONLY)
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptors[number], data[done:], start + done)
+        with self._path(number).open("r+b", buffering=0) as opened:  # anew: there may be more files than descriptors
+            done = 0
+            while done < len(data):
+                done += os.pwrite(opened.fileno(), data[done:], start + done)
         self._note(number, start, data)
 
     def _note(self, number: int, start: int, data: memoryview) -> None:
@@ -137,7 +135,7 @@ class Filling:
         tier().finish(self._source, self._files, self._partial, self._whole)
 
     def close(self) -> None:
-        for descriptor in (*self._descriptors.values(), self._record, self._lock):
+        for descriptor in (self._record, self._lock):
             if descriptor >= 0:
                 os.close(descriptor)
 

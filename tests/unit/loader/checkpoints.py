@@ -8,7 +8,7 @@ import queue
 import resource
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,15 @@ def full(nbytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def opened(folder: Path) -> list[Path]:
+    """Files below a folder that this process has open, a path for each descriptor."""
+    paths: list[Path] = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            paths.append(link.readlink())
+    return sorted(path for path in paths if path.is_relative_to(folder))
 
 
 def spoil(path: Path, place: int, how: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 from pathlib import Path
 
 from serverless_llm.loader import announce as announcing
-from serverless_llm.loader import disk_tier, origin
+from serverless_llm.loader import disk_tier, leases, origin
 from serverless_llm.loader.disk_tier import DiskTier
 from serverless_llm.loader.leases import Lease
 from serverless_llm.loader.manifest import Manifest
@@ -67,3 +69,10 @@ def held(directory: Path) -> dict[str, bytes]:
 
 def whole(directory: Path) -> bool:
     return disk_tier.is_whole(directory.parent)
+
+
+def is_locked(place: Path) -> bool:
+    lock = leases.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is not None:
+        os.close(lock)
+    return lock is None

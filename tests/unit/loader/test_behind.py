@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import threading
@@ -33,8 +32,8 @@ from serverless_llm.loader.source import Came, Source
 from serverless_llm.quantities import size
 from tests.range_server import RangeServer
 from tests.serving import until
-from tests.unit.loader.checkpoints import Device, Node, random, spoil, write
-from tests.unit.loader.origins import begin, check, fetch, forget, held, silent, whole, writers
+from tests.unit.loader.checkpoints import Device, Node, random, write
+from tests.unit.loader.origins import begin, check, fetch, forget, held, is_locked, whole, writers
 
 
 @pytest.mark.parametrize("obstacle", ["full", "bound", "taken"])
@@ -158,56 +157,6 @@ def test_a_version_that_was_half_put_in_place_is_finished(
     assert held(lease.directory) == server.files
 
 
-def test_what_was_damaged_and_not_read_makes_no_version_whole(
-    server: RangeServer, tier: DiskTier, lease: Lease
-) -> None:
-    _, url, files = announcing.announced(lease.directory) or pytest.fail()
-    *_, first, second = range(len(files))
-    for number in (first, second):
-        writer = filling.Filling(lease.directory, remote.Remote(url), files)
-        writer.begin()
-        writer.write(number, 0, memoryview(server.files[f"m/{files[number].name}"]))
-        writer.commit()
-        if number == first:
-            writer.end()
-            spoil(
-                lease.directory.parent.with_suffix(disk_tier.PARTIAL) / "checkpoint" / files[first].name, 99, "flipped"
-            )
-        else:
-            with pytest.raises(TransientError, match="is damaged: the next start or pull reads that anew"):
-                writer.end()
-        writer.close()
-    assert not whole(lease.directory)
-    assert filling.lacking(lease.directory) == files[first].size
-    tier.bring(url, silent).close()
-    assert held(lease.directory) == server.files
-
-
-def test_what_was_written_counts_though_its_process_is_killed_before_it_lasts(
-    server: RangeServer, lease: Lease
-) -> None:
-    _, url, files = announcing.announced(lease.directory) or pytest.fail()
-    *_, first, second = range(len(files))
-    data, weights = memoryview(server.files[f"m/{files[first].name}"]), filling.lacking(lease.directory)
-    writer = filling.Filling(lease.directory, remote.Remote(url), files)
-    writer.begin()
-    half = filling.PIECE_BYTES // 2
-    for start in (0, half):
-        writer.write(first, start, data[start : start + half])
-    assert filling.lacking(lease.directory) == weights - filling.PIECE_BYTES
-    writer.write(first, filling.PIECE_BYTES, data[filling.PIECE_BYTES :])
-    writer.write(second, 0, memoryview(server.files[f"m/{files[second].name}"])[:10])
-    writer.close()
-    assert filling.lacking(lease.directory) == weights - files[first].size
-
-
-def is_locked(place: Path) -> bool:
-    lock = leases.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if lock is not None:
-        os.close(lock)
-    return lock is None
-
-
 def test_a_disk_tier_that_fails_is_locked_no_longer(server: RangeServer, lease: Lease, node: Node) -> None:
     partial = lease.directory.parent.with_suffix(disk_tier.PARTIAL)
     (partial / download.RECORD).mkdir(parents=True)
@@ -215,24 +164,6 @@ def test_a_disk_tier_that_fails_is_locked_no_longer(server: RangeServer, lease: 
     check(node, found, fetch(node, found), server)
     until(lambda: not writers(), "its writer to end")
     assert not is_locked(partial)
-
-
-def test_a_disk_tier_that_cannot_be_looked_at_is_locked_no_longer(
-    lease: Lease, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, url, files = announcing.announced(lease.directory) or pytest.fail()
-    real = Path.exists
-
-    def fails(self: Path) -> bool:
-        if self.name == manifest.REMOTE:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "exists", fails)
-        with pytest.raises(OSError, match="Input/output error"):
-            filling.Filling(lease.directory, remote.Remote(url), files)
-    assert not is_locked(lease.directory.parent.with_suffix(disk_tier.PARTIAL))
 
 
 def test_a_writer_that_gets_no_thread_keeps_no_lock(
