@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,28 +168,26 @@ def _index(planned: Iterable[Shard]) -> dict[str, Any]:
 
 
 def _write(path: Path, shard: Shard, files: Sequence[FileEntry], told: Told) -> None:
-    opened = {number: files[number].path.open("rb", buffering=0) for number in {part.file for part in shard.parts}}
-    try:
-        with path.open("wb") as out:
-            out.write(shard.header)
-            done = len(shard.header)
-            for number, tensor in shard.parts:
-                for offset in range(tensor.start, tensor.end, CHUNK):
-                    wanted = min(CHUNK, tensor.end - offset)
-                    out.write(_read(opened[number].fileno(), files[number], offset, wanted))
-                    done += wanted
-                    told(shard.name, done, shard.nbytes)
-        for number, file in opened.items():
-            now = os.fstat(file.fileno())
-            if (now.st_size, now.st_mtime_ns) != (files[number].size, files[number].mtime_ns):
-                raise CheckpointError(f"{files[number].path} changed while it was read")
-    finally:
-        for file in opened.values():
-            file.close()
+    with path.open("wb") as out:
+        out.write(shard.header)
+        done = len(shard.header)
+        for number, parts in groupby(shard.parts, lambda part: part.file):
+            for data in _read(files[number], [part.tensor for part in parts]):
+                out.write(data)
+                done += len(data)
+                told(shard.name, done, shard.nbytes)
 
 
-def _read(descriptor: int, file: FileEntry, offset: int, count: int) -> bytes:
-    data = os.pread(descriptor, count, offset)
-    if len(data) < count:
-        raise CheckpointError(f"{file.path} ends at byte {offset + len(data)}, which it did not before")
-    return data
+def _read(file: FileEntry, tensors: Iterable[TensorEntry]) -> Iterator[bytes]:
+    """The bytes of a file's tensors, of which none changed before the last was read."""
+    with file.path.open("rb", buffering=0) as opened:
+        for tensor in tensors:
+            for offset in range(tensor.start, tensor.end, CHUNK):
+                wanted = min(CHUNK, tensor.end - offset)
+                data = os.pread(opened.fileno(), wanted, offset)
+                if len(data) < wanted:
+                    raise CheckpointError(f"{file.path} ends at byte {offset + len(data)}, which it did not before")
+                yield data
+        now = os.fstat(opened.fileno())
+        if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise CheckpointError(f"{file.path} changed while it was read")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from serverless_llm.errors import CapacityError, CheckpointError, TransientError
 from serverless_llm.loader import header, manifest
 from serverless_llm.loader.repack import PAGE, Shard, repack
-from tests.unit.loader.checkpoints import random, write
+from tests.unit.loader.checkpoints import opened, random, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 WHOLE = 1 << 40
@@ -155,6 +155,14 @@ def test_a_file_that_changes_meanwhile_is_told_and_leaves_nothing(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"ends at byte [0-9]+, which it did not before"):
         repack(source, tmp_path / "target", WHOLE, cut)
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+def test_one_file_is_open_at_a_time(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", *(random(0.1, seed=seed) for seed in range(3)))
+    seen: list[list[Path]] = []
+    repack(source, tmp_path / "target", WHOLE, lambda name, done, total: seen.append(opened(source)))
+    assert [len(paths) for paths in seen] == [1] * 9
+    assert len({path for (path,) in seen}) == 3
 
 
 def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path: Path) -> None:
