@@ -358,15 +358,16 @@ def _check_tensors(files: list[FileEntry], weight_map: dict[str, str], index: st
     for file in files:
         for entry in file.header.tensors:
             if entry.name in home:
-                raise CheckpointError(f"{index}: tensor {entry.name!r} is in {home[entry.name]} and in {file.name}")
+                both = f"{home[entry.name]} and in {file.name}"
+                raise CheckpointError(f"{index}: tensor {shown(entry.name)} is in {both}")
             home[entry.name] = file.name
     if home == weight_map:
         return
     name = min(name for name in home.keys() | weight_map.keys() if home.get(name) != weight_map.get(name))
     where = home.get(name, "no file")
     if name not in weight_map:
-        raise CheckpointError(f"{index} lacks tensor {name!r}, which is in {where}")
-    raise CheckpointError(f"{index} says that tensor {name!r} is in {weight_map[name]}, but it is in {where}")
+        raise CheckpointError(f"{index} lacks tensor {shown(name)}, which is in {where}")
+    raise CheckpointError(f"{index} says that tensor {shown(name)} is in {weight_map[name]}, but it is in {where}")
 
 
 def identify(

@@ -8,6 +8,7 @@ import torch
 
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader.header import TensorEntry
+from serverless_llm.loader.members import shown
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F4": torch.float4_e2m1fn_x2,
@@ -34,7 +35,7 @@ def view(buffer: Any, entry: TensorEntry, base: int = 0) -> torch.Tensor:
     """
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is None:
-        raise CheckpointError(f"tensor {entry.name!r} has the dtype {entry.dtype}, which has no tensor type")
+        raise CheckpointError(f"tensor {shown(entry.name)} has the dtype {entry.dtype}, which has no tensor type")
     shape = shape_of(entry)
     if entry.start == entry.end:
         return torch.empty(shape, dtype=dtype, device=buffer.device if isinstance(buffer, torch.Tensor) else "cpu")
@@ -65,5 +66,5 @@ def shape_of(entry: TensorEntry) -> tuple[int, ...]:
         return entry.shape
     *rows, last = entry.shape
     if last % 2:
-        raise CheckpointError(f"tensor {entry.name!r} of F4 {list(entry.shape)} has rows that end within a byte")
+        raise CheckpointError(f"tensor {shown(entry.name)} of F4 {list(entry.shape)} has rows that end within a byte")
     return (*rows, last // 2)

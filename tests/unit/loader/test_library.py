@@ -241,8 +241,8 @@ def test_no_device_is_the_cpu_as_to_the_reference(tmp_path: Path) -> None:
         loader.load_file(path, device=None, backend="gds")
 
 
-def entry(dtype: str, shape: list[int], nbytes: int) -> dict[str, Any]:
-    return {"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}
+def entry(dtype: str, shape: list[int], nbytes: int, name: str = "x") -> dict[str, Any]:
+    return {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,8 @@ def entry(dtype: str, shape: list[int], nbytes: int) -> dict[str, Any]:
         (raw(entry("F32", [2], 8), bytes(9)), "tensors end at byte"),
         (raw(entry("F6_E2M3", [4], 3), bytes(3)), "tensor 'x' has the dtype F6_E2M3, which has no tensor type"),
         (raw(entry("F4", [2, 3], 3), bytes(3)), r"'x' of F4 \[2, 3\] has rows that end within a byte"),
+        (raw(entry("F6_E2M3", [4], 3, "x" * 9999), bytes(3)), r"tensor 'x{200}\.\.\.' has the dtype"),
+        (raw(entry("F4", [2, 3], 3, "x" * 9999), bytes(3)), r"tensor 'x{200}\.\.\.' of F4 \[2, 3\]"),
         (raw(entry("F32", [0, 2**62, 2**62], 0)), "'x' overflows"),
     ],
 )

@@ -387,6 +387,18 @@ def test_index_and_files_must_agree(tmp_path: Path) -> None:
         manifest.build(index(directory, {"a": first, "b": second}))
 
 
+def test_a_long_name_of_a_tensor_is_cut_in_errors(tmp_path: Path) -> None:
+    name = "x" * 10_000
+    directory = write(tmp_path, ONE, {name: torch.ones(2)})
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    for weight_map in ({"a": first, name: first, "z": second}, {"a": first, "z": second}):
+        with pytest.raises(CheckpointError, match=rf"tensor 'x{{200}}\.\.\.'.* is in {second}$"):
+            manifest.build(index(directory, weight_map))
+    (directory / first).write_bytes((directory / second).read_bytes())
+    with pytest.raises(CheckpointError, match=rf"tensor 'x{{200}}\.\.\.' is in {first} and in {second}$"):
+        manifest.build(index(directory, {"a": first, name: second}))
+
+
 def test_no_tensor_is_read(tmp_path: Path) -> None:
     """A sparse file of a terabyte would take minutes."""
     size = 1 << 40
