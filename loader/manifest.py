@@ -21,7 +21,7 @@ from serverless_llm.domain import CheckpointId
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import header
 from serverless_llm.loader.header import Header, TensorEntry
-from serverless_llm.loader.members import DECODER, Document, shown
+from serverless_llm.loader.members import DECODER, SPACES, Document, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -288,12 +288,14 @@ def weight_map_of(text: str, index: str) -> dict[str, str]:
         index: what errors call it.
 
     Raises:
-        CheckpointError: no or a bad `weight_map`, too many files, or a file name that leads out of the directory.
+        CheckpointError: no JSON, no or a bad `weight_map` or two, a tensor in two files, too many files, or a name that
+            leads out of the directory or is not as a directory has it.
     """
     document = Document(text, index)
     weight_map: dict[str, str] = {}
     names: dict[str, str] = {}  # one string for each file, not one for each tensor
     beside = count(1)
+    begun = False
 
     def tensor(key: str, at: int) -> int:
         name, end = document.string(at)
@@ -301,17 +303,21 @@ def weight_map_of(text: str, index: str) -> dict[str, str]:
             _check_name(name, index)
             if len(names) == MAX_FILES:
                 raise CheckpointError(f"{index} names more than {MAX_FILES} files")
-        weight_map[key] = names.setdefault(name, name)
+        first = weight_map.setdefault(key, names.setdefault(name, name))
+        if first != name:
+            raise CheckpointError(f"{index} has tensor {shown(key)} twice, in {first} and in {name}")
         return end
 
     def member(key: str, at: int) -> int:
+        nonlocal begun
         if key != "weight_map":
             return _passed(document, at, next(beside))
-        if weight_map or not text.startswith("{", at):
-            raise CheckpointError(f"{index} has {'more than one' if weight_map else 'no'} weight_map")
+        if begun or not text.startswith("{", at):
+            raise CheckpointError(f"{index} has {'more than one' if begun else 'no'} weight_map")
+        begun = True
         return document.object(at, key, tensor)
 
-    begin = len(text) - len(text.lstrip())
+    begin = len(text) - len(text.lstrip(SPACES))
     end = document.object(begin, index, member)
     if end < len(text):
         raise document.broken("something follows", end)
@@ -331,6 +337,8 @@ def _check_name(name: str, index: str) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or not can_be_named(name):
         raise CheckpointError(f"{index} names {shown(name)}, which is no safetensors file in the directory")
+    if str(path) != name:
+        raise CheckpointError(f"{index} names {name!r}: write {str(path)!r}")
 
 
 def _passed(document: Document, at: int, number: int) -> int:

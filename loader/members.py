@@ -10,10 +10,11 @@ from typing import NamedTuple
 from serverless_llm.errors import CheckpointError
 
 SHOWN = 200  # characters of a string from a document that an error repeats
+SPACES = " \t\n\r"  # of JSON
 DECODER = json.JSONDecoder()
-COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-OPEN = re.compile(r"\{[ \t\n\r]*(\}[ \t\n\r]*)?")
-NEXT = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(\}[ \t\n\r]*))")  # group 1: the object's end
+COLON = re.compile(rf"[{SPACES}]*:[{SPACES}]*")
+OPEN = re.compile(rf"\{{[{SPACES}]*(\}}[{SPACES}]*)?")
+NEXT = re.compile(rf"[{SPACES}]*(?:,[{SPACES}]*|(\}}[{SPACES}]*))")  # group 1: the object's end
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which JSON can smuggle in and no UTF-8 string holds
 
 

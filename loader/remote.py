@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -167,7 +166,7 @@ class Remote:
     def _check_names(self, names: list[str]) -> None:
         """They are of files that a directory can have beside each other."""
         for name in names:
-            if str(PurePosixPath(name)) != name or not manifest.can_be_named(name):
+            if not manifest.can_be_named(name):
                 raise CheckpointError(f"{self.url}: no directory can have a file of the name {shown(name)}")
         for before, after in pairwise(sorted(names, key=lambda name: name.replace("/", "\0"))):
             if after.startswith(f"{before}/"):

@@ -166,6 +166,14 @@ def test_what_is_no_object_is_told_in_a_whole_sentence(text: str, sentence: str)
         ('{"a": 5}', "is not JSON: no string at character 21"),
         ('{"a": "/b.safetensors"}', "names '/b.safetensors', which is no safetensors file in the directory"),
         ('{"a": "b.safetensors"}, "weight_map": {}', "has more than one weight_map"),
+        ('{}, "weight_map": {"a": "b.safetensors"}', "has more than one weight_map"),
+        (
+            '{"a": "b.safetensors", "a": "c.safetensors"}',
+            "has tensor 'a' twice, in b.safetensors and in c.safetensors",
+        ),
+        ('{"a": "./b.safetensors"}', "names './b.safetensors': write 'b.safetensors'"),
+        ('{"a": "b//c.safetensors"}', "names 'b//c.safetensors': write 'b/c.safetensors'"),
+        ('{"a": "b.safetensors/"}', "names 'b.safetensors/': write 'b.safetensors'"),
         ('{"a": "b.safetensors"}, "metadata": nope', "is not JSON: Expecting value: line 1 column 1 (char 0)"),
         ('{"a": "b.safetensors"}, "metadata": ' + "[" * 100_000, "is nested too deeply"),
         ('{"a": "b.safetensors"}} {', "is not JSON: something follows at character 39"),
@@ -175,6 +183,17 @@ def test_a_bad_index_is_told_in_a_whole_sentence(weight_map: str, sentence: str)
     with pytest.raises(CheckpointError) as caught:
         manifest.weight_map_of(f'{{"weight_map": {weight_map}}}', "x.json")
     assert str(caught.value) == f"x.json {sentence}"
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\x0b", "\x0c", "\u2028"])
+def test_what_is_white_space_elsewhere_is_none_of_an_index(space: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^x\.json does not begin a JSON object$"):
+        manifest.weight_map_of(space + '{"weight_map": {"a": "b.safetensors"}}', "x.json")
+
+
+def test_a_tensor_may_be_named_twice_with_one_file() -> None:
+    text = '{"weight_map": {"a": "b.safetensors", "a": "b.safetensors"}}'
+    assert manifest.weight_map_of(text, "x.json") == {"a": "b.safetensors"}
 
 
 def test_an_index_has_other_members_and_spaces_too() -> None:

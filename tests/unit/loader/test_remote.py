@@ -85,6 +85,9 @@ def test_files_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         assert source.digest(file) is None
         server.faults.metadata = {"x-amz-meta-sha256": "AB" * 32}
         assert source.digest(file) == ("sha256", "ab" * 32)
+        server.files[f"m/additional_chat_templates/{'x' * 250}.jinja"] = b"t"
+        with pytest.raises(CheckpointError, match=r"s3://bucket/m: no directory can have a file of the name 'addit"):
+            source.files()
         monkeypatch.setattr(remote, "MOST_FILES", 2)
         with pytest.raises(CheckpointError, match="holds more than 2 files: name a checkpoint's own prefix"):
             source.files()
@@ -97,7 +100,7 @@ def test_files_of_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"[]", "/m/model.safetensors.index.json does not begin a JSON object"),
         (b'{"weight_map": {"x": "../x.safetensors"}}', "/m/.*names '../x.safetensors'"),
         (b'{"weight_map": {"x": "/x.safetensors"}}', "/m/.*names '/x.safetensors'"),
-        (b'{"weight_map": {"x": "a//x.safetensors"}}', "/m: no .* of the name 'a//x.safetensors'"),
+        (b'{"weight_map": {"x": "a//x.safetensors"}}', "/m/.*names 'a//x.safetensors': write 'a/x"),
         (b'{"weight_map": {"x": "%s.safetensors"}}' % (122 * "\u00e9").encode(), "names '\u00e9+.safetensors'"),
         (b'{"weight_map": {"x": "%sx.safetensors"}}' % (1012 // 2 * b"d/"), "names 'd/d/"),
         (
