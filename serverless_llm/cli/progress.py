@@ -1,10 +1,12 @@
-"""How far transfers are: bars on a terminal, a line for each finished file in a pipe; always on standard error."""
+"""How far transfers are: bars on a terminal, lines in a pipe; always on standard error."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Self
 
@@ -18,22 +20,29 @@ if TYPE_CHECKING:
 SILENT = 1.0  # seconds in which most models start
 LOOK_AGAIN = 0.3
 LONGEST = 0.2
+APART = 10.0  # seconds between a pipe's lines of a file that comes; an arbitrary number
 
 
 @contextlib.contextmanager
-def transfers() -> Iterator[Told]:
+def transfers(clock: Callable[[], float] = time.monotonic) -> Iterator[Told]:
     """What to tell of each file; it may be called from any thread."""
-    with _bars() if sys.stderr.isatty() else contextlib.nullcontext(_lines()) as told:
+    with _bars() if sys.stderr.isatty() else contextlib.nullcontext(_lines(clock)) as told:
         yield told
 
 
-def _lines() -> Told:
-    ended: set[str] = set()
+def _lines(clock: Callable[[], float]) -> Told:
+    """A line of each file at its end, before that each `APART` seconds, and at its begin where some of it is there."""
+    due: dict[str, float] = {}  # name -> when its next line may come
+    lock = threading.Lock()
 
     def told(name: str, done: int, total: int) -> None:
-        if done >= total and name not in ended:
-            ended.add(name)
-            click.echo(f"{name}: {size(total)}", err=True)
+        now, whole = clock(), done >= total
+        with lock:
+            next_line = due.setdefault(name, now if done else now + APART)
+            if next_line == math.inf or (now < next_line and not whole):
+                return
+            due[name] = math.inf if whole else now + APART
+        click.echo(f"{name}: {size(total)}" if whole else f"{name}: {size(done)} of {size(total)}", err=True)
 
     return told
 
