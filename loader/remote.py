@@ -77,7 +77,8 @@ def checked(url: str) -> str:
         known = ", ".join(f"{scheme}://" for scheme in (*LISTING, *PLAIN))
         raise CheckpointError(f"{url}: no source begins with {parts.scheme}://; there are {known}")
     if "@" in parts.netloc:
-        raise CheckpointError(f"a URL of {parts.hostname} has a user or a password in it: set the store's variables")
+        hint = "set the store's variables" if parts.scheme in LISTING else "give it without: no credentials are sent"
+        raise CheckpointError(f"a URL of {parts.hostname} has a user or a password in it: {hint}")
     if not parts.netloc or not url.isprintable() or " " in url or ".." in parts.path.split("/"):
         raise CheckpointError(f"{url!r} is no URL of a directory")
     if "?" in url or "#" in url:

@@ -45,7 +45,9 @@ def test_what_is_meant_as_a_url() -> None:
     ("url", "said"),
     [
         ("ftp://host/m", r"no source begins with ftp://; there are s3://"),
-        ("https://me:secret@host/m", "a URL of host has a user or a password in it"),
+        ("https://me:secret@host/m", "a URL of host has a user or a password in it: give it without: no cred"),
+        ("http://me:secret@host/m", "a URL of host has a user or a password in it: give it without: no cred"),
+        ("s3://me:secret@host/m", "a URL of host has a user or a password in it: set the store's variables"),
         ("https://host/a/../b", "is no URL of a directory"),
         ("https:///a", "is no URL of a directory"),
         ("https://host/a\n", "is no URL of a directory"),
