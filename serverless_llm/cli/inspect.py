@@ -123,14 +123,19 @@ def checkpoint(source: str, dtype: str) -> dict[str, Any]:
     """What the files say.
 
     Raises:
-        CheckpointError: they cannot be served.
+        CheckpointError: they cannot be served; names the source.
     """
     from serverless_llm.domain import BLOCK_TOKENS, ModelSpec
     from serverless_llm.engine.config import ModelConfig
-    from serverless_llm.loader import manifest
-    from serverless_llm.node.admin import footprint
+    from serverless_llm.errors import CheckpointError
+    from serverless_llm.loader import disk_tier, manifest
+    from serverless_llm.node.admin import footprint, with_source
 
-    needs = footprint(ModelSpec("show", source, dtype))
+    spec = ModelSpec("show", source, dtype, url=disk_tier.url_of(Path(source)))
+    try:
+        needs = footprint(spec)
+    except CheckpointError as error:
+        raise type(error)(with_source(error, spec)) from error
     found = manifest.build(Path(source))
     dtypes = sorted({entry.dtype for _, entry in found.tensors().values()})
     config = found.config

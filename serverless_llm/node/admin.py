@@ -177,9 +177,13 @@ async def read_footprint(spec: ModelSpec, limit: float) -> Footprint:
     try:
         return await within(limit, spec.source, lambda: footprint(spec))
     except CheckpointError as error:
-        place = spec.url or spec.source
-        text = str(error) if place in str(error) or spec.source in str(error) else f"{place}: {error}"
-        raise RequestError(400, "invalid_checkpoint", text, "source") from error
+        raise RequestError(400, "invalid_checkpoint", with_source(error, spec), "source") from error
+
+
+def with_source(error: CheckpointError, spec: ModelSpec) -> str:
+    """What is wrong, and with which source, by its URL where it has one."""
+    place, text = spec.url or spec.source, str(error)
+    return text if place in text or spec.source in text else f"{place}: {text}"
 
 
 async def within(limit: float, source: str, work: Callable[[], T]) -> T:

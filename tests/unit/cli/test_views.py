@@ -191,6 +191,16 @@ def test_show_a_source_without_a_server(cli: CommandLine) -> None:
     assert "Qwen3ForCausalLM: 3 layers of 128, vocabulary of 264" in outcome.out
 
 
+def test_show_names_a_source_whose_tensors_do_not_fit_its_config(cli: CommandLine, tmp_path: Path) -> None:
+    source = tmp_path / "m"
+    shutil.copytree(SOURCE, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    outcome = cli("show", str(source))
+    assert outcome.status == 1
+    assert outcome.err.startswith(f"Error: {source}: tensor model.embed_tokens.weight has shape ")
+
+
 def test_show_a_source_that_is_not_deployed(cli: CommandLine, busy: Scripted) -> None:
     busy.answers["GET", "/admin/models/demo-count"] = (404, {"error": {"message": "no model", "code": "x"}})
     assert "not deployed" in cli("show", "demo-count").out
