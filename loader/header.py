@@ -251,5 +251,5 @@ def _check_cover(tensors: list[TensorEntry], begin: int, file_size: int) -> None
             raise CheckpointError(f"{fault} the tensors {shown(before.name)} and {shown(after.name)}")
     end = tensors[-1].end if tensors else begin
     if end != file_size:
-        fault = "truncated: " if end > file_size else ""
-        raise CheckpointError(f"{fault}tensors end at byte {end}, the file at {file_size}")
+        fault, remedy = ("truncated: ", ": copy or download it again") if end > file_size else ("", "")
+        raise CheckpointError(f"{fault}tensors end at byte {end}, the file at {file_size}{remedy}")

@@ -88,8 +88,8 @@ def test_a_file_that_changed_while_its_model_was_deployed(
     assert (code, error["code"]) == (503, "model_load_failed")
     why: dict[object, str] = {
         rewritten: f"{source} was changed after it was deployed: deploy it again",
-        truncated: f"{source / LAST}: truncated: tensors end at byte {size}, the file at {size - 4096};"
-        " mend that and deploy it again",
+        truncated: f"{source / LAST}: truncated: tensors end at byte {size}, the file at {size - 4096}:"
+        " copy or download it again; mend that and deploy it again",
         deleted: f"{LAST} is missing in {source}; mend that, and it is served again within a minute",
     }
     assert error["message"] == why[change]

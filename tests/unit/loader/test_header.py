@@ -291,7 +291,7 @@ SENTENCES: dict[str, tuple[str, bytes]] = {
         raw({"a": GOOD, "b": GOOD | {"data_offsets": [4, 12]}}, bytes(12)),
     ),
     "out-of-range offsets": (
-        "truncated: tensors end at byte 77, the file at 76",
+        "truncated: tensors end at byte 77, the file at 76: copy or download it again",
         raw({"a": GOOD}, bytes(7)),
     ),
     "bytes of no tensor": ("tensors end at byte 10, the file at 11", raw({}, bytes(1))),
