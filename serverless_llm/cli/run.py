@@ -22,6 +22,7 @@ from serverless_llm.cli.output import as_json, say
 from serverless_llm.cli.progress import Waiting
 from serverless_llm.cli.sources import demos, is_source, name_of, resolve, url_of
 from serverless_llm.errors import ConfigurationError, did_you_mean
+from serverless_llm.quantities import size
 from serverless_llm.surroundings import PREFIX
 
 if TYPE_CHECKING:
@@ -130,6 +131,19 @@ def _server(model: str, state_dir: Path | None, quiet: bool) -> Iterator[Found]:
     began = time.monotonic()
     with ephemeral(f"{name}={source}") as server:
         yield Found(server, name, time.monotonic() - began)
+    if not quiet:
+        _tell_lacking(Path(source))
+
+
+def _tell_lacking(directory: Path) -> None:
+    """What a server that has ended has not written to the disk tier: it waits for no disk."""
+    from serverless_llm.errors import CheckpointError
+    from serverless_llm.loader import disk_tier, filling
+
+    with contextlib.suppress(CheckpointError):  # the next start tells: this one has answered
+        if missing := filling.lacking(directory):
+            url = disk_tier.url_of(directory)
+            click.echo(f"{size(missing)} are not kept on the disk; serverless-llm pull {url} brings them", err=True)
 
 
 def _deployed(server: Server, model: str, quiet: bool) -> str:

@@ -91,6 +91,15 @@ def test_a_url_runs_without_a_server_of_models(shell: Shell, server: RangeServer
     assert total <= server.sent <= 1.02 * total
 
 
+def test_a_server_for_one_answer_tells_what_it_has_not_kept(shell: Shell, server: RangeServer) -> None:
+    url = f"{server.url}/models/add"
+    answer = shell("run", f"{url}/", "12+34", SERVERLESS_LLM_REMOTE_CACHE="1MB")
+    assert (answer.returncode, answer.stdout) == (0, "46\n"), answer.stderr
+    assert f"3.1 MB are not kept on the disk; serverless-llm pull {url} brings them\n" in answer.stderr
+    assert shell("pull", url).returncode == 0
+    assert "not kept" not in shell("run", url, "12+34").stderr
+
+
 def test_a_url_is_a_source(server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     url = f"{server.url}/models/add"
