@@ -248,7 +248,7 @@ class _Download:
     def run(self) -> None:
         left = sum(file.size for file in self._files)
         threads: list[threading.Thread] = []
-        self._tell({*self._done})
+        self._tell({*range(len(self._files))})
         try:
             self._begin(threads)
             while left:

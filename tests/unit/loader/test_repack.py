@@ -161,8 +161,8 @@ def test_one_file_is_open_at_a_time(tmp_path: Path) -> None:
     source = write(tmp_path / "source", *(random(0.1, seed=seed) for seed in range(3)))
     seen: list[list[Path]] = []
     repack(source, tmp_path / "target", WHOLE, lambda name, done, total: seen.append(opened(source)))
-    assert [len(paths) for paths in seen] == [1] * 9
-    assert len({path for (path,) in seen}) == 3
+    assert [len(paths) for paths in seen] == [0] + [1] * 9
+    assert len({path for (path,) in seen[1:]}) == 3
 
 
 def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path: Path) -> None:
