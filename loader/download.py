@@ -32,9 +32,9 @@ from serverless_llm.loader.uncached import PAGE, Written
 
 RECORD = "record"
 CONNECTIONS = 16  # one stream does not fill a fast link, nor one core that copies
-RANGE_BYTES = 16 << 20  # asked for at once, or less where that is more than a 64th of all
+RANGE_BYTES = 8 << 20  # asked for at once, or less where that is more than a 64th of all: what a kill can lose, of each
 COMPARING = 4  # one thread in so many compares what is there before it asks for more
-CHUNKS = 8  # of a range: what is written, and recorded, at a time
+CHUNKS = 4  # of a range: what is written, and recorded, at a time
 WAITING = 32  # chunks that were written and not yet synced
 JOIN_SECONDS = 0.5  # for threads that are busy to hear of an end; one that waits for its server ends with the process
 
