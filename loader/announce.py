@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -37,7 +36,7 @@ from serverless_llm.loader.manifest import (
     headers_alone,
 )
 from serverless_llm.loader.promised import check_headers, check_names
-from serverless_llm.loader.remote import ASKED_AT_ONCE, Remote, RemoteFile, checked
+from serverless_llm.loader.remote import Remote, RemoteFile, checked
 
 SUFFIX = ".safetensors"
 
@@ -79,8 +78,7 @@ def announce(tier: DiskTier, url: str, told: Told, needed: Sequence[str] = ()) -
 
 def _compared(source: Remote, files: Sequence[RemoteFile]) -> bool:
     weights = [file for file in files if file.name.endswith(SUFFIX)]
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-        return any(threads.map(source.digest, weights))
+    return any(source.each(source.digest, weights))
 
 
 def _announced(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], place: Path) -> Lease:
@@ -117,8 +115,10 @@ def _fetch(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: P
 
 def _write(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: Path) -> None:
     directory = heads / CHECKPOINT
+    (heads / REMOTE).unlink(missing_ok=True)  # of one that was killed: these are headers alone once it is there
 
-    def fetch(file: RemoteFile, nbytes: int) -> None:
+    def fetch(wanted: tuple[RemoteFile, int]) -> None:
+        file, nbytes = wanted
         path = directory / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as opened:
@@ -128,14 +128,13 @@ def _write(tier: DiskTier, source: Remote, files: Sequence[RemoteFile], heads: P
             opened.flush()
             os.fsync(opened.fileno())
 
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-        needed = list(threads.map(partial(_needed, source), files))
-        headers = [nbytes for file, nbytes in zip(files, needed, strict=True) if file.name.endswith(SUFFIX)]
-        if sum(headers) > MAX_HEADERS:
-            raise CheckpointError(f"{source.url}: {MANY_HEADERS}")
-        with tier.alone():
-            tier.room(f"what deploying {source.url} reads", sum(needed), sum(needed), heads)
-        list(threads.map(fetch, files, needed))
+    needed = source.each(partial(_needed, source), files)
+    headers = [nbytes for file, nbytes in zip(files, needed, strict=True) if file.name.endswith(SUFFIX)]
+    if sum(headers) > MAX_HEADERS:
+        raise CheckpointError(f"{source.url}: {MANY_HEADERS}")
+    with tier.alone():
+        tier.room(f"what deploying {source.url} reads", sum(needed), sum(needed), heads)
+    source.each(fetch, zip(files, needed, strict=True))
     check_headers(source, directory)
     (heads / URL).write_text(source.url)
     (heads / REMOTE).write_text(json.dumps([source.url, files]))

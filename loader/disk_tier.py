@@ -355,8 +355,10 @@ def _leaves(place: Path) -> bool:
     lock = lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if lock is None:
         return False
-    _remove(place)
-    os.close(lock)
+    try:
+        _remove(place)
+    finally:
+        os.close(lock)
     return True
 
 

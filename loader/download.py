@@ -213,6 +213,8 @@ def download(
     except OSError as error:
         why = f"{source.url} cannot be kept in {folder.parent}: {error.strerror}"
         raise TransientError(f"{why}; the next try goes on with what came") from error
+    except MemoryError as error:
+        raise TransientError(f"no memory for what comes of {source.url}") from error
 
 
 class _Download:
@@ -241,7 +243,7 @@ class _Download:
         self._work: queue.SimpleQueue[Range] = queue.SimpleQueue()
         for one in missing(joined(pieces), sizes, self._range_bytes):
             self._work.put(one)
-        self._landed: queue.Queue[Piece | Compared | Exception] = queue.Queue(WAITING)
+        self._landed: queue.Queue[Piece | Compared | BaseException] = queue.Queue(WAITING)
         self._stop = threading.Event()
         self._writes = threading.Semaphore(CONNECTIONS)  # one is held while a thread writes
 
@@ -260,7 +262,7 @@ class _Download:
                 there = written + [one.piece for one in compared if one.intact]
                 left -= sum(one.stop - one.start for one in there)
                 for error in batch:
-                    if isinstance(error, Exception):
+                    if isinstance(error, BaseException):
                         raise error
         finally:
             self._end(threads)
@@ -276,7 +278,7 @@ class _Download:
                 raise TransientError(f"{why}: {error}") from error
             threads.append(thread)
 
-    def _batch(self) -> list[Piece | Compared | Exception]:
+    def _batch(self) -> list[Piece | Compared | BaseException]:
         """What has landed since the last call; waits for something."""
         batch = [self._landed.get()]
         while not self._landed.empty():
@@ -323,7 +325,7 @@ class _Download:
                 self._read(self._work.get_nowait(), own)
         except queue.Empty:
             return
-        except Exception as error:  # noqa: BLE001  the thread's edge: whoever waits raises it
+        except BaseException as error:  # noqa: BLE001  the thread's edge, also of obstore's panics: whoever waits raises it
             self._landed.put(error)
 
     def _pages(self) -> memoryview:

@@ -11,7 +11,7 @@ from serverless_llm.errors import CheckpointError
 
 SHOWN = 200  # characters of a string from a document that an error repeats
 SPACES = " \t\n\r"  # of JSON
-DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder(parse_constant=int)  # which NaN and Infinity are none of, nor of JSON
 COLON = re.compile(rf"[{SPACES}]*:[{SPACES}]*")
 OPEN = re.compile(rf"\{{[{SPACES}]*(\}}[{SPACES}]*)?")
 NEXT = re.compile(rf"[{SPACES}]*(?:,[{SPACES}]*|(\}}[{SPACES}]*))")  # group 1: the object's end

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from serverless_llm.errors import CheckpointError, ConfigurationError, TransientError
@@ -41,6 +41,9 @@ RETRY: RetryConfig = {"max_retries": 4}
 PATIENCE = timedelta(seconds=5)  # with a host that does not answer, or answers with errors: somebody may be at a prompt
 DIGESTS = {"sha256": 64, "md5": 32}  # names in an object's metadata -> hexadecimal digits
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class RemoteFile(NamedTuple):
@@ -186,8 +189,7 @@ class Remote:
 
     def _asked(self, names: list[str]) -> dict[str, RemoteFile]:
         """Those of the names that are there. A server may refuse what it has not: that counts if nothing is there."""
-        with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-            answers = list(threads.map(self._head, names))
+        answers = self.each(self._head, names)
         found = {answer.name: answer for answer in answers if isinstance(answer, RemoteFile)}
         refusals = [answer for answer in answers if isinstance(answer, CheckpointError)]
         if refusals and not any(name.endswith((".safetensors", INDEX)) for name in found):
@@ -204,6 +206,20 @@ class Remote:
             return None
         except CheckpointError as error:
             return error
+
+    def each(self, call: Callable[[T], U], things: Iterable[T]) -> list[U]:
+        """What `call` says of each, several at a time.
+
+        Raises:
+            TransientError: the machine has no threads for it.
+            Exception: as `call` does.
+        """
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+            try:
+                answers = threads.map(call, things)
+            except RuntimeError as error:
+                raise TransientError(f"no threads to ask {self.url} with: {error}") from error
+            return list(answers)
 
     def text(self, file: RemoteFile, most: int) -> str:
         """A small file.

@@ -169,9 +169,9 @@ def _index(planned: Iterable[Shard]) -> dict[str, Any]:
 
 def _write(path: Path, shard: Shard, files: Sequence[FileEntry], told: Told) -> None:
     with path.open("wb") as out:
-        told(shard.name, 0, shard.nbytes)
         out.write(shard.header)
         done = len(shard.header)
+        told(shard.name, done, shard.nbytes)
         for number, parts in groupby(shard.parts, lambda part: part.file):
             for data in _read(files[number], [part.tensor for part in parts]):
                 out.write(data)

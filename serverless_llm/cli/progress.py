@@ -39,6 +39,8 @@ def _lines(clock: Callable[[], float]) -> Told:
         now, whole = clock(), done >= total
         with lock:
             next_line = due.setdefault(name, now if done else now + APART)
+            if next_line == math.inf and not whole:  # some of it was damaged
+                next_line = due[name] = now + APART
             if next_line == math.inf or (now < next_line and not whole):
                 return
             due[name] = math.inf if whole else now + APART

@@ -64,10 +64,14 @@ def test_a_pipe_is_told_of_each_file_every_ten_seconds_and_at_its_end(capsys: py
         (19.0, "a", 4_000_000_000, 4_900_000_000),
         (20.0, "a", 4_100_000_000, 4_900_000_000),
         (21.0, "a", 4_900_000_000, 4_900_000_000),
-        (99.0, "a", 4_800_000_000, 4_900_000_000),  # a damaged piece comes again
         (99.0, "a", 4_900_000_000, 4_900_000_000),
     ]
     assert lines(told_at, capsys) == ["b: 50 B", "a: 1.2 GB of 4.9 GB", "a: 4.1 GB of 4.9 GB", "a: 4.9 GB"]
+
+
+def test_a_file_of_which_some_was_damaged_is_told_again(capsys: pytest.CaptureFixture[str]) -> None:
+    told_at = [(0.0, "a", 50, 50), (1.0, "a", 10, 50), (9.0, "a", 20, 50), (11.0, "a", 30, 50), (12.0, "a", 50, 50)]
+    assert lines(told_at, capsys) == ["a: 50 B", "a: 30 B of 50 B", "a: 50 B"]
 
 
 def test_the_first_line_of_a_pull_that_goes_on_says_how_much_is_there(capsys: pytest.CaptureFixture[str]) -> None:

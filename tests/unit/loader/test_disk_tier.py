@@ -222,6 +222,16 @@ def test_what_a_version_left_that_is_no_more_leaves(
     assert versions(tier) == [""]
 
 
+def test_what_cannot_be_removed_is_told_and_stays_free(server: RangeServer, tier: DiskTier) -> None:
+    with tier.bring(f"{server.url}/a", silent) as lease:
+        place = lease.directory.parent
+    (lease.directory / "model.safetensors").unlink()
+    place.with_name(place.name + disk_tier.GONE).write_text("in the way")
+    with pytest.raises(TransientError, match=r"cannot be kept in .*: Not a directory"):
+        tier.bring(f"{server.url}/a", silent)
+    os.close(leases.lock_of(place, fcntl.LOCK_EX | fcntl.LOCK_NB) or pytest.fail())
+
+
 def test_half_removed_is_not_there_and_is_removed(server: RangeServer, tier: DiskTier) -> None:
     with tier.bring(f"{server.url}/a", silent) as lease:
         place = lease.directory.parent

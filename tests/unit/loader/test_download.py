@@ -9,7 +9,7 @@ import random
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from zlib import crc32
@@ -243,6 +243,31 @@ def test_a_machine_without_memory_is_told(server: RangeServer, tmp_path: Path, m
 
     monkeypatch.setattr(mmap, "mmap", exhausted)
     with server, pytest.raises(TransientError, match=r"no memory for what comes of .*/m: Cannot allocate memory$"):
+        bring(Remote(f"{server.url}/m"), tmp_path)
+
+
+def test_memory_that_ends_while_it_is_compared_is_told(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> bool:
+        raise MemoryError
+
+    with server:
+        bring(Remote(f"{server.url}/m"), tmp_path)
+        monkeypatch.setattr(download, "intact", exhausted)
+        with pytest.raises(TransientError, match=r"no memory for what comes of .*/m$"):
+            bring(Remote(f"{server.url}/m"), tmp_path)
+
+
+def test_a_panic_of_what_reads_ends_it(server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicError(BaseException):
+        """As a library of Rust raises."""
+
+    def panics(*_: object, **__: object) -> Iterator[bytes]:
+        raise PanicError
+
+    monkeypatch.setattr(Remote, "read", panics)
+    with server, pytest.raises(PanicError):
         bring(Remote(f"{server.url}/m"), tmp_path)
 
 

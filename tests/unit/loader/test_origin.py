@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -194,6 +195,29 @@ def test_what_is_damaged_leaves_and_is_brought_anew(
     with pull(tier, url) as lease:
         assert held(lease.directory) == server.files
     assert [path.suffix for path in tier.root.glob("*/*")] == [""]
+
+
+def test_an_announcement_that_was_killed_at_its_end_is_begun_anew(server: RangeServer, tier: DiskTier) -> None:
+    with announce(tier, f"{server.url}/m") as lease:
+        place = lease.directory.parent
+    place.rename(place.with_name(place.name + disk_tier.HEADS))
+    with announce(tier, f"{server.url}/m") as again:
+        assert again.directory == lease.directory
+    assert [path.suffix for path in tier.root.glob("*/*")] == [""]
+
+
+@pytest.mark.parametrize("bring", [announce, pull])
+def test_a_machine_without_threads_is_told(
+    server: RangeServer, tier: DiskTier, monkeypatch: pytest.MonkeyPatch, bring: Callable[[DiskTier, str], Lease]
+) -> None:
+    def exhausted(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", exhausted)
+        with pytest.raises(TransientError, match=f"no threads to ask {server.url}/m with: can't start new thread"):
+            bring(tier, f"{server.url}/m")
+    bring(tier, f"{server.url}/m").close()
 
 
 @pytest.mark.parametrize("bring", [announce, pull])

@@ -127,6 +127,13 @@ def test_any_tensors_come_out_as_they_went_in(
     check_form(folder / "target")
 
 
+def test_each_file_is_told_to_its_end(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    for name, tensors in (("some", random(0.1)), ("empty", {"a": torch.empty(0)})):
+        repack(write(tmp_path / name, tensors), tmp_path / f"to-{name}", WHOLE, lambda *row: told.append(row))
+        assert told[-1][1] == told[-1][2] == (tmp_path / f"to-{name}" / told[-1][0]).stat().st_size
+
+
 def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     source = write(tmp_path / "source", random(0.1))
     before = {path: path.read_bytes() for path in source.iterdir()}
