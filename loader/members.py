@@ -11,11 +11,17 @@ from serverless_llm.errors import CheckpointError
 
 SHOWN = 200  # characters of a string from a document that an error repeats
 SPACES = " \t\n\r"  # of JSON
-DECODER = json.JSONDecoder(parse_constant=int)  # which NaN and Infinity are none of, nor of JSON
 COLON = re.compile(rf"[{SPACES}]*:[{SPACES}]*")
 OPEN = re.compile(rf"\{{[{SPACES}]*(\}}[{SPACES}]*)?")
 NEXT = re.compile(rf"[{SPACES}]*(?:,[{SPACES}]*|(\}}[{SPACES}]*))")  # group 1: the object's end
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which JSON can smuggle in and no UTF-8 string holds
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it has {constant}, which is no number of JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 class Document(NamedTuple):

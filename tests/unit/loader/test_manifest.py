@@ -176,7 +176,7 @@ def test_what_is_no_object_is_told_in_a_whole_sentence(text: str, sentence: str)
         ('{"a": "b.safetensors/"}', "names 'b.safetensors/': write 'b.safetensors'"),
         ('{"a": "b.safetensors"}, "metadata": nope', "is not JSON: Expecting value: line 1 column 1 (char 0)"),
         ('{"a": "b.safetensors"}, "metadata": ' + "[" * 100_000, "is nested too deeply"),
-        ('{"a": "b.safetensors"}, "metadata": NaN', "is not JSON: invalid literal for int() with base 10: 'NaN'"),
+        ('{"a": "b.safetensors"}, "metadata": NaN', "is not JSON: it has NaN, which is no number of JSON"),
         ('{"a": "b.safetensors"}} {', "is not JSON: something follows at character 39"),
     ],
 )
