@@ -23,6 +23,7 @@ from serverless_llm.loader.download import CONNECTIONS, Piece
 from serverless_llm.loader.filling import Filling
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pacer import Pacer
+from serverless_llm.loader.ranges import Ranges
 from serverless_llm.loader.remote import ChangedError, MissingError, Remote, RemoteFile
 from serverless_llm.loader.source import Came, Opened, Source
 from serverless_llm.loader.staging import Staging
@@ -47,6 +48,7 @@ class Origin:
         self._listed = files
         self._files = {file.name: (number, file) for number, file in enumerate(files)}
         self._source = Remote(url, SILENCE, LONGEST)
+        self._ranges = Ranges(CHUNK)
         self._writers = Writers()
         self._filling: Filling | None = None
         self._behind: Behind | None = None
@@ -57,10 +59,10 @@ class Origin:
         self._began = False
         self._beginning = threading.Lock()  # guards `_began`; taken before `_lock`
 
-    def sources(self, manifest: Manifest, pacer: Pacer, writers: Writers) -> list[Source]:
-        """The files of weights, as a reader wants them; what the server is asked for waits for the pacer. What the
-        last of `writers` has left is written first."""
-        self._writers = writers
+    def sources(self, manifest: Manifest, pacer: Pacer, ranges: Ranges, writers: Writers) -> list[Source]:
+        """The files of weights, as a reader wants them; what the server is asked for waits for the pacer, and `ranges`
+        learn from its answers. What the last of `writers` has left is written first."""
+        self._ranges, self._writers = ranges, writers
         return [RemoteSource(self, file.name, file.size, pacer) for file in manifest.files]
 
     def hold(self, written: Callable[[], None]) -> None:
@@ -160,7 +162,7 @@ class Origin:
         """
         _, file = self._files[name]
         try:
-            for chunk in self._source.read(file, start, stop, CHUNK):
+            for chunk in self._source.read(file, start, stop, CHUNK, self._ranges.observe):
                 yield memoryview(chunk)
         except (ChangedError, MissingError) as error:
             why = "was changed" if isinstance(error, ChangedError) else "was removed"

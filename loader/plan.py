@@ -6,7 +6,8 @@ beginning; the last one is shorter. A span is any part of a piece.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 MAX_BUFFERS = 512  # of one preadv; IOV_MAX is 1024
@@ -57,19 +58,22 @@ def pieces(files: Sequence[SizedFile], resident: Collection[Piece], piece_bytes:
     return heads + rest
 
 
-def reads(pieces: Iterable[Piece], call_bytes: int) -> Iterator[tuple[Piece, ...]]:
-    """Calls of at most `call_bytes` (a multiple of the page size): spans that follow one another in one file."""
+def take(spans: deque[Piece], most: int) -> tuple[Piece, ...]:
+    """The next call off the spans, of at most `most` bytes (a multiple of the page size): those that follow one another
+    in one file, the last of them in part if need be."""
     call: list[Piece] = []
-    filled = 0
-    for span in (span for piece in pieces for span in cut(piece, call_bytes)):
-        adjacent = call and span.file == call[-1].file and span.offset == call[-1].stop
-        if call and (not adjacent or filled + span.length > call_bytes or len(call) == MAX_BUFFERS):
-            yield tuple(call)
-            call, filled = [], 0
-        call.append(span)
-        filled += span.length
-    if call:
-        yield tuple(call)
+    while spans and most and len(call) < MAX_BUFFERS:
+        span = spans[0]
+        if call and (span.file, span.offset) != (call[-1].file, call[-1].stop):
+            break
+        length = min(span.length, most)
+        if length == span.length:
+            spans.popleft()
+        else:
+            spans[0] = Piece(span.file, span.offset + length, span.length - length)
+        call.append(span._replace(length=length))
+        most -= length
+    return tuple(call)
 
 
 def cut(piece: Piece, length: int) -> list[Piece]:

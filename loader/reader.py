@@ -31,6 +31,7 @@ from serverless_llm.loader.link import Priority, Rank
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.plan import Landed, Piece
 from serverless_llm.loader.pool import Pool
+from serverless_llm.loader.ranges import Ranges
 from serverless_llm.loader.source import PAGE, Came, Opened, Source
 from serverless_llm.loader.staging import Staging, pays
 
@@ -79,8 +80,8 @@ class Transfer:
     ended: float = 0.0
     busy: float = 0.0
     _busy_since: float = 0.0
-    _calls: deque[tuple[Piece, ...]] = field(default_factory=deque)
-    _due: Counter[int] = field(default_factory=Counter)  # calls by file, those in flight too
+    _spans: deque[Piece] = field(default_factory=deque)  # that no call has yet
+    _due: Counter[int] = field(default_factory=Counter)  # bytes by file, those in flight too
     _flying: int = 0
     _error: CheckpointError | None = None
     _told: bool = False  # of a stuck read; a slow disk has many
@@ -102,14 +103,17 @@ class Reader:
     """`threads` threads (0: as many as are best), and one that watches them; they end with `close`.
 
     `rate`: cap in bytes per second, 0: none. `staged`: read through `Staging`; None: where it pays. `stuck_s`: seconds
-    after which a read counts as stuck, 0: those of a disk.
-
-    Attributes:
-        call_bytes: most bytes of one call of the transfers to come that somebody waits for.
+    after which a read counts as stuck, 0: those of a disk. `ranges`: what makes calls as long as a server wants them.
     """
 
     def __init__(
-        self, pool: Pool, threads: int = 0, rate: float = 0.0, staged: bool | None = None, stuck_s: float = 0.0
+        self,
+        pool: Pool,
+        threads: int = 0,
+        rate: float = 0.0,
+        staged: bool | None = None,
+        stuck_s: float = 0.0,
+        ranges: Ranges | None = None,
     ) -> None:
         self.rate = rate
         self._pool = pool
@@ -118,12 +122,13 @@ class Reader:
         self._staged = pays(pool.pages) and not rate if staged is None else staged
         self._size = threads or (STAGED_THREADS if self._staged else THREADS)
         longest = STAGED_CALL_BYTES if self._staged else CALL_BYTES
-        self.call_bytes = plan.paced(rate / self._size, longest)
+        self._call_bytes = plan.paced(rate / self._size, longest)
+        self._ranges = ranges
         self._brief = longest // BRIEF
         self._awaited: set[int] = set()
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
-        self._wake = threading.Condition()  # guards _awaited, _queue, its _calls, _due and _flying, _reads, _threads
+        self._wake = threading.Condition()  # guards _awaited, _queue, its _spans, _due and _flying, _reads, _threads
         self._closed = False
         self._threads: list[threading.Thread] = []
         self._watcher = threading.Thread(target=self._watch, name="reader-watch", daemon=True)
@@ -139,7 +144,9 @@ class Reader:
 
     def submit(self, transfer: Transfer) -> None:
         """Queues a transfer; it ends with a `Batch` whose `last` is set."""
-        self._cut(transfer, transfer.pieces)
+        transfer._spans = deque(transfer.pieces)
+        for piece in transfer.pieces:
+            transfer._due[piece.file] += piece.length
         with self._wake:
             self._enqueue(transfer)
 
@@ -158,13 +165,13 @@ class Reader:
     def rank(self, transfer: Transfer, rank: Rank) -> None:
         """Gives it another rank, from its next read on; what has none left stays as it is."""
         with self._wake:
-            if transfer._calls and rank != transfer.rank:
+            if transfer._spans and rank != transfer.rank:
                 self._move(transfer, rank)
 
     def cancel(self, transfer: Transfer) -> None:
         """Begins no more reads of it; `last` comes when those in flight have returned. Idempotent."""
         with self._wake:
-            transfer._calls.clear()
+            transfer._spans.clear()
             if transfer in self._queue:
                 self._move(transfer, ENDING)
 
@@ -193,16 +200,7 @@ class Reader:
         """Caller holds `_wake`."""
         self._queue.remove(transfer)
         transfer.rank = rank
-        self._cut(transfer, [span for call in transfer._calls for span in call])
         self._enqueue(transfer)
-
-    def _cut(self, transfer: Transfer, spans: Sequence[Piece]) -> None:
-        """Into calls as long as its priority has them. Caller holds `_wake` if it is queued."""
-        urgent = transfer.rank.priority < Priority.PREFETCH
-        longest = self.call_bytes if urgent else min(self.call_bytes, self._brief)
-        transfer._due.subtract(call[0].file for call in transfer._calls)
-        transfer._calls = deque(plan.reads(spans, longest))
-        transfer._due.update(call[0].file for call in transfer._calls)
 
     def _enqueue(self, transfer: Transfer) -> None:
         """Caller holds `_wake`."""
@@ -245,7 +243,7 @@ class Reader:
         return len(self._threads) - self._size - min(sum(read.stuck for read in self._reads), MOST_STUCK)
 
     def _work(self) -> None:
-        staging = Staging(self.call_bytes) if self._staged else None
+        staging = Staging(self._call_bytes) if self._staged else None
         while (read := self._take()) is not None:
             if read.call:
                 read.transfer.started = read.transfer.started or time.monotonic()
@@ -268,15 +266,20 @@ class Reader:
                         if not transfer._flying:
                             transfer._busy_since = time.monotonic()
                         transfer._flying += 1
-                        self._reads.append(_Read(transfer, transfer._calls.popleft() if transfer._calls else ()))
+                        self._reads.append(_Read(transfer, plan.take(transfer._spans, self._longest(transfer))))
                         return self._reads[-1]
                 self._wake.wait()
             self._threads.remove(threading.current_thread())
         return None
 
+    def _longest(self, transfer: Transfer) -> int:
+        """Bytes of its next call, at most."""
+        most = self._ranges.nbytes if self._ranges else self._call_bytes
+        return most if transfer.rank.priority < Priority.PREFETCH else min(most, self._brief)
+
     def _may_begin(self, transfer: Transfer) -> bool:
         """Another read, or its end. Caller holds `_wake`."""
-        if not transfer._calls:
+        if not transfer._spans:
             return not transfer._flying
         if self._awaited and transfer.rank > Rank(Priority.ONLINE, min(self._awaited)):
             return False
@@ -301,11 +304,11 @@ class Reader:
         transfer._error = transfer._error or batch.error or _close(transfer, self._read_whole(read))
         with self._wake:
             if transfer._error:
-                transfer._calls.clear()
+                transfer._spans.clear()
             transfer._flying -= 1
             if not transfer._flying:
                 transfer.busy += time.monotonic() - transfer._busy_since
-            last = not transfer._calls and not transfer._flying
+            last = not transfer._spans and not transfer._flying
             if last:
                 self._queue.remove(transfer)
         if last:
@@ -317,10 +320,12 @@ class Reader:
 
     def _read_whole(self, read: _Read) -> list[int]:
         """The file of a call that was its last one."""
+        if not read.call:
+            return []
+        due, file = read.transfer._due, read.call[0].file
         with self._wake:
-            files = {span.file for span in read.call}
-            read.transfer._due.subtract(files)
-            return [file for file in files if not read.transfer._due[file]]
+            due[file] -= sum(span.length for span in read.call)
+            return [] if due[file] else [file]
 
     def _place(self, transfer: Transfer, span: Piece) -> int:
         """Where a span goes in the pool."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 T = TypeVar("T")
 U = TypeVar("U")
+Told = Callable[[int, float, float], None]  # bytes of an answer, seconds until it began, and in which they came
 
 
 class RemoteFile(NamedTuple):
@@ -232,10 +234,13 @@ class Remote:
             raise CheckpointError(f"{self.url}/{file.name} is larger than {most} bytes")
         return b"".join(self.read(file, 0, file.size)).decode()
 
-    def read(self, file: RemoteFile, start: int, stop: int, least: int = LEAST) -> Iterator[bytes]:
+    def read(
+        self, file: RemoteFile, start: int, stop: int, least: int = LEAST, told: Told | None = None
+    ) -> Iterator[bytes]:
         """The bytes from `start` to `stop`, at least `least` at a time, the last ones apart.
 
-        A connection that breaks off is replaced. What was given out is good, whatever happens then.
+        A connection that breaks off is replaced. What was given out is good, whatever happens then. `told` hears of
+        each answer that came whole.
 
         Raises:
             CheckpointError: the file is another by now, or may not be read, or the server knows no ranges.
@@ -246,7 +251,7 @@ class Remote:
         while start < stop:
             before = start
             try:
-                for chunk in self._range(file, start, stop, least):
+                for chunk in self._range(file, start, stop, least, told):
                     start += len(chunk)
                     yield chunk
             except TransientError:
@@ -254,12 +259,14 @@ class Remote:
                 if not tries:
                     raise
 
-    def _range(self, file: RemoteFile, start: int, stop: int, least: int) -> Iterator[bytes]:
+    def _range(self, file: RemoteFile, start: int, stop: int, least: int, told: Told | None) -> Iterator[bytes]:
+        nbytes, asked = stop - start, time.monotonic()
         options: GetOptions = {"range": (start, stop)}
         if file.etag and not file.etag.startswith("W/"):  # a weak one never matches
             options["if_match"] = file.etag
         with self._errors(file.name):
             answer = self._obstore.get(self._store, file.name, options=options)
+            began = time.monotonic()
             if _file(file.name, answer.meta).version != file.version:
                 raise self._changed(file.name)
             for chunk in answer.stream(least):
@@ -271,6 +278,8 @@ class Remote:
                 yield chunk
         if start < stop:
             raise TransientError(f"{self.url}/{file.name}: the server sent less than the range that was asked for")
+        if told:
+            told(nbytes, began - asked, time.monotonic() - began)
 
     def digest(self, file: RemoteFile) -> tuple[str, str] | None:
         """(algorithm, hexadecimal digest) by the object's own metadata, where somebody wrote it there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,10 +13,10 @@ from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.origin import Origin, Writers
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.pool import Pool
+from serverless_llm.loader.ranges import Ranges
 from serverless_llm.loader.reader import Reader
 from serverless_llm.loader.source import Came, Source, SourceFile
 
-FIRST_RATE = 40e6  # bytes per second of a server that nothing is known of; a slower one is told of soon enough
 STUCK_S = 30.0  # a link of 10 Mb/s brings the first calls of all connections in less; a silent server is told of before
 CALL_BYTES = 8 << 20  # of a server; a longer range gains nothing
 
@@ -44,6 +43,7 @@ class Routes:
         self._pool = pool
         self._reader = reader
         self._pacer = Pacer(rate)
+        self._ranges = Ranges(plan.paced(rate, CALL_BYTES))
         self._network: Reader | None = None  # most nodes need none
         self._awaited: set[int] = set()
         self._writers: Writers = Writers()
@@ -51,7 +51,7 @@ class Routes:
     def of(self, manifest: Manifest, origin: Origin | None) -> Route:
         """`origin`: where the files are that are not on the disk."""
         if origin is not None:
-            return Route(self._asker(), self.remote, origin.sources(manifest, self._pacer, self._writers))
+            return Route(self._asker(), self.remote, origin.sources(manifest, self._pacer, self._ranges, self._writers))
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         return Route(self._reader, self.disk, files)
 
@@ -92,11 +92,9 @@ class Routes:
         return self._network is None or self._network.close()
 
     def _asker(self) -> Reader:
-        """Reads from servers, in calls of what their link moves in a moment."""
+        """Reads from servers."""
         if self._network is None:
-            self._network = Reader(self._pool, CONNECTIONS, staged=False, stuck_s=STUCK_S)
+            self._network = Reader(self._pool, CONNECTIONS, staged=False, stuck_s=STUCK_S, ranges=self._ranges)
             for number in self._awaited:
                 self._network.yield_to(number)
-        rate = min(self.remote.bandwidth or FIRST_RATE, self._pacer.rate or math.inf)
-        self._network.call_bytes = plan.paced(rate, CALL_BYTES)
         return self._network

@@ -32,6 +32,7 @@ class Faults:
         fails_after: bytes of bodies that are sent in all; then every answer is 500.
         resets: answers that break off after `reset_after` bytes.
         budget: bytes of bodies that are sent in all; then everything hangs.
+        late: seconds until an answer begins.
         drip: seconds between the bytes of a body, each of which comes alone; 0: none.
         shift: what Content-Range is off by.
         extra, missing: bytes that a body has more or fewer than were asked for.
@@ -47,6 +48,7 @@ class Faults:
     resets: int = 0
     reset_after: int = 0
     budget: int | None = None
+    late: float = 0.0
     drip: float = 0.0
     shift: int = 0
     extra: int = 0
@@ -96,6 +98,8 @@ class RangeServer:
         self._released.set()
 
     async def _released_within(self, seconds: float) -> None:
+        if not seconds:
+            return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._released.wait(), seconds)
 
@@ -167,6 +171,7 @@ class RangeServer:
         body = data[start : stop - faults.missing] + bytes(faults.extra)
         headers["Content-Length"] = str(len(body))
         response = web.StreamResponse(status=status, headers=headers)
+        await self._released_within(faults.late)
         await response.prepare(request)
         if request.method == "GET":
             self.gets.append(name)
@@ -188,8 +193,7 @@ class RangeServer:
             self.sent += len(part)
             faults.sent += len(part)
             await response.write(part)
-            if faults.drip:
-                await self._released_within(faults.drip)
+            await self._released_within(faults.drip)
         if cut < len(body) and request.transport is not None:
             request.transport.abort()
 

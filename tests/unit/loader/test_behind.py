@@ -27,6 +27,7 @@ from serverless_llm.loader import (
 from serverless_llm.loader.disk_tier import DiskTier
 from serverless_llm.loader.leases import Lease
 from serverless_llm.loader.pacer import Pacer
+from serverless_llm.loader.ranges import Ranges
 from serverless_llm.loader.sharing import Loan
 from serverless_llm.loader.source import Came, Source
 from serverless_llm.quantities import size
@@ -284,7 +285,7 @@ def test_what_a_load_still_reads_stays_though_its_writer_was_told_to_give_up(
 ) -> None:
     found, there, ended = manifest.build(lease.directory), origin.of(lease.directory), threading.Event()
     assert there is not None
-    read(there.sources(found, Pacer(0), origin.Writers())[0])
+    read(there.sources(found, Pacer(0), Ranges(1 << 20), origin.Writers())[0])
     there.close()
     until(lambda: not writers(), "an earlier start to end")
     where, gone, end = origin.of(lease.directory), threading.Event(), filling.Filling.end
@@ -296,7 +297,7 @@ def test_what_a_load_still_reads_stays_though_its_writer_was_told_to_give_up(
     monkeypatch.setattr(filling.Filling, "end", told)
     assert where is not None
     where.hold(gone.set)
-    first, second = where.sources(found, Pacer(0), origin.Writers())
+    first, second = where.sources(found, Pacer(0), Ranges(1 << 20), origin.Writers())
     opened = first.open()
     read(second)
     until(lambda: filling.lacking(lease.directory) == 0, "all to be on the disk")

@@ -20,12 +20,14 @@ from serverless_llm.loader import (
     load_checkpoint,
     manifest,
     origin,
+    ranges,
     reader,
 )
 from serverless_llm.loader.disk_tier import DiskTier
 from serverless_llm.loader.leases import Lease
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pacer import Pacer
+from serverless_llm.loader.ranges import Ranges
 from serverless_llm.loader.remote import RemoteFile
 from serverless_llm.loader.source import Came
 from tests.range_server import RangeServer
@@ -131,6 +133,18 @@ def test_a_load_reads_every_byte_once_and_leaves_the_disk_tier_whole(
         assert cached.directory == lease.directory
 
 
+def test_a_server_whose_answers_begin_late_is_asked_for_longer_ranges(
+    server: RangeServer, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "FIRST", 64 << 10)
+    server.faults.late = 0.05
+    found, node = manifest.build(lease.directory), Node()
+    check(node, found, fetch(node, found), server)
+    assert len(server.gets) < found.file_bytes // ranges.FIRST // 2
+    until(lambda: whole(lease.directory), "the disk tier to be whole")
+    node.close()
+
+
 def test_a_cap_holds_for_what_servers_send(server: RangeServer, lease: Lease) -> None:
     found, node = manifest.build(lease.directory), Node(remote_rate=40e6)
     told = fetch(node, found)
@@ -151,7 +165,7 @@ def test_a_cap_holds_for_nothing_that_the_disk_has(server: RangeServer, lease: L
     pacer.stop()
     assert where is not None
     read = Came()
-    for number, source in enumerate(where.sources(found, pacer, origin.Writers())):
+    for number, source in enumerate(where.sources(found, pacer, Ranges(1 << 20), origin.Writers())):
         opened, data = source.open(), bytearray(source.size)
         read += opened.read([memoryview(data)], 0, source.size)
         opened.close()

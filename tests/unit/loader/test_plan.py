@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +16,11 @@ from serverless_llm.loader.plan import Landed, Piece
 class File(NamedTuple):
     size: int
     data_offset: int
+
+
+def calls(pieces: list[Piece], most: int) -> list[tuple[Piece, ...]]:
+    left = deque(pieces)
+    return list(iter(lambda: plan.take(left, most), ()))
 
 
 def test_headers_first_then_file_order() -> None:
@@ -39,22 +45,23 @@ def test_what_is_resident_is_left_out() -> None:
 
 def test_calls_join_what_follows_in_one_file() -> None:
     pieces = [Piece(0, 0, 4), Piece(0, 4, 4), Piece(0, 8, 4), Piece(0, 16, 4), Piece(1, 20, 4)]
-    assert list(plan.reads(pieces, 8)) == [
+    assert calls(pieces, 8) == [
         (Piece(0, 0, 4), Piece(0, 4, 4)),
         (Piece(0, 8, 4),),
         (Piece(0, 16, 4),),
         (Piece(1, 20, 4),),
     ]
-    assert list(plan.reads([], 8)) == []
+    assert plan.take(deque(), 8) == ()
 
 
 def test_calls_cut_what_is_longer() -> None:
-    assert list(plan.reads([Piece(0, 8, 5)], 2)) == [(Piece(0, 8, 2),), (Piece(0, 10, 2),), (Piece(0, 12, 1),)]
+    assert calls([Piece(0, 8, 5)], 2) == [(Piece(0, 8, 2),), (Piece(0, 10, 2),), (Piece(0, 12, 1),)]
+    assert calls([Piece(0, 0, 4), Piece(0, 4, 4)], 6) == [(Piece(0, 0, 4), Piece(0, 4, 2)), (Piece(0, 6, 2),)]
 
 
 def test_a_call_has_no_more_buffers_than_the_system_takes() -> None:
-    calls = list(plan.reads([Piece(0, n, 1) for n in range(plan.MAX_BUFFERS + 1)], 1 << 20))
-    assert [len(call) for call in calls] == [plan.MAX_BUFFERS, 1]
+    pieces = [Piece(0, n, 1) for n in range(plan.MAX_BUFFERS + 1)]
+    assert [len(call) for call in calls(pieces, 1 << 20)] == [plan.MAX_BUFFERS, 1]
 
 
 def test_a_cap_shortens_calls_to_pages() -> None:
@@ -95,7 +102,7 @@ def test_where_bytes_are() -> None:
 def test_every_byte_is_read_once_in_calls_of_the_size(sizes: list[int], piece: int, call: int) -> None:
     files = [File(size, min(size, 3)) for size in sizes]
     seen: list[tuple[int, int]] = []
-    for spans in plan.reads(plan.pieces(files, (), piece), call):
+    for spans in calls(plan.pieces(files, (), piece), call):
         assert sum(span.length for span in spans) <= call
         assert all(one.stop == two.offset and one.file == two.file for one, two in pairwise(spans))
         seen += [(span.file, byte) for span in spans for byte in range(span.offset, span.stop)]
@@ -104,7 +111,7 @@ def test_every_byte_is_read_once_in_calls_of_the_size(sizes: list[int], piece: i
 
 def test_every_call_is_filled_to_its_last_byte() -> None:
     pieces = [Piece(0, 10 * number, 10) for number in range(6)]
-    assert [len(call) for call in plan.reads(pieces, 20)] == [2, 2, 2]
+    assert [len(call) for call in calls(pieces, 20)] == [2, 2, 2]
 
 
 def test_a_span_ends_before_its_stop() -> None:
