@@ -24,7 +24,7 @@ from serverless_llm.loader.filling import Filling
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.ranges import Ranges
-from serverless_llm.loader.remote import ChangedError, MissingError, Remote, RemoteFile
+from serverless_llm.loader.remote import ChangedError, ForbiddenError, MissingError, Remote, RemoteFile
 from serverless_llm.loader.source import Came, Opened, Source
 from serverless_llm.loader.staging import Staging
 
@@ -167,6 +167,10 @@ class Origin:
         except (ChangedError, MissingError) as error:
             why = "was changed" if isinstance(error, ChangedError) else "was removed"
             raise CheckpointError(f"{self.url}/{name} {why} after it was deployed: deploy it again") from error
+        except ForbiddenError as error:
+            raise CheckpointError(
+                f"{error}: whoever loads it asks, serverless-llm serve in its own environment"
+            ) from error
         except TransientError as error:
             raise TransientError(f"{error}; what came is kept, the next start asks for the rest") from error
 

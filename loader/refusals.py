@@ -36,7 +36,7 @@ def address(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """What it says of itself, without a URL's query, which may be a signature, and without the server's page."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = re.sub(r"^Generic \w+ error: ", "", (str(error).splitlines() or [type(error).__name__])[0])
     return re.sub(r"(status code: \d+ [\w ]+):.*", r"\1", re.sub(r"\?\S*", "", line))
 
 

@@ -314,7 +314,10 @@ class Remote:
             why = refusals.first_line(error)
             if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError) or _UNKNOWN.search(why):
                 hint = _CREDENTIALS[urlsplit(self.url).scheme]
-                raise CheckpointError(f"{what} may not be read: {hint}") from error
+                raise ForbiddenError(f"{what} may not be read: {hint}") from error
+            if self._lists and "builder error" in why and "http://" in why:
+                allow = f"{LISTING[urlsplit(self.url).scheme]}_ALLOW_HTTP=true"
+                raise CheckpointError(f"{what}: its endpoint is plain HTTP, set {allow} to allow that") from error
             if "status code: 404 " in why:
                 raise MissingError(f"{what} is not there") from error
             if unreached := refusals.unreached(error):
@@ -329,6 +332,10 @@ class Remote:
 
 class MissingError(CheckpointError):
     """A server has no such file."""
+
+
+class ForbiddenError(CheckpointError):
+    """A server does not let this process read."""
 
 
 class ChangedError(CheckpointError):

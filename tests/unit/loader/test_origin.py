@@ -288,3 +288,10 @@ def test_what_is_another_by_now_is_to_be_deployed_again(
     assert str(failure) == f"{server.url}/{name} was {what} after it was deployed: deploy it again"
     until(lambda: not writers(), "its writer to end")
     assert not whole(lease.directory)
+
+
+def test_a_server_that_refuses_says_whose_credentials_count(server: RangeServer, lease: Lease, node: Node) -> None:
+    server.faults.statuses = dict.fromkeys(server.files, 403)
+    (failure,) = fetch(node, manifest.build(lease.directory)).failures
+    assert not isinstance(failure, TransientError)
+    assert str(failure).endswith(": whoever loads it asks, serverless-llm serve in its own environment")

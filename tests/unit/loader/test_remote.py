@@ -172,6 +172,15 @@ def test_what_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         server.faults.statuses = {"": 403}
         with pytest.raises(CheckpointError, match="may not be read: set AWS_ACCESS_KEY_ID"):
             Remote("s3://bucket/m").files()
+        with (
+            monkeypatch.context() as plain,
+            pytest.raises(
+                CheckpointError,
+                match=r"^s3://bucket/m: its endpoint is plain HTTP, set AWS_ALLOW_HTTP=true to allow that$",
+            ),
+        ):
+            plain.delenv("AWS_ALLOW_HTTP")
+            Remote("s3://bucket/m").files()
         server.faults.statuses = {"": 404}
         with pytest.raises(CheckpointError, match=r"^s3://bucket/m is not there$"):
             Remote("s3://bucket/m").files()
