@@ -41,7 +41,7 @@ def load_into(
     Raises:
         RuntimeError: `strict` and such names, shapes that differ, or buffers on the meta device that no checkpoint
             has, of a module that is none of transformers. Nothing of the module was changed.
-        CheckpointError: as `iterate`.
+        CheckpointError, ValueError: as `iterate`.
     """
     home = home_of(device)
     wanted = module.state_dict(keep_vars=True)

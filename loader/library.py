@@ -60,7 +60,7 @@ def load_file(
     Raises:
         CheckpointError: names the file and what is wrong with it.
         OSError: it cannot be opened.
-        ValueError: another backend, or "gds" and another device than CUDA's.
+        ValueError: another backend, "gds" and another device than CUDA's, or one of CUDA's that this torch has not.
         ConfigurationError: "gds", and kvikio cannot be used.
     """
     _check_backend(backend, device)
@@ -161,6 +161,7 @@ def iterate(directory: str | os.PathLike[str], device: Device = "cpu") -> Iterat
 
     Raises:
         CheckpointError: as `load_checkpoint`; at once where headers tell, else when the bytes are due.
+        ValueError: as of `load_file`.
     """
     home = home_of(device)
     held, files = _opened(directory)
@@ -240,6 +241,25 @@ def local(source: str | os.PathLike[str], memory_for: disk_tier.Placed = lambda 
 
 
 def home_of(device: Device) -> torch.device:
+    """
+    Raises:
+        ValueError: a CUDA device that this torch has not.
+    """
+    home = _named(device)
+    if home.type != "cuda" or (home.index or 0) < torch.cuda.device_count():
+        return home
+    if not torch.backends.cuda.is_built():
+        raise ValueError(
+            f"this torch ({torch.__version__}) is built without CUDA: "
+            'load to device="cpu", or install a torch with CUDA (https://pytorch.org/get-started)'
+        )
+    raise ValueError(f"there is no {home}: torch finds {torch.cuda.device_count()} CUDA devices")
+
+
+def _named(device: Device) -> torch.device:
+    """A number is one of this torch's accelerators, and CUDA's where it has none."""
+    if isinstance(device, int) and not torch.accelerator.is_available():
+        return torch.device(f"cuda:{device}")
     return torch.device("cpu" if device is None else device)
 
 
@@ -247,7 +267,7 @@ def _check_backend(backend: str, device: Device) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     if backend == GDS:
-        if home_of(device).type != "cuda":
+        if _named(device).type != "cuda":
             raise ValueError(f"the backend {GDS} is for CUDA devices, not for {device}")
         gds.kvikio()
 

@@ -28,7 +28,8 @@ def load_slices(
         One dict for each device, in their order; tensors are contiguous.
 
     Raises:
-        ValueError: no device, or a tensor that cannot be cut so; names it, before anything is read.
+        ValueError: no device, one that is not there, or a tensor that cannot be cut so; names it, before anything is
+            read.
         CheckpointError: as `iterate`.
     """
     if not devices:

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from serverless_llm.demo import tasks
 from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import header, library, manifest
 from serverless_llm.loader.header import TensorEntry
+from serverless_llm.loader.library import Device
 from serverless_llm.loader.manifest import FileEntry
 from serverless_llm.loader.reader import CALL_BYTES
 from serverless_llm.loader.source import PAGE
@@ -239,6 +240,28 @@ def test_no_device_is_the_cpu_as_to_the_reference(tmp_path: Path) -> None:
     assert loader.load_into(module, tmp_path, device=None) == (set(), [])
     with pytest.raises(ValueError, match="the backend gds is for CUDA devices, not for None"):
         loader.load_file(path, device=None, backend="gds")
+
+
+LOADS: list[Callable[[Path, Device], Any]] = [
+    lambda directory, device: loader.load_file(directory / manifest.SINGLE, device),
+    loader.load_checkpoint,
+    loader.iterate,
+    lambda directory, device: loader.load_slices(directory, [device], lambda name: None),
+    lambda directory, device: loader.load_into(torch.nn.Linear(2, 3), directory, device),
+]
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_cuda_device_that_is_not_there_is_refused(tmp_path: Path, load: Callable[[Path, Device], Any]) -> None:
+    write(tmp_path, torch.nn.Linear(2, 3).state_dict())
+    count = torch.cuda.device_count()
+    if not torch.backends.cuda.is_built():
+        message = r"this torch \(.*\) is built without CUDA: .*device=\"cpu\", or install a torch with CUDA"
+    else:
+        message = f"there is no cuda:{count}: torch finds {count} CUDA devices"
+    for device in (f"cuda:{count}", count, *(["cuda"] if not count else [])):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, device)
 
 
 def entry(dtype: str, shape: list[int], nbytes: int, name: str = "x") -> dict[str, Any]:
