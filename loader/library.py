@@ -60,7 +60,8 @@ def load_file(
     Raises:
         CheckpointError: names the file and what is wrong with it.
         OSError: it cannot be opened.
-        ValueError: another backend, "gds" and another device than CUDA's, or one of CUDA's that this torch has not.
+        ValueError: another backend, "gds" and another device than CUDA's, one of CUDA's that this torch has not, or the
+            meta device.
         ConfigurationError: "gds", and kvikio cannot be used.
     """
     _check_backend(backend, device)
@@ -243,9 +244,11 @@ def local(source: str | os.PathLike[str], memory_for: disk_tier.Placed = lambda 
 def home_of(device: Device) -> torch.device:
     """
     Raises:
-        ValueError: a CUDA device that this torch has not.
+        ValueError: a CUDA device that this torch has not, or the meta device.
     """
     home = _named(device)
+    if home.type == "meta":
+        raise ValueError('the device meta holds no bytes: load to device="cpu" or to a GPU')
     if home.type != "cuda" or (home.index or 0) < torch.cuda.device_count():
         return home
     if not torch.backends.cuda.is_built():

@@ -20,7 +20,7 @@ import safetensors.torch as reference
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from serverless_llm import loader
 from serverless_llm.cli.make_checkpoint import make_checkpoint
@@ -220,7 +220,7 @@ def test_the_next_groups_are_read_while_one_is_used(
 def test_another_device_gets_it_in_groups(tmp_path: Path) -> None:
     content = random(0.5)
     path = write(tmp_path, content) / manifest.SINGLE
-    got = loader.load_file(path, device="meta")
+    got = library._load(manifest.file_entry(path.name, path, path)[0], torch.device("meta"), "mmap")
     assert {name: (one.device.type, one.shape) for name, one in got.items()} == {
         name: ("meta", one.shape) for name, one in content.items()
     }
@@ -262,6 +262,15 @@ def test_a_cuda_device_that_is_not_there_is_refused(tmp_path: Path, load: Callab
     for device in (f"cuda:{count}", count, *(["cuda"] if not count else [])):
         with pytest.raises(ValueError, match=message):
             load(tmp_path, device)
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_the_meta_device_is_refused_as_there(tmp_path: Path, load: Callable[[Path, Device], Any]) -> None:
+    write(tmp_path, torch.nn.Linear(2, 3).state_dict())
+    with pytest.raises(SafetensorError):
+        reference.load_file(tmp_path / manifest.SINGLE, "meta")
+    with pytest.raises(ValueError, match='the device meta holds no bytes: load to device="cpu" or to a GPU'):
+        load(tmp_path, "meta")
 
 
 def entry(dtype: str, shape: list[int], nbytes: int, name: str = "x") -> dict[str, Any]:
