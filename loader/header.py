@@ -21,6 +21,8 @@ from serverless_llm.loader.members import Document, shown
 
 PREFIX = 8  # bytes before the JSON
 POINTER = b"version "  # how what git has in place of a large file begins; as a length it is over any limit
+PICKLES = b"PK\x03\x04", b"\x80\x02"  # how what torch.save writes begins: a zip since 1.6
+UNOPENED = "not opened, since unpickling runs code"
 METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes of JSON; the reference implementation's limit
 MAX_DIMENSION = 2**63 - 1  # what a tensor library can hold in a signed size
@@ -70,6 +72,10 @@ def data_offset(prefix: bytes, file_size: int) -> int:
     if prefix.startswith(POINTER):
         raise CheckpointError("no safetensors file, but git's pointer to one: git lfs pull brings the file itself")
     length = int.from_bytes(prefix[:PREFIX], "little")
+    if length > MAX_HEADER and prefix.startswith(PICKLES):
+        raise CheckpointError(
+            f"no safetensors file, but a pickle, as torch.save writes: {UNOPENED}; convert it to safetensors"
+        )
     if length > MAX_HEADER:
         raise CheckpointError(
             f"header of {length} bytes is over the limit of {MAX_HEADER}: no safetensors file, or a damaged one"

@@ -244,8 +244,7 @@ def choose(names: list[str], directory: str) -> str:
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
-            f"{directory} has weights only as {', '.join(pickles[:3])}: not opened, since unpickling runs code; "
-            "convert them to safetensors"
+            f"{directory} has weights only as {', '.join(pickles[:3])}: {header.UNOPENED}; convert them to safetensors"
         )
     for suffix, what in OTHERS.items():
         if any(name.endswith(suffix) for name in names):

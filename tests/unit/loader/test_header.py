@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import struct
@@ -181,6 +182,18 @@ def test_a_fault_is_named(why: str, content: bytes) -> None:
         parse(content)
 
 
+PICKLED = (
+    "no safetensors file, but a pickle, as torch.save writes: not opened, since unpickling runs code; "
+    "convert it to safetensors"
+)
+
+
+def saved_by_torch(**options: bool) -> bytes:
+    file = io.BytesIO()
+    torch.save({"a": torch.ones(1)}, file, **options)
+    return file.getvalue()
+
+
 SENTENCES: dict[str, tuple[str, bytes]] = {
     "too short": ("file of 7 bytes is too short for a safetensors header", b"1234567"),
     "length beyond the file": ("header of 3 bytes reaches beyond the file's 10 bytes", raw(b"{}", length=3)),
@@ -196,6 +209,8 @@ SENTENCES: dict[str, tuple[str, bytes]] = {
         "no safetensors file, but git's pointer to one: git lfs pull brings the file itself",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3\n",
     ),
+    "of torch.save, a zip": (PICKLED, saved_by_torch()),
+    "of an older torch.save": (PICKLED, saved_by_torch(_use_new_zipfile_serialization=False)),
     "nested a million deep": ("tensor 'a' is nested too deeply", raw(b'{"a":' + b"[" * 1_000_000)),
     "an endless entry": (
         "the entry of tensor 'a' is longer than 4096 characters",
