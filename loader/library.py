@@ -15,6 +15,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ GROUP_BYTES = 64 << 20  # of neighbours that `iterate` reads at once: a long cal
 AHEAD = 2  # groups that are read while one is used: the device has the next call while the last one is waited for
 GDS = "gds"  # GPUDirect Storage
 BACKENDS = ("mmap", "pread", GDS)  # the first two are the reference's; here both mean the one way through host memory
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # about: what else looks so is told of the hub, too
 Device = str | int | None  # None: the CPU, as to the reference
 
 
@@ -69,6 +71,8 @@ def load_file(
         raise FileNotFoundError(errno.ENOENT, "a URL is no file (load_checkpoint takes a checkpoint's)", filename)
     path = Path(filename)
     manifest.check_tensors_here(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a directory, not a file: load_checkpoint takes a directory", str(path))
     return _load(manifest.file_entry(path.name, path, path)[0], home_of(device), backend)
 
 
@@ -233,12 +237,27 @@ def _opened(source: str | os.PathLike[str]) -> tuple[ExitStack, list[FileEntry]]
 def local(source: str | os.PathLike[str], memory_for: disk_tier.Placed = lambda file: None) -> Iterator[Path]:
     """The directory of a checkpoint; that of a URL is brought up to date, and stays meanwhile."""
     if not is_url(source):
-        if not stat.S_ISDIR(os.stat(source).st_mode):  # noqa: PTH116  # the error names what the caller named
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(source))
+        _check_directory(os.fspath(source))
         yield Path(source)
         return
     with disk_tier.tier().bring(str(source), lambda name, done, total: None, memory_for=memory_for) as lease:
         yield lease.directory
+
+
+def _check_directory(name: str) -> None:
+    """
+    Raises:
+        OSError: names it as the caller did, and says what was meant where that can be told.
+    """
+    try:
+        mode = os.stat(name).st_mode  # noqa: PTH116  # the error names what the caller named
+    except FileNotFoundError:
+        of_hub = f"; if it is the hub's, serverless-llm pull {name} brings it and prints where it is"
+        told = "there is no such directory" + (of_hub if HUB_NAME.fullmatch(name) else "")
+        raise FileNotFoundError(errno.ENOENT, told, name) from None
+    if not stat.S_ISDIR(mode):
+        told = "a file, not a directory: name its directory, or load_file takes a file"
+        raise NotADirectoryError(errno.ENOTDIR, told, name)
 
 
 def home_of(device: Device) -> torch.device:
@@ -251,7 +270,7 @@ def home_of(device: Device) -> torch.device:
         raise ValueError('the device meta holds no bytes: load to device="cpu" or to a GPU')
     if home.type != "cuda" or (home.index or 0) < torch.cuda.device_count():
         return home
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         raise ValueError(
             f"this torch ({torch.__version__}) is built without CUDA: "
             'load to device="cpu", or install a torch with CUDA (https://pytorch.org/get-started)'

@@ -242,7 +242,7 @@ def test_no_device_is_the_cpu_as_to_the_reference(tmp_path: Path) -> None:
         loader.load_file(path, device=None, backend="gds")
 
 
-LOADS: list[Callable[[Path, Device], Any]] = [
+LOADS: list[Callable[[Any, Device], Any]] = [
     lambda directory, device: loader.load_file(directory / manifest.SINGLE, device),
     loader.load_checkpoint,
     loader.iterate,
@@ -252,20 +252,23 @@ LOADS: list[Callable[[Path, Device], Any]] = [
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_a_cuda_device_that_is_not_there_is_refused(tmp_path: Path, load: Callable[[Path, Device], Any]) -> None:
+def test_a_cuda_device_that_is_not_there_is_refused(tmp_path: Path, load: Callable[[Any, Device], Any]) -> None:
     write(tmp_path, torch.nn.Linear(2, 3).state_dict())
     count = torch.cuda.device_count()
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         message = r"this torch \(.*\) is built without CUDA: .*device=\"cpu\", or install a torch with CUDA"
     else:
         message = f"there is no cuda:{count}: torch finds {count} CUDA devices"
-    for device in (f"cuda:{count}", count, *(["cuda"] if not count else [])):
+    devices: list[Device] = [f"cuda:{count}", count]
+    if not count:
+        devices.append("cuda")
+    for device in devices:
         with pytest.raises(ValueError, match=message):
             load(tmp_path, device)
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_the_meta_device_is_refused_as_there(tmp_path: Path, load: Callable[[Path, Device], Any]) -> None:
+def test_the_meta_device_is_refused_as_there(tmp_path: Path, load: Callable[[Any, Device], Any]) -> None:
     write(tmp_path, torch.nn.Linear(2, 3).state_dict())
     with pytest.raises(SafetensorError):
         reference.load_file(tmp_path / manifest.SINGLE, "meta")
@@ -318,6 +321,25 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkey
     monkeypatch.setattr(os, "preadv", while_others_write)
     with pytest.raises(CheckpointError, match="was changed after its header was read"):
         loader.load_file(path)
+
+
+def test_a_file_and_a_directory_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path, random(0.1)) / manifest.SINGLE
+    with pytest.raises(IsADirectoryError) as refused:
+        loader.load_file(tmp_path)
+    told = f"[Errno 21] a directory, not a file: load_checkpoint takes a directory: '{tmp_path}'"
+    assert str(refused.value) == told
+    hub = "; if it is the hub's, serverless-llm pull Qwen/Qwen3-0.6B brings it and prints where it is"
+    for source, kind, told in (
+        (file, NotADirectoryError, "[Errno 20] a file, not a directory: name its directory, or load_file takes a file"),
+        (tmp_path / "none", FileNotFoundError, "[Errno 2] there is no such directory"),
+        ("Qwen/Qwen3-0.6B", FileNotFoundError, f"[Errno 2] there is no such directory{hub}"),
+    ):
+        for load in LOADS[1:]:
+            with pytest.raises(kind) as wrong:
+                load(source, "cpu")
+            assert str(wrong.value) == f"{told}: '{source}'"
 
 
 def test_saving_over_a_file_leaves_the_old_one_to_its_other_names(tmp_path: Path) -> None:
