@@ -42,7 +42,11 @@ def load_into(
         RuntimeError: `strict` and such names, shapes that differ, or buffers on the meta device that no checkpoint
             has, of a module that is none of transformers. Nothing of the module was changed.
         CheckpointError, ValueError: as `iterate`.
+        TypeError: no module.
     """
+    if not isinstance(module, torch.nn.Module):
+        kind = type(module).__name__  # type: ignore[unreachable]
+        raise TypeError(f"a torch.nn.Module is needed, then its checkpoint's directory; not {kind}")
     home = home_of(device)
     wanted = module.state_dict(keep_vars=True)
     with local(directory) as path:

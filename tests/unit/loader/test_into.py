@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,13 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
     with pytest.raises(RuntimeError, match=fault):
         load_into(model, directory_of(tmp_path, tensors))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("given", [{}, "path", torch.nn.Linear])
+def test_what_is_no_module_is_refused(tmp_path: Path, given: Any) -> None:
+    message = f"a torch.nn.Module is needed, then its checkpoint's directory; not {type(given).__name__}$"
+    with pytest.raises(TypeError, match=message):
+        load_into(given, directory_of(tmp_path, {"weight": torch.ones(4, 3)}))
 
 
 def test_without_strictness_names_may_differ(tmp_path: Path) -> None:
