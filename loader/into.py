@@ -18,6 +18,10 @@ from serverless_llm.loader.library import Device, home_of, iterate, local
 log = logging.getLogger(__name__)
 
 SHOWN = 4  # names of a kind in a message; arbitrary
+RENAMED = (
+    "; where transformers renames or fuses weights, give from_pretrained(None, config=..., state_dict=...) of the "
+    "model's class what load_checkpoint returns"
+)
 
 
 def load_into(
@@ -78,13 +82,16 @@ def _compare(
         kinds = {"missing are": missing, "unknown": unexpected, "of other shapes": odd}
         faults = ", ".join(f"{kind} {_some(names)}" for kind, names in kinds.items() if names)
         raise RuntimeError(
-            f"{directory} does not fit {type(module).__name__}: {faults}; where transformers renames or fuses weights, "
-            "give from_pretrained(None, config=..., state_dict=...) of the model's class what load_checkpoint returns"
+            f"{directory} does not fit {type(module).__name__}: {faults}{RENAMED if _of_transformers(module) else ''}"
         )
     for name, buffer in module.named_buffers():
-        if buffer.is_meta and name not in given | tied and not hasattr(module, "initialize_weights"):
+        if buffer.is_meta and name not in given | tied and not _of_transformers(module):
             raise RuntimeError(f"buffer {name} is on the meta device, and no checkpoint has it")
     return set(missing), unexpected
+
+
+def _of_transformers(module: torch.nn.Module) -> bool:
+    return hasattr(module, "initialize_weights")
 
 
 def _some(names: Collection[str]) -> str:
