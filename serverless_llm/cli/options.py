@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+LEAST_SHARD = 1_000_000  # bytes; who asks for less has most likely forgotten a unit
+
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # click before 8.2 knows no argument
     """A text that `parse` reads; it is passed on as it stands, since its meaning may depend on the machine."""
@@ -43,12 +45,12 @@ def _share(value: str) -> None:
     parse_size(value, whole=1)
 
 
-def _size(value: str) -> None:
+def _shard(value: str) -> None:
     from serverless_llm.errors import ConfigurationError
     from serverless_llm.quantities import parse_size
 
-    if not parse_size(value):
-        raise ConfigurationError("0 bytes hold nothing")
+    if parse_size(value) < LEAST_SHARD:
+        raise ConfigurationError(f"{value!r} is less than 1 MB: a bare number is of bytes; write 512MiB or 10GB")
 
 
 def _limit(value: str) -> None:
@@ -95,7 +97,7 @@ class Whole(click.IntRange):
 TIME = Quantity("time", _time)
 LIMITED = Quantity("time", _limited)
 SHARE = Quantity("size", _share)
-SIZE = Quantity("size", _size)
+SHARD = Quantity("size", _shard)
 LIMIT = Quantity("link=rate", _limit)
 DEVICES = Quantity("kind:n", _devices)
 SOURCE = Quantity("source", _source)

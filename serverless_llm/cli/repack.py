@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from serverless_llm.cli import sources
-from serverless_llm.cli.options import SIZE
+from serverless_llm.cli.options import SHARD
 from serverless_llm.cli.output import as_json, say
 
 
@@ -16,7 +16,7 @@ from serverless_llm.cli.output import as_json, say
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--shard-size",
-    type=SIZE,
+    type=SHARD,
     default="16GB",
     show_default=True,
     help="Most bytes of tensors in one file; a larger tensor has one of its own.",

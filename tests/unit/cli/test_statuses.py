@@ -50,6 +50,10 @@ USAGE = [  # a value that cannot be, whichever verb it is given to
     ("make-checkpoint DIR --like qwen3-0.6b --layers 1 --shards 1000", "cannot fill 1000 shards"),
     ("repack nowhere DIR", "'nowhere' is neither a directory nor one of"),
     ("repack demo-add DIR --shard-size 0", "Invalid value for '--shard-size'"),
+    (
+        "repack demo-add DIR --shard-size 10",
+        "Invalid value for '--shard-size': '10' is less than 1 MB: a bare number is of bytes; write 512MiB or 10GB",
+    ),
     ("pull nothing", "'nothing' is not of the form owner/name"),
 ]
 
