@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
+from serverless_llm.__main__ import start
 from serverless_llm.cli import main as cli_main
 from serverless_llm.cli.main import VERBS, Verbs, cli, main
 from serverless_llm.errors import CheckpointError, ConfigurationError
@@ -70,6 +71,16 @@ def test_errors_become_a_line_and_a_status(
     outcome = cli("fail")
     assert outcome.status == status
     assert outcome.err.strip() in {f"Error: {error}", ""}
+
+
+def test_a_package_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "serverless_llm.cli.main")
+    monkeypatch.setitem(sys.modules, "click", None)
+    assert start() == 1
+    told = "Error: serverless-llm needs click: in a clone of this project, pip install -c constraints.txt .\n"
+    assert capsys.readouterr() == ("", told)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
