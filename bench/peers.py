@@ -145,6 +145,7 @@ def main() -> int:
         parser.error(f"no peer is called {', '.join(sorted(unknown))}")
     failed = 0
     for name in names:
+        print(f"{name}: making {folder() / name}, which takes minutes", flush=True)
         try:
             print(f"{name}: {make(name)}")
         except PeerMissing as error:
