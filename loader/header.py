@@ -21,7 +21,8 @@ from serverless_llm.loader.members import Document, shown
 
 PREFIX = 8  # bytes before the JSON
 POINTER = b"version "  # how what git has in place of a large file begins; as a length it is over any limit
-PICKLES = b"PK\x03\x04", b"\x80\x02"  # how what torch.save writes begins: a zip since 1.6
+# How what torch.save writes begins: a zip since 1.6, before a pickle of protocol 2 to 5.
+PICKLES = b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"
 UNOPENED = "not opened, since unpickling runs code"
 METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes of JSON; the reference implementation's limit
@@ -74,7 +75,7 @@ def data_offset(prefix: bytes, file_size: int) -> int:
     length = int.from_bytes(prefix[:PREFIX], "little")
     if length > MAX_HEADER and prefix.startswith(PICKLES):
         raise CheckpointError(
-            f"no safetensors file, but a pickle, as torch.save writes: {UNOPENED}; convert it to safetensors"
+            f"no safetensors file, but a pickle or a zip, as torch.save writes: {UNOPENED}; convert it to safetensors"
         )
     if length > MAX_HEADER:
         raise CheckpointError(

@@ -31,11 +31,11 @@ from serverless_llm.errors import CheckpointError
 from serverless_llm.loader import disk_tier, gds, header, manifest, plan
 from serverless_llm.loader.header import TensorEntry
 from serverless_llm.loader.manifest import FileEntry
-from serverless_llm.loader.plan import Piece
+from serverless_llm.loader.plan import PAGE, Piece
 from serverless_llm.loader.pool import HUGE_PAGE
 from serverless_llm.loader.reader import CALL_BYTES, THREADS
 from serverless_llm.loader.remote import RemoteFile, is_url
-from serverless_llm.loader.source import PAGE, OpenFile, SourceFile
+from serverless_llm.loader.source import OpenFile, SourceFile
 from serverless_llm.loader.staging import SETTING
 from serverless_llm.loader.tied import duplicates
 from serverless_llm.loader.views import view
@@ -281,7 +281,7 @@ def home_of(device: Device) -> torch.device:
 def _named(device: Device) -> torch.device:
     """A number is one of this torch's accelerators, and CUDA's where it has none."""
     if isinstance(device, int) and not torch.accelerator.is_available():
-        return torch.device(f"cuda:{device}")
+        return torch.device("cuda", device)
     return torch.device("cpu" if device is None else device)
 
 

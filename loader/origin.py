@@ -24,7 +24,7 @@ from serverless_llm.loader.filling import Filling
 from serverless_llm.loader.manifest import Manifest
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.ranges import Ranges
-from serverless_llm.loader.remote import ChangedError, ForbiddenError, MissingError, Remote, RemoteFile
+from serverless_llm.loader.remote import ChangedError, MissingError, Remote, RemoteFile, Told
 from serverless_llm.loader.source import Came, Opened, Source
 from serverless_llm.loader.staging import Staging
 
@@ -48,7 +48,6 @@ class Origin:
         self._listed = files
         self._files = {file.name: (number, file) for number, file in enumerate(files)}
         self._source = Remote(url, SILENCE, LONGEST)
-        self._ranges = Ranges(CHUNK)
         self._writers = Writers()
         self._filling: Filling | None = None
         self._behind: Behind | None = None
@@ -62,8 +61,8 @@ class Origin:
     def sources(self, manifest: Manifest, pacer: Pacer, ranges: Ranges, writers: Writers) -> list[Source]:
         """The files of weights, as a reader wants them; what the server is asked for waits for the pacer, and `ranges`
         learn from its answers. What the last of `writers` has left is written first."""
-        self._ranges, self._writers = ranges, writers
-        return [RemoteSource(self, file.name, file.size, pacer) for file in manifest.files]
+        self._writers = writers
+        return [RemoteSource(self, file.name, file.size, pacer, ranges) for file in manifest.files]
 
     def hold(self, written: Callable[[], None]) -> None:
         """What lands, and what of the same landed for others, stays there until `written` is called, once, by any
@@ -153,8 +152,8 @@ class Origin:
         assert self._filling is not None
         return self._filling.read(piece)
 
-    def ask(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
-        """A range of a file from the server.
+    def ask(self, name: str, start: int, stop: int, told: Told) -> Iterator[memoryview]:
+        """A range of a file from the server; `told`: as of `Remote.read`.
 
         Raises:
             CheckpointError: the server has another file by now, or none.
@@ -162,15 +161,11 @@ class Origin:
         """
         _, file = self._files[name]
         try:
-            for chunk in self._source.read(file, start, stop, CHUNK, self._ranges.observe):
+            for chunk in self._source.read(file, start, stop, CHUNK, told):
                 yield memoryview(chunk)
         except (ChangedError, MissingError) as error:
             why = "was changed" if isinstance(error, ChangedError) else "was removed"
             raise CheckpointError(f"{self.url}/{name} {why} after it was deployed: deploy it again") from error
-        except ForbiddenError as error:
-            raise CheckpointError(
-                f"{error}: whoever loads it asks, serverless-llm serve in its own environment"
-            ) from error
         except TransientError as error:
             raise TransientError(f"{error}; what came is kept, the next start asks for the rest") from error
 
@@ -187,6 +182,11 @@ class RemoteSource(NamedTuple):
     name: str
     size: int
     pacer: Pacer
+    ranges: Ranges
+
+    @property
+    def longest(self) -> int:
+        return self.ranges.nbytes
 
     @property
     def path(self) -> str:
@@ -222,7 +222,7 @@ class RemoteOpened:
                 continue
             came += Came(remote=stop - start)
             self._file.pacer.wait(stop - start)
-            for data in origin.ask(name, start, stop):
+            for data in origin.ask(name, start, stop, self._file.ranges.observe):
                 landed = _cut(buffers, start - offset, start - offset + len(data))
                 _copy(data, landed)
                 origin.keep(name, start, data, landed)

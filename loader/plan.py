@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+PAGE = 4096
 MAX_BUFFERS = 512  # of one preadv; IOV_MAX is 1024
 
 
@@ -90,7 +91,7 @@ def home(span: Piece, size: int, piece_bytes: int) -> Piece:
     return Piece(span.file, offset, min(piece_bytes, size - offset))
 
 
-def paced(rate: float, ceiling: int, page: int = 4096) -> int:
+def paced(rate: float, ceiling: int, page: int = PAGE) -> int:
     """Bytes of one call under a cap of `rate` bytes per second (0: none): 50 ms of it, in whole pages.
 
     Short calls make progress visible and cancellation prompt under a low cap.

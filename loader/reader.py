@@ -29,10 +29,9 @@ from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import plan
 from serverless_llm.loader.link import Priority, Rank
 from serverless_llm.loader.pacer import Pacer
-from serverless_llm.loader.plan import Landed, Piece
+from serverless_llm.loader.plan import PAGE, Landed, Piece
 from serverless_llm.loader.pool import Pool
-from serverless_llm.loader.ranges import Ranges
-from serverless_llm.loader.source import PAGE, Came, Opened, Source
+from serverless_llm.loader.source import Came, Opened, Source
 from serverless_llm.loader.staging import Staging, pays
 
 CALL_BYTES = 32 << 20  # longer calls gain little; shorter ones suffer when a Python thread is busy
@@ -103,7 +102,7 @@ class Reader:
     """`threads` threads (0: as many as are best), and one that watches them; they end with `close`.
 
     `rate`: cap in bytes per second, 0: none. `staged`: read through `Staging`; None: where it pays. `stuck_s`: seconds
-    after which a read counts as stuck, 0: those of a disk. `ranges`: what makes calls as long as a server wants them.
+    after which a read counts as stuck, 0: those of a disk.
     """
 
     def __init__(
@@ -113,7 +112,6 @@ class Reader:
         rate: float = 0.0,
         staged: bool | None = None,
         stuck_s: float = 0.0,
-        ranges: Ranges | None = None,
     ) -> None:
         self.rate = rate
         self._pool = pool
@@ -123,8 +121,6 @@ class Reader:
         self._size = threads or (STAGED_THREADS if self._staged else THREADS)
         longest = STAGED_CALL_BYTES if self._staged else CALL_BYTES
         self._call_bytes = plan.paced(rate / self._size, longest)
-        self._ranges = ranges
-        self._brief = longest // BRIEF
         self._awaited: set[int] = set()
         self._queue: list[Transfer] = []
         self._reads: list[_Read] = []
@@ -266,16 +262,20 @@ class Reader:
                         if not transfer._flying:
                             transfer._busy_since = time.monotonic()
                         transfer._flying += 1
-                        self._reads.append(_Read(transfer, plan.take(transfer._spans, self._longest(transfer))))
+                        self._reads.append(_Read(transfer, self._next(transfer)))
                         return self._reads[-1]
                 self._wake.wait()
             self._threads.remove(threading.current_thread())
         return None
 
-    def _longest(self, transfer: Transfer) -> int:
-        """Bytes of its next call, at most."""
-        most = self._ranges.nbytes if self._ranges else self._call_bytes
-        return most if transfer.rank.priority < Priority.PREFETCH else min(most, self._brief)
+    def _next(self, transfer: Transfer) -> tuple[Piece, ...]:
+        """Its next call; () where none is left."""
+        if not transfer._spans:
+            return ()
+        longest = transfer.files[transfer._spans[0].file].longest or self._call_bytes
+        if transfer.rank.priority >= Priority.PREFETCH:
+            longest = max(PAGE, longest // BRIEF // PAGE * PAGE)
+        return plan.take(transfer._spans, longest)
 
     def _may_begin(self, transfer: Transfer) -> bool:
         """Another read, or its end. Caller holds `_wake`."""

@@ -314,7 +314,7 @@ class Remote:
             why = refusals.first_line(error)
             if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError) or _UNKNOWN.search(why):
                 hint = _CREDENTIALS[urlsplit(self.url).scheme]
-                raise ForbiddenError(f"{what} may not be read: {hint}") from error
+                raise CheckpointError(f"{what} may not be read: {hint}") from error
             if self._lists and "builder error" in why and "http://" in why:
                 allow = f"{LISTING[urlsplit(self.url).scheme]}_ALLOW_HTTP=true"
                 raise CheckpointError(f"{what}: its endpoint is plain HTTP, set {allow} to allow that") from error
@@ -334,22 +334,22 @@ class MissingError(CheckpointError):
     """A server has no such file."""
 
 
-class ForbiddenError(CheckpointError):
-    """A server does not let this process read."""
-
-
 class ChangedError(CheckpointError):
     """A server has another file of this name than it had."""
 
 
 # Lists fail without errors of their own; a machine of no cloud asks the cloud's address in vain.
 _UNKNOWN = re.compile(r"status code: 40[13]\b|//169\.254\.169\.254/|//metadata\.google\.internal/")
+_SERVED = "; a deployed model is read in the environment of serverless-llm serve"
+_REFUSED = "the server refuses it, and no credentials are sent by plain HTTP"
 _CREDENTIALS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
-    "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key's file, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
-    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true for a public one",
-    "http": "the server refuses it, and no credentials are sent by plain HTTP",
-    "https": "the server refuses it, and no credentials are sent by plain HTTP",
+    "s3": f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket{_SERVED}",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key's file, or GOOGLE_SKIP_SIGNATURE=true for a public bucket"
+    + _SERVED,
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true for a public one"
+    + _SERVED,
+    "http": _REFUSED,
+    "https": _REFUSED,
 }
 
 

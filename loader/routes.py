@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from serverless_llm.errors import CheckpointError, TransientError
 from serverless_llm.loader import plan
@@ -43,7 +44,7 @@ class Routes:
         self._pool = pool
         self._reader = reader
         self._pacer = Pacer(rate)
-        self._ranges = Ranges(plan.paced(rate, CALL_BYTES))
+        self._ranges: dict[str, Ranges] = {}  # by server
         self._network: Reader | None = None  # most nodes need none
         self._awaited: set[int] = set()
         self._writers: Writers = Writers()
@@ -51,7 +52,9 @@ class Routes:
     def of(self, manifest: Manifest, origin: Origin | None) -> Route:
         """`origin`: where the files are that are not on the disk."""
         if origin is not None:
-            return Route(self._asker(), self.remote, origin.sources(manifest, self._pacer, self._ranges, self._writers))
+            longest = plan.paced(self._pacer.rate, CALL_BYTES)
+            ranges = self._ranges.setdefault(urlsplit(origin.url).netloc, Ranges(longest))
+            return Route(self._asker(), self.remote, origin.sources(manifest, self._pacer, ranges, self._writers))
         files = [SourceFile(file.path, file.size, file.mtime_ns) for file in manifest.files]
         return Route(self._reader, self.disk, files)
 
@@ -94,7 +97,7 @@ class Routes:
     def _asker(self) -> Reader:
         """Reads from servers."""
         if self._network is None:
-            self._network = Reader(self._pool, CONNECTIONS, staged=False, stuck_s=STUCK_S, ranges=self._ranges)
+            self._network = Reader(self._pool, CONNECTIONS, staged=False, stuck_s=STUCK_S)
             for number in self._awaited:
                 self._network.yield_to(number)
         return self._network

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from serverless_llm.errors import CheckpointError, TransientError
+from serverless_llm.loader.plan import PAGE
 from serverless_llm.loader.staging import Staging
 
-PAGE = 4096
 _CACHESTAT = 451  # system call number, the same on all architectures; Linux 6.5
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.syscall.restype = ctypes.c_long
@@ -55,6 +55,8 @@ class Source(Protocol):
     def path(self) -> Path | str: ...  # what the log calls it
     @property
     def size(self) -> int: ...
+    @property
+    def longest(self) -> int: ...  # bytes of one read of it, now; 0: as long as a disk's
     def open(self) -> Opened: ...
 
 
@@ -64,6 +66,10 @@ class SourceFile(NamedTuple):
     path: Path
     size: int
     mtime_ns: int
+
+    @property
+    def longest(self) -> int:
+        return 0
 
     def open(self) -> OpenFile:
         return OpenFile(self)

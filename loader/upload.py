@@ -22,10 +22,9 @@ from serverless_llm.loader.headroom import headroom
 from serverless_llm.loader.memory import Range
 from serverless_llm.loader.pacer import Pacer
 from serverless_llm.loader.pinned import Order, Pinned
-from serverless_llm.loader.plan import Landed
+from serverless_llm.loader.plan import PAGE, Landed
 from serverless_llm.loader.pool import HUGE_PAGE, MAX_SLOT, slot_size
 from serverless_llm.loader.sharing import NOTHING, Lent
-from serverless_llm.loader.source import PAGE
 from serverless_llm.loader.stitched import Kept, Stitched
 from serverless_llm.loader.tasks import Mapping, Progress, Read, Task, Upload
 from serverless_llm.loader.toucher import MARGIN

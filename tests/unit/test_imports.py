@@ -23,7 +23,7 @@ IMPURE = {
     "datetime", "uuid", "concurrent", "selectors", "signal",
 }  # fmt: skip
 PURE_LOADER = (
-    "copies", "digest", "division", "header", "lending", "link", "manifest", "pinned", "plan", "residency", "sharing",
+    "copies", "digest", "division", "header", "lending", "link", "manifest", "pinned", "plan", "ranges", "residency", "sharing",
     "turns",
 )  # fmt: skip
 

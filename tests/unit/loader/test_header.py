@@ -183,7 +183,7 @@ def test_a_fault_is_named(why: str, content: bytes) -> None:
 
 
 PICKLED = (
-    "no safetensors file, but a pickle, as torch.save writes: not opened, since unpickling runs code; "
+    "no safetensors file, but a pickle or a zip, as torch.save writes: not opened, since unpickling runs code; "
     "convert it to safetensors"
 )
 

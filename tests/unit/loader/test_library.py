@@ -30,8 +30,8 @@ from serverless_llm.loader import header, library, manifest
 from serverless_llm.loader.header import TensorEntry
 from serverless_llm.loader.library import Device
 from serverless_llm.loader.manifest import FileEntry
+from serverless_llm.loader.plan import PAGE
 from serverless_llm.loader.reader import CALL_BYTES
-from serverless_llm.loader.source import PAGE
 from serverless_llm.loader.views import TORCH_DTYPES
 from tests.unit.loader.checkpoints import random, raw, same, write
 

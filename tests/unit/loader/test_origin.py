@@ -140,7 +140,7 @@ def test_a_server_whose_answers_begin_late_is_asked_for_longer_ranges(
     server.faults.late = 0.05
     found, node = manifest.build(lease.directory), Node()
     check(node, found, fetch(node, found), server)
-    assert len(server.gets) < found.file_bytes // ranges.FIRST // 2
+    assert len(server.gets) < found.file_bytes // ranges.FIRST * 3 // 4
     until(lambda: whole(lease.directory), "the disk tier to be whole")
     node.close()
 
@@ -288,10 +288,3 @@ def test_what_is_another_by_now_is_to_be_deployed_again(
     assert str(failure) == f"{server.url}/{name} was {what} after it was deployed: deploy it again"
     until(lambda: not writers(), "its writer to end")
     assert not whole(lease.directory)
-
-
-def test_a_server_that_refuses_says_whose_credentials_count(server: RangeServer, lease: Lease, node: Node) -> None:
-    server.faults.statuses = dict.fromkeys(server.files, 403)
-    (failure,) = fetch(node, manifest.build(lease.directory)).failures
-    assert not isinstance(failure, TransientError)
-    assert str(failure).endswith(": whoever loads it asks, serverless-llm serve in its own environment")
