@@ -23,8 +23,8 @@ IMPURE = {
     "datetime", "uuid", "concurrent", "selectors", "signal",
 }  # fmt: skip
 PURE_LOADER = (
-    "copies", "digest", "division", "header", "lending", "link", "manifest", "pinned", "plan", "ranges", "residency", "sharing",
-    "turns",
+    "copies", "digest", "division", "header", "lending", "link", "manifest", "pinned", "plan", "ranges", "residency",
+    "sharing", "turns",
 )  # fmt: skip
 
 
